@@ -1,0 +1,77 @@
+"""The one error for what a user did wrong, and how it is shown: one line on stderr, exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """What the user asked for cannot be done. The message is one line that names the file or option and the way out."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser whose complaints are UserErrors: one line, without the usage text in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+Main = Callable[[Sequence[str]], int]
+
+
+def command_line_tool(main: Main) -> Callable[[Sequence[str] | None], int]:
+    """Turns main(arguments) -> exit status into a tool's entry point.
+
+    UserError becomes one line on stderr and status 2 (a traceback with --debug), Ctrl-C ends with status 130, and a
+    reader that closes stdout (`| head -1`) ends the tool without a word.
+    """
+
+    @functools.wraps(main)
+    def entry_point(arguments: Sequence[str] | None = None) -> int:
+        arguments = list(sys.argv[1:] if arguments is None else arguments)
+        try:
+            status = main(arguments)
+            sys.stdout.flush()
+            return status
+        except UserError as error:
+            if "--debug" in arguments:
+                raise
+            print(f"llama3_raw: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("\nllama3_raw: stopped by Ctrl-C", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            # Python flushes stdout once more at exit; give it somewhere to write (docs.python.org, "Note on SIGPIPE").
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+
+    return entry_point
+
+
+def read_beginning(path: Path, size: int = 512) -> bytes:
+    """The first bytes of a file the user named; raises UserError where it is missing, empty or not readable."""
+    try:
+        with open(path, "rb") as file:
+            beginning = file.read(size)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if not beginning:
+        raise UserError(f"{path}: the file is empty; download it again")
+    return beginning
+
+
+def name_impostor(beginning: bytes) -> str | None:
+    """What a file really is, where it is one of the things that often lie in a model file's place; None otherwise."""
+    text = beginning.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "an HTML page (a login or error page saved in place of the file): download the file itself"
+    if text.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file it points to: run `git lfs pull`"
+    return None

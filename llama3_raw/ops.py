@@ -1,0 +1,28 @@
+"""The type `Ops`: the few primitives of the forward pass that cost time. Fast sets may stand in for the reference set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+Tap = Callable[[str, Tensor], Tensor]
+"""tap(name, tensor) -> tensor: called at every named point of the forward pass, which goes on with what it returns."""
+
+
+class Attend(Protocol):
+    """Scaled dot-product attention of new queries over all keys so far; see model.attend for the shapes."""
+
+    def __call__(
+        self, q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str
+    ) -> Tensor: ...
+
+
+class Ops(NamedTuple):
+    """The primitives that model.forward calls. `model.REFERENCE` is the exact set."""
+
+    embed: Callable[[Tensor, Tensor], Tensor]  # (tokens [..., T], table [vocab, dim]) -> [..., T, dim]
+    linear: Callable[[Tensor, Tensor], Tensor]  # (x [..., in], weight [out, in]) -> [..., out]
+    attend: Attend
+    reduce: Callable[[Tensor], Tensor]  # [..., dim] -> [..., dim]: the sum over all processes that share a layer

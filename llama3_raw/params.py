@@ -1,0 +1,207 @@
+"""`Params`: what params.json (Meta's) or config.json (Hugging Face's) says about a model, checked and frozen."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError, name_impostor, read_beginning
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 and later stretch RoPE to a longer context. (Dubey et al. 2024; apply_scaling in Meta's model.py)"""
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+
+@dataclass(frozen=True)
+class Params:
+    """The numbers that define a Llama 3 model, named as in Meta's ModelArgs.
+
+    `head_dim` and `hidden_dim` are the widths of one attention head and of the SwiGLU layer; `max_seq_len` is the
+    context the model was trained for, in tokens.
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    vocab_size: int
+    head_dim: int
+    hidden_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_seq_len: int
+
+    @staticmethod
+    def from_file(path: str | Path) -> Params:
+        """Reads params.json or config.json. Raises UserError naming the file and the key that is wrong."""
+        path = Path(path)
+        beginning = read_beginning(path)
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            impostor = name_impostor(beginning)
+            raise UserError(f"{path}: {'this is ' + impostor if impostor else f'not valid JSON: {error}'}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: should hold a JSON object, holds a {type(content).__name__}")
+        try:
+            return Params.from_hf(content) if "hidden_size" in content else Params.from_meta(content)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    @staticmethod
+    def from_meta(content: Mapping[str, Any]) -> Params:
+        """From the content of a params.json. (ModelArgs in llama_models/llama3/args.py)"""
+        for key, value in content.items():
+            if (key.startswith("vision_") or key in ("quantization_args", "lora_args")) and not _is_off(value):
+                raise UserError(f"{key} = {value!r} changes the computation and is not supported")
+        fields = _Fields(content)
+        dim = fields.integer("dim")
+        n_layers = fields.integer("n_layers")
+        n_heads = fields.integer("n_heads")
+        if dim % n_heads:
+            raise UserError(f"dim = {dim} does not divide into n_heads = {n_heads} heads")
+
+        # Meta's FeedForward: two thirds of 4 * dim, times the multiplier, rounded up to multiple_of
+        hidden_dim = int(2 * (4 * dim) / 3)
+        multiplier = fields.number("ffn_dim_multiplier", default=None)
+        if multiplier is not None:
+            hidden_dim = int(multiplier * hidden_dim)
+        multiple_of = fields.integer("multiple_of", default=256)
+        hidden_dim = multiple_of * math.ceil(hidden_dim / multiple_of)
+
+        use_scaled_rope = fields.boolean("use_scaled_rope", default=False)
+        scaling_factor = fields.number("rope_scaling_factor", default=None)
+        if scaling_factor is None:  # params.json of Llama 3.2 1B and 3B does not say that they were trained with 32
+            scaling_factor = 32.0 if (dim, n_layers) in ((2048, 16), (3072, 28)) else 8.0
+        return _checked(
+            Params(
+                dim=dim,
+                n_layers=n_layers,
+                n_heads=n_heads,
+                n_kv_heads=fields.integer("n_kv_heads", default=n_heads),
+                vocab_size=fields.integer("vocab_size"),
+                head_dim=dim // n_heads,
+                hidden_dim=hidden_dim,
+                norm_eps=fields.number("norm_eps"),
+                rope_theta=fields.number("rope_theta", default=500000.0),
+                rope_scaling=RopeScaling(scaling_factor) if use_scaled_rope else None,
+                max_seq_len=fields.integer("max_seq_len", default=131072 if use_scaled_rope else 8192),
+            )
+        )
+
+    @staticmethod
+    def from_hf(content: Mapping[str, Any]) -> Params:
+        """From the content of a config.json. (LlamaConfig in transformers, both before and since version 5)"""
+        fields = _Fields(content)
+        if content.get("model_type", "llama") != "llama":
+            raise UserError(f"model_type = {content['model_type']!r}: only 'llama' is supported")
+        for key in ("attention_bias", "mlp_bias", "quantization_config"):
+            if not _is_off(content.get(key)):
+                raise UserError(f"{key} = {content[key]!r} changes the computation and is not supported")
+        if content.get("hidden_act", "silu") != "silu":
+            raise UserError(f"hidden_act = {content['hidden_act']!r} changes the computation; only 'silu' is supported")
+        dim = fields.integer("hidden_size")
+        n_heads = fields.integer("num_attention_heads")
+        if "head_dim" not in content and dim % n_heads:
+            raise UserError(f"hidden_size = {dim} does not divide into num_attention_heads = {n_heads} heads")
+
+        # transformers 5 keeps everything about RoPE in rope_parameters; before, rope_theta stood beside rope_scaling
+        rope = fields.mapping("rope_parameters") or fields.mapping("rope_scaling")
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "llama3"):
+            raise UserError(f"rope type {rope_type!r} changes the computation; only 'default' and 'llama3' are supported")
+        for source in (content, rope):
+            if source.get("partial_rotary_factor", 1.0) != 1.0:
+                raise UserError(f"partial_rotary_factor = {source['partial_rotary_factor']!r} is not supported")
+        rope_fields = _Fields({"rope_theta": content.get("rope_theta"), **rope})
+        scaling = None
+        if rope_type == "llama3":
+            scaling = RopeScaling(
+                factor=rope_fields.number("factor"),
+                low_freq_factor=rope_fields.number("low_freq_factor"),
+                high_freq_factor=rope_fields.number("high_freq_factor"),
+                original_max_seq_len=rope_fields.integer("original_max_position_embeddings"),
+            )
+        return _checked(
+            Params(
+                dim=dim,
+                n_layers=fields.integer("num_hidden_layers"),
+                n_heads=n_heads,
+                n_kv_heads=fields.integer("num_key_value_heads", default=n_heads),
+                vocab_size=fields.integer("vocab_size"),
+                head_dim=fields.integer("head_dim", default=dim // n_heads),
+                hidden_dim=fields.integer("intermediate_size"),
+                norm_eps=fields.number("rms_norm_eps"),
+                rope_theta=rope_fields.number("rope_theta", default=10000.0),
+                rope_scaling=scaling,
+                max_seq_len=fields.integer("max_position_embeddings", default=131072 if scaling else 8192),
+            )
+        )
+
+
+def _is_off(value: Any) -> bool:
+    """True for the values by which a config says that a feature is not there: null, false, -1, an empty object."""
+    return value is None or value is False or value == -1 or value == {}
+
+
+class _Fields:
+    """Typed access to a JSON object: a missing key takes its default, a value of the wrong kind is a UserError."""
+
+    REQUIRED: Any = object()
+
+    def __init__(self, content: Mapping[str, Any]):
+        self.content = content
+
+    def _get(self, key: str, default: Any, kinds: tuple[type, ...], expected: str) -> Any:
+        value = self.content.get(key)
+        if value is None:
+            if default is self.REQUIRED:
+                raise UserError(f"{key} is missing")
+            return default
+        if isinstance(value, bool) is not (bool in kinds) or not isinstance(value, kinds):
+            raise UserError(f"{key} should be {expected}, is {value!r}")
+        return value
+
+    def integer(self, key: str, default: Any = REQUIRED) -> int:
+        value = self._get(key, default, (int,), "a positive integer")
+        if value < 1:
+            raise UserError(f"{key} should be a positive integer, is {value!r}")
+        return int(value)
+
+    def number(self, key: str, default: Any = REQUIRED) -> Any:
+        value = self._get(key, default, (int, float), "a positive number")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{key} should be a positive number, is {value!r}")
+        return value if value is None else float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        return bool(self._get(key, default, (bool,), "true or false"))
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        value: Mapping[str, Any] = self._get(key, {}, (dict,), "an object")
+        return value
+
+
+def _checked(params: Params) -> Params:
+    """The params themselves, once what they say of the heads and of RoPE can be true."""
+    if params.n_heads % params.n_kv_heads:
+        raise UserError(f"{params.n_heads} heads cannot share {params.n_kv_heads} kv heads evenly")
+    if params.head_dim % 2:
+        raise UserError(f"a head of {params.head_dim} values cannot be rotated in pairs; head_dim must be even")
+    scaling = params.rope_scaling
+    if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise UserError(
+            f"low_freq_factor = {scaling.low_freq_factor} should be below high_freq_factor = {scaling.high_freq_factor}"
+        )
+    return params

@@ -1,0 +1,79 @@
+"""From logits to one token id: greedy, temperature, top-k, top-p, min-p, repetition penalty; seeded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The defaults take the likeliest token.
+
+    temperature: divides the logits; 0 is greedy. top_k: keep the k likeliest; 0 is all. top_p: keep the smallest set
+    of likeliest tokens whose probabilities reach p (Holtzman et al. 2020). min_p: keep tokens at least min_p times as
+    likely as the likeliest (Nguyen et al. 2024). repetition_penalty: divides positive and multiplies negative logits
+    of tokens seen before (Keskar et al. 2019). They apply in the order penalty, temperature, top-k, top-p, min-p, as
+    in transformers. Raises UserError for a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for option, value, allowed, expected in (
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("top-k", self.top_k, self.top_k >= 0, "0 (all tokens) or more"),
+            ("top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "above 0"),
+        ):
+            if not allowed:
+                raise UserError(f"--{option} should be {expected}, is {value}")
+
+
+def penalise_repetition(logits: Tensor, seen: Sequence[int] | Tensor, penalty: float) -> Tensor:
+    """[..., vocab] -> [..., vocab]: the logits of the tokens `seen`, [N] or [..., N], made less likely by `penalty`."""
+    ids = torch.as_tensor(seen, dtype=torch.long, device=logits.device).expand(*logits.shape[:-1], -1)
+    score = logits.gather(-1, ids)
+    return logits.scatter(-1, ids, torch.where(score > 0, score / penalty, score * penalty))
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """[..., vocab] -> [..., vocab] fp32: the distribution that `sampling` draws from. The temperature must not be 0."""
+    logits = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probs = logits.softmax(dim=-1)
+    if sampling.top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+        mass_before = ordered.cumsum(dim=-1) - ordered
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(mass_before >= sampling.top_p, 0))
+    if sampling.min_p > 0:
+        probs = probs.masked_fill(probs < sampling.min_p * probs.amax(dim=-1, keepdim=True), 0)
+    return probs / probs.sum(dim=-1, keepdim=True)
+
+
+def sample(
+    logits: Tensor,
+    sampling: Sampling = Sampling(),
+    seen: Sequence[int] | Tensor = (),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Logits [..., vocab] -> token ids [...]. seen: the tokens so far, [N] or [..., N], for the repetition penalty."""
+    if sampling.repetition_penalty != 1:
+        logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    probs = probabilities(logits, sampling)
+    drawn = torch.multinomial(probs.view(-1, probs.shape[-1]), num_samples=1, generator=generator)
+    return drawn.view(probs.shape[:-1])

@@ -1,0 +1,164 @@
+"""`Tokenizer`: text to token ids and back, by tiktoken over Meta's tokenizer.model."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import codecs
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tiktoken
+
+from .errors import UserError, name_impostor, read_beginning
+
+# Meta's pattern: text is cut into these pieces first, and only bytes within a piece are merged
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English contractions
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word, with the space or sign before it
+    r"|\p{N}{1,3}"  # up to three digits
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # signs, with the space before and the line ends after them
+    r"|\s*[\r\n]+"  # line ends, with the space before them
+    r"|\s+(?!\S)|\s+"  # other space; the last one before a word goes with the word
+)
+
+N_SPECIAL_TOKENS = 256
+# named as in Llama 3.1 and later; in Llama 3 those from finetune_right_pad_id on were reserved tokens with a number,
+# but for the two header ids and eot_id
+_NAMED_SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    "<|image|>",
+)
+SPECIAL_TOKENS = _NAMED_SPECIAL_TOKENS + tuple(
+    f"<|reserved_special_token_{number}|>" for number in range(2, 2 + N_SPECIAL_TOKENS - len(_NAMED_SPECIAL_TOKENS))
+)
+
+# tiktoken overflows its stack on longer runs (github.com/openai/tiktoken/issues/195); the length at which Meta cuts them
+_LONGEST_RUN = 25_000
+_TOO_LONG_RUN = re.compile(rf"\s{{{_LONGEST_RUN + 1},}}|\S{{{_LONGEST_RUN + 1},}}")
+
+
+class Tokenizer:
+    """Byte-pair encoding with the ranks of a tokenizer.model, the 256 special tokens after them.
+
+    n_words: how many tokens there are. special_tokens: name -> id. bos_id, eos_id, eot_id, eom_id: those every tool
+    needs. stop_ids: the ids at which a text or an answer ends. encoding: the tiktoken.Encoding underneath.
+    """
+
+    def __init__(self, path: str | Path):
+        """Reads a tokenizer.model. Raises UserError naming the line that is wrong, or what the file is instead."""
+        ranks = _read_ranks(Path(path))
+        self.special_tokens = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.encoding = tiktoken.Encoding(
+            name=Path(path).name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
+        )
+        self.n_words = len(ranks) + N_SPECIAL_TOKENS
+        self.bos_id = self.special_tokens["<|begin_of_text|>"]
+        self.eos_id = self.special_tokens["<|end_of_text|>"]
+        self.eom_id = self.special_tokens["<|eom_id|>"]
+        self.eot_id = self.special_tokens["<|eot_id|>"]
+        self.stop_ids = frozenset((self.eos_id, self.eom_id, self.eot_id))
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
+        """Text -> token ids, with one begin-of-text before it if `bos` and an end-of-text behind it if `eos`.
+
+        The name of a special token in the text, "<|eot_id|>" say, is plain text unless `allow_special`.
+        """
+        allowed = set(self.special_tokens) if allow_special else set()
+        ids = [self.bos_id] if bos else []
+        for piece in _cut_long_runs(text):
+            ids += self.encoding.encode(piece, allowed_special=allowed, disallowed_special=())
+        if ids[:2] == [self.bos_id, self.bos_id]:
+            del ids[0]  # the text brought its own
+        return ids + [self.eos_id] if eos else ids
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; the name of a special token. Raises UserError for an id it does not have."""
+        if not 0 <= token < self.n_words:
+            raise UserError(f"token id {token} is not one of the tokenizer's {self.n_words}")
+        return self.encoding.decode_single_token_bytes(token)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Token ids -> text; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def stream(self, ids: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:
+        """Token ids -> the text piece by piece as they come, up to the first of the texts `stop`, which is left out.
+
+        The bytes of a character that is not complete yet, and text that may be the beginning of a stop text, are held
+        back. A last character that never gets complete is left out.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        held = ""
+        for token in ids:
+            held += decoder.decode(self.token_bytes(token))
+            found = [position for position in map(held.find, filter(None, stop)) if position >= 0]
+            if found:
+                held = held[: min(found)]
+                break
+            keep = max((_overlap(held, text) for text in stop), default=0)
+            ready, held = held[: len(held) - keep], held[len(held) - keep :]
+            if ready:
+                yield ready
+        if held:
+            yield held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of text are the beginning of stop."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _cut_long_runs(text: str) -> Iterator[str]:
+    """The text in pieces whose runs of space or of non-space are at most 25,000 characters long, cut where Meta does."""
+    start = 0
+    for run in _TOO_LONG_RUN.finditer(text):
+        for cut in range(run.start() + _LONGEST_RUN, run.end(), _LONGEST_RUN):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """The lines "base64 rank" of a tokenizer.model -> bytes to rank.
+
+    Read here because tiktoken's own reader keeps a copy in the shared temporary folder, by path alone.
+    """
+    beginning = read_beginning(path)
+    impostor = name_impostor(beginning)
+    if impostor is None and beginning.lstrip().startswith(b"{"):
+        impostor = "a JSON file (perhaps Hugging Face's tokenizer.json): use original/tokenizer.model of the repository"
+    if impostor is None and b"<unk>" in beginning:
+        impostor = "a SentencePiece model, as Llama 1 and 2 have: Llama 3 comes with another tokenizer.model"
+    if impostor:
+        raise UserError(f"{path}: this is {impostor}")
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            token_bytes = base64.b64decode(token, validate=True)
+            expected = len(ranks)
+            if int(rank) != expected:
+                raise UserError(f"{path}: line {number}: the rank is {int(rank)}, should be {expected}")
+        except (ValueError, binascii.Error) as error:
+            raise UserError(f"{path}: line {number}: should be base64 and a rank, is {line[:60]!r}") from error
+        if token_bytes in ranks:
+            raise UserError(f"{path}: line {number}: the token {token_bytes!r} was there before")
+        ranks[token_bytes] = expected
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise UserError(f"{path}: no token for byte {missing[0]}; every single byte needs one")
+    return ranks

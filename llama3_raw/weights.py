@@ -1,0 +1,348 @@
+"""`Weights`: every tensor of a model in plain sight, mapped from Meta's checkpoint or a Hugging Face folder.
+
+On the CPU nothing is read or copied at load time: each tensor is a window into the file, whose pages come in when they
+are first used, may be dropped again, and are private, so a write to a weight never reaches the file.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import pickle
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from .errors import UserError, name_impostor, read_beginning
+from .params import Params
+from .tokenizer import Tokenizer
+
+
+class LayerWeights(NamedTuple):
+    """The nine tensors of a layer, named as in Meta's checkpoint. A matrix is [out, in]."""
+
+    attention_norm: Tensor  # [dim]
+    wq: Tensor  # [n_heads * head_dim, dim]; the rows of a head in interleaved pairs (0, 1), (2, 3), …
+    wk: Tensor  # [n_kv_heads * head_dim, dim]; likewise
+    wv: Tensor  # [n_kv_heads * head_dim, dim]
+    wo: Tensor  # [dim, n_heads * head_dim]
+    ffn_norm: Tensor  # [dim]
+    w1: Tensor  # [hidden_dim, dim]; the gate of SwiGLU
+    w2: Tensor  # [dim, hidden_dim]
+    w3: Tensor  # [hidden_dim, dim]
+
+
+class Weights(NamedTuple):
+    """All tensors of a model. Where embeddings are tied, `output` is the tensor `tok_embeddings` itself."""
+
+    tok_embeddings: Tensor  # [vocab_size, dim]
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor  # [dim]
+    output: Tensor  # [vocab_size, dim]
+
+
+class Model(NamedTuple):
+    """What `load` gives: the numbers that define the model, its tensors, and its tokenizer if there was one."""
+
+    params: Params
+    weights: Weights
+    tokenizer: Tokenizer | None
+
+
+# where each tensor of a layer stands in Meta's checkpoint and in Hugging Face's, behind "layers.N." or "model.layers.N."
+_LAYER_NAMES = {
+    "attention_norm": ("attention_norm.weight", "input_layernorm.weight"),
+    "wq": ("attention.wq.weight", "self_attn.q_proj.weight"),
+    "wk": ("attention.wk.weight", "self_attn.k_proj.weight"),
+    "wv": ("attention.wv.weight", "self_attn.v_proj.weight"),
+    "wo": ("attention.wo.weight", "self_attn.o_proj.weight"),
+    "ffn_norm": ("ffn_norm.weight", "post_attention_layernorm.weight"),
+    "w1": ("feed_forward.w1.weight", "mlp.gate_proj.weight"),
+    "w2": ("feed_forward.w2.weight", "mlp.down_proj.weight"),
+    "w3": ("feed_forward.w3.weight", "mlp.up_proj.weight"),
+}
+_TOP_NAMES = {
+    "tok_embeddings": ("tok_embeddings.weight", "model.embed_tokens.weight"),
+    "norm": ("norm.weight", "model.norm.weight"),
+    "output": ("output.weight", "lm_head.weight"),
+}
+# tables that some checkpoints carry along and that are computed here instead
+_IGNORED_ENDINGS = ("rope.freqs", "rotary_emb.inv_freq")
+
+# Meta's shards of one tensor are joined on this dimension; those not named here are the same in every shard
+_SHARDED_DIMENSION = {
+    **dict.fromkeys(("tok_embeddings", "output", "wq", "wk", "wv", "w1", "w3"), 0),
+    **dict.fromkeys(("wo", "w2"), 1),
+}
+
+
+class TensorPlace(NamedTuple):
+    """A tensor that a model must have: where it goes and what it is called in a file."""
+
+    layer: int | None  # None: a field of Weights itself
+    field: str
+    meta_name: str
+    hf_name: str
+    shape: tuple[int, ...]
+
+
+def tensor_places(params: Params, tied: bool = False) -> Iterator[TensorPlace]:
+    """Every tensor of a model with these params, in the order in which the forward pass uses them."""
+    q_rows, kv_rows = params.n_heads * params.head_dim, params.n_kv_heads * params.head_dim
+    dim, hidden_dim, vocab_size = params.dim, params.hidden_dim, params.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(("attention_norm", "ffn_norm", "norm"), (dim,)),
+        **dict.fromkeys(("tok_embeddings", "output"), (vocab_size, dim)),
+        **{"wq": (q_rows, dim), "wk": (kv_rows, dim), "wv": (kv_rows, dim), "wo": (dim, q_rows)},
+        **{"w1": (hidden_dim, dim), "w2": (dim, hidden_dim), "w3": (hidden_dim, dim)},
+    }
+    yield TensorPlace(None, "tok_embeddings", *_TOP_NAMES["tok_embeddings"], shapes["tok_embeddings"])
+    for i in range(params.n_layers):
+        for field, (meta_name, hf_name) in _LAYER_NAMES.items():
+            yield TensorPlace(i, field, f"layers.{i}.{meta_name}", f"model.layers.{i}.{hf_name}", shapes[field])
+    for field in ("norm",) if tied else ("norm", "output"):
+        yield TensorPlace(None, field, *_TOP_NAMES[field], shapes[field])
+
+
+def from_state_dict(params: Params, tensors: Mapping[str, Tensor]) -> Weights:
+    """Tensors by Meta's names -> Weights, checked against `params`. Raises UserError naming the tensor that is wrong."""
+    return _build(params, {name: [tensor] for name, tensor in tensors.items()}, source="the state dict")
+
+
+def to_state_dict(params: Params, weights: Weights) -> dict[str, Tensor]:
+    """Weights -> tensors by Meta's names, as torch.save writes them into consolidated.00.pth."""
+    tied = weights.output is weights.tok_embeddings
+    return {
+        place.meta_name: getattr(weights if place.layer is None else weights.layers[place.layer], place.field)
+        for place in tensor_places(params, tied)
+    }
+
+
+def load(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    layers: int | None = None,
+    tokenizer: str | Path | None = None,
+    progress: bool = False,
+) -> Model:
+    """A folder with Meta's files, a Hugging Face folder, or a repository with Meta's files in original/ -> Model.
+
+    dtype: None keeps the checkpoint's own. layers: only the first so many. tokenizer: a tokenizer.model elsewhere.
+    progress: read the weights into memory now, with a bar on stderr; otherwise the pages of a CPU model come in as the
+        first forward pass uses them.
+
+    Raises UserError where a file is missing or damaged, or a tensor is not what params.json says.
+    """
+    folder = Path(folder)
+    params_file, weight_files = find_files(folder)
+    params = Params.from_file(params_file)
+    if layers is not None and not 1 <= layers <= params.n_layers:
+        raise UserError(f"--layers {layers}: {folder} has {params.n_layers} layers; give a number from 1 to that")
+    read = _map_safetensors if weight_files[0].suffix == ".safetensors" else _map_checkpoint
+    found: dict[str, list[Tensor]] = {}
+    for file in weight_files:
+        for name, tensor in read(file).items():
+            found.setdefault(name, []).append(tensor)
+    weights = _build(params, found, str(folder), torch.device(device), dtype, layers, progress)
+    return Model(params, weights, _find_tokenizer(folder, tokenizer, params))
+
+
+def find_files(folder: Path) -> tuple[Path, list[Path]]:
+    """The params file and the weight files of a model folder. Raises UserError where they are not there."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'there is no such folder'}")
+    for place in (folder, folder / "original"):
+        checkpoints = sorted(place.glob("consolidated.*.pth"))
+        if checkpoints and (place / "params.json").exists():
+            return place / "params.json", checkpoints
+    index, config = folder / "model.safetensors.index.json", folder / "config.json"
+    shards = sorted(folder.glob("*.safetensors"))
+    if config.exists() and index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index}: not a safetensors index: {error!r}") from error
+        shards = [folder / name for name in names]
+        for shard in shards:
+            if not shard.exists():
+                raise UserError(f"{index}: names {shard.name}, which is not in the folder; download it")
+    if config.exists() and shards:
+        return config, shards
+    raise UserError(
+        f"{folder}: no model here; it should hold params.json and consolidated.00.pth (Meta's files, also in a folder "
+        "original/), or config.json and *.safetensors (Hugging Face's)"
+    )
+
+
+def _find_tokenizer(folder: Path, given: str | Path | None, params: Params) -> Tokenizer | None:
+    candidates = [Path(given)] if given else [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]
+    for file in candidates:
+        if given or file.exists():
+            tokenizer = Tokenizer(file)
+            if tokenizer.n_words != params.vocab_size:
+                raise UserError(
+                    f"{file}: has {tokenizer.n_words} tokens, but the model has {params.vocab_size}; "
+                    "they do not belong together"
+                )
+            return tokenizer
+    return None
+
+
+def _map_file(file: Path) -> mmap.mmap:
+    """The file as memory: writes stay private, and no swap is reserved, so that it may be larger than the RAM."""
+    with open(file, "rb") as opened:
+        if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # in Python since 3.13
+        flags, protection = mmap.MAP_PRIVATE | no_reserve, mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(opened.fileno(), 0, flags=flags, prot=protection)
+
+
+def _map_checkpoint(file: Path) -> dict[str, Tensor]:
+    """Name -> tensor of a file that torch.save wrote. Only plain tensors are unpickled; nothing in the file can run."""
+    beginning = read_beginning(file)
+    impostor = name_impostor(beginning)
+    if impostor:
+        raise UserError(f"{file}: this is {impostor}")
+    if not beginning.startswith(b"PK"):
+        raise UserError(f"{file}: not a checkpoint of torch.save (not a zip file); download it again")
+    try:
+        # the structure alone; each storage remembers where in the file its bytes are
+        structure = torch.load(file, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{file}: holds something other than plain tensors, refused: {error}") from error
+    except (RuntimeError, ValueError, KeyError, EOFError, OSError, AttributeError, TypeError) as error:
+        raise UserError(f"{file}: damaged or cut short ({error}); download it again") from error
+    if not isinstance(structure, dict):
+        raise UserError(f"{file}: should hold a dictionary of tensors, holds a {type(structure).__name__}")
+    memory = _map_file(file)
+    tensors = {}
+    for name, tensor in structure.items():
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{file}: {name} should be a tensor, is a {type(tensor).__name__}")
+        storage = tensor.untyped_storage()
+        count = storage.nbytes() // tensor.dtype.itemsize
+        offset: int = storage._checkpoint_offset  # type: ignore[attr-defined]  # set by torch.load on the meta device
+        if offset + storage.nbytes() > len(memory):
+            raise UserError(f"{file}: {name} ends beyond the end of the file; download it again")
+        whole = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=offset)
+        tensors[name] = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return tensors
+
+
+_SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def _map_safetensors(file: Path) -> dict[str, Tensor]:
+    """Name -> tensor of a safetensors file."""
+    impostor = name_impostor(read_beginning(file))
+    if impostor:
+        raise UserError(f"{file}: this is {impostor}")
+    try:
+        with safe_open(file, framework="np"):  # checks the header and the length of the file
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged or cut short ({error}); download it again") from error
+    memory = _map_file(file)
+    header_end = 8 + int.from_bytes(memory[:8], "little")
+    header = json.loads(memory[8:header_end])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise UserError(f"{file}: {name} has dtype {entry['dtype']}; only BF16, F16 and F32 are supported")
+        begin, end = entry["data_offsets"]
+        flat = torch.frombuffer(memory, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=header_end + begin)
+        tensors[name] = flat.view(entry["shape"])
+    return tensors
+
+
+def _build(
+    params: Params,
+    found: Mapping[str, Sequence[Tensor]],
+    source: str,
+    device: torch.device = torch.device("cpu"),
+    dtype: torch.dtype | None = None,
+    layers: int | None = None,
+    progress: bool = False,
+) -> Weights:
+    """The tensors of a checkpoint (several shards each, or one) -> Weights, checked, on `device`, one by one."""
+    hf = any(name.startswith("model.") for name in found)
+    tied = ("lm_head.weight" if hf else "output.weight") not in found
+    places = list(tensor_places(params, tied))
+    wanted = {place.hf_name if hf else place.meta_name: place for place in places}
+    for name in found:
+        if name not in wanted and not name.endswith(_IGNORED_ENDINGS):
+            raise UserError(f"{source}: unexpected tensor {name}; the params describe a model without it")
+    checkpoint_dtype = None
+    for name, place in wanted.items():
+        if name not in found:
+            raise UserError(f"{source}: tensor {name} is missing; it should be {list(place.shape)}")
+        shape = _joined_shape(place, found[name])
+        if shape != place.shape:
+            raise UserError(f"{source}: tensor {name} is {list(shape)}, should be {list(place.shape)} by the params")
+        for part in found[name]:
+            checkpoint_dtype = checkpoint_dtype or part.dtype
+            if part.dtype not in _SAFETENSORS_DTYPES.values() or part.dtype != checkpoint_dtype and dtype is None:
+                raise UserError(
+                    f"{source}: tensor {name} is {part.dtype}, should be {checkpoint_dtype} like the rest "
+                    "(bfloat16, float16 or float32)"
+                )
+
+    kept = {name: place for name, place in wanted.items() if layers is None or (place.layer or 0) < layers}
+    total = sum(part.nbytes for name in kept for part in found[name])
+    top: dict[str, Tensor] = {}
+    by_layer: list[dict[str, Tensor]] = [{} for _ in range(layers or params.n_layers)]
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress, leave=False) as bar:
+        for name, place in kept.items():
+            parts = found[name]
+            tensor = parts[0]
+            if len(parts) > 1 and place.field in _SHARDED_DIMENSION:
+                tensor = torch.cat(list(parts), dim=_SHARDED_DIMENSION[place.field])
+            if hf and place.field in ("wq", "wk"):
+                tensor = interleave_pairs(tensor, params.head_dim)
+            moved = tensor.to(device=device, dtype=dtype)
+            if progress and moved is parts[0] and place.field != "tok_embeddings":  # of which only single rows are used
+                _touch(moved, bar)
+            else:
+                bar.update(sum(part.nbytes for part in parts))
+            (top if place.layer is None else by_layer[place.layer])[place.field] = moved
+    return Weights(
+        tok_embeddings=top["tok_embeddings"],
+        layers=tuple(LayerWeights(**fields) for fields in by_layer),
+        norm=top["norm"],
+        output=top["tok_embeddings" if tied else "output"],
+    )
+
+
+def _joined_shape(place: TensorPlace, parts: Sequence[Tensor]) -> tuple[int, ...]:
+    shape = list(parts[0].shape)
+    dimension = _SHARDED_DIMENSION.get(place.field)
+    if len(parts) > 1 and dimension is not None and all(part.dim() == len(place.shape) for part in parts):
+        shape[dimension] = sum(part.shape[dimension] for part in parts)
+    return tuple(shape)
+
+
+def interleave_pairs(weight: Tensor, head_dim: int) -> Tensor:
+    """wq or wk [heads * head_dim, dim] as Hugging Face stores it -> as Meta does.
+
+    Both rotate the same pairs; Hugging Face keeps the first halves of all pairs of a head before the second halves
+    (permute in transformers' convert_llama_weights_to_hf.py; this is its inverse).
+    """
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _touch(tensor: Tensor, bar: tqdm[None], chunk: int = 1 << 26, page: int = 4096) -> None:
+    """Looks at one byte of every page, so that the system reads them in now."""
+    for piece in tensor.view(-1).view(torch.uint8).split(chunk):
+        piece[::page].sum()
+        bar.update(piece.numel())
