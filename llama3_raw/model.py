@@ -84,7 +84,7 @@ class KVCache(NamedTuple):
 
     @staticmethod
     def allocate(params: Params, *, max_seq_len: int, like: Weights, batch: tuple[int, ...] = ()) -> KVCache:
-        """An empty cache for `max_seq_len` tokens, with the dtype, layers, devices and kv heads of the weights `like`."""
+        """An empty cache for `max_seq_len` tokens; dtype, layers, devices and kv heads are those of `like`."""
 
         def empty(layer: LayerWeights) -> Tensor:
             n_kv_heads = layer.wk.shape[0] // params.head_dim

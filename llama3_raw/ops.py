@@ -1,4 +1,4 @@
-"""The type `Ops`: the few primitives of the forward pass that cost time. Fast sets may stand in for the reference set."""
+"""The type `Ops`: the few primitives of the forward pass that cost time."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ Tap = Callable[[str, Tensor], Tensor]
 class Attend(Protocol):
     """Scaled dot-product attention of new queries over all keys so far; see model.attend for the shapes."""
 
-    def __call__(
-        self, q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str
-    ) -> Tensor: ...
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor: ...
 
 
 class Ops(NamedTuple):

@@ -11,10 +11,12 @@ from typing import Any
 
 from .errors import UserError, name_impostor, read_beginning
 
+_LARGEST = 2**31  # no number of a model comes near it
+
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3.1 and later stretch RoPE to a longer context. (Dubey et al. 2024; apply_scaling in Meta's model.py)"""
+    """How Llama 3.1 and later stretch RoPE to a longer context. (apply_scaling in Meta's model.py)"""
 
     factor: float
     low_freq_factor: float = 1.0
@@ -76,9 +78,11 @@ class Params:
         hidden_dim = int(2 * (4 * dim) / 3)
         multiplier = fields.number("ffn_dim_multiplier", default=None)
         if multiplier is not None:
+            if not 1 <= multiplier * hidden_dim < _LARGEST:
+                raise UserError(f"ffn_dim_multiplier = {multiplier} makes the feed-forward impossible")
             hidden_dim = int(multiplier * hidden_dim)
         multiple_of = fields.integer("multiple_of", default=256)
-        hidden_dim = multiple_of * math.ceil(hidden_dim / multiple_of)
+        hidden_dim = -(-hidden_dim // multiple_of) * multiple_of
 
         use_scaled_rope = fields.boolean("use_scaled_rope", default=False)
         scaling_factor = fields.number("rope_scaling_factor", default=None)
@@ -120,7 +124,9 @@ class Params:
         rope = fields.mapping("rope_parameters") or fields.mapping("rope_scaling")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
-            raise UserError(f"rope type {rope_type!r} changes the computation; only 'default' and 'llama3' are supported")
+            raise UserError(
+                f"rope type {rope_type!r} changes the computation; only 'default' and 'llama3' are supported"
+            )
         for source in (content, rope):
             if source.get("partial_rotary_factor", 1.0) != 1.0:
                 raise UserError(f"partial_rotary_factor = {source['partial_rotary_factor']!r} is not supported")
@@ -175,7 +181,7 @@ class _Fields:
 
     def integer(self, key: str, default: Any = REQUIRED) -> int:
         value = self._get(key, default, (int,), "a positive integer")
-        if value < 1:
+        if not 1 <= value < _LARGEST:
             raise UserError(f"{key} should be a positive integer, is {value!r}")
         return int(value)
 

@@ -44,7 +44,7 @@ SPECIAL_TOKENS = _NAMED_SPECIAL_TOKENS + tuple(
     f"<|reserved_special_token_{number}|>" for number in range(2, 2 + N_SPECIAL_TOKENS - len(_NAMED_SPECIAL_TOKENS))
 )
 
-# tiktoken overflows its stack on longer runs (github.com/openai/tiktoken/issues/195); the length at which Meta cuts them
+# tiktoken overflows its stack on longer runs (github.com/openai/tiktoken/issues/195); Meta cuts them at this length
 _LONGEST_RUN = 25_000
 _TOO_LONG_RUN = re.compile(rf"\s{{{_LONGEST_RUN + 1},}}|\S{{{_LONGEST_RUN + 1},}}")
 
@@ -81,10 +81,10 @@ class Tokenizer:
             ids += self.encoding.encode(piece, allowed_special=allowed, disallowed_special=())
         if ids[:2] == [self.bos_id, self.bos_id]:
             del ids[0]  # the text brought its own
-        return ids + [self.eos_id] if eos else ids
+        return [*ids, self.eos_id] if eos else ids
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for; the name of a special token. Raises UserError for an id it does not have."""
+        """The bytes of a token, or the name of a special one. Raises UserError for an id that it does not have."""
         if not 0 <= token < self.n_words:
             raise UserError(f"token id {token} is not one of the tokenizer's {self.n_words}")
         return self.encoding.decode_single_token_bytes(token)
@@ -121,7 +121,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def _cut_long_runs(text: str) -> Iterator[str]:
-    """The text in pieces whose runs of space or of non-space are at most 25,000 characters long, cut where Meta does."""
+    """The text in pieces with at most 25,000 characters of space or of non-space in a row, cut where Meta does."""
     start = 0
     for run in _TOO_LONG_RUN.finditer(text):
         for cut in range(run.start() + _LONGEST_RUN, run.end(), _LONGEST_RUN):

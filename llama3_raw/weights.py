@@ -55,7 +55,7 @@ class Model(NamedTuple):
     tokenizer: Tokenizer | None
 
 
-# where each tensor of a layer stands in Meta's checkpoint and in Hugging Face's, behind "layers.N." or "model.layers.N."
+# what each tensor of a layer is called by Meta, behind "layers.N.", and by Hugging Face, behind "model.layers.N."
 _LAYER_NAMES = {
     "attention_norm": ("attention_norm.weight", "input_layernorm.weight"),
     "wq": ("attention.wq.weight", "self_attn.q_proj.weight"),
@@ -111,7 +111,7 @@ def tensor_places(params: Params, tied: bool = False) -> Iterator[TensorPlace]:
 
 
 def from_state_dict(params: Params, tensors: Mapping[str, Tensor]) -> Weights:
-    """Tensors by Meta's names -> Weights, checked against `params`. Raises UserError naming the tensor that is wrong."""
+    """Tensors by Meta's names -> Weights, checked against `params`. Raises UserError naming a tensor that is wrong."""
     return _build(params, {name: [tensor] for name, tensor in tensors.items()}, source="the state dict")
 
 
@@ -230,8 +230,8 @@ def _map_checkpoint(file: Path) -> dict[str, Tensor]:
             raise UserError(f"{file}: {name} should be a tensor, is a {type(tensor).__name__}")
         storage = tensor.untyped_storage()
         count = storage.nbytes() // tensor.dtype.itemsize
-        offset: int = storage._checkpoint_offset  # type: ignore[attr-defined]  # set by torch.load on the meta device
-        if offset + storage.nbytes() > len(memory):
+        offset = storage._checkpoint_offset  # set by torch.load on the meta device
+        if offset is None or offset + storage.nbytes() > len(memory):
             raise UserError(f"{file}: {name} ends beyond the end of the file; download it again")
         whole = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=offset)
         tensors[name] = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -292,7 +292,7 @@ def _build(
             raise UserError(f"{source}: tensor {name} is {list(shape)}, should be {list(place.shape)} by the params")
         for part in found[name]:
             checkpoint_dtype = checkpoint_dtype or part.dtype
-            if part.dtype not in _SAFETENSORS_DTYPES.values() or part.dtype != checkpoint_dtype and dtype is None:
+            if part.dtype not in _SAFETENSORS_DTYPES.values() or (part.dtype != checkpoint_dtype and dtype is None):
                 raise UserError(
                     f"{source}: tensor {name} is {part.dtype}, should be {checkpoint_dtype} like the rest "
                     "(bfloat16, float16 or float32)"
@@ -338,7 +338,8 @@ def interleave_pairs(weight: Tensor, head_dim: int) -> Tensor:
     Both rotate the same pairs; Hugging Face keeps the first halves of all pairs of a head before the second halves
     (permute in transformers' convert_llama_weights_to_hf.py; this is its inverse).
     """
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2).contiguous()
+    halves = weight.view(-1, 2, head_dim // 2, weight.shape[-1])  # [heads, 2, head_dim/2, dim]
+    return halves.transpose(1, 2).reshape(weight.shape)
 
 
 def _touch(tensor: Tensor, bar: tqdm[None], chunk: int = 1 << 26, page: int = 4096) -> None:

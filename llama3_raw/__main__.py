@@ -1,0 +1,246 @@
+"""python -m llama3_raw PROMPT: the prompt's continuation on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Generator, Iterator, Sequence
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from .command_line import add_model_options, add_sampling_options, open_model, peak_memory, positive_int
+from .errors import ArgumentParser, UserError, command_line_tool
+from .generation import StopReason, generate
+from .tokenizer import Tokenizer
+from .weights import Model
+
+
+def build_parser() -> ArgumentParser:
+    """The options of `python -m llama3_raw`."""
+    parser = ArgumentParser(
+        prog="python -m llama3_raw",
+        description="Continues a text with a Llama 3 model. The continuation goes to stdout, all else to stderr.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=(
+            "examples:\n"
+            '  python -m llama3_raw "Once upon a time"\n'
+            '  python -m llama3_raw "Once upon a time" --temperature 0.8 --top-p 0.9 --seed 1\n'
+            '  python -m llama3_raw --weights weights/Meta-Llama-3-8B --stats "The capital of France is"\n'
+            '  python -m llama3_raw --ids "128000 1820 4320" --weights weights/Meta-Llama-3-8B\n'
+            "  cat prompt.txt | python -m llama3_raw -"
+        ),
+    )
+    parser.add_argument("prompt", nargs="?", help="the text to continue; - reads it from stdin")
+    parser.add_argument("--version", action="version", version=f"llama3_raw {version('llama3_raw')}")
+    group = parser.add_argument_group("text")
+    group.add_argument("--ids", action="store_true", help="the prompt is token ids, and so is what is printed")
+    group.add_argument(
+        "--special", action="store_true", help="names such as <|eot_id|> in the prompt are special tokens"
+    )
+    group.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="stop after N tokens (default: %(default)s)"
+    )
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT (may be repeated)")
+    group.add_argument("--context", type=positive_int, metavar="N", help="the most tokens, prompt included")
+    add_sampling_options(parser)
+    add_model_options(parser)
+    group = parser.add_argument_group("looking on")
+    group.add_argument("--top", type=positive_int, metavar="N", help="show the N likeliest next tokens at each step")
+    group.add_argument(
+        "--stats", choices=("text", "json"), help="speed and memory on stderr; --stats alone is --stats text"
+    )
+    return parser
+
+
+def _with_plain_stats(arguments: Sequence[str]) -> list[str]:
+    """A bare --stats becomes --stats=text, since argparse would take the prompt behind it for its value."""
+    plain = list(arguments)
+    options = plain[: plain.index("--")] if "--" in plain else plain
+    for i, argument in enumerate(options):
+        if argument == "--stats" and plain[i + 1 : i + 2] not in (["text"], ["json"]):
+            plain[i] = "--stats=text"
+    return plain
+
+
+@command_line_tool
+def main(arguments: Sequence[str]) -> int:
+    """Runs the tool; -> exit status."""
+    options = build_parser().parse_args(_with_plain_stats(arguments))
+    prompt = _read_prompt(options.prompt)
+    if options.ids and options.stop:
+        raise UserError("--stop needs text, and --ids has none; leave one of them out")
+    if options.max_new_tokens < 0:
+        raise UserError(f"--max-new-tokens should be 0 or more, is {options.max_new_tokens}")
+    load_start = time.perf_counter()
+    model = open_model(options)
+    load_seconds = time.perf_counter() - load_start
+    tokenizer = model.tokenizer
+    if tokenizer is None and not options.ids:
+        raise UserError(
+            "there is no tokenizer.model with these weights; give --tokenizer FILE, or token ids with --ids"
+        )
+    if options.context and options.context > model.params.max_seq_len:
+        raise UserError(f"--context {options.context}: the model's own context is {model.params.max_seq_len} tokens")
+    if options.ids:
+        ids = _parse_ids(prompt)
+    else:
+        assert tokenizer is not None
+        ids = tokenizer.encode(prompt, bos=True, allow_special=options.special)
+
+    watch = _Watch(options.top, tokenizer)
+    generated = watch.over(
+        generate(
+            model,
+            ids,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            seed=options.seed,
+            context=options.context,
+            tap=watch.tap if options.top else None,
+        )
+    )
+    if options.ids:
+        pieces: Iterator[str] = (f"{' ' if i else ''}{token}" for i, token in enumerate(generated))
+    else:
+        assert tokenizer is not None
+        pieces = tokenizer.stream(generated, options.stop)
+    interrupted = _print_text(pieces, hold=bool(options.top) and sys.stdout.isatty())
+    print(f"llama3_raw: {_why_it_stopped(watch, options, interrupted)}", file=sys.stderr)
+    if options.stats:
+        _print_stats(options.stats, model, len(ids), watch, load_seconds)
+    return 130 if interrupted else 0
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is None:
+        raise UserError('give a prompt: python -m llama3_raw "Once upon a time", or - to read it from stdin')
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"stdin: not valid UTF-8 at byte {error.start}; convert the text to UTF-8") from error
+        prompt = prompt.removesuffix("\n").removesuffix("\r")  # the line end that echo and editors add
+    if not prompt:
+        raise UserError("the prompt is empty; give at least one character")
+    return prompt
+
+
+def _parse_ids(text: str) -> list[int]:
+    words = re.split(r"[\s,]+", text.strip(" \t\r\n,[]"))
+    for word in words:
+        if not re.fullmatch(r"[0-9]{1,18}", word):
+            raise UserError(f"--ids: {word!r} is not a token id; give numbers separated by spaces")
+    return [int(word) for word in words]
+
+
+class _Watch:
+    """Goes along with the tokens as they are generated: keeps the times and the reason why they end, shows --top."""
+
+    def __init__(self, top: int | None, tokenizer: Tokenizer | None):
+        self.top = top
+        self.tokenizer = tokenizer
+        self.start = time.perf_counter()
+        self.times: list[float] = []  # seconds from the start to each token
+        self.reason: StopReason | None = None  # None: someone else stopped it
+        self.logits: Tensor | None = None
+
+    def tap(self, name: str, tensor: Tensor) -> Tensor:
+        """Keeps the last logits; the tap of `forward`."""
+        if name == "logits":
+            self.logits = tensor
+        return tensor
+
+    def over(self, tokens: Generator[int, None, StopReason]) -> Iterator[int]:
+        """The same tokens."""
+        while True:
+            try:
+                token = next(tokens)
+            except StopIteration as end:
+                self.reason = end.value
+                if self.reason is StopReason.END_TOKEN:
+                    self._show_top(None)
+                return
+            self.times.append(time.perf_counter() - self.start)
+            self._show_top(token)
+            yield token
+
+    def _name(self, token: int) -> str:
+        if self.tokenizer is None:
+            return str(token)
+        return repr(self.tokenizer.token_bytes(token).decode("utf-8", errors="backslashreplace"))
+
+    def _show_top(self, token: int | None) -> None:
+        if self.top is None or self.logits is None:
+            return
+        probs, ids = self.logits.softmax(dim=-1).topk(min(self.top, len(self.logits)))
+        likeliest = "  ".join(f"{self._name(i)} {p:.1%}" for i, p in zip(ids.tolist(), probs.tolist(), strict=True))
+        taken = "(end)" if token is None else self._name(token)
+        print(f"{len(self.times):4d}  {taken:<16} <- {likeliest}", file=sys.stderr)
+
+
+def _print_text(pieces: Iterator[str], hold: bool) -> bool:
+    """Prints the pieces as they come, or all at the end if `hold`; -> whether Ctrl-C stopped it."""
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that cannot show it gets a "?"
+    held: list[str] = []
+    interrupted = False
+    try:
+        for piece in pieces:
+            held.append(piece)
+            if not hold:
+                print(held.pop(), end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    print("".join(held), end="\n" if sys.stdout.isatty() else "", flush=True)
+    return interrupted
+
+
+def _why_it_stopped(watch: _Watch, options: argparse.Namespace, interrupted: bool) -> str:
+    count = f"{len(watch.times)} new token{'s' if len(watch.times) != 1 else ''}"
+    if interrupted:
+        return f"stopped by Ctrl-C after {count}"
+    if watch.reason is StopReason.MAX_NEW_TOKENS:
+        return f"stopped after {count}, the most that --max-new-tokens allows"
+    if watch.reason is StopReason.CONTEXT:
+        limit = "--context allows" if options.context else "the model's context holds"
+        return f"stopped after {count}: prompt and text together are as long as {limit}"
+    if watch.reason is StopReason.END_TOKEN:
+        return f"the model ended the text after {count}"
+    return f"stopped after {count} at a --stop text"
+
+
+def _print_stats(style: str, model: Model, prompt_tokens: int, watch: _Watch, load_seconds: float) -> None:
+    weights = model.weights
+    per_token = sum(t.nbytes for layer in weights.layers for t in layer) + weights.norm.nbytes + weights.output.nbytes
+    times = watch.times
+    tokens_per_second = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+    stats = {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": len(times),
+        "load_seconds": round(load_seconds, 3),
+        "seconds_to_first_token": round(times[0], 3) if times else None,
+        "tokens_per_second": tokens_per_second and round(tokens_per_second, 3),
+        "weights_gb_per_second": tokens_per_second and round(tokens_per_second * per_token / 1e9, 3),
+        "peak_ram_bytes": peak_memory(),
+        "device": str(weights.norm.device),
+        "dtype": str(weights.norm.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+    if style == "json":
+        print(json.dumps(stats), file=sys.stderr)
+        return
+    for name, value in stats.items():
+        print(f"  {name.replace('_', ' '):<24}{value:,}" if isinstance(value, int) else
+              f"  {name.replace('_', ' '):<24}{value}", file=sys.stderr)  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

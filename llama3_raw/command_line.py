@@ -1,0 +1,178 @@
+"""What the command lines of all tools share: the options that choose and load a model, and what a run has used."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .errors import UserError
+from .weights import Model, load
+
+DEFAULT_MODEL = "Meta-Llama-3-8B"
+BUILT_IN_MODEL = "tiny"
+_PROGRESS_BAR_FROM = 1_000_000_000  # bytes of weights; smaller models load before a bar could be read
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class ModelFolder(NamedTuple):
+    """A folder with a model in it, and in words why it was chosen."""
+
+    path: Path
+    why: str
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --weights, --tokenizer, --device, --dtype, --layers, --threads and --debug."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--weights",
+        metavar="MODEL",
+        help="a folder, a name in weights/, or org/repo in the Hugging Face cache "
+        f"(default: $LLAMA3_RAW_WEIGHTS, else weights/{DEFAULT_MODEL}, else the only model in weights/, else the "
+        "small built-in one)",
+    )
+    group.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model (default: the one beside the weights)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    group.add_argument("--dtype", choices=_DTYPES, help="compute in this (default: as the weights are stored)")
+    group.add_argument("--layers", type=int, metavar="N", help="run only the first N layers")
+    group.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's choice)")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the settings of `Sampling`, and --seed. Their ranges are checked by `Sampling` itself."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token (default)")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (0: all)")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest, up to P in sum")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="only tokens P times as likely as the top")
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="make tokens seen before less likely (1: off)",
+    )
+    group.add_argument("--seed", type=int, help="draw the same tokens each time")
+
+
+def positive_int(text: str) -> int:
+    """The type of options that count something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"should be 1 or more, is {value}")
+    return value
+
+
+def open_model(options: argparse.Namespace) -> Model:
+    """Loads the model that the options of `add_model_options` name, and says on stderr which one it took."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = choose_device(options.device)
+    folder = find_model(options.weights)
+    print(f"llama3_raw: {folder.path} ({folder.why}) on {device}", file=sys.stderr)
+    large = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file()) >= _PROGRESS_BAR_FROM
+    return load(
+        folder.path,
+        device=device,
+        dtype=_DTYPES.get(options.dtype),
+        layers=options.layers,
+        tokenizer=options.tokenizer,
+        progress=large,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """--device -> the device, once it is sure to be there. Raises UserError."""
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: there is no such device; use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs here; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: torch sees no Apple GPU here; use --device cpu")
+    return device
+
+
+def find_model(weights: str | None = None) -> ModelFolder:
+    """--weights -> the folder it means; None -> the default. Raises UserError naming what there is."""
+    if weights:
+        return ModelFolder(_find_named(weights, "--weights"), "--weights")
+    from_environment = os.environ.get("LLAMA3_RAW_WEIGHTS")
+    if from_environment:
+        return ModelFolder(_find_named(from_environment, "$LLAMA3_RAW_WEIGHTS"), "$LLAMA3_RAW_WEIGHTS")
+    there = local_models()
+    if DEFAULT_MODEL in there:
+        return ModelFolder(there[DEFAULT_MODEL], "the default")
+    others = [name for name in there if name != BUILT_IN_MODEL]
+    if len(others) > 1:
+        raise UserError(f"several models in weights/: {', '.join(others)}; choose one with --weights NAME")
+    if others:
+        return ModelFolder(there[others[0]], "the only model in weights/")
+    return ModelFolder(_built_in_folder(), "the small built-in model; --weights takes another")
+
+
+def local_models() -> dict[str, Path]:
+    """Name -> folder of every model in weights/ of the current folder, then in that of the source tree."""
+    found: dict[str, Path] = {}
+    for root in (Path("weights"), Path(__file__).parent.parent / "weights"):
+        for folder in sorted(root.iterdir()) if root.is_dir() else ():
+            if any((folder / file).exists() for file in ("params.json", "config.json", "original/params.json")):
+                found.setdefault(folder.name, folder)
+    return found
+
+
+def _built_in_folder() -> Path:
+    """weights/tiny of the source tree, or its copy inside the installed package."""
+    installed = Path(__file__).parent / "built_in"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "weights" / BUILT_IN_MODEL
+
+
+def _find_named(name: str, option: str) -> Path:
+    there = local_models()
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists():
+        raise UserError(f"{option} {name}: is a file; give the folder it is in")
+    if name in there:
+        return there[name]
+    if name == BUILT_IN_MODEL:
+        return _built_in_folder()
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        from huggingface_hub import snapshot_download  # slow to import, and seldom needed
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(name, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError):
+            raise UserError(f"{option} {name}: neither a folder here nor in the Hugging Face cache") from None
+    known = ", ".join(there) or "nothing"
+    raise UserError(f"{option} {name}: there is no such folder, and weights/ holds {known}")
+
+
+def peak_memory() -> int | None:
+    """The most memory this process has held, in bytes, mapped files included; None where the system does not tell."""
+    try:  # Linux: VmHWM, since ru_maxrss also remembers the process that started this one
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

