@@ -62,7 +62,11 @@ def rope_rotation(positions: Tensor, params: Params) -> tuple[Tensor, Tensor]:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[..., T, heads, head_dim] -> the same: neighbouring values (0, 1), (2, 3), … turned as points in the plane."""
+    """[..., T, heads, head_dim] -> the same: neighbouring values (0, 1), (2, 3), … turned as points in the plane.
+
+    The bits of Meta's complex product where head_dim is a multiple of 16 (every Llama); below that torch's complex
+    kernel rounds the last pairs of a head in another way.
+    """
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each [..., T, heads, head_dim/2] fp32
     turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)
