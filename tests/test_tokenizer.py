@@ -36,7 +36,7 @@ def metas_own(meta_tokenizer_file: Path):  # type: ignore[no-untyped-def]
 def test_the_47_cases_of_llama_cpp(llama3: Tokenizer) -> None:
     """tests/llama-bpe.inp and .out are models/ggml-vocab-llama-bpe.gguf.inp and .out of llama.cpp (MIT)."""
     texts = (HERE / "llama-bpe.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
-    expected = [[int(number) for number in line.split()] for line in (HERE / "llama-bpe.out").read_text().splitlines()]
+    expected = [[int(number) for number in line.split()] for line in (HERE / "llama-bpe.out").read_text().split("\n")]
     assert len(expected) == 47
     for text, ids in zip(texts, expected, strict=True):
         assert llama3.encode(text) == ids

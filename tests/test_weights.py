@@ -283,7 +283,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "shape": (change_tensors(lambda t: t.update({WQ: t[WQ][:5]})), f"{WQ} is [5, 192], should be [192, 192]"),
     "dtype": (change_tensors(lambda t: t.update({WQ: t[WQ].float()})), f"{WQ} is torch.float32, should be"),
     "integers": (change_tensors(lambda t: t.update({WQ: t[WQ].int()})), f"{WQ} is torch.int32"),
-    "other params": (overwrite("params.json", json.dumps(SMALL).encode()), "by the params"),
+    "other params": (overwrite("params.json", json.dumps(SMALL).encode()), "the params describe a model without it"),
 }  # fmt: skip
 
 
