@@ -1,6 +1,7 @@
 """llama3_raw: Llama 3 as plain functions over plain tensors."""
 
 from .errors import UserError
+from .generation import StopReason, generate
 from .model import REFERENCE, KVCache, forward
 from .params import Params
 from .tokenizer import Tokenizer
@@ -12,9 +13,11 @@ __all__ = [
     "LayerWeights",
     "Model",
     "Params",
+    "StopReason",
     "Tokenizer",
     "UserError",
     "Weights",
     "forward",
+    "generate",
     "load",
 ]

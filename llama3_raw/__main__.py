@@ -16,6 +16,7 @@ from torch import Tensor
 from .command_line import add_model_options, add_sampling_options, open_model, peak_memory, positive_int
 from .errors import ArgumentParser, UserError, command_line_tool
 from .generation import StopReason, generate
+from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .weights import Model
 
@@ -76,6 +77,14 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("--stop needs text, and --ids has none; leave one of them out")
     if options.max_new_tokens < 0:
         raise UserError(f"--max-new-tokens should be 0 or more, is {options.max_new_tokens}")
+    settings = {
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "min_p": options.min_p,
+        "repetition_penalty": options.repetition_penalty,
+    }
+    Sampling(**settings)  # complains of what is out of range now, not after a long load
     load_start = time.perf_counter()
     model = open_model(options)
     load_seconds = time.perf_counter() - load_start
@@ -98,11 +107,7 @@ def main(arguments: Sequence[str]) -> int:
             model,
             ids,
             max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            repetition_penalty=options.repetition_penalty,
+            **settings,
             seed=options.seed,
             context=options.context,
             tap=watch.tap if options.top else None,
