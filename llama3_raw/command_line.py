@@ -74,6 +74,9 @@ def positive_int(text: str) -> int:
 def open_model(options: argparse.Namespace) -> Model:
     """Loads the model that the options of `add_model_options` name, and says on stderr which one it took."""
     if options.threads:
+        processors = os.cpu_count() or 1
+        if options.threads > processors:
+            raise UserError(f"--threads {options.threads}: this machine has {processors} processors; give at most that")
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
     folder = find_model(options.weights)

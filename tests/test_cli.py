@@ -189,6 +189,7 @@ WRONG = {
     "context too large": (["x", "--context", "99999"], "--context 99999: the model's own context is"),
     "too long": (["word " * 600], "but the context holds"),
     "threads": (["x", "--threads", "0"], "--threads"),
+    "too many threads": (["x", "--threads", "99999"], "--threads 99999: this machine has"),
     "layers": (["x", "--layers", "99"], "--layers 99"),
     "device": (["x", "--device", "abacus"], "--device abacus: there is no such device"),
     "no such GPU": (["x", "--device", "cuda:77"], "--device cuda:77: torch sees"),
