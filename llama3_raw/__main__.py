@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import sys
@@ -39,7 +40,12 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("prompt", nargs="?", help="the text to continue; - reads it from stdin")
     parser.add_argument("--version", action="version", version=f"llama3_raw {version('llama3_raw')}")
     group = parser.add_argument_group("text")
-    group.add_argument("--ids", action="store_true", help="the prompt is token ids, and so is what is printed")
+    group.add_argument(
+        "--ids",
+        action="store_true",
+        help="the prompt is token ids, and so is what is printed; no tokenizer is used, so no token ends it (unless "
+        "--tokenizer is given)",
+    )
     group.add_argument(
         "--special", action="store_true", help="names such as <|eot_id|> in the prompt are special tokens"
     )
@@ -86,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     }
     Sampling(**settings)  # complains of what is out of range now, not after a long load
     load_start = time.perf_counter()
-    model = open_model(options)
+    model = open_model(options, needs_tokenizer=not options.ids)
     load_seconds = time.perf_counter() - load_start
     tokenizer = model.tokenizer
     if tokenizer is None and not options.ids:
@@ -129,6 +135,8 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is None:
         raise UserError('give a prompt: python -m llama3_raw "Once upon a time", or - to read it from stdin')
     if prompt == "-":
+        if sys.stdin is None:
+            raise UserError("stdin is closed; give the prompt as an argument, or a file by < FILE")
         try:
             prompt = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
@@ -194,7 +202,8 @@ class _Watch:
 
 def _print_text(pieces: Iterator[str], hold: bool) -> bool:
     """Prints the pieces as they come, or all at the end if `hold`; -> whether Ctrl-C stopped it."""
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that cannot show it gets a "?"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a "?"
     held: list[str] = []
     interrupted = False
     try:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .command_line import seed
 from .errors import ArgumentParser, UserError, command_line_tool
 from .params import Params
 from .tokenizer import Tokenizer
@@ -43,7 +44,7 @@ SYNTHETIC: dict[str, tuple[dict[str, Any], bool]] = {
 _CHUNK = 1 << 26  # values made at once
 
 
-def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, seed: int = 0) -> None:
+def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, random_seed: int = 0) -> None:
     """Writes a model of Meta's format and true size with random weights in bf16, in little memory.
 
     Matrices are normal with a standard deviation of 0.02, norms are one. Raises UserError where the folder already
@@ -56,8 +57,9 @@ def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, seed:
     places = list(tensor_places(params, tied))
     n_bytes = sum(2 * torch.Size(place.shape).numel() for place in places)
     checkpoint = folder / "consolidated.00.pth"
-    if checkpoint.exists():
-        raise UserError(f"{checkpoint}: is there already; name another folder, or remove it first")
+    for file in (checkpoint, folder / "params.json", folder / "tokenizer.model"):
+        if file.exists() and not (tokenizer is not None and file.samefile(tokenizer)):
+            raise UserError(f"{file}: is there already; name another folder, or remove it first")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -73,21 +75,21 @@ def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, seed:
         with torch.serialization.skip_data():
             torch.save(empty, part)
         del empty
-        _fill(part, seed, n_bytes)
-        (folder / "params.json").write_text(json.dumps(content) + "\n")
-        if tokenizer is not None:
+        _fill(part, random_seed, n_bytes)
+        if tokenizer is not None and tokenizer.resolve() != (folder / "tokenizer.model").resolve():
             shutil.copyfile(tokenizer, folder / "tokenizer.model")
+        (folder / "params.json").write_text(json.dumps(content) + "\n")
         part.rename(checkpoint)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for what the system refuses
+        raise UserError(f"{folder}: cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
 
 
-def _fill(file: Path, seed: int, n_bytes: int) -> None:
+def _fill(file: Path, random_seed: int, n_bytes: int) -> None:
     """Puts random values into the place of every tensor of a checkpoint that has only its structure yet."""
     structure = torch.load(file, map_location="meta", weights_only=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(random_seed)
     with open(file, "r+b") as opened, tqdm(total=n_bytes, unit="B", unit_scale=True, desc=str(file.parent)) as bar:
         for tensor in structure.values():
             opened.seek(tensor.untyped_storage()._checkpoint_offset)
@@ -111,7 +113,7 @@ def build_parser() -> ArgumentParser:
         help=f"write random weights of true size; SIZE is one of {', '.join(SYNTHETIC)}",
     )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.model to put beside them")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the random weights (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

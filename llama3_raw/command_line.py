@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .errors import UserError
-from .weights import Model, load
+from .weights import Model, find_files, load
 
 DEFAULT_MODEL = "Meta-Llama-3-8B"
 BUILT_IN_MODEL = "tiny"
@@ -60,7 +60,15 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="make tokens seen before less likely (1: off)",
     )
-    group.add_argument("--seed", type=int, help="draw the same tokens each time")
+    group.add_argument("--seed", type=seed, help="draw the same tokens each time")
+
+
+def seed(text: str) -> int:
+    """The type of --seed: what torch's generators take."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"should be from 0 to 2**63 - 1, is {value}")
+    return value
 
 
 def positive_int(text: str) -> int:
@@ -71,8 +79,11 @@ def positive_int(text: str) -> int:
     return value
 
 
-def open_model(options: argparse.Namespace) -> Model:
-    """Loads the model that the options of `add_model_options` name, and says on stderr which one it took."""
+def open_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> Model:
+    """Loads the model that the options of `add_model_options` name, and says on stderr which one it took.
+
+    Unless the tool `needs_tokenizer`, none is read but one that --tokenizer names.
+    """
     if options.threads:
         processors = os.cpu_count() or 1
         if options.threads > processors:
@@ -81,14 +92,14 @@ def open_model(options: argparse.Namespace) -> Model:
     device = choose_device(options.device)
     folder = find_model(options.weights)
     print(f"llama3_raw: {folder.path} ({folder.why}) on {device}", file=sys.stderr)
-    large = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file()) >= _PROGRESS_BAR_FROM
+    size = sum(file.stat().st_size for file in find_files(folder.path)[1])
     return load(
         folder.path,
         device=device,
         dtype=_DTYPES.get(options.dtype),
         layers=options.layers,
-        tokenizer=options.tokenizer,
-        progress=large,
+        tokenizer=options.tokenizer or (None if needs_tokenizer else False),
+        progress=size >= _PROGRESS_BAR_FROM,
     )
 
 

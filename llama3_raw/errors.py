@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 
 class UserError(Exception):
@@ -17,8 +18,12 @@ class UserError(Exception):
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser whose complaints are UserErrors: one line, without the usage text in front of it."""
 
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+        hint = "; a value that begins with - goes behind a =" if message.endswith("expected one argument") else ""
+        raise UserError(f"{message}{hint} (see {self.prog} --help)")
 
 
 class EntryPoint(Protocol):
@@ -30,31 +35,44 @@ class EntryPoint(Protocol):
 def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
     """Turns main(arguments) -> exit status into a tool's entry point.
 
-    UserError becomes one line on stderr and status 2 (a traceback with --debug), Ctrl-C ends with status 130, and a
-    reader that closes stdout (`| head -1`) ends the tool without a word.
+    UserError, and what the system refuses (OSError), become one line on stderr and status 2 (a traceback with
+    --debug), Ctrl-C ends with status 130, and a reader that closes stdout (`| head -1`) ends the tool without a word.
     """
 
     def entry_point(arguments: Sequence[str] | None = None) -> int:
         arguments = list(sys.argv[1:] if arguments is None else arguments)
+        # a stream that was closed before the start is None, and print would take stdout for it
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
         try:
             status = main(arguments)
             sys.stdout.flush()
             return status
-        except UserError as error:
-            if "--debug" in arguments:
-                raise
-            print(f"llama3_raw: error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
         except KeyboardInterrupt:
             print("\nllama3_raw: stopped by Ctrl-C", file=sys.stderr)
             return 130
         except BrokenPipeError:
-            # Python flushes stdout once more at exit; give it somewhere to write (docs.python.org, "Note on SIGPIPE").
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _give_up_stdout()
             return 141
+        except (UserError, OSError) as error:
+            if "--debug" in arguments:
+                raise
+            message = str(error)
+            if isinstance(error, OSError):
+                message = f"{error.filename or 'output'}: {error.strerror or error}"
+                if error.filename is None:  # stdout itself, on a full disk say
+                    _give_up_stdout()
+            print(f"llama3_raw: error: {' '.join(message.split())}", file=sys.stderr)
+            return 2
 
     entry_point.__doc__ = main.__doc__
     return entry_point
+
+
+def _give_up_stdout() -> None:
+    """Python flushes stdout once more at exit; gives it somewhere to write. (docs.python.org, "Note on SIGPIPE")"""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_beginning(path: Path, size: int = 512) -> bytes:

@@ -55,11 +55,15 @@ def generate(
         holds all tokens but the last one yielded. None makes one that is just large enough.
     ops: None takes the set that suits the device. tap: as in `forward`.
 
-    Raises UserError for an empty prompt, ids outside the vocabulary, a prompt that leaves no room in the context, and
-    sampling settings out of range; at the call, not at the first token.
+    Raises UserError for an empty prompt, ids outside the vocabulary, a prompt longer than the context, a cache that the
+    memory does not hold, and settings out of range; at the call, not at the first token.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    limit = min(context or model.params.max_seq_len, cache.max_seq_len if cache else model.params.max_seq_len)
+    limit = model.params.max_seq_len if context is None else context
+    if cache is not None:
+        limit = min(limit, cache.max_seq_len)
+    if limit < 1 or start < 0:
+        raise UserError(f"the context should be 1 or more and the start 0 or more, are {limit} and {start}")
     if not len(ids):
         raise UserError("the prompt is empty; give at least one token")
     for token in ids:
@@ -75,7 +79,12 @@ def generate(
         stop_ids = model.tokenizer.stop_ids if model.tokenizer else ()
     budget = min(max_new_tokens, limit - start - len(ids))
     if cache is None:
-        cache = KVCache.allocate(model.params, max_seq_len=len(ids) + budget, like=model.weights)
+        try:
+            cache = KVCache.allocate(model.params, max_seq_len=len(ids) + budget, like=model.weights)
+        except RuntimeError as error:  # torch's only word for memory that the CPU does not have
+            raise UserError(
+                f"a cache for {len(ids) + budget} tokens does not fit into memory; lower --max-new-tokens or --context"
+            ) from error
     device = model.weights.tok_embeddings.device
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)

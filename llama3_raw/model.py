@@ -211,12 +211,12 @@ def forward(
     logits_at: None for every position; an index into T, or a tensor [...] of one index per row -> [..., vocab_size].
     tap: called at every named point, in order; the computation goes on with the tensor that it returns.
 
-    Raises ValueError where `start` is given without a cache or the tokens do not fit into it.
+    Raises ValueError where `start` is given without a cache, or an int `start` leaves the tokens no room in it.
     """
     length = tokens.shape[-1]
     if cache is None and not (isinstance(start, int) and start == 0):
         raise ValueError("start needs the cache that holds the tokens before it")
-    if cache is not None and isinstance(start, int) and start + length > cache.max_seq_len:
+    if cache is not None and isinstance(start, int) and not 0 <= start <= cache.max_seq_len - length:
         raise ValueError(f"{length} tokens from position {start} on overrun the {cache.max_seq_len} of the cache")
     rotation = rope_rotation(token_positions(start, length, tokens.device), params)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 
 from .errors import UserError, name_impostor, read_beginning
 
-_LARGEST = 2**31  # no number of a model comes near it
+# beyond what any model has; a file that says more is damaged
+_LARGEST = 2**31
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -117,19 +119,21 @@ class Params:
             raise UserError(f"hidden_act = {content['hidden_act']!r} changes the computation; only 'silu' is supported")
         dim = fields.integer("hidden_size")
         n_heads = fields.integer("num_attention_heads")
-        if "head_dim" not in content and dim % n_heads:
+        if content.get("head_dim") is None and dim % n_heads:
             raise UserError(f"hidden_size = {dim} does not divide into num_attention_heads = {n_heads} heads")
 
         # transformers 5 keeps everything about RoPE in rope_parameters; before, rope_theta stood beside rope_scaling
-        rope = fields.mapping("rope_parameters") or fields.mapping("rope_scaling")
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "llama3"):
-            raise UserError(
-                f"rope type {rope_type!r} changes the computation; only 'default' and 'llama3' are supported"
-            )
-        for source in (content, rope):
+        new, old = fields.mapping("rope_parameters"), fields.mapping("rope_scaling")
+        for source in (content, new, old):
+            rope_type = source.get("rope_type", source.get("type", "default"))
+            if rope_type not in ("default", "llama3"):
+                raise UserError(f"rope type {rope_type!r} changes the computation; only default or llama3 will do")
             if source.get("partial_rotary_factor", 1.0) != 1.0:
                 raise UserError(f"partial_rotary_factor = {source['partial_rotary_factor']!r} is not supported")
+        rope = new or old
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise UserError("rope_parameters that differ from layer to layer are not supported")
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
         rope_fields = _Fields({"rope_theta": content.get("rope_theta"), **rope})
         scaling = None
         if rope_type == "llama3":
@@ -187,7 +191,7 @@ class _Fields:
 
     def number(self, key: str, default: Any = REQUIRED) -> Any:
         value = self._get(key, default, (int, float), "a positive number")
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and not 0 < value <= sys.float_info.max:
             raise UserError(f"{key} should be a positive number, is {value!r}")
         return value if value is None else float(value)
 
@@ -201,6 +205,8 @@ class _Fields:
 
 def _checked(params: Params) -> Params:
     """The params themselves, once what they say of the heads and of RoPE can be true."""
+    if params.n_layers > _MOST_LAYERS:
+        raise UserError(f"{params.n_layers} layers cannot be; the largest Llama has 126")
     if params.n_heads % params.n_kv_heads:
         raise UserError(f"{params.n_heads} heads cannot share {params.n_kv_heads} kv heads evenly")
     if params.head_dim % 2:

@@ -34,7 +34,7 @@ class Sampling:
             ("top-k", self.top_k, self.top_k >= 0, "0 (all tokens) or more"),
             ("top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "above 0"),
+            ("repetition-penalty", self.repetition_penalty, 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
         ):
             if not allowed:
                 raise UserError(f"--{option} should be {expected}, is {value}")
@@ -49,10 +49,12 @@ def penalise_repetition(logits: Tensor, seen: Sequence[int] | Tensor, penalty: f
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """[..., vocab] -> [..., vocab] fp32: the distribution that `sampling` draws from. The temperature must not be 0."""
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    # the largest at 0, so that the smallest of temperatures makes no infinity out of it
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        kept = logits.topk(sampling.top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
     probs = logits.softmax(dim=-1)
     if sampling.top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)

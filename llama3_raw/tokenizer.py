@@ -46,7 +46,7 @@ SPECIAL_TOKENS = _NAMED_SPECIAL_TOKENS + tuple(
 
 # tiktoken overflows its stack on longer runs (github.com/openai/tiktoken/issues/195); Meta cuts them at this length
 _LONGEST_RUN = 25_000
-_TOO_LONG_RUN = re.compile(rf"\s{{{_LONGEST_RUN + 1},}}|\S{{{_LONGEST_RUN + 1},}}")
+_RUN = re.compile(r"\s+|\S+")
 
 
 class Tokenizer:
@@ -97,7 +97,8 @@ class Tokenizer:
         """Token ids -> the text piece by piece as they come, up to the first of the texts `stop`, which is left out.
 
         The bytes of a character that is not complete yet, and text that may be the beginning of a stop text, are held
-        back. A last character that never gets complete is left out.
+        back. A last character that never gets complete is left out; one that is broken by what follows it is U+FFFD,
+        as in `decode`.
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         held = ""
@@ -123,7 +124,7 @@ def _overlap(text: str, stop: str) -> int:
 def _cut_long_runs(text: str) -> Iterator[str]:
     """The text in pieces with at most 25,000 characters of space or of non-space in a row, cut where Meta does."""
     start = 0
-    for run in _TOO_LONG_RUN.finditer(text):
+    for run in _RUN.finditer(text):
         for cut in range(run.start() + _LONGEST_RUN, run.end(), _LONGEST_RUN):
             yield text[start:cut]
             start = cut

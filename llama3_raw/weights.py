@@ -11,8 +11,9 @@ import mmap
 import pickle
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -130,12 +131,13 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     layers: int | None = None,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | Literal[False] | None = None,
     progress: bool = False,
 ) -> Model:
     """A folder with Meta's files, a Hugging Face folder, or a repository with Meta's files in original/ -> Model.
 
-    dtype: None keeps the checkpoint's own. layers: only the first so many. tokenizer: a tokenizer.model elsewhere.
+    dtype: None keeps the checkpoint's own. layers: only the first so many. tokenizer: a tokenizer.model elsewhere;
+        None takes the one in the folder or in its original/, if there is one; False reads none.
     progress: read the weights into memory now, with a bar on stderr; otherwise the pages of a CPU model come in as the
         first forward pass uses them.
 
@@ -152,7 +154,8 @@ def load(
         for name, tensor in read(file).items():
             found.setdefault(name, []).append(tensor)
     weights = _build(params, found, str(folder), torch.device(device), dtype, layers, progress)
-    return Model(params, weights, _find_tokenizer(folder, tokenizer, params))
+    params = replace(params, n_layers=len(weights.layers))
+    return Model(params, weights, None if tokenizer is False else _find_tokenizer(folder, tokenizer, params))
 
 
 def find_files(folder: Path) -> tuple[Path, list[Path]]:
@@ -163,14 +166,13 @@ def find_files(folder: Path) -> tuple[Path, list[Path]]:
         checkpoints = sorted(place.glob("consolidated.*.pth"))
         if checkpoints and (place / "params.json").exists():
             return place / "params.json", checkpoints
-    index, config = folder / "model.safetensors.index.json", folder / "config.json"
     shards = sorted(folder.glob("*.safetensors"))
+    index, config = folder / "model.safetensors.index.json", folder / "config.json"
     if config.exists() and index.exists():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index}: not a safetensors index: {error!r}") from error
-        shards = [folder / name for name in names]
+            shards = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
+            raise UserError(f"{index}: not a safetensors index ({error!r}); download it again") from error
         for shard in shards:
             if not shard.exists():
                 raise UserError(f"{index}: names {shard.name}, which is not in the folder; download it")
@@ -226,8 +228,13 @@ def _map_checkpoint(file: Path) -> dict[str, Tensor]:
     memory = _map_file(file)
     tensors = {}
     for name, tensor in structure.items():
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"{file}: {name} should be a tensor, is a {type(tensor).__name__}")
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            what = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise UserError(f"{file}: {name!r} should be a name with a plain tensor, is a {what}")
+        if name.endswith(_IGNORED_ENDINGS):
+            continue
+        if not tensor.numel():
+            raise UserError(f"{file}: {name} is empty; download the file again")
         storage = tensor.untyped_storage()
         count = storage.nbytes() // tensor.dtype.itemsize
         offset = storage._checkpoint_offset  # set by torch.load on the meta device
@@ -258,9 +265,11 @@ def _map_safetensors(file: Path) -> dict[str, Tensor]:
     tensors = {}
     for name, entry in header.items():
         dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise UserError(f"{file}: {name} has dtype {entry['dtype']}; only BF16, F16 and F32 are supported")
         begin, end = entry["data_offsets"]
+        if name.endswith(_IGNORED_ENDINGS):
+            continue
+        if dtype is None or begin == end:
+            raise UserError(f"{file}: {name} is {entry['shape']} {entry['dtype']}; should be BF16, F16 or F32")
         flat = torch.frombuffer(memory, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=header_end + begin)
         tensors[name] = flat.view(entry["shape"])
     return tensors
@@ -281,7 +290,7 @@ def _build(
     places = list(tensor_places(params, tied))
     wanted = {place.hf_name if hf else place.meta_name: place for place in places}
     for name in found:
-        if name not in wanted and not name.endswith(_IGNORED_ENDINGS):
+        if name not in wanted:
             raise UserError(f"{source}: unexpected tensor {name}; the params describe a model without it")
     checkpoint_dtype = None
     for name, place in wanted.items():
@@ -289,7 +298,8 @@ def _build(
             raise UserError(f"{source}: tensor {name} is missing; it should be {list(place.shape)}")
         shape = _joined_shape(place, found[name])
         if shape != place.shape:
-            raise UserError(f"{source}: tensor {name} is {list(shape)}, should be {list(place.shape)} by the params")
+            has = list(shape) if shape else " and ".join(str(list(part.shape)) for part in found[name])
+            raise UserError(f"{source}: tensor {name} is {has}, should be {list(place.shape)} by the params")
         for part in found[name]:
             checkpoint_dtype = checkpoint_dtype or part.dtype
             if part.dtype not in _SAFETENSORS_DTYPES.values() or (part.dtype != checkpoint_dtype and dtype is None):
@@ -310,8 +320,15 @@ def _build(
                 tensor = torch.cat(list(parts), dim=_SHARDED_DIMENSION[place.field])
             if hf and place.field in ("wq", "wk"):
                 tensor = interleave_pairs(tensor, params.head_dim)
-            moved = tensor.to(device=device, dtype=dtype)
-            if progress and moved is parts[0] and place.field != "tok_embeddings":  # of which only single rows are used
+            try:
+                moved = tensor.to(device=device, dtype=dtype)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"{source}: {total / 1e9:.1f} GB of weights do not fit on {device}, from {name} on; "
+                    "use --device cpu, or fewer --layers"
+                ) from error
+            rows_only = place.field == "tok_embeddings" and not tied  # of which a prompt uses but a few rows
+            if progress and moved is parts[0] and moved.is_contiguous() and not rows_only:
                 _touch(moved, bar)
             else:
                 bar.update(sum(part.nbytes for part in parts))
@@ -324,11 +341,16 @@ def _build(
     )
 
 
-def _joined_shape(place: TensorPlace, parts: Sequence[Tensor]) -> tuple[int, ...]:
-    shape = list(parts[0].shape)
+def _joined_shape(place: TensorPlace, parts: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """The shape of the tensor that the parts make together; None where they do not fit together."""
+    if len(parts) == 1:
+        return tuple(parts[0].shape)
     dimension = _SHARDED_DIMENSION.get(place.field)
-    if len(parts) > 1 and dimension is not None and all(part.dim() == len(place.shape) for part in parts):
-        shape[dimension] = sum(part.shape[dimension] for part in parts)
+    if any(part.shape != parts[0].shape for part in parts) or (dimension is not None and parts[0].dim() != 2):
+        return None
+    shape = list(parts[0].shape)
+    if dimension is not None:
+        shape[dimension] *= len(parts)
     return tuple(shape)
 
 

@@ -53,6 +53,13 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("small")
+def test_a_tokenizer_that_is_in_place_already(tmp_path: Path, meta_tokenizer_file: Path) -> None:
+    shutil.copy(meta_tokenizer_file, tmp_path / "tokenizer.model")
+    make_synthetic("small", tmp_path, tmp_path / "tokenizer.model")
+    assert llama3_raw.load(tmp_path).tokenizer is not None
+
+
+@pytest.mark.usefixtures("small")
 def test_a_full_disk_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(bench.shutil, "disk_usage", lambda _: usage._replace(free=1000))

@@ -106,6 +106,8 @@ def test_what_is_refused_before_the_first_token(counter: Counter, model: Model) 
         ([VOCAB], {}, f"token id {VOCAB} is outside"),
         ([-1], {}, "token id -1 is outside"),
         ([1] * 6, {"context": 5}, "needs 6 positions, but the context holds 5"),
+        ([1], {"context": 0}, "the context should be 1 or more"),
+        ([1], {"start": -1}, "the start 0 or more"),
         ([1], {"max_new_tokens": -1}, "max_new_tokens should be 0 or more"),
         ([1], {"temperature": -1.0}, "--temperature"),
     ):
@@ -125,6 +127,12 @@ def test_the_cache_is_no_larger_than_needed(tiny: Model, monkeypatch: pytest.Mon
     monkeypatch.setattr(KVCache, "allocate", spy)
     run(generate(tiny, [1, 2, 3], max_new_tokens=7, stop_ids=()))
     assert sizes == [10]
+
+
+def test_a_cache_larger_than_the_memory(tiny: Model) -> None:
+    endless = tiny._replace(params=replace(tiny.params, max_seq_len=2**40))
+    with pytest.raises(UserError, match="does not fit into memory; lower --max-new-tokens"):
+        generate(endless, [1], max_new_tokens=2**39)
 
 
 def test_chunks_give_the_same_tokens(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:

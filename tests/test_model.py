@@ -215,11 +215,12 @@ def test_logits_at(fp32: Model) -> None:
 def test_what_cannot_be_is_refused(fp32: Model) -> None:
     cache = KVCache.allocate(fp32.params, max_seq_len=8, like=fp32.weights)
     tokens = tokens_for(fp32.params, 5)
-    with pytest.raises(ValueError, match="overrun the 8 of the cache"):
-        forward(fp32.weights, fp32.params, tokens, cache=cache, start=4)
-    for start in (3, torch.tensor(0)):
+    for start in (4, -1):
+        with pytest.raises(ValueError, match="overrun the 8 of the cache"):
+            forward(fp32.weights, fp32.params, tokens, cache=cache, start=start)
+    for lone_start in (3, torch.tensor(0)):
         with pytest.raises(ValueError, match="start needs the cache"):
-            forward(fp32.weights, fp32.params, tokens, start=start)
+            forward(fp32.weights, fp32.params, tokens, start=lone_start)
 
 
 def test_rope_is_the_complex_product() -> None:

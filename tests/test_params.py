@@ -112,6 +112,9 @@ WRONG_META = [
     ({"norm_eps": "1e-5"}, "norm_eps should be a positive number"),
     ({"norm_eps": float("nan")}, "norm_eps should be a positive number"),
     ({"norm_eps": 0}, "norm_eps should be a positive number"),
+    ({"norm_eps": 10**400}, "norm_eps should be a positive number"),
+    ({"ffn_dim_multiplier": 1e300}, "ffn_dim_multiplier = 1e.300 makes the feed-forward impossible"),
+    ({"n_layers": 10**9}, "1000000000 layers cannot be"),
     ({"rope_theta": -1.0}, "rope_theta should be a positive number"),
     ({"use_scaled_rope": 1}, "use_scaled_rope should be true or false, is 1"),
     ({"n_heads": 5}, "dim = 64 does not divide into n_heads = 5"),
@@ -145,6 +148,9 @@ WRONG_HF = [
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     ({"num_attention_heads": 7}, "hidden_size = 64 does not divide"),
     ({"head_dim": 15}, "head of 15 values"),
+    ({"head_dim": None, "num_attention_heads": 5}, "hidden_size = 64 does not divide"),
+    ({"rope_parameters": {"rope_theta": 1.0}, "rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn'"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "differ from layer to layer"),
 ]
 
 

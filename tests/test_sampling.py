@@ -71,6 +71,14 @@ def test_same_order_of_filters_as_transformers() -> None:
     torch.testing.assert_close(ours, theirs.softmax(-1))
 
 
+def test_the_smallest_temperature_is_greedy() -> None:
+    assert probabilities(LOGITS, Sampling(1e-45)).tolist() == [1, 0, 0, 0, 0]
+
+
+def test_top_k_keeps_k_of_equals() -> None:
+    assert int((probabilities(torch.ones(2, 9), Sampling(1.0, top_k=3)) > 0).sum()) == 6
+
+
 def test_greedy_is_the_default() -> None:
     assert sample(LOGITS) == 0
     assert sample(LOGITS.view(1, 5)).tolist() == [0]
@@ -103,7 +111,8 @@ def test_seeds_reproduce() -> None:
         ({"top_p": 1.1}, "--top-p"),
         ({"min_p": -0.1}, "--min-p"),
         ({"min_p": 1.5}, "--min-p"),
-        ({"repetition_penalty": 0.0}, "--repetition-penalty"),
+        ({"repetition_penalty": 1e-300}, "--repetition-penalty"),
+        ({"repetition_penalty": 101.0}, "--repetition-penalty"),
     ],
 )
 def test_out_of_range(setting: dict[str, float], option: str) -> None:
