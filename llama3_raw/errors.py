@@ -76,7 +76,7 @@ def _give_up_stdout() -> None:
 
 
 def read_beginning(path: Path, size: int = 512) -> bytes:
-    """The first bytes of a file the user named; raises UserError where it is missing, empty or not readable."""
+    """The first bytes of a model file. Raises UserError where it is missing, empty, or a page or a pointer instead."""
     try:
         with open(path, "rb") as file:
             beginning = file.read(size)
@@ -84,14 +84,9 @@ def read_beginning(path: Path, size: int = 512) -> bytes:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if not beginning:
         raise UserError(f"{path}: the file is empty; download it again")
-    return beginning
-
-
-def name_impostor(beginning: bytes) -> str | None:
-    """What a file really is, where it is one of the things that often lie in a model file's place; None otherwise."""
     text = beginning.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "an HTML page (a login or error page saved in place of the file): download the file itself"
+        raise UserError(f"{path}: this is an HTML page (a login or error page, say); download the file itself")
     if text.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the file it points to: run `git lfs pull`"
-    return None
+        raise UserError(f"{path}: this is a git-lfs pointer, not the file it points to; run `git lfs pull`")
+    return beginning

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, name_impostor, read_beginning
+from .errors import UserError, read_beginning
 
 # beyond what any model has; a file that says more is damaged
 _LARGEST = 2**31
@@ -50,12 +50,11 @@ class Params:
     def from_file(path: str | Path) -> Params:
         """Reads params.json or config.json. Raises UserError naming the file and the key that is wrong."""
         path = Path(path)
-        beginning = read_beginning(path)
+        read_beginning(path)
         try:
             content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            impostor = name_impostor(beginning)
-            raise UserError(f"{path}: {'this is ' + impostor if impostor else f'not valid JSON: {error}'}") from error
+            raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
         if not isinstance(content, dict):
             raise UserError(f"{path}: should hold a JSON object, holds a {type(content).__name__}")
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tiktoken
 
-from .errors import UserError, name_impostor, read_beginning
+from .errors import UserError, read_beginning
 
 # Meta's pattern: text is cut into these pieces first, and only bytes within a piece are merged
 SPLIT_PATTERN = (
@@ -137,13 +137,10 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     Read here because tiktoken's own reader keeps a copy in the shared temporary folder, by path alone.
     """
     beginning = read_beginning(path)
-    impostor = name_impostor(beginning)
-    if impostor is None and beginning.lstrip().startswith(b"{"):
-        impostor = "a JSON file (perhaps Hugging Face's tokenizer.json): use original/tokenizer.model of the repository"
-    if impostor is None and b"<unk>" in beginning:
-        impostor = "a SentencePiece model, as Llama 1 and 2 have: Llama 3 comes with another tokenizer.model"
-    if impostor:
-        raise UserError(f"{path}: this is {impostor}")
+    if beginning.lstrip().startswith(b"{"):
+        raise UserError(f"{path}: this is a JSON file; take the repository's original/tokenizer.model")
+    if b"<unk>" in beginning:
+        raise UserError(f"{path}: this is a SentencePiece model, of Llama 1 or 2, say; Llama 3's is another file")
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import UserError, name_impostor, read_beginning
+from .errors import UserError, read_beginning
 from .params import Params
 from .tokenizer import Tokenizer
 
@@ -81,6 +81,10 @@ _SHARDED_DIMENSION = {
     **dict.fromkeys(("tok_embeddings", "output", "wq", "wk", "wv", "w1", "w3"), 0),
     **dict.fromkeys(("wo", "w2"), 1),
 }
+
+
+# what weights may be stored as, by their names in safetensors
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class TensorPlace(NamedTuple):
@@ -210,11 +214,7 @@ def _map_file(file: Path) -> mmap.mmap:
 
 def _map_checkpoint(file: Path) -> dict[str, Tensor]:
     """Name -> tensor of a file that torch.save wrote. Only plain tensors are unpickled; nothing in the file can run."""
-    beginning = read_beginning(file)
-    impostor = name_impostor(beginning)
-    if impostor:
-        raise UserError(f"{file}: this is {impostor}")
-    if not beginning.startswith(b"PK"):
+    if not read_beginning(file).startswith(b"PK"):
         raise UserError(f"{file}: not a checkpoint of torch.save (not a zip file); download it again")
     try:
         # the structure alone; each storage remembers where in the file its bytes are
@@ -245,14 +245,9 @@ def _map_checkpoint(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-_SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
 def _map_safetensors(file: Path) -> dict[str, Tensor]:
     """Name -> tensor of a safetensors file."""
-    impostor = name_impostor(read_beginning(file))
-    if impostor:
-        raise UserError(f"{file}: this is {impostor}")
+    read_beginning(file)
     try:
         with safe_open(file, framework="np"):  # checks the header and the length of the file
             pass
@@ -264,7 +259,7 @@ def _map_safetensors(file: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+        dtype = _DTYPES.get(entry["dtype"])
         begin, end = entry["data_offsets"]
         if name.endswith(_IGNORED_ENDINGS):
             continue
@@ -284,30 +279,12 @@ def _build(
     layers: int | None = None,
     progress: bool = False,
 ) -> Weights:
-    """The tensors of a checkpoint (several shards each, or one) -> Weights, checked, on `device`, one by one."""
+    """The tensors of a checkpoint (several shards each, or one) -> Weights, checked, moved to `device` one by one."""
     hf = any(name.startswith("model.") for name in found)
     tied = ("lm_head.weight" if hf else "output.weight") not in found
     places = list(tensor_places(params, tied))
     wanted = {place.hf_name if hf else place.meta_name: place for place in places}
-    for name in found:
-        if name not in wanted:
-            raise UserError(f"{source}: unexpected tensor {name}; the params describe a model without it")
-    checkpoint_dtype = None
-    for name, place in wanted.items():
-        if name not in found:
-            raise UserError(f"{source}: tensor {name} is missing; it should be {list(place.shape)}")
-        shape = _joined_shape(place, found[name])
-        if shape != place.shape:
-            has = list(shape) if shape else " and ".join(str(list(part.shape)) for part in found[name])
-            raise UserError(f"{source}: tensor {name} is {has}, should be {list(place.shape)} by the params")
-        for part in found[name]:
-            checkpoint_dtype = checkpoint_dtype or part.dtype
-            if part.dtype not in _SAFETENSORS_DTYPES.values() or (part.dtype != checkpoint_dtype and dtype is None):
-                raise UserError(
-                    f"{source}: tensor {name} is {part.dtype}, should be {checkpoint_dtype} like the rest "
-                    "(bfloat16, float16 or float32)"
-                )
-
+    _check(found, wanted, source, may_mix=dtype is not None)
     kept = {name: place for name, place in wanted.items() if layers is None or (place.layer or 0) < layers}
     total = sum(part.nbytes for name in kept for part in found[name])
     top: dict[str, Tensor] = {}
@@ -339,6 +316,30 @@ def _build(
         norm=top["norm"],
         output=top["tok_embeddings" if tied else "output"],
     )
+
+
+def _check(
+    found: Mapping[str, Sequence[Tensor]], wanted: Mapping[str, TensorPlace], source: str, may_mix: bool
+) -> None:
+    """Raises UserError naming the first tensor that is too many, missing, or of another shape or dtype than wanted."""
+    for name in found:
+        if name not in wanted:
+            raise UserError(f"{source}: unexpected tensor {name}; the params describe a model without it")
+    common = None
+    for name, place in wanted.items():
+        if name not in found:
+            raise UserError(f"{source}: tensor {name} is missing; it should be {list(place.shape)}")
+        shape = _joined_shape(place, found[name])
+        if shape != place.shape:
+            has = list(shape) if shape else " and ".join(str(list(part.shape)) for part in found[name])
+            raise UserError(f"{source}: tensor {name} is {has}, should be {list(place.shape)} by the params")
+        for dtype in (part.dtype for part in found[name]):
+            common = common or dtype
+            if dtype not in _DTYPES.values() or (dtype != common and not may_mix):
+                raise UserError(
+                    f"{source}: tensor {name} is {dtype}, should be {common} like the rest (bfloat16, float16 or "
+                    "float32; --dtype turns a mixture into one of them)"
+                )
 
 
 def _joined_shape(place: TensorPlace, parts: Sequence[Tensor]) -> tuple[int, ...] | None:
