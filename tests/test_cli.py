@@ -332,7 +332,8 @@ def test_the_first_words_come_before_the_last() -> None:
     """Text is printed as it is generated, also into a pipe."""
     command = [*COMMAND, "Once upon a time", "--max-new-tokens", "200"]
     arrivals = 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         while os.read(process.stdout.fileno(), 4096):
             arrivals += 1
