@@ -81,6 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     prompt = _read_prompt(options.prompt)
     if options.ids and options.stop:
         raise UserError("--stop needs text, and --ids has none; leave one of them out")
+    ids = _parse_ids(prompt) if options.ids else []
     if options.max_new_tokens < 0:
         raise UserError(f"--max-new-tokens should be 0 or more, is {options.max_new_tokens}")
     settings = {
@@ -101,10 +102,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     if options.context and options.context > model.params.max_seq_len:
         raise UserError(f"--context {options.context}: the model's own context is {model.params.max_seq_len} tokens")
-    if options.ids:
-        ids = _parse_ids(prompt)
-    else:
-        assert tokenizer is not None
+    if tokenizer is not None and not options.ids:
         ids = tokenizer.encode(prompt, bos=True, allow_special=options.special)
 
     watch = _Watch(options.top, tokenizer)
@@ -119,10 +117,9 @@ def main(arguments: Sequence[str]) -> int:
             tap=watch.tap if options.top else None,
         )
     )
-    if options.ids:
+    if tokenizer is None or options.ids:
         pieces: Iterator[str] = (f"{' ' if i else ''}{token}" for i, token in enumerate(generated))
     else:
-        assert tokenizer is not None
         pieces = tokenizer.stream(generated, options.stop)
     interrupted = _print_text(pieces, hold=bool(options.top) and sys.stdout.isatty())
     print(f"llama3_raw: {_why_it_stopped(watch, options, interrupted)}", file=sys.stderr)

@@ -29,7 +29,7 @@ class StopReason(enum.Enum):
 
 def generate(
     model: Model,
-    ids: Sequence[int],
+    ids: Sequence[int] | Tensor,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -62,28 +62,30 @@ def generate(
     limit = model.params.max_seq_len if context is None else context
     if cache is not None:
         limit = min(limit, cache.max_seq_len)
-    if limit < 1 or start < 0:
-        raise UserError(f"the context should be 1 or more and the start 0 or more, are {limit} and {start}")
-    if not len(ids):
+    if limit < 1:
+        raise UserError(f"the context should be 1 or more, is {limit}")
+    if start < 0 or (start > 0 and cache is None):
+        raise UserError(f"start should be how many tokens the given cache holds, is {start}")
+    prompt = [int(token) for token in ids]
+    if not prompt:
         raise UserError("the prompt is empty; give at least one token")
-    for token in ids:
+    for token in prompt:
         if not 0 <= token < model.params.vocab_size:
             raise UserError(f"token id {token} is outside the model's vocabulary of {model.params.vocab_size}")
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens should be 0 or more, is {max_new_tokens}")
-    if start + len(ids) > limit:
-        raise UserError(
-            f"the prompt needs {start + len(ids)} positions, but the context holds {limit}; shorten the prompt"
-        )
+    end = start + len(prompt)
+    if end > limit:
+        raise UserError(f"the prompt needs {end} positions, but the context holds {limit}; shorten the prompt")
     if stop_ids is None:
         stop_ids = model.tokenizer.stop_ids if model.tokenizer else ()
-    budget = min(max_new_tokens, limit - start - len(ids))
+    budget = min(max_new_tokens, limit - end)
     if cache is None:
         try:
-            cache = KVCache.allocate(model.params, max_seq_len=len(ids) + budget, like=model.weights)
+            cache = KVCache.allocate(model.params, max_seq_len=end + budget, like=model.weights)
         except RuntimeError as error:  # torch's only word for memory that the CPU does not have
             raise UserError(
-                f"a cache for {len(ids) + budget} tokens does not fit into memory; lower --max-new-tokens or --context"
+                f"a cache for {end + budget} tokens does not fit into memory; lower --max-new-tokens or --context"
             ) from error
     device = model.weights.tok_embeddings.device
     generator = torch.Generator(device)
@@ -104,9 +106,9 @@ def generate(
             )
 
     def tokens() -> Generator[int, None, StopReason]:
-        seen = list(ids)
+        seen = list(prompt)
         position = start
-        new = seen
+        new = prompt
         for _ in range(budget):
             for begin in range(0, len(new), PREFILL_CHUNK):
                 chunk = new[begin : begin + PREFILL_CHUNK]

@@ -58,6 +58,10 @@ def test_budget(counter: Counter, model: Model) -> None:
     assert run(generate(model, [1], max_new_tokens=0)) == ([], StopReason.MAX_NEW_TOKENS)
 
 
+def test_the_prompt_may_be_a_tensor(counter: Counter, model: Model) -> None:
+    assert list(generate(model, torch.tensor([1, 2]), max_new_tokens=2)) == [3, 4]
+
+
 def test_end_token(counter: Counter, model: Model) -> None:
     assert run(generate(model, [1], max_new_tokens=9, stop_ids=[4, 8])) == ([2, 3], StopReason.END_TOKEN)
 
@@ -107,7 +111,8 @@ def test_what_is_refused_before_the_first_token(counter: Counter, model: Model) 
         ([-1], {}, "token id -1 is outside"),
         ([1] * 6, {"context": 5}, "needs 6 positions, but the context holds 5"),
         ([1], {"context": 0}, "the context should be 1 or more"),
-        ([1], {"start": -1}, "the start 0 or more"),
+        ([1], {"start": -1}, "start should be how many tokens the given cache holds"),
+        ([1], {"start": 3}, "start should be how many tokens the given cache holds"),
         ([1], {"max_new_tokens": -1}, "max_new_tokens should be 0 or more"),
         ([1], {"temperature": -1.0}, "--temperature"),
     ):
