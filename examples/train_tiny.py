@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from stories15m import BOS, EOS, Stories15M, load_stories15m
 from tqdm import tqdm
 
-from llama3_raw import KVCache, Params, Tokenizer, Weights, forward
+from llama3_raw import KVCache, Params, Tokenizer, UserError, Weights, forward
 from llama3_raw.errors import ArgumentParser, command_line_tool
 from llama3_raw.sampling import Sampling, sample
 from llama3_raw.tokenizer import SPLIT_PATTERN
@@ -94,6 +94,8 @@ def train_tokenizer(stories: list[str], n_ranks: int, file: Path) -> Tokenizer:
     to_byte = {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [bytes(to_byte[character] for character in token) for token, _ in merged if len(token) > 1]
+    if len(tokens) < n_ranks:
+        raise UserError(f"the text gives {len(tokens)} tokens, {n_ranks} are wanted; give more text")
     file.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
     return Tokenizer(file)
 
