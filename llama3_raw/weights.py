@@ -205,7 +205,7 @@ def _find_tokenizer(folder: Path, given: str | Path | None, params: Params) -> T
 def _map_file(file: Path) -> mmap.mmap:
     """The file as memory: writes stay private, and no swap is reserved, so that it may be larger than the RAM."""
     with open(file, "rb") as opened:
-        if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        if sys.platform == "win32":
             return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # in Python since 3.13
         flags, protection = mmap.MAP_PRIVATE | no_reserve, mmap.PROT_READ | mmap.PROT_WRITE
