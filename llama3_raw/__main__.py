@@ -43,8 +43,8 @@ def build_parser() -> ArgumentParser:
     group.add_argument(
         "--ids",
         action="store_true",
-        help="the prompt is token ids, and so is what is printed; no tokenizer is used, so no token ends it (unless "
-        "--tokenizer is given)",
+        help="the prompt is token ids, and so is what is printed; needs no tokenizer (where there is none, no token "
+        "ends the text)",
     )
     group.add_argument(
         "--special", action="store_true", help="names such as <|eot_id|> in the prompt are special tokens"
@@ -81,6 +81,8 @@ def main(arguments: Sequence[str]) -> int:
     prompt = _read_prompt(options.prompt)
     if options.ids and options.stop:
         raise UserError("--stop needs text, and --ids has none; leave one of them out")
+    if "" in options.stop:
+        raise UserError("--stop should not be empty")
     ids = _parse_ids(prompt) if options.ids else []
     if options.max_new_tokens < 0:
         raise UserError(f"--max-new-tokens should be 0 or more, is {options.max_new_tokens}")
@@ -93,30 +95,26 @@ def main(arguments: Sequence[str]) -> int:
     }
     Sampling(**settings)  # complains of what is out of range now, not after a long load
     load_start = time.perf_counter()
-    model = open_model(options, needs_tokenizer=not options.ids)
+    model, which = open_model(options, needs_tokenizer=not options.ids)
     load_seconds = time.perf_counter() - load_start
     tokenizer = model.tokenizer
-    if tokenizer is None and not options.ids:
-        raise UserError(
-            "there is no tokenizer.model with these weights; give --tokenizer FILE, or token ids with --ids"
-        )
     if options.context and options.context > model.params.max_seq_len:
         raise UserError(f"--context {options.context}: the model's own context is {model.params.max_seq_len} tokens")
     if tokenizer is not None and not options.ids:
         ids = tokenizer.encode(prompt, bos=True, allow_special=options.special)
 
     watch = _Watch(options.top, tokenizer)
-    generated = watch.over(
-        generate(
-            model,
-            ids,
-            max_new_tokens=options.max_new_tokens,
-            **settings,
-            seed=options.seed,
-            context=options.context,
-            tap=watch.tap if options.top else None,
-        )
+    tokens = generate(
+        model,
+        ids,
+        max_new_tokens=options.max_new_tokens,
+        **settings,
+        seed=options.seed,
+        context=options.context,
+        tap=watch.tap if options.top else None,
     )
+    print(f"llama3_raw: {which}", file=sys.stderr)
+    generated = watch.over(tokens)
     if tokenizer is None or options.ids:
         pieces: Iterator[str] = (f"{' ' if i else ''}{token}" for i, token in enumerate(generated))
     else:

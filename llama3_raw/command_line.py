@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from .errors import UserError
-from .weights import Model, find_files, load
+from .params import Params
+from .weights import Model, find_files, find_tokenizer, load
 
 DEFAULT_MODEL = "Meta-Llama-3-8B"
 BUILT_IN_MODEL = "tiny"
@@ -79,10 +80,11 @@ def positive_int(text: str) -> int:
     return value
 
 
-def open_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> Model:
-    """Loads the model that the options of `add_model_options` name, and says on stderr which one it took.
+def open_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> tuple[Model, str]:
+    """Loads the model that the options of `add_model_options` name; -> the model, and a line that says which it is.
 
-    Unless the tool `needs_tokenizer`, none is read but one that --tokenizer names.
+    The tool prints the line once nothing can be wrong with the input any more, so that an error stays one line. Unless
+    it `needs_tokenizer`, one in the folder that is missing or does not fit is no obstacle.
     """
     if options.threads:
         processors = os.cpu_count() or 1
@@ -91,16 +93,24 @@ def open_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> Mod
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
     folder = find_model(options.weights)
-    print(f"llama3_raw: {folder.path} ({folder.why}) on {device}", file=sys.stderr)
-    size = sum(file.stat().st_size for file in find_files(folder.path)[1])
-    return load(
+    params_file, weight_files = find_files(folder.path)
+    try:
+        tokenizer = find_tokenizer(folder.path, options.tokenizer, Params.from_file(params_file))
+    except UserError:
+        if needs_tokenizer or options.tokenizer:
+            raise
+        tokenizer = None
+    if tokenizer is None and needs_tokenizer:
+        raise UserError(f"{folder.path}: there is no tokenizer.model; give --tokenizer FILE, or token ids with --ids")
+    model = load(
         folder.path,
         device=device,
         dtype=_DTYPES.get(options.dtype),
         layers=options.layers,
-        tokenizer=options.tokenizer or (None if needs_tokenizer else False),
-        progress=size >= _PROGRESS_BAR_FROM,
+        tokenizer=False,
+        progress=sum(file.stat().st_size for file in weight_files) >= _PROGRESS_BAR_FROM,
     )
+    return model._replace(tokenizer=tokenizer), f"{folder.path} ({folder.why}) on {device}"
 
 
 def choose_device(name: str) -> torch.device:

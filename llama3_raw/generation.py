@@ -50,9 +50,10 @@ def generate(
     Temperature 0 takes the likeliest token; for the other sampling settings see `Sampling`. seed: the same seed on the
     same machine draws the same tokens; None draws anew.
     stop_ids: the tokens at which it ends (not yielded); None takes the tokenizer's, () never ends there.
-    context: the most tokens, prompt included; None takes the model's max_seq_len.
+    context: the most tokens, prompt included; None takes the model's max_seq_len, and more than that is your own risk.
     cache, start: a cache that already holds `start` tokens, to go on from there; it is written in place, and afterwards
-        holds all tokens but the last one yielded. None makes one that is just large enough.
+        holds all tokens but the last one yielded. None makes one that is just large enough. The repetition penalty
+        sees the tokens of `ids` and new ones, not those that only the cache holds.
     ops: None takes the set that suits the device. tap: as in `forward`.
 
     Raises UserError for an empty prompt, ids outside the vocabulary, a prompt longer than the context, a cache that the

@@ -1,7 +1,7 @@
 """The forward pass of Llama 3, from token ids to logits, as plain functions over plain tensors.
 
-Read it from `forward` at the end upwards, or from the top down. Shapes: `...` is nothing for a lone prompt and [B] for
-a batch; T is the number of new tokens, S the number of tokens so far including them.
+From the small pieces down to `forward`, which puts them together. Shapes: `...` is nothing for a lone prompt and [B]
+for a batch; T is the number of new tokens, S the number of tokens so far including them.
 
 The computation and every cast are those of Meta's own code (llama_models/llama3/model.py), bit for bit.
 """
@@ -93,6 +93,7 @@ class KVCache(NamedTuple):
         def empty(layer: LayerWeights) -> Tensor:
             n_kv_heads = layer.wk.shape[0] // params.head_dim
             shape = (*batch, max_seq_len, n_kv_heads, params.head_dim)
+            # the norm is in the dtype that the layer computes in, however its matrices are stored
             return torch.zeros(shape, dtype=layer.attention_norm.dtype, device=layer.attention_norm.device)
 
         return KVCache(
@@ -120,14 +121,14 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Ta
     query heads share a kv head. (Ainslie et al. 2023)
     """
     length, n_heads, head_dim = q.shape[-3:]
-    sharing = n_heads // keys.shape[-2]
+    sharing = n_heads // keys.shape[-2]  # so many query heads in a row share a kv head, which is repeated for them
     keys = keys.unsqueeze(-2).expand(*keys.shape[:-1], sharing, head_dim).flatten(-3, -2)  # [..., S, n_heads, head_dim]
     values = values.unsqueeze(-2).expand(*values.shape[:-1], sharing, head_dim).flatten(-3, -2)
     q, keys, values = q.transpose(-3, -2), keys.transpose(-3, -2), values.transpose(-3, -2)  # [..., n_heads, T or S, …]
 
     scores = q @ keys.transpose(-2, -1) / math.sqrt(head_dim)  # [..., n_heads, T, S]
-    now = token_positions(start, length, q.device).unsqueeze(-1)  # [..., T, 1]
-    future = torch.arange(keys.shape[-2], device=q.device) > now  # [..., T, S]
+    positions = token_positions(start, length, q.device).unsqueeze(-1)  # [..., T, 1]
+    future = torch.arange(keys.shape[-2], device=q.device) > positions  # [..., T, S]
     scores = tap(f"{name}.scores", scores.masked_fill(future.unsqueeze(-3), -torch.inf))
     probs = tap(f"{name}.probs", F.softmax(scores.float(), dim=-1).to(q.dtype))
     return (probs @ values).transpose(-3, -2)
@@ -153,16 +154,16 @@ def attention(
     name: str,
 ) -> Tensor:
     """[..., T, dim] -> [..., T, dim]: grouped-query attention with rotary positions."""
-    heads = (-1, params.head_dim)
-    q = tap(f"{name}.q", ops.linear(x, weights.wq).unflatten(-1, heads))  # [..., T, n_heads, head_dim]
-    k = tap(f"{name}.k", ops.linear(x, weights.wk).unflatten(-1, heads))  # [..., T, n_kv_heads, head_dim]
-    v = tap(f"{name}.v", ops.linear(x, weights.wv).unflatten(-1, heads))  # [..., T, n_kv_heads, head_dim]
+    by_head = (-1, params.head_dim)
+    q = tap(f"{name}.q", ops.linear(x, weights.wq).unflatten(-1, by_head))  # [..., T, n_heads, head_dim]
+    k = tap(f"{name}.k", ops.linear(x, weights.wk).unflatten(-1, by_head))  # [..., T, n_kv_heads, head_dim]
+    v = tap(f"{name}.v", ops.linear(x, weights.wv).unflatten(-1, by_head))  # [..., T, n_kv_heads, head_dim]
     q = tap(f"{name}.q_rope", rope(q, *rotation))
     k = tap(f"{name}.k_rope", rope(k, *rotation))
     if cache is not None:
         k, v = remember(cache[0], k, start), remember(cache[1], v, start)  # [..., S, n_kv_heads, head_dim]
-    attended = tap(f"{name}.heads", ops.attend(q, k, v, start, tap, name))  # [..., T, n_heads, head_dim]
-    return tap(f"{name}.out", ops.reduce(ops.linear(attended.flatten(-2), weights.wo)))
+    heads = tap(f"{name}.heads", ops.attend(q, k, v, start, tap, name))  # [..., T, n_heads, head_dim]
+    return tap(f"{name}.out", ops.reduce(ops.linear(heads.flatten(-2), weights.wo)))
 
 
 def swiglu(x: Tensor, weights: LayerWeights, ops: Ops, tap: Tap, name: str) -> Tensor:
@@ -208,25 +209,31 @@ def forward(
     cache: the keys and values of earlier tokens; those of `tokens` are written into it. None: `tokens` is all there is.
     start: the position of the first of `tokens`. An int is exact; a tensor, one start per row [...], attends over the
         whole width of the cache (masked), so that shapes stay the same from call to call and rows may differ in length.
-    logits_at: None for every position; an index into T, or a tensor [...] of one index per row -> [..., vocab_size].
+        Whether a tensor's tokens fit is not checked: to look at it would stop a captured graph.
+    logits_at: None for every position; an index into T, or a tensor [...] of one index (0 or more) per row
+        -> [..., vocab_size].
     tap: called at every named point, in order; the computation goes on with the tensor that it returns.
 
-    Raises ValueError where `start` is given without a cache, or an int `start` leaves the tokens no room in it.
+    Raises ValueError where `start` is given without a cache, where the cache is for another batch, or where an int
+    `start` leaves the tokens no room in it.
     """
     length = tokens.shape[-1]
     if cache is None and not (isinstance(start, int) and start == 0):
         raise ValueError("start needs the cache that holds the tokens before it")
+    if cache is not None and cache.keys[0].shape[:-3] != tokens.shape[:-1]:
+        raise ValueError(f"tokens {list(tokens.shape)} do not go with the cache {list(cache.keys[0].shape)}")
     if cache is not None and isinstance(start, int) and not 0 <= start <= cache.max_seq_len - length:
         raise ValueError(f"{length} tokens from position {start} on overrun the {cache.max_seq_len} of the cache")
     rotation = rope_rotation(token_positions(start, length, tokens.device), params)
 
     x = tap("tok_embeddings", ops.embed(tokens, weights.tok_embeddings))  # [..., T, dim]
     for i, layer_weights in enumerate(weights.layers):
-        layer_cache = (cache.keys[i], cache.values[i]) if cache else None
+        layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
         x = layer(x, layer_weights, params, rotation, layer_cache, start, ops, tap, f"layers.{i}")
     x = tap("norm", rms_norm(x, weights.norm, params.norm_eps))
     if isinstance(logits_at, int):
         x = x[..., logits_at, :]  # [..., dim]
     elif logits_at is not None:
-        x = x.take_along_dim(logits_at[..., None, None], dim=-2).squeeze(-2)  # [..., dim]
+        rows = logits_at[..., None, None].expand(*logits_at.shape, 1, x.shape[-1])  # [..., 1, dim]
+        x = x.gather(-2, rows).squeeze(-2)  # [..., dim]
     return tap("logits", ops.linear(x, weights.output).float())

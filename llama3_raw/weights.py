@@ -147,6 +147,8 @@ def load(
 
     Raises UserError where a file is missing or damaged, or a tensor is not what params.json says.
     """
+    if dtype is not None and dtype not in _DTYPES.values():
+        raise UserError(f"dtype should be torch.bfloat16, float16 or float32, is {dtype}")
     folder = Path(folder)
     params_file, weight_files = find_files(folder)
     params = Params.from_file(params_file)
@@ -157,9 +159,10 @@ def load(
     for file in weight_files:
         for name, tensor in read(file).items():
             found.setdefault(name, []).append(tensor)
-    weights = _build(params, found, str(folder), torch.device(device), dtype, layers, progress)
+    source = str(weight_files[0] if len(weight_files) == 1 else folder)
+    weights = _build(params, found, source, torch.device(device), dtype, layers, progress)
     params = replace(params, n_layers=len(weights.layers))
-    return Model(params, weights, None if tokenizer is False else _find_tokenizer(folder, tokenizer, params))
+    return Model(params, weights, None if tokenizer is False else find_tokenizer(folder, tokenizer, params))
 
 
 def find_files(folder: Path) -> tuple[Path, list[Path]]:
@@ -188,7 +191,8 @@ def find_files(folder: Path) -> tuple[Path, list[Path]]:
     )
 
 
-def _find_tokenizer(folder: Path, given: str | Path | None, params: Params) -> Tokenizer | None:
+def find_tokenizer(folder: Path, given: str | Path | None, params: Params) -> Tokenizer | None:
+    """The tokenizer `given`, else that of the folder, else None. Raises UserError where it does not fit the params."""
     candidates = [Path(given)] if given else [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]
     for file in candidates:
         if given or file.exists():
@@ -289,7 +293,9 @@ def _build(
     total = sum(part.nbytes for name in kept for part in found[name])
     top: dict[str, Tensor] = {}
     by_layer: list[dict[str, Tensor]] = [{} for _ in range(layers or params.n_layers)]
-    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress, leave=False) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc=f"loading {source}", disable=not progress, leave=False
+    ) as bar:
         for name, place in kept.items():
             parts = found[name]
             tensor = parts[0]
@@ -335,10 +341,11 @@ def _check(
             raise UserError(f"{source}: tensor {name} is {has}, should be {list(place.shape)} by the params")
         for dtype in (part.dtype for part in found[name]):
             common = common or dtype
-            if dtype not in _DTYPES.values() or (dtype != common and not may_mix):
+            if dtype not in _DTYPES.values():
+                raise UserError(f"{source}: tensor {name} is {dtype}, should be bfloat16, float16 or float32")
+            if dtype != common and not may_mix:
                 raise UserError(
-                    f"{source}: tensor {name} is {dtype}, should be {common} like the rest (bfloat16, float16 or "
-                    "float32; --dtype turns a mixture into one of them)"
+                    f"{source}: tensor {name} is {dtype}, should be {common} like the rest; --dtype makes them all one"
                 )
 
 

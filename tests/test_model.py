@@ -241,6 +241,9 @@ def test_logits_at(fp32: Model) -> None:
         assert_close(picked, every[[0, 1], [3, 7]])
         lone = forward(fp32.weights, fp32.params, tokens[0], logits_at=torch.tensor(4))
     assert_close(lone, every[0, 4])
+    for outside in (10, -1):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            forward(fp32.weights, fp32.params, tokens[0], logits_at=torch.tensor(outside))
 
 
 def test_what_cannot_be_is_refused(fp32: Model) -> None:
@@ -249,6 +252,10 @@ def test_what_cannot_be_is_refused(fp32: Model) -> None:
     for start in (4, -1):
         with pytest.raises(ValueError, match="overrun the 8 of the cache"):
             forward(fp32.weights, fp32.params, tokens, cache=cache, start=start)
+    for shape, batch in (((5,), (2,)), ((2, 5), ()), ((3, 5), (2,))):
+        cache = KVCache.allocate(fp32.params, max_seq_len=8, like=fp32.weights, batch=batch)
+        with pytest.raises(ValueError, match="do not go with the cache"):
+            forward(fp32.weights, fp32.params, tokens_for(fp32.params, *shape), cache=cache)
     for lone_start in (3, torch.tensor(0)):
         with pytest.raises(ValueError, match="start needs the cache"):
             forward(fp32.weights, fp32.params, tokens, start=lone_start)

@@ -156,6 +156,8 @@ def test_dtype_and_layers(folder: Path) -> None:
     assert len(part.weights.layers) == part.params.n_layers == 2
     assert all(tensor.dtype == torch.float32 for tensor in flat(part.weights))
     assert torch.equal(part.weights.layers[1].w2, whole.weights.layers[1].w2.float())
+    with pytest.raises(UserError, match="dtype should be"):
+        llama3_raw.load(folder, dtype=torch.int8)
     for layers in (0, whole.params.n_layers + 1):
         with pytest.raises(UserError, match=f"--layers {layers}"):
             llama3_raw.load(folder, layers=layers)
@@ -307,6 +309,10 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "extra": (change_tensors(lambda t: t.update({"x.weight": t[WQ]})), "unexpected tensor x.weight"),
     "shape": (change_tensors(lambda t: t.update({WQ: t[WQ][:5]})), f"{WQ} is [5, 192], should be [192, 192]"),
     "dtype": (change_tensors(lambda t: t.update({WQ: t[WQ].float()})), f"{WQ} is torch.float32, should be"),
+    "all in fp64": (
+        change_tensors(lambda t: t.update({name: tensor.double() for name, tensor in t.items()})),
+        "is torch.float64, should be bfloat16, float16 or float32",
+    ),
     "integers": (change_tensors(lambda t: t.update({WQ: t[WQ].int()})), f"{WQ} is torch.int32"),
     "unlike shards": (
         add_a_shard(lambda t: t.update({"tok_embeddings.weight": t[WQ]})),
