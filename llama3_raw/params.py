@@ -123,19 +123,20 @@ class Params:
 
         # transformers 5 keeps everything about RoPE in rope_parameters; before, rope_theta stood beside rope_scaling
         new, old = fields.mapping("rope_parameters"), fields.mapping("rope_scaling")
+        for rope in (new, old):
+            if _rope_type(rope) not in ("default", "llama3"):
+                raise UserError(
+                    f"rope type {_rope_type(rope)!r} changes the computation; only default or llama3 will do"
+                )
         for source in (content, new, old):
-            rope_type = source.get("rope_type", source.get("type", "default"))
-            if rope_type not in ("default", "llama3"):
-                raise UserError(f"rope type {rope_type!r} changes the computation; only default or llama3 will do")
             if source.get("partial_rotary_factor", 1.0) != 1.0:
                 raise UserError(f"partial_rotary_factor = {source['partial_rotary_factor']!r} is not supported")
         rope = new or old
         if any(isinstance(value, dict) for value in rope.values()):
             raise UserError("rope_parameters that differ from layer to layer are not supported")
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
         rope_fields = _Fields({"rope_theta": content.get("rope_theta"), **rope})
         scaling = None
-        if rope_type == "llama3":
+        if _rope_type(rope) == "llama3":
             scaling = RopeScaling(
                 factor=rope_fields.number("factor"),
                 low_freq_factor=rope_fields.number("low_freq_factor"),
@@ -157,6 +158,11 @@ class Params:
                 max_seq_len=fields.integer("max_position_embeddings", default=131072 if scaling else 8192),
             )
         )
+
+
+def _rope_type(rope: Mapping[str, Any]) -> Any:
+    """The kind of RoPE that rope_parameters or rope_scaling names; "type" is what older configs call it."""
+    return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _is_off(value: Any) -> bool:

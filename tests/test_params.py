@@ -73,7 +73,13 @@ def test_scaling_factor_and_context_that_are_given() -> None:
 def test_other_keys_are_ignored() -> None:
     extra = {"model": "x", "max_batch_size": 7, "vision_chunk_size": -1, "quantization_args": None, "lora_args": None}
     assert Params.from_meta({**SMALL, **extra}) == Params.from_meta(SMALL)
-    extra = {"architectures": ["LlamaForCausalLM"], "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+    extra = {
+        "architectures": ["LlamaForCausalLM"],
+        "type": "text",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+    }
     assert Params.from_hf({**SMALL_HF, **extra}) == Params.from_hf(SMALL_HF)
 
 
