@@ -30,7 +30,7 @@ from tqdm import tqdm
 from llama3_raw import KVCache, Params, Tokenizer, UserError, Weights, forward
 from llama3_raw.errors import ArgumentParser, command_line_tool
 from llama3_raw.sampling import Sampling, sample
-from llama3_raw.tokenizer import SPLIT_PATTERN
+from llama3_raw.tokenizer import N_SPECIAL_TOKENS, SPLIT_PATTERN
 from llama3_raw.weights import from_state_dict, tensor_places, to_state_dict
 
 PARAMS_JSON = {
@@ -38,7 +38,7 @@ PARAMS_JSON = {
     "n_layers": 4,
     "n_heads": 6,
     "n_kv_heads": 2,
-    "vocab_size": 2048 + 256,
+    "vocab_size": 2048 + N_SPECIAL_TOKENS,
     "multiple_of": 64,
     "norm_eps": 1e-5,
     "rope_theta": 10000.0,
@@ -184,7 +184,7 @@ def main(options: Sequence[str]) -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "params.json").write_text(json.dumps(PARAMS_JSON, indent=2) + "\n")
     params = Params.from_file(arguments.output / "params.json")
-    tokenizer = train_tokenizer(training, params.vocab_size - 256, arguments.output / "tokenizer.model")
+    tokenizer = train_tokenizer(training, params.vocab_size - N_SPECIAL_TOKENS, arguments.output / "tokenizer.model")
     ids, held_out_ids = (
         torch.tensor([token for story in part for token in tokenizer.encode(story, bos=True, eos=True)])
         for part in (training, held_out)

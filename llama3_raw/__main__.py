@@ -247,8 +247,8 @@ def _print_stats(style: str, model: Model, prompt_tokens: int, watch: _Watch, lo
         print(json.dumps(stats), file=sys.stderr)
         return
     for name, value in stats.items():
-        print(f"  {name.replace('_', ' '):<24}{value:,}" if isinstance(value, int) else
-              f"  {name.replace('_', ' '):<24}{value}", file=sys.stderr)  # fmt: skip
+        shown = f"{value:,}" if isinstance(value, int) else value
+        print(f"  {name.replace('_', ' '):<24}{shown}", file=sys.stderr)
 
 
 if __name__ == "__main__":

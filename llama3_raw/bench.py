@@ -93,7 +93,8 @@ def _fill(file: Path, random_seed: int, n_bytes: int) -> None:
     with open(file, "r+b") as opened, tqdm(total=n_bytes, unit="B", unit_scale=True, desc=str(file.parent)) as bar:
         for tensor in structure.values():
             opened.seek(tensor.untyped_storage()._checkpoint_offset)
-            for count in map(len, torch.empty(tensor.numel(), device="meta").split(_CHUNK)):
+            for begin in range(0, tensor.numel(), _CHUNK):
+                count = min(_CHUNK, tensor.numel() - begin)
                 if tensor.dim() == 1:
                     values = torch.ones(count, dtype=torch.bfloat16)
                 else:

@@ -13,13 +13,13 @@ import torch
 
 from .errors import UserError
 from .params import Params
-from .weights import Model, find_files, find_tokenizer, load
+from .weights import DTYPES, Model, find_files, find_tokenizer, load
 
 DEFAULT_MODEL = "Meta-Llama-3-8B"
 BUILT_IN_MODEL = "tiny"
 _PROGRESS_BAR_FROM = 1_000_000_000  # bytes of weights; smaller models load before a bar could be read
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
 class ModelFolder(NamedTuple):
@@ -166,11 +166,11 @@ def _built_in_folder() -> Path:
 
 
 def _find_named(name: str, option: str) -> Path:
-    there = local_models()
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists():
         raise UserError(f"{option} {name}: is a file; give the folder it is in")
+    there = local_models()
     if name in there:
         return there[name]
     if name == BUILT_IN_MODEL:

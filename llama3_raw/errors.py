@@ -75,11 +75,11 @@ def _give_up_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def read_beginning(path: Path, size: int = 512) -> bytes:
+def read_beginning(path: Path) -> bytes:
     """The first bytes of a model file. Raises UserError where it is missing, empty, or a page or a pointer instead."""
     try:
         with open(path, "rb") as file:
-            beginning = file.read(size)
+            beginning = file.read(512)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if not beginning:

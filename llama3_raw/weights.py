@@ -82,9 +82,8 @@ _SHARDED_DIMENSION = {
     **dict.fromkeys(("wo", "w2"), 1),
 }
 
-
-# what weights may be stored as, by their names in safetensors
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# what weights may be stored and computed in, by the names of safetensors
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class TensorPlace(NamedTuple):
@@ -147,7 +146,7 @@ def load(
 
     Raises UserError where a file is missing or damaged, or a tensor is not what params.json says.
     """
-    if dtype is not None and dtype not in _DTYPES.values():
+    if dtype is not None and dtype not in DTYPES.values():
         raise UserError(f"dtype should be torch.bfloat16, float16 or float32, is {dtype}")
     folder = Path(folder)
     params_file, weight_files = find_files(folder)
@@ -263,7 +262,7 @@ def _map_safetensors(file: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        dtype = _DTYPES.get(entry["dtype"])
+        dtype = DTYPES.get(entry["dtype"])
         begin, end = entry["data_offsets"]
         if name.endswith(_IGNORED_ENDINGS):
             continue
@@ -341,7 +340,7 @@ def _check(
             raise UserError(f"{source}: tensor {name} is {has}, should be {list(place.shape)} by the params")
         for dtype in (part.dtype for part in found[name]):
             common = common or dtype
-            if dtype not in _DTYPES.values():
+            if dtype not in DTYPES.values():
                 raise UserError(f"{source}: tensor {name} is {dtype}, should be bfloat16, float16 or float32")
             if dtype != common and not may_mix:
                 raise UserError(

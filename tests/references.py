@@ -7,13 +7,13 @@ import io
 import os
 import socket
 import warnings
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama3_raw import Params, Weights
+from llama3_raw import LayerWeights, Params, Weights
 from llama3_raw.params import RopeScaling
 from llama3_raw.weights import from_state_dict, tensor_places, to_state_dict
 
@@ -30,9 +30,25 @@ def random_weights(params: Params, dtype: torch.dtype, seed: int, tied: bool = F
     return from_state_dict(params, tensors)
 
 
-def cast(weights: Weights, params: Params, dtype: torch.dtype) -> Weights:
+def flat(weights: Weights) -> list[Tensor]:
+    """All tensors, the tied one twice."""
+    return [weights.tok_embeddings, *(t for layer in weights.layers for t in layer), weights.norm, weights.output]
+
+
+def converted(weights: Weights, convert: Callable[[Tensor], Tensor]) -> Weights:
+    """The same weights, each tensor made another; tied embeddings stay tied."""
+    embeddings = convert(weights.tok_embeddings)
+    return Weights(
+        embeddings,
+        tuple(LayerWeights(*map(convert, layer)) for layer in weights.layers),
+        convert(weights.norm),
+        embeddings if weights.output is weights.tok_embeddings else convert(weights.output),
+    )
+
+
+def cast(weights: Weights, dtype: torch.dtype) -> Weights:
     """The same weights in another dtype."""
-    return from_state_dict(params, {name: t.to(dtype) for name, t in to_state_dict(params, weights).items()})
+    return converted(weights, lambda tensor: tensor.to(dtype))
 
 
 def meta_model(params: Params, weights: Weights, batch: int, length: int) -> Any:
@@ -127,8 +143,3 @@ def hf_model(params: Params, weights: Weights) -> Any:
     state_dict.setdefault("lm_head.weight", weights.output)
     model.load_state_dict(state_dict)
     return model
-
-
-def shortened(params: Params, weights: Weights, layers: int) -> tuple[Params, Weights]:
-    """The first layers of a model."""
-    return replace(params, n_layers=layers), weights._replace(layers=weights.layers[:layers])

@@ -6,10 +6,10 @@ import random
 
 import pytest
 import torch
-from references import cast, hf_model, meta_model, random_weights
+from references import cast, converted, flat, hf_model, meta_model, random_weights
 from torch import Tensor
 
-from llama3_raw import KVCache, LayerWeights, Model, Params, Weights, forward, generate
+from llama3_raw import KVCache, Model, Params, Weights, forward, generate
 from llama3_raw.model import no_tap, rope, rope_rotation
 from llama3_raw.params import RopeScaling
 
@@ -83,7 +83,7 @@ def test_equal_to_meta_for_random_configurations(seed: int) -> None:
 @pytest.mark.parametrize("trained", ["stories15m", "smollm2", "tiny"])
 def test_equal_to_meta_for_trained_models(trained: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     model: Model = request.getfixturevalue(trained)
-    weights = cast(model.weights, model.params, dtype)
+    weights = cast(model.weights, dtype)
     assert_equal_to_meta(model.params, weights, None)
     assert_equal_to_meta(model.params, weights, 2)
 
@@ -112,12 +112,7 @@ def test_fp32_error_is_that_of_hf(smollm2: Model, monkeypatch: pytest.MonkeyPatc
     """
     tokens = tokens_for(smollm2.params, 4, 64)
     weights = smollm2.weights
-    wide = Weights(
-        weights.tok_embeddings.double(),
-        tuple(LayerWeights(*(tensor.double() for tensor in layer)) for layer in weights.layers),
-        weights.norm.double(),
-        weights.output.double(),
-    )
+    wide = cast(weights, torch.float64)
     to_float = Tensor.float
     with torch.no_grad():
         ours = forward(weights, smollm2.params, tokens)
@@ -137,8 +132,8 @@ def test_trained_weights_know_the_capital_of_france(smollm2: Model) -> None:
 def test_bf16_error_is_no_larger_than_that_of_hf(smollm2: Model) -> None:
     """Both against the fp32 result, root mean square over all logits of four prompts."""
     tokens = tokens_for(smollm2.params, 4, 64)
-    weights = cast(smollm2.weights, smollm2.params, torch.bfloat16)
-    exact = cast(weights, smollm2.params, torch.float32)
+    weights = cast(smollm2.weights, torch.bfloat16)
+    exact = cast(weights, torch.float32)
     with torch.no_grad():
         truth = forward(exact, smollm2.params, tokens)
         ours = (forward(weights, smollm2.params, tokens) - truth).square().mean().sqrt()
@@ -169,7 +164,7 @@ def test_hf_with_a_head_dim_of_its_own() -> None:
 
 @pytest.fixture(scope="module")
 def fp32(tiny: Model) -> Model:
-    return tiny._replace(weights=cast(tiny.weights, tiny.params, torch.float32))
+    return tiny._replace(weights=cast(tiny.weights, torch.float32))
 
 
 @pytest.mark.parametrize("trained", ["fp32", "smollm2"])
@@ -345,7 +340,7 @@ def test_it_compiles_as_one_graph(start: int | Tensor) -> None:
 def test_it_is_differentiable() -> None:
     """Every weight gets a gradient, and it is the slope of the loss."""
     weights = random_weights(GROUPED, torch.float32, seed=3)
-    every = [weights.tok_embeddings, weights.norm, weights.output, *(t for layer in weights.layers for t in layer)]
+    every = flat(weights)
     for tensor in every:
         tensor.requires_grad_()
     tokens = tokens_for(GROUPED, 2, 8)
@@ -367,16 +362,11 @@ def test_it_is_differentiable() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
 def test_bf16_on_a_gpu_is_as_near_to_fp32_as_hf(smollm2: Model) -> None:
     tokens = tokens_for(smollm2.params, 4, 64).cuda()
-    weights = cast(smollm2.weights, smollm2.params, torch.bfloat16)
-    exact = cast(weights, smollm2.params, torch.float32)
+    weights = cast(smollm2.weights, torch.bfloat16)
+    exact = cast(weights, torch.float32)
     with torch.no_grad():
         truth = forward(exact, smollm2.params, tokens.cpu())
         theirs = hf_model(smollm2.params, weights).cuda()(tokens).logits.float().cpu() - truth
-        on_gpu = Weights(
-            weights.tok_embeddings.cuda(),
-            tuple(type(layer)(*(t.cuda() for t in layer)) for layer in weights.layers),
-            weights.norm.cuda(),
-            weights.output.cuda(),
-        )
+        on_gpu = converted(weights, Tensor.cuda)
         ours = forward(on_gpu, smollm2.params, tokens).cpu() - truth
     assert ours.square().mean() <= 1.1**2 * theirs.square().mean()

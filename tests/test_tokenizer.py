@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import re
 import time
 from pathlib import Path
@@ -148,14 +149,9 @@ def test_an_id_that_is_not_there(llama3: Tokenizer) -> None:
             llama3.decode([token])
 
 
+@functools.cache
 def _tiny() -> Tokenizer:
-    global _TINY
-    if _TINY is None:
-        _TINY = Tokenizer(TINY)
-    return _TINY
-
-
-_TINY: Tokenizer | None = None
+    return Tokenizer(TINY)
 
 
 def lines(*tokens: bytes) -> list[bytes]:

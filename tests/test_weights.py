@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import hf_model, random_weights
+from references import converted, flat, hf_model, random_weights
 from torch import Tensor
 
 import llama3_raw
@@ -36,10 +36,6 @@ def write_meta(folder: Path, content: dict[str, Any], state_dict: dict[str, Tens
     (folder / "params.json").write_text(json.dumps(content))
     torch.save(state_dict, folder / "consolidated.00.pth")
     return folder
-
-
-def flat(weights: Weights) -> list[Tensor]:
-    return [weights.tok_embeddings, *(t for layer in weights.layers for t in layer), weights.norm, weights.output]
 
 
 def assert_same(ours: Weights, theirs: Weights) -> None:
@@ -69,13 +65,10 @@ def test_the_contract() -> None:
 
 
 def test_equal_to_torch_load() -> None:
-    """Every tensor of the file, bit for bit, also one that is a view with strides and an offset."""
+    model = llama3_raw.load(TINY)
+    ours = to_state_dict(model.params, model.weights)
     for name, expected in torch.load(TINY / "consolidated.00.pth", weights_only=True).items():
-        assert torch.equal(to_state_dict_of(llama3_raw.load(TINY))[name], expected)
-
-
-def to_state_dict_of(model: Model) -> dict[str, Tensor]:
-    return to_state_dict(model.params, model.weights)
+        assert torch.equal(ours[name], expected)
 
 
 def test_tables_that_are_computed_here_are_left_alone(folder: Path) -> None:
@@ -258,20 +251,13 @@ def test_code_in_a_checkpoint_does_not_run(folder: Path) -> None:
     assert trace.exists()
 
 
-def change_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+def change_tensors(change: Callable[[dict[str, Tensor]], Any], shard: int = 0) -> Callable[[Path], None]:
+    """Damage: the first shard's tensors, changed, in place of that shard or as another beside it."""
+
     def apply(folder: Path) -> None:
         tensors = torch.load(folder / "consolidated.00.pth", weights_only=True)
         change(tensors)
-        torch.save(tensors, folder / "consolidated.00.pth")
-
-    return apply
-
-
-def add_a_shard(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        tensors = torch.load(folder / "consolidated.00.pth", weights_only=True)
-        change(tensors)
-        torch.save(tensors, folder / "consolidated.01.pth")
+        torch.save(tensors, folder / f"consolidated.{shard:02}.pth")
 
     return apply
 
@@ -315,10 +301,10 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "integers": (change_tensors(lambda t: t.update({WQ: t[WQ].int()})), f"{WQ} is torch.int32"),
     "unlike shards": (
-        add_a_shard(lambda t: t.update({"tok_embeddings.weight": t[WQ]})),
+        change_tensors(lambda t: t.update({"tok_embeddings.weight": t[WQ]}), shard=1),
         "tok_embeddings.weight is [2304, 192] and [192, 192]",
     ),
-    "too many shards": (add_a_shard(lambda t: None), "is [4608, 192], should be [2304, 192]"),
+    "too many shards": (change_tensors(lambda t: None, shard=1), "is [4608, 192], should be [2304, 192]"),
     "many layers": (overwrite("params.json", json.dumps({**SMALL, "n_layers": 2**30}).encode()), "layers cannot be"),
     "other params": (overwrite("params.json", json.dumps(SMALL).encode()), "the params describe a model without it"),
 }  # fmt: skip
@@ -364,8 +350,4 @@ def test_a_damaged_hf_folder_is_named(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
 def test_loading_to_a_gpu(tiny: Model) -> None:
     on_gpu = llama3_raw.load(TINY, device="cuda")
-    assert_same(Weights(*(_to_cpu(part) for part in on_gpu.weights)), tiny.weights)
-
-
-def _to_cpu(part: Any) -> Any:
-    return part.cpu() if isinstance(part, Tensor) else tuple(type(layer)(*(t.cpu() for t in layer)) for layer in part)
+    assert_same(converted(on_gpu.weights, Tensor.cpu), tiny.weights)
