@@ -53,7 +53,7 @@ MODELS = {
     "3.3-70b-instruct": Offer("meta-llama/Llama-3.3-70B-Instruct", 141.1),
 }
 
-_TRIES = 5  # in a row without a byte
+_TRIES = 7  # in a row without a byte; a minute in all
 _CHECKLIST = "checklist.chk"  # "MD5  name" a line; Meta's own downloads bring one
 _MEBIBYTE = 1 << 20
 
@@ -223,7 +223,8 @@ def _check_disk(files: Sequence[RemoteFile], folder: Path) -> None:
 
 def _drop_other_version(file: RemoteFile, folder: Path) -> None:
     """Removes a .part that the bytes of this version cannot be added to."""
-    part, record = _part(folder, file), Record.read(folder, file.name)
+    part = _part(folder, file)
+    record = Record.read(folder, part.name)
     if part.exists() and (record is None or record.version != file.version or _size(part) > file.size):
         print(f"llama3_raw: {part}: is of another version; starting again", file=sys.stderr)
         part.unlink()
@@ -240,7 +241,7 @@ def _fetch(source: Source, file: RemoteFile, folder: Path) -> None:
         try:
             os.link(copy, part)
         except OSError:  # another disk, or one without links
-            _receive(BlobStore(""), file._replace(place=str(copy)), part, folder)
+            _receive(BlobStore(str(copy.parent)), file._replace(place=str(copy)), part, folder)
     else:
         _receive(source, file, part, folder)
         try:
@@ -256,6 +257,7 @@ def _fetch(source: Source, file: RemoteFile, folder: Path) -> None:
             print(f"llama3_raw: {target}: {source} tells no hash; only the length was checked", file=sys.stderr)
     os.replace(part, target)
     _remember(source, file, folder)
+    _record_file(folder, part.name).unlink(missing_ok=True)
 
 
 def _part(folder: Path, file: RemoteFile) -> Path:
@@ -268,16 +270,17 @@ def _size(file: Path) -> int:
 
 def _receive(source: Source, file: RemoteFile, part: Path, folder: Path) -> None:
     """The bytes of the file into `part`, from where it ends on, over as many connections as it takes."""
-    record = Record.read(folder, file.name)
+    record = Record.read(folder, part.name)
     validator = record.validator if record else None
+    failures = 0  # in a row
     part.touch()
-    failures = 0
     with _bar(file.size, _size(part), file.name) as bar:
         while (have := _size(part)) < file.size:
+            reason = "the connection ended early"
             try:
                 with source.open(file, have, validator) as stream:
                     validator = stream.validator
-                    Record(str(source), file.version, file.size, file.digest, validator).write(folder, file.name)
+                    Record(str(source), file.version, file.size, file.digest, validator).write(folder, part.name)
                     with open(part, "ab") as opened:
                         if stream.start != have:
                             opened.truncate(0)
@@ -290,16 +293,18 @@ def _receive(source: Source, file: RemoteFile, part: Path, folder: Path) -> None
                             opened.write(chunk)
                             opened.flush()  # whatever ends this process, the system has what came so far
                             bar.update(len(chunk))
-                reason = "the connection ended early"
             except Interrupted as interruption:
                 reason = str(interruption)
-            failures = failures + 1 if _size(part) <= have else 0
+            now = _size(part)
+            if now == file.size:
+                return
+            failures = 0 if now > have else failures + 1
             if failures == _TRIES:
                 raise UserError(
-                    f"{part}: {reason}; {_size(part):,} of {file.size:,} bytes are here, run the same command to go on"
+                    f"{part}: {reason}; {now:,} of {file.size:,} bytes are here, run the same command to go on"
                 )
-            if failures > 1:
-                time.sleep(2 ** (failures - 2))
+            bar.write(f"llama3_raw: {file.name}: {reason}; trying again", file=sys.stderr)
+            time.sleep(2 ** (failures - 1) - 0.5 if failures else 0)
 
 
 def _bar(total: int, start: int, what: str) -> tqdm[NoReturn]:
@@ -310,8 +315,10 @@ def _bar(total: int, start: int, what: str) -> tqdm[NoReturn]:
 def verify(folder: Path) -> None:
     """Checks every file of a folder against what is remembered of it and its checklist.chk, without a network.
 
-    Raises UserError naming the first that is missing or wrong, and if there is nothing to check by.
+    Raises UserError naming the first that is missing, incomplete or wrong, and if there is nothing to check by.
     """
+    for part in folder.glob("*.part"):
+        raise UserError(f"{part}: the download is not complete; run it again to go on")
     listed = read_checklist(folder)
     names = {file.stem for file in (folder / ".download").glob("*.json")} | set(listed)
     if not names:
@@ -409,7 +416,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     repo = _repository(options.model or "8b")
     # a mirror is named after the model it is said to hold, else after its own last folder
-    name = (options.mirror if options.mirror and not options.model else repo).rstrip("/").rpartition("/")[2]
+    name = (repo if options.mirror is None or options.model else options.mirror).rstrip("/").rpartition("/")[2]
     folder = options.to or Path("weights") / name
     if options.verify:
         verify(folder)
@@ -417,7 +424,7 @@ def main(arguments: Sequence[str]) -> int:
     token = (options.token or get_token() or "").strip()
     if not token.isascii() or not token.isprintable():
         raise UserError("--token: holds characters that no token has; copy it again")
-    source: Source = BlobStore(options.mirror) if options.mirror else Hub(repo, options.revision, token or None)
+    source: Source = Hub(repo, options.revision, token or None) if options.mirror is None else BlobStore(options.mirror)
     files = wanted_files(source, options.format)
     if options.dry_run:
         show_plan(source, files, folder)

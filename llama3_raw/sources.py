@@ -220,6 +220,10 @@ class BlobStore:
     """A folder at gs://, az:// or on this machine, as blobfile reads it."""
 
     def __init__(self, root: str):
+        if not root or ("://" in root and not root.startswith(("gs://", "az://", "https://"))):
+            raise UserError(
+                f"--from {root}: should be gs://bucket/folder, az://account/container/folder or a local folder"
+            )
         self.root = root.rstrip("/")
         self.context = blobfile.create_context(retry_limit=5, log_callback=lambda line: None)
 
@@ -256,7 +260,8 @@ class BlobStore:
         try:
             yield
         except blobfile.Error as error:
-            raise UserError(f"--from {address}: {error}; check the address and your rights there") from error
+            reason = str(getattr(error, "message", error))[:200]
+            raise UserError(f"--from {address}: {reason}; check the address and your rights there") from error
         except FileNotFoundError as error:
             raise UserError(f"--from {address}: is not there any more; check the address") from error
 

@@ -21,7 +21,9 @@ from typing import Any
 import pytest
 from fake_hub import MIB, TOKEN, FakeHub, Fault
 
+from llama3_raw import UserError, download
 from llama3_raw.download import MODELS
+from llama3_raw.sources import Digest, Interrupted, RemoteFile, Stream
 
 ROOT = Path(__file__).parent.parent
 REPO = "meta-llama/Meta-Llama-3-8B"
@@ -148,17 +150,51 @@ def test_a_cut_connection_is_resumed(hub: FakeHub, tool: Tool, share: float) -> 
     assert first.sent + second.sent - len(BIG) <= MIB
 
 
-def test_a_server_that_goes_down_in_the_middle(hub: FakeHub, tool: Tool) -> None:
-    """The tool gives up after some tries, keeps what it has, and the next run goes on there."""
-    hub.faults = [Fault(), Fault(cut_at=len(BIG) // 3)]
-    hub.always = Fault(status=503)
-    error = tool.fails()
-    assert re.search(r"answered 503; 8,\d\d\d,\d\d\d of 25,\d\d\d,\d\d\d bytes are here, run the same command", error)
-    assert tool.only_right_files()
-    hub.always = Fault()
-    tool.ok()
+def test_a_server_that_is_down_for_a_while(hub: FakeHub, tool: Tool) -> None:
+    hub.faults = [Fault(), Fault(cut_at=len(BIG) // 3), Fault(status=503), Fault(status=500)]
+    err = tool.ok()
+    assert err.count("answered 50") == err.count("; trying again") - 1 == 2
     assert tool.complete()
     assert sum(request.sent for request in hub.gets(CHECKPOINT)) - len(BIG) <= MIB
+
+
+def test_a_server_that_stays_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tool gives up after a minute, keeps what it has, and the next run goes on there."""
+    slept: list[float] = []
+    monkeypatch.setattr(download.time, "sleep", slept.append)
+    source = Unsteady(pieces=5)
+    file = RemoteFile("weights", "weights", len(BIG), Digest("sha256", hashlib.sha256(BIG).hexdigest()), "v1")
+    with pytest.raises(UserError, match=r"weights.part: it hung up; 5,000 of 25,\d+,\d+ bytes are here, run the same"):
+        download.download(source, [file], tmp_path)
+    assert 55 < sum(slept) < 65
+    assert [name.name for name in tmp_path.glob("weights*")] == ["weights.part"]
+    source.pieces = 10**9
+    download.download(source, [file], tmp_path)
+    assert (tmp_path / "weights").read_bytes() == BIG
+    assert source.starts[-1] == 5000
+
+
+class Unsteady:
+    """A source of one file that hangs up after every piece of 1000 bytes, and for good after so many pieces."""
+
+    def __init__(self, pieces: int):
+        self.pieces = pieces
+        self.starts: list[int] = []
+
+    def find(self, place: str) -> RemoteFile | None:
+        raise NotImplementedError
+
+    def local_copy(self, file: RemoteFile) -> Path | None:
+        return None
+
+    @contextlib.contextmanager
+    def open(self, file: RemoteFile, start: int, validator: str | None) -> Iterator[Stream]:
+        self.starts.append(start)
+        self.pieces -= 1
+        if self.pieces < 0:
+            raise Interrupted("it hung up")
+        length = 1000 if self.pieces < 1000 else len(BIG)
+        yield Stream(start, None, iter([BIG[start : start + length]]))
 
 
 def test_killed_in_the_middle(hub: FakeHub, tool: Tool) -> None:
@@ -196,6 +232,7 @@ def test_a_file_that_changed_between_two_tries(hub: FakeHub, tool: Tool) -> None
     hub.always = Fault(status=429)
     tool.fails()
     newer = {**FILES, f"original/{CHECKPOINT}": BIG[::-1]}
+    assert f"{CHECKPOINT}.part: the download is not complete; run it again" in tool.fails("--verify")
     hub.files[REPO, "main"] = newer
     hub.storage_etag = "v2"
     hub.always = Fault()
@@ -367,6 +404,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], dict[str, str | None], str]
         "there is a file.*give another folder with --to",
     ),
     "nothing to verify": ({}, ["--verify"], {}, "nothing to check by"),
+    "a mirror of an unknown kind": ({}, ["--from", "s3://bucket/x"], {}, "--from s3://bucket/x: should be gs://"),
+    "a mirror out of reach": (
+        {},
+        ["--from", "gs://no-bucket/x"],
+        {},
+        "--from gs://no-bucket/x/orig.* check the address",
+    ),
     "a mirror without the files": ({}, ["--from", "."], {}, r"there is no original/params\.json"),
 }
 
