@@ -66,7 +66,8 @@ def wanted_files(source: Source, file_format: str) -> list[RemoteFile]:
         if file is None:
             if constants.is_offline_mode():
                 raise UserError(
-                    f"{source}: HF_HUB_OFFLINE is set, and {place} is not in the Hugging Face cache; unset it"
+                    f"{source}: HF_HUB_OFFLINE is set, and {place} is not in the Hugging Face cache; unset it, or "
+                    "check what is there with --verify"
                 )
             other = "safetensors" if file_format == "original" else "original"
             raise UserError(f"{source}: there is no {place}; see what it has, or try --format {other}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import ssl
 import threading
@@ -52,6 +53,7 @@ class FakeHub:
     storage_etag: str = "v1"
     large: int = 1000  # bytes; smaller files are in git and come from the hub itself
     plain_page: bool = False  # answer as the login page of a network
+    pushed_after: float = math.inf  # so many requests until someone pushes another commit
     requests: list[Request] = field(default_factory=list)
 
     def start(self, certificate: str | None = None) -> None:
@@ -130,7 +132,8 @@ class _HubHandler(_Handler):
         if (repo, revision) not in fake.files:
             return self.answer(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
         content = fake.files[repo, revision].get(place)
-        commit = {"X-Repo-Commit": hashlib.sha1(revision.encode()).hexdigest()}
+        pushed = sum(r.host == "hub" for r in fake.requests) > fake.pushed_after
+        commit = {"X-Repo-Commit": hashlib.sha1((revision + pushed * "'").encode()).hexdigest()}
         if content is None:
             return self.answer(404, {**commit, "X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
         if len(content) < fake.large:

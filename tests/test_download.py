@@ -48,6 +48,11 @@ def hub() -> Iterator[FakeHub]:
 GATED = (401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model is restricted."})
 
 
+def listen_to_ctrl_c() -> None:
+    """In a new process: SIGINT counts, even where the tests run in the background of a shell, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Tool:
     """Runs download.py in an empty folder."""
 
@@ -67,6 +72,7 @@ class Tool:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=None if os.name == "nt" else listen_to_ctrl_c,
         )
 
     def run(self, *arguments: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
@@ -381,6 +387,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], dict[str, str | None], str]
     "not a name": ({}, ["--model", "a/b/c"], {}, "--model a/b/c: not a name of a repository"),
     "no such short name": ({}, ["--model", "8b-instrct"], {}, "did you mean 8b-instruct"),
     "no such revision": ({}, ["--revision", "v9"], {}, "--revision v9: .* has no such branch, tag or commit"),
+    "a push in between": ({"pushed_after": 2}, [], {}, "main changed just now; run the same command again"),
     "no such file": ({}, ["--format", "safetensors"], {}, r"there is no config\.json; .*try --format original"),
     "rate limited": ({"refusal": error(429, **{"Retry-After": "42"})}, [], {}, "too many requests; try again in 42 s"),
     "rate limited, by the draft": (
