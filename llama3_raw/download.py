@@ -83,15 +83,26 @@ def wanted_files(source: Source, file_format: str) -> list[RemoteFile]:
     index = source.find("model.safetensors.index.json")
     if index is None:
         return [*files, required("model.safetensors")]
-    with source.open(index, 0, None) as stream:
-        content = b"".join(stream.chunks)
     try:
+        content = _content(source, index)
         shards = sorted(set(json.loads(content)["weight_map"].values()))
         if not all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
             raise ValueError("names of other files")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: {index.name} is not a safetensors index ({error!r})") from error
     return [*files, index, *map(required, shards)]
+
+
+def _content(source: Source, file: RemoteFile) -> bytes:
+    """All of a small file."""
+    copy = source.local_copy(file)
+    if copy is not None:
+        return copy.read_bytes()
+    try:
+        with source.open(file, 0, None) as stream:
+            return b"".join(stream.chunks)
+    except Interrupted as interruption:
+        raise UserError(f"{file.name}: {interruption}; run the same command again") from interruption
 
 
 class Record(NamedTuple):
@@ -148,7 +159,9 @@ def download(source: Source, files: Sequence[RemoteFile], folder: Path) -> None:
             raise UserError(
                 f"{folder}: the disk is full; free some space and run the same command again, it goes on from there"
             ) from error
-        raise UserError(f"{error.filename or folder}: {error.strerror}; give another folder with --to") from error
+        raise UserError(
+            f"{error.filename or folder}: {error.strerror or error}; give another folder with --to"
+        ) from error
 
 
 def _is_there(source: Source, file: RemoteFile, folder: Path) -> bool:
@@ -256,6 +269,8 @@ def _fetch(source: Source, file: RemoteFile, folder: Path) -> None:
             raise UserError(f"{target}: {wrong}; what came was thrown away, run the same command again")
         if not (file.digest or listed):
             print(f"llama3_raw: {target}: {source} tells no hash; only the length was checked", file=sys.stderr)
+    with open(part, "rb+") as opened:
+        os.fsync(opened.fileno())  # the name must not outlive a power cut without the bytes
     os.replace(part, target)
     _remember(source, file, folder)
     _record_file(folder, part.name).unlink(missing_ok=True)

@@ -22,7 +22,7 @@ import pytest
 from fake_hub import MIB, TOKEN, FakeHub, Fault
 
 from llama3_raw import UserError, download
-from llama3_raw.download import MODELS
+from llama3_raw.download import MODELS, build_parser
 from llama3_raw.sources import Digest, Interrupted, RemoteFile, Stream
 
 ROOT = Path(__file__).parent.parent
@@ -470,11 +470,11 @@ def test_a_stored_login_and_a_given_token(hub: FakeHub, tool: Tool) -> None:
     tool.ok("--dry-run", "--token", TOKEN, HF_TOKEN="hf_other")
 
 
-def fill_cache(tool: Tool) -> list[Path]:
+def fill_cache(tool: Tool, files: dict[str, bytes] = FILES) -> list[Path]:
     """The files in the Hugging Face cache, by the library's own hand; -> their blobs."""
     code = "import sys; from huggingface_hub import hf_hub_download\n"
     code += "for place in sys.argv[2:]: print(hf_hub_download(sys.argv[1], place))"
-    command = [sys.executable, "-c", code, REPO, *FILES]
+    command = [sys.executable, "-c", code, REPO, *files]
     done = subprocess.run(command, env=tool.environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [Path(line).resolve() for line in done.stdout.splitlines()]
@@ -561,6 +561,10 @@ def test_safetensors(hub: FakeHub, tool: Tool, sharded: bool) -> None:
     hub.files[REPO, "main"] = {**files, "pytorch_model.bin": b"not wanted"}
     tool.ok("--format", "safetensors")
     assert tool.complete(files)
+    fill_cache(tool, files)
+    tool.target = tool.folder / "offline"
+    tool.ok("--format", "safetensors", "--to", "offline", HF_HUB_OFFLINE="1")
+    assert tool.complete(files)
 
 
 def test_an_index_that_leads_out_of_the_folder(hub: FakeHub, tool: Tool) -> None:
@@ -568,6 +572,9 @@ def test_an_index_that_leads_out_of_the_folder(hub: FakeHub, tool: Tool) -> None
     files = {**FILES, "config.json": b"{}", "model.safetensors.index.json": index}
     hub.files[REPO, "main"] = files
     assert "is not a safetensors index" in tool.fails("--format", "safetensors")
+    hub.large = 10
+    hub.always = Fault(status=503)
+    assert "answered 503; run the same command again" in tool.fails("--format", "safetensors")
 
 
 def test_dry_run_and_list(hub: FakeHub, tool: Tool) -> None:
@@ -648,6 +655,16 @@ def test_no_hash_and_a_page(hub: FakeHub, tool: Tool) -> None:
     hub.faults = [Fault(), Fault(change=lambda content: b"<html>" + content[6:])]
     assert "this is an HTML page" in tool.fails()
     assert tool.only_right_files()
+
+
+def test_what_the_readme_says() -> None:
+    """Every option in its section, "Get the weights", is one."""
+    section = (ROOT / "README.md").read_text().split("## Get the weights")[1].split("\n## ")[0]
+    spans = [span for span in re.findall(r"`(?:python download\.py )?(--[^`]+)`", section) if span != "--token"]
+    assert len(spans) > 8
+    for span in spans:
+        options = build_parser().parse_args(span.split())
+        assert options.model is None or "/" in options.model or options.model in MODELS
 
 
 def test_the_sizes_that_list_shows() -> None:
