@@ -306,8 +306,7 @@ def _receive(source: Source, file: RemoteFile, part: Path, folder: Path) -> None
                                 raise UserError(
                                     f"{part}: more than {file.size:,} bytes come; run the same command again"
                                 )
-                            opened.write(chunk)
-                            opened.flush()  # whatever ends this process, the system has what came so far
+                            opened.write(chunk)  # a kill loses what its buffer holds, some kilobytes
                             bar.update(len(chunk))
             except Interrupted as interruption:
                 reason = str(interruption)

@@ -624,6 +624,12 @@ def test_a_checklist(hub: FakeHub, tool: Tool) -> None:
     assert f"md5 is {right}, should be 000" in tool.fails("--verify")
     assert "by checklist.chk; if that list is of another version, remove it" in tool.fails()
     assert (tool.target / CHECKPOINT).read_bytes() == BIG
+    (tool.target / CHECKPOINT).unlink()
+    assert "by checklist.chk" in tool.fails()
+    assert CHECKPOINT not in tool.files()
+    checklist.write_text(f"{right}  {CHECKPOINT}\n")
+    tool.ok()
+    assert len(hub.gets(CHECKPOINT)) == 1
     checklist.write_text("nonsense\n")
     assert "checklist.chk: line 1: should be an MD5" in tool.fails("--verify")
 
