@@ -239,7 +239,7 @@ def _drop_other_version(file: RemoteFile, folder: Path) -> None:
     """Removes a .part that the bytes of this version cannot be added to."""
     part = _part(folder, file)
     record = Record.read(folder, part.name)
-    if part.exists() and (record is None or record.version != file.version or _size(part) > file.size):
+    if part.exists() and (record is None or record.version != file.version):
         print(f"llama3_raw: {part}: is of another version; starting again", file=sys.stderr)
         part.unlink()
 

@@ -37,6 +37,7 @@ class Fault:
     status: int | None = None  # this answer instead of the file
     change: Callable[[bytes], bytes] | None = None  # other content than the hub has described
     content_type: str = "application/octet-stream"
+    tells_length: bool = True  # in Content-Length; otherwise the end of the connection is the end of the file
     pause: float = 0.0  # seconds between pieces of 64 KiB
 
 
@@ -171,7 +172,8 @@ class _StorageHandler(_Handler):
         self.send_response(206 if request.start else 200)
         if request.start:
             self.send_header("Content-Range", f"bytes {request.start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - request.start))
+        if fault.tells_length:
+            self.send_header("Content-Length", str(len(content) - request.start))
         self.send_header("Content-Type", fault.content_type)
         self.send_header("ETag", etag)
         self.end_headers()

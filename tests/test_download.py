@@ -134,6 +134,7 @@ def test_three_files(hub: FakeHub, tool: Tool) -> None:
     assert "is complete; try: python -m llama3_raw" in done.stderr
     for request in hub.requests:  # the token goes to the hub alone
         assert request.headers.get("authorization") == (f"Bearer {TOKEN}" if request.host == "hub" else None)
+        assert request.headers["accept-encoding"] == "identity"  # lengths and positions are those of the file
 
 
 def test_a_second_run_fetches_and_hashes_nothing(hub: FakeHub, tool: Tool) -> None:
@@ -263,7 +264,10 @@ def test_a_wrong_length(hub: FakeHub, tool: Tool) -> None:
         hub.always = Fault(change=change)
         assert re.search(r"has [\d,]+ bytes, the hub says [\d,]+; try again later", tool.fails())
         assert tool.only_right_files()
-    hub.always = Fault()
+    hub.always = Fault(change=lambda content: content + b"x", tells_length=False)
+    assert re.search(r"more than [\d,]+ bytes come; run the same command again", tool.fails())
+    assert tool.only_right_files()
+    hub.always = Fault(tells_length=False)
     tool.ok()
     assert tool.complete()
 
