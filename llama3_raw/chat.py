@@ -64,7 +64,8 @@ def encode_message(tokenizer: Tokenizer, message: Message) -> list[int]:
 def encode_dialog(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """A dialog -> the prompt to which the model gives the next answer: it ends with the assistant's header.
 
-    (encode_dialog_prompt in ChatFormat)
+    (encode_dialog_prompt in ChatFormat. The template of Llama 3.1 on Hugging Face also makes up a system message with
+    dates; Meta's code does not, nor does this.)
     """
     ids = [tokenizer.bos_id]
     for message in messages:
@@ -306,14 +307,13 @@ def write_dialog(file: Path, messages: Sequence[Message]) -> None:
     part = None
     try:
         if file.exists():
-            try:
-                read_dialog(file)
-            except UserError as error:
-                raise UserError(f"{error}; not replaced, choose another name") from error
+            read_dialog(file)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as opened:
             part = Path(opened.name)
             json.dump([message._asdict() for message in messages], opened, ensure_ascii=False, indent=1)
         part.replace(file)
+    except UserError as error:
+        raise UserError(f"{error}; not replaced, choose another name") from error
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise UserError(f"{file}: cannot be written: {getattr(error, 'strerror', error)}") from error
     finally:
@@ -334,8 +334,8 @@ COMMANDS = {
 
 def run_command(conversation: Conversation, line: str) -> None:
     """Runs a line that begins with /. Raises UserError for what is no command, and for files that are not as needed."""
-    name, _, argument = line.partition(" ")
-    argument = argument.strip()
+    name, *rest = line.split(maxsplit=1)
+    argument = "".join(rest).strip()
     file = Path(os.path.expanduser(argument))
     if name in ("/save", "/load") and not argument:
         raise UserError(f"{name}: give the name of a file behind it")
@@ -432,8 +432,11 @@ def _line_editing() -> Iterator[None]:
     names = [usage.split()[0] for usage in COMMANDS]
     readline.set_completer_delims(" ")
     readline.set_completer(lambda text, n: [*(name for name in names if text and name.startswith(text)), None][n])
-    is_libedit = "libedit" in (readline.__doc__ or "")  # which macOS has in readline's place
-    readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
+    if "libedit" in (readline.__doc__ or ""):  # which macOS has in readline's place
+        readline.parse_and_bind("bind ^I rl_complete")
+    else:
+        readline.parse_and_bind("tab: complete")
+        readline.parse_and_bind("set enable-bracketed-paste on")  # several lines that are pasted are one question
     with contextlib.suppress(OSError):
         readline.read_history_file(history)
     try:
