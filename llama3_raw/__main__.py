@@ -15,7 +15,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
-from .chat import Message, encode_dialog, warn_of_base_model
+from .chat import warn_of_base_model
 from .command_line import (
     add_model_options,
     add_sampling_options,
@@ -24,6 +24,7 @@ from .command_line import (
     peak_memory,
     positive_int,
 )
+from .dialog import Message, encode_dialog
 from .errors import ArgumentParser, UserError, command_line_tool
 from .generation import StopReason, generate
 from .tokenizer import Tokenizer

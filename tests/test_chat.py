@@ -28,15 +28,14 @@ from torch import Tensor
 
 from llama3_raw import Model, Params, Tokenizer, UserError, chat, generation
 from llama3_raw.__main__ import main as continue_text
-from llama3_raw.chat import (
+from llama3_raw.chat import main, run_command
+from llama3_raw.dialog import (
     Conversation,
     Message,
     encode_dialog,
     encode_message,
     is_base_model,
-    main,
     read_dialog,
-    run_command,
     write_dialog,
 )
 from llama3_raw.generation import StopReason, generate
