@@ -11,6 +11,7 @@ from torch import Tensor
 from .errors import UserError
 from .model import REFERENCE, KVCache, forward, no_tap
 from .ops import Ops, Tap
+from .ops_cpu import fast_ops
 from .sampling import Sampling, sample
 from .weights import Model
 
@@ -89,6 +90,8 @@ def generate(
                 f"a cache for {end + budget} tokens does not fit into memory; lower --max-new-tokens or --context"
             ) from error
     device = model.weights.tok_embeddings.device
+    if ops is None:
+        ops = fast_ops() if device.type == "cpu" else REFERENCE
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)
 
@@ -102,7 +105,7 @@ def generate(
                 cache=cache,
                 start=position,
                 logits_at=-1,
-                ops=ops or REFERENCE,
+                ops=ops,
                 tap=tap or no_tap,
             )
 

@@ -1,0 +1,164 @@
+"""Fast operations for the CPU: few tokens at a time at the speed of the memory, with cpu_kernels.c; many by torch.
+
+The C source is compiled when it is first needed, in under a second, for the processor at hand, and kept in the user's
+cache folder. It is called by ctypes: that costs 2 µs a call and no start-up, where torch.utils.cpp_extension compiles
+for half a minute and torch.compile in every process anew.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import Ops, Tap
+
+FEW = 16  # tokens: up to so many are computed by the kernels, all with the same bits
+_SOURCE = Path(__file__).with_name("cpu_kernels.c")
+_FLAGS = ("-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC")
+# what the compiler is told for each kind of processor; native: the one that it runs on
+INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
+    "native": ("-march=native",),
+    "avx512_bf16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma"),
+    "avx2": ("-mavx2", "-mfma"),
+    "baseline": (),  # SSE2 on x86, NEON on ARM
+}
+
+
+class CannotBuild(Exception):
+    """There is no compiler, or it fails; the message says which."""
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [  # noqa: RUF012  # as ctypes wants it
+        (name, ctypes.c_int64)
+        for name in ("n_tokens", "n_heads", "n_kv_heads", "head_dim", "start", "q_stride", "key_stride", "value_stride")
+    ]
+
+
+def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
+    """The compiled kernels, from the user's cache folder if they are there. Raises CannotBuild."""
+    compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or ""]
+    if not compiler[0]:
+        raise CannotBuild("there is no C compiler (cc)")
+    flags = [*_FLAGS, *INSTRUCTION_SETS[instruction_set]]
+    # what the compiler defines tells its version and what it takes this processor to be
+    defined = _run([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull])
+    key = hashlib.sha256(b"\0".join((_SOURCE.read_bytes(), " ".join(flags).encode(), defined))).hexdigest()[:20]
+    library = _cache_folder() / f"cpu_kernels-{key}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            objects, built = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+            _run([*compiler, *flags, "-c", str(_SOURCE), "-o", str(objects)])
+            # without -fopenmp, so that it takes OpenMP from torch: two pools of threads would fight for the processors
+            undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+            _run([*compiler, "-shared", *undefined, str(objects), "-o", str(built), "-lm"])
+            built.replace(library)
+    try:
+        for openmp in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*")):
+            ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise CannotBuild(f"{library} cannot be loaded ({error})") from error
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(root, "llama3_raw")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotBuild(f"{folder} cannot be made ({error.strerror})") from error
+    return folder
+
+
+def _run(command: Sequence[str]) -> bytes:
+    try:
+        return subprocess.run(command, capture_output=True, check=True).stdout
+    except OSError as error:
+        raise CannotBuild(f"{command[0]}: {error.strerror}") from error
+    except subprocess.CalledProcessError as error:
+        raise CannotBuild(f"{command[0]} fails: {error.stderr.decode(errors='replace').strip()[-200:]}") from error
+
+
+def make_ops(kernels: ctypes.CDLL) -> Ops:
+    """The operations with these kernels. A product that they do not do (many rows, other dtypes) is torch's."""
+    c_linear, c_attend = kernels.linear, kernels.attend
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        """x [..., in], weight [out, in] -> [..., out]; up to 16 rows of bf16 at the speed of the memory."""
+        length = weight.shape[1]
+        rows = x.numel() // length
+        if rows > FEW or not (_is_bf16(x) and _is_bf16(weight) and length % 32 == 0 and weight.is_contiguous()):
+            return F.linear(x, weight)
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        c_linear(*map(_pointer, (x, weight, y)), *map(ctypes.c_int64, (rows, *weight.shape)))
+        return y
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor:
+        """As model.attend, but there are no scores to tap."""
+        n_tokens, n_heads, head_dim = q.shape[-3:]
+        lone = all(_is_bf16(x) and x.dim() == 3 and x.stride()[1:] == (head_dim, 1) for x in (q, keys, values))
+        if not lone or n_tokens > FEW or not isinstance(start, int) or head_dim % 32:
+            return attend_by_torch(q, keys, values, start)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        strides = (q.stride(0), keys.stride(0), values.stride(0))
+        shape = _Shape(n_tokens, n_heads, keys.shape[-2], head_dim, start, *strides)
+        if c_attend(*map(_pointer, (q, keys, values, out)), ctypes.byref(shape)):
+            raise MemoryError(f"no memory to attend to {keys.shape[0]} tokens")
+        return out
+
+    return Ops(embed=F.embedding, linear=linear, attend=attend, reduce=lambda x: x)
+
+
+def attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor) -> Tensor:
+    """As model.attend, in blocks, without the scores of all tokens in memory at once. (Dao et al. 2022)"""
+    n_tokens, n_keys = q.shape[-3], keys.shape[-3]
+    offsets = torch.arange(n_tokens, device=q.device)
+    positions = start + offsets if isinstance(start, int) else start.unsqueeze(-1) + offsets  # [..., T]
+    seen = torch.arange(n_keys, device=q.device) <= positions.unsqueeze(-1)  # [..., T, S]
+    q, keys, values = (x.transpose(-3, -2) for x in (q, keys, values))
+    mask = None if n_tokens == n_keys else seen.unsqueeze(-3)
+    return F.scaled_dot_product_attention(
+        q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    ).transpose(-3, -2)
+
+
+def _is_bf16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not x.requires_grad
+
+
+def _pointer(x: Tensor) -> Any:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+@functools.cache
+def fast_ops() -> Ops:
+    """The fast operations for this machine's CPU; one line on stderr says what is lost where there is no compiler."""
+    try:
+        return make_ops(build_kernels())
+    except CannotBuild as reason:
+        print(
+            f"llama3_raw: {reason}; tokens come at a third of the speed, by torch's own products alone", file=sys.stderr
+        )
+        return Ops(
+            embed=F.embedding,
+            linear=F.linear,
+            attend=lambda q, keys, values, start, tap, name: attend_by_torch(q, keys, values, start),
+            reduce=lambda x: x,
+        )
