@@ -17,6 +17,8 @@ from torch import Tensor
 from .command_line import add_model_options, add_sampling_options, open_model, peak_memory, positive_int
 from .errors import ArgumentParser, UserError, command_line_tool
 from .generation import StopReason, generate
+from .memory import Lengths
+from .params import Params
 from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .weights import Model
@@ -94,14 +96,18 @@ def main(arguments: Sequence[str]) -> int:
         "repetition_penalty": options.repetition_penalty,
     }
     Sampling(**settings)  # complains of what is out of range now, not after a long load
+
+    def lengths(params: Params, tokenizer: Tokenizer | None) -> Lengths:
+        if options.context and options.context > params.max_seq_len:
+            raise UserError(f"--context {options.context}: the model's own context is {params.max_seq_len} tokens")
+        if tokenizer is not None and not options.ids:
+            ids[:] = tokenizer.encode(prompt, bos=True, allow_special=options.special)
+        return Lengths(len(ids), min(options.context or params.max_seq_len, len(ids) + options.max_new_tokens))
+
     load_start = time.perf_counter()
-    model, which = open_model(options, needs_tokenizer=not options.ids)
+    model, which = open_model(options, lengths, needs_tokenizer=not options.ids)
     load_seconds = time.perf_counter() - load_start
     tokenizer = model.tokenizer
-    if options.context and options.context > model.params.max_seq_len:
-        raise UserError(f"--context {options.context}: the model's own context is {model.params.max_seq_len} tokens")
-    if tokenizer is not None and not options.ids:
-        ids = tokenizer.encode(prompt, bos=True, allow_special=options.special)
 
     watch = _Watch(options.top, tokenizer)
     tokens = generate(

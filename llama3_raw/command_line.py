@@ -6,14 +6,17 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from .errors import UserError
+from .memory import Lengths, Plan, check_memory
 from .params import Params
-from .weights import DTYPES, Model, find_files, find_tokenizer, load
+from .tokenizer import Tokenizer
+from .weights import DTYPES, Model, build_weights, find_tokenizer, first_layers, open_checkpoint
 
 DEFAULT_MODEL = "Meta-Llama-3-8B"
 BUILT_IN_MODEL = "tiny"
@@ -80,11 +83,17 @@ def positive_int(text: str) -> int:
     return value
 
 
-def open_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> tuple[Model, str]:
+def open_model(
+    options: argparse.Namespace,
+    lengths: Callable[[Params, Tokenizer | None], Lengths],
+    needs_tokenizer: bool = True,
+) -> tuple[Model, str]:
     """Loads the model that the options of `add_model_options` name; -> the model, and a line that says which it is.
 
     The tool prints the line once nothing can be wrong with the input any more, so that an error stays one line. Unless
-    it `needs_tokenizer`, one in the folder that is missing or does not fit is no obstacle.
+    it `needs_tokenizer`, one in the folder that is missing or does not fit is no obstacle. `lengths` says how long the
+    tool's texts get: what they take of the memory is checked before the weights are read, and a warning is printed
+    where the model is larger than the memory. Raises UserError.
     """
     if options.threads:
         processors = os.cpu_count() or 1
@@ -93,24 +102,25 @@ def open_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> tup
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
     folder = find_model(options.weights)
-    params_file, weight_files = find_files(folder.path)
+    checkpoint = open_checkpoint(folder.path)
+    if options.layers is not None:
+        checkpoint = first_layers(checkpoint, options.layers)
+    params, dtype = checkpoint.params, _DTYPES.get(options.dtype)
     try:
-        tokenizer = find_tokenizer(folder.path, options.tokenizer, Params.from_file(params_file))
+        tokenizer = find_tokenizer(folder.path, options.tokenizer, params)
     except UserError:
         if needs_tokenizer or options.tokenizer:
             raise
         tokenizer = None
     if tokenizer is None and needs_tokenizer:
         raise UserError(f"{folder.path}: there is no tokenizer.model; give --tokenizer FILE, or token ids with --ids")
-    model = load(
-        folder.path,
-        device=device,
-        dtype=_DTYPES.get(options.dtype),
-        layers=options.layers,
-        tokenizer=False,
-        progress=sum(file.stat().st_size for file in weight_files) >= _PROGRESS_BAR_FROM,
-    )
-    return model._replace(tokenizer=tokenizer), f"{folder.path} ({folder.why}) on {device}"
+    warning = check_memory(Plan(checkpoint, device, dtype, lengths(params, tokenizer)))
+    if warning:
+        print(f"llama3_raw: warning: {warning}", file=sys.stderr)
+    size = sum(part.nbytes for parts in checkpoint.parts.values() for part in parts)
+    # what is larger than the memory is not read in beforehand: it would not stay
+    weights = build_weights(checkpoint, device, dtype, progress=size >= _PROGRESS_BAR_FROM and not warning)
+    return Model(params, weights, tokenizer), f"{folder.path} ({folder.why}) on {device}"
 
 
 def choose_device(name: str) -> torch.device:
