@@ -137,13 +137,13 @@ def check_memory(plan: Plan, free: Callable[[torch.device], int] = free_memory) 
 
 def _offers(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
     """The options that turn the plan into one that fits, each by itself."""
-    checkpoint, device, dtype, lengths = plan
+    checkpoint, lengths = plan.checkpoint, plan.lengths
     offers = []
-    if dtype and fits(plan._replace(dtype=None)):
+    if plan.dtype and fits(plan._replace(dtype=None)):
         offers.append("no --dtype")
     elif fits(plan._replace(dtype=torch.bfloat16)):
         offers.append("--dtype bfloat16")
-    if device.type != "cpu" and fits(plan._replace(device=torch.device("cpu"))):
+    if fits(plan._replace(device=torch.device("cpu"))):
         offers.append("--device cpu")
     shorter = range(lengths.prompt + 1, lengths.text)
     count = bisect.bisect_left(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from references import hf_model, random_weights
 
-from llama3_raw import Model, Params, UserError, generate, memory
+from llama3_raw import Model, Params, UserError, command_line, generate, memory
 from llama3_raw.__main__ import main
 from llama3_raw.bench import SYNTHETIC
 from llama3_raw.memory import Lengths, Plan, check_memory, container_free, free_memory, needed
@@ -131,11 +131,13 @@ def test_a_model_larger_than_the_memory_runs_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretend(monkeypatch, 3_000_000)
+    monkeypatch.setattr(command_line, "_PROGRESS_BAR_FROM", 0)
     assert main(["--weights", str(TINY), "--device", "cpu", "Once upon a time", "--max-new-tokens", "3"]) == 0
     out, err = capsys.readouterr()
     assert out == ", there was"
     warnings = [line for line in err.splitlines() if "warning" in line]
     assert len(warnings) == 1
+    assert "loading" not in err  # what would not stay in memory is not read in beforehand
     assert warnings[0].startswith(f"llama3_raw: warning: {TINY / 'consolidated.00.pth'}: 4.1 MB are needed, 3.0 MB are")
     assert warnings[0].endswith("what fits: --layers 2")
 

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -121,6 +122,35 @@ def flip(name: str, find: bytes, offset: int) -> Callable[[Path], Any]:
         (folder / name).write_bytes(content)
 
     return apply
+
+
+def rezip(change: Callable[[str, bytes], bytes | None]) -> Callable[[Path], Any]:
+    """Damage: other records in the checkpoint's zip file, which is itself whole; None leaves one out."""
+
+    def apply(folder: Path) -> None:
+        content = io.BytesIO()
+        with zipfile.ZipFile(folder / CHECKPOINT) as old, zipfile.ZipFile(content, "w") as new:
+            for entry in old.infolist():
+                record = change(entry.filename.split("/", 1)[1], old.read(entry))
+                if record is not None:
+                    new.writestr(entry.filename, record)
+        (folder / CHECKPOINT).write_bytes(content.getvalue())
+
+    return apply
+
+
+def as_before_torch_2_6(name: str, record: bytes) -> bytes | None:
+    """As in the files that Meta published: nothing tells torch that it may work the offsets out by itself."""
+    return record if name in ("data.pkl", "version") or name.startswith("data/") else None
+
+
+def swap_records(folder: Path) -> None:
+    """Damage: the zip directory has two records of the same length, w1 and w3, in each other's place."""
+    rezip(as_before_torch_2_6)(folder)
+    content = bytearray((folder / CHECKPOINT).read_bytes())
+    one, two = (content.rindex(f"consolidated.00/data/{number}".encode()) - 4 for number in (7, 9))
+    content[one : one + 4], content[two : two + 4] = content[two : two + 4], content[one : one + 4]
+    (folder / CHECKPOINT).write_bytes(content)
 
 
 def save(make: Callable[[dict[str, Tensor]], Any], number: int = 0) -> Callable[[Path], Any]:
@@ -238,6 +268,21 @@ THE_CHECKPOINT = {
     ),
     "a bit of the end of the zip directory": Case((CHECKPOINT, "damaged", AGAIN), flip(CHECKPOINT, b"PK\6\6", 48)),
     "a bit of the pickle": Case((CHECKPOINT, "the checksum of", AGAIN), flip(CHECKPOINT, b"norm.weight", 3)),
+    "two records that changed places": Case(
+        (CHECKPOINT, "the zip directory is wrong about", AGAIN), swap_records, start=write_small
+    ),
+    "a pickle of protocol 0": Case(
+        (CHECKPOINT, "damaged or cut short", AGAIN),
+        rezip(lambda name, record: b"\x80\0" if name == "data.pkl" else record),
+    ),
+    "a record shorter than its tensor": Case(
+        (CHECKPOINT, "is damaged (its bytes are not where they should be)", AGAIN),
+        rezip(lambda name, record: record[:-2] if name == "data/5" else record),
+    ),
+    "the byte order of another machine": Case(
+        (CHECKPOINT, "its byte order is b'big', this machine's is little", AGAIN),
+        rezip(lambda name, record: b"big" if name == "byteorder" else record),
+    ),
     "an HTML page": Case((CHECKPOINT, "this is an HTML page", "download the file itself"), write(CHECKPOINT, HTML)),
     "a git-lfs pointer": Case((CHECKPOINT, "this is a git-lfs pointer", "git lfs pull"), write(CHECKPOINT, LFS)),
     "a bare pickle": Case((CHECKPOINT, "not a zip file", AGAIN), write(CHECKPOINT, b"\x80\x02}q\x00.")),
@@ -245,6 +290,9 @@ THE_CHECKPOINT = {
     "a list": Case((CHECKPOINT, "should hold a dictionary of tensors, holds a list", AGAIN), save(lambda t: [t])),
     "a number for a tensor": Case((CHECKPOINT, f"{WQ!r} should be a name with a plain"), save(lambda t: t | {WQ: 3})),
     "a number for a name": Case((CHECKPOINT, "3 should be a name with a plain"), save(lambda t: t | {3: t[WQ]})),
+    "a name that clears the screen": Case(
+        (CHECKPOINT, "unexpected tensor \ufffd[2Jx", ONE_MODEL), save(lambda t: t | {"\x1b[2Jx": t[WQ]})
+    ),
     "a sparse tensor": Case(
         (CHECKPOINT, WQ, "plain tensor, is a torch.sparse_coo"), save(lambda t: t | {WQ: t[WQ].float().to_sparse()})
     ),
@@ -637,13 +685,15 @@ def test_one_line_and_nothing_damaged(
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(case.stdin)))
     pretend_free(monkeypatch, case.free)
 
-    with limited_memory():
+    with limited_memory(), warnings.catch_warnings(record=True) as remarks:
         status = case.tool(arguments)
+    assert not remarks  # which would be more lines on stderr
     out, err = capfd.readouterr()
     assert (status, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert err.startswith("llama3_raw: error: ")
     assert len(err) < 1000
+    assert err.removesuffix("\n").isprintable()
     for text in case.says:
         assert text in err
     assert content_of(tmp_path) == before
@@ -755,9 +805,12 @@ def test_the_code_in_the_pickle_would_have_run(tmp_path: Path) -> None:
 # Damaged bytes
 
 
-def test_no_byte_of_the_zip_directory_can_change_the_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("older", [False, True])
+def test_no_byte_of_the_zip_directory_can_change_the_weights(tmp_path: Path, older: bool) -> None:
     """Nor one of the records' headers or of the pickle. (Those of the weights themselves the download checks.)"""
     write_small(tmp_path)
+    if older:
+        rezip(as_before_torch_2_6)(tmp_path)
     file = tmp_path / CHECKPOINT
     whole = bytearray(file.read_bytes())
     expected = [tensor.clone() for tensor in flat(llama3_raw.load(tmp_path).weights)]
@@ -858,12 +911,11 @@ def test_a_damaged_checkpoint(models: dict[str, Path], changes: list[Edit], in_d
 def test_a_damaged_pickle(models: dict[str, Path], changes: list[Edit]) -> None:
     """In a zip file that is whole, checksum included, so that the unpickler gets to see it."""
     file = models["write_small"] / CHECKPOINT
-    content = io.BytesIO()
-    with zipfile.ZipFile(file) as old, zipfile.ZipFile(content, "w") as new:
-        for entry in old.infolist():
-            data = old.read(entry)
-            new.writestr(entry.filename, damaged(data, changes) if entry.filename.endswith("data.pkl") else data)
-    read_damaged(file, content.getvalue(), lambda: read_model(file.parent))
+    whole = file.read_bytes()
+    rezip(lambda name, record: damaged(record, changes) if name == "data.pkl" else record)(file.parent)
+    content = file.read_bytes()
+    file.write_bytes(whole)
+    read_damaged(file, content, lambda: read_model(file.parent))
 
 
 @settings(max_examples=300)
