@@ -98,6 +98,7 @@ def main(arguments: Sequence[str]) -> int:
     Sampling(**settings)  # complains of what is out of range now, not after a long load
 
     def lengths(params: Params, tokenizer: Tokenizer | None) -> Lengths:
+        """Cuts the text into `ids`, now that there is a tokenizer; -> how long it is and may get."""
         if options.context and options.context > params.max_seq_len:
             raise UserError(f"--context {options.context}: the model's own context is {params.max_seq_len} tokens")
         if tokenizer is not None and not options.ids:

@@ -88,7 +88,7 @@ _SHARDED_DIMENSION = {
 }
 
 # how to go on where the tensors are others than they should be
-_ONE = "; take params and weights of one model, and all of its shards"
+_ONE_MODEL = "; take params and weights of one model, and all of its shards"
 _NOT_READ = "only bfloat16, float16 and float32 are read; take the original, not quantised weights"
 
 # what weights may be stored and computed in, by the names of safetensors
@@ -442,16 +442,18 @@ def _checked(source: str, params: Params, found: Mapping[str, list[Tensor]]) -> 
     for name in found:
         if name not in wanted:
             raise UserError(
-                f"{source}: unexpected tensor {in_short(name)}; the params describe a model without it{_ONE}"
+                f"{source}: unexpected tensor {in_short(name)}; the params describe a model without it{_ONE_MODEL}"
             )
     for name, place in wanted.items():
         if name not in found:
-            raise UserError(f"{source}: tensor {name} is missing; it should be {list(place.shape)}{_ONE}")
+            raise UserError(f"{source}: tensor {name} is missing; it should be {list(place.shape)}{_ONE_MODEL}")
         parts = found[name]
         shape = _joined_shape(place, parts)
         if shape != place.shape:
             has = list(shape) if shape else " and ".join(str(list(part.shape)) for part in parts)
-            raise UserError(f"{source}: tensor {name} is {has}, should be {list(place.shape)} by the params{_ONE}")
+            raise UserError(
+                f"{source}: tensor {name} is {has}, should be {list(place.shape)} by the params{_ONE_MODEL}"
+            )
         for part in parts:
             if part.dtype not in DTYPES.values():
                 raise UserError(f"{source}: tensor {name} is {part.dtype}; {_NOT_READ}")
