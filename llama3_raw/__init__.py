@@ -1,11 +1,15 @@
 """llama3_raw: Llama 3 as plain functions over plain tensors."""
 
-from .errors import UserError
-from .generation import StopReason, generate
-from .model import REFERENCE, KVCache, forward
-from .params import Params
-from .tokenizer import Tokenizer
-from .weights import LayerWeights, Model, Weights, load
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import UserError
+    from .generation import StopReason, generate
+    from .model import REFERENCE, KVCache, forward
+    from .params import Params
+    from .tokenizer import Tokenizer
+    from .weights import LayerWeights, Model, Weights, load
 
 __all__ = [
     "REFERENCE",
@@ -21,3 +25,16 @@ __all__ = [
     "generate",
     "load",
 ]
+_ROOMS = ("errors", "params", "tokenizer", "sampling", "weights", "ops", "model", "generation")
+
+
+def __getattr__(name: str) -> Any:
+    """What is asked for, from the room it lives in, imported only now: a download must not wait seconds for torch."""
+    if name in _ROOMS:
+        return import_module(f".{name}", __name__)
+    if name in __all__:
+        for room in _ROOMS:
+            found = vars(import_module(f".{room}", __name__))
+            if name in found:
+                return found[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,17 +9,26 @@ import re
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 
 import torch
 from torch import Tensor
 
-from .command_line import add_model_options, add_sampling_options, open_model, peak_memory, positive_int
+from .chat import warn_of_base_model
+from .command_line import (
+    add_model_options,
+    add_sampling_options,
+    chosen_sampling,
+    open_model,
+    peak_memory,
+    positive_int,
+)
+from .dialog import Message, encode_dialog
 from .errors import ArgumentParser, UserError, command_line_tool
 from .generation import StopReason, generate
 from .memory import Lengths
 from .params import Params
-from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .weights import Model
 
@@ -36,6 +45,7 @@ def build_parser() -> ArgumentParser:
             '  python -m llama3_raw "Once upon a time" --temperature 0.8 --top-p 0.9 --seed 1\n'
             '  python -m llama3_raw --weights weights/Meta-Llama-3-8B --stats "The capital of France is"\n'
             '  python -m llama3_raw --ids "128000 1820 4320" --weights weights/Meta-Llama-3-8B\n'
+            '  python -m llama3_raw --chat "Why is the sky blue?" --weights weights/Meta-Llama-3-8B-Instruct\n'
             "  cat prompt.txt | python -m llama3_raw -"
         ),
     )
@@ -48,6 +58,10 @@ def build_parser() -> ArgumentParser:
         help="the prompt is token ids, and so is what is printed; needs no tokenizer (where there is none, no token "
         "ends the text)",
     )
+    group.add_argument(
+        "--chat", action="store_true", help="the prompt is a question, in the dialog format of an Instruct model"
+    )
+    group.add_argument("--system", metavar="TEXT", help="with --chat: the system message before it")
     group.add_argument(
         "--special", action="store_true", help="names such as <|eot_id|> in the prompt are special tokens"
     )
@@ -83,27 +97,28 @@ def main(arguments: Sequence[str]) -> int:
     prompt = _read_prompt(options.prompt)
     if options.ids and options.stop:
         raise UserError("--stop needs text, and --ids has none; leave one of them out")
+    if options.chat and (options.ids or options.special):
+        raise UserError(f"--chat asks in plain text; leave {'--ids' if options.ids else '--special'} out")
+    if options.system and not options.chat:
+        raise UserError("--system belongs to a question; give --chat with it")
     if "" in options.stop:
         raise UserError("--stop should not be empty")
     ids = _parse_ids(prompt) if options.ids else []
     if options.max_new_tokens < 0:
         raise UserError(f"--max-new-tokens should be 0 or more, is {options.max_new_tokens}")
-    settings = {
-        "temperature": options.temperature,
-        "top_k": options.top_k,
-        "top_p": options.top_p,
-        "min_p": options.min_p,
-        "repetition_penalty": options.repetition_penalty,
-    }
-    Sampling(**settings)  # complains of what is out of range now, not after a long load
+    sampling = chosen_sampling(options)  # complains of what is out of range now, not after a long load
 
     def lengths(params: Params, tokenizer: Tokenizer | None) -> Lengths:
         """Cuts the text into `ids`, now that there is a tokenizer; -> how long it is and may get."""
         if options.context and options.context > params.max_seq_len:
             raise UserError(f"--context {options.context}: the model's own context is {params.max_seq_len} tokens")
-        if tokenizer is not None and not options.ids:
+        if tokenizer is not None and options.chat:
+            system = [Message("system", options.system)] if options.system else []
+            ids[:] = encode_dialog(tokenizer, [*system, Message("user", prompt)])
+        elif tokenizer is not None and not options.ids:
             ids[:] = tokenizer.encode(prompt, bos=True, allow_special=options.special)
-        return Lengths(len(ids), min(options.context or params.max_seq_len, len(ids) + options.max_new_tokens))
+        text = min(options.context or params.max_seq_len, len(ids) + options.max_new_tokens)
+        return Lengths(prompt=len(ids), text=text, least=len(ids) + 1)
 
     load_start = time.perf_counter()
     model, which = open_model(options, lengths, needs_tokenizer=not options.ids)
@@ -115,12 +130,14 @@ def main(arguments: Sequence[str]) -> int:
         model,
         ids,
         max_new_tokens=options.max_new_tokens,
-        **settings,
+        **asdict(sampling),
         seed=options.seed,
         context=options.context,
         tap=watch.tap if options.top else None,
     )
     print(f"llama3_raw: {which}", file=sys.stderr)
+    if options.chat:
+        warn_of_base_model(model)
     generated = watch.over(tokens)
     if tokenizer is None or options.ids:
         pieces: Iterator[str] = (f"{' ' if i else ''}{token}" for i, token in enumerate(generated))

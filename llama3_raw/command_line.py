@@ -15,6 +15,7 @@ import torch
 from .errors import UserError
 from .memory import Lengths, Plan, check_memory
 from .params import Params
+from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .weights import DTYPES, Model, build_weights, find_tokenizer, first_layers, open_checkpoint
 
@@ -53,9 +54,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Adds the settings of `Sampling`, and --seed. Their ranges are checked by `Sampling` itself."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token (default)")
+    group.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token (default: %(default)s)"
+    )
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (0: all)")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest, up to P in sum")
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="only the likeliest, up to P in sum (default: %(default)s)",
+    )
     group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="only tokens P times as likely as the top")
     group.add_argument(
         "--repetition-penalty",
@@ -65,6 +74,17 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="make tokens seen before less likely (1: off)",
     )
     group.add_argument("--seed", type=seed, help="draw the same tokens each time")
+
+
+def chosen_sampling(options: argparse.Namespace) -> Sampling:
+    """What the options of `add_sampling_options` say. Raises UserError for what is out of range."""
+    return Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+    )
 
 
 def seed(text: str) -> int:

@@ -23,10 +23,11 @@ _GPU_LIBRARIES = 500_000_000  # bytes that cuBLAS and the like take for themselv
 
 
 class Lengths(NamedTuple):
-    """How long a text gets, in tokens: the prompt alone, and with all that may be generated."""
+    """How long a text gets, in tokens."""
 
-    prompt: int
-    text: int
+    prompt: int  # what is computed at once
+    text: int  # with all that may be generated
+    least: int  # the shortest that would still do
 
 
 class Plan(NamedTuple):
@@ -145,9 +146,11 @@ def _offers(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
         offers.append("--dtype bfloat16")
     if fits(plan._replace(device=torch.device("cpu"))):
         offers.append("--device cpu")
-    shorter = range(lengths.prompt + 1, lengths.text)
+    shorter = range(lengths.least, lengths.text)
     count = bisect.bisect_left(
-        shorter, True, key=lambda text: not fits(plan._replace(lengths=lengths._replace(text=text)))
+        shorter,
+        True,
+        key=lambda text: not fits(plan._replace(lengths=lengths._replace(prompt=min(lengths.prompt, text), text=text))),
     )
     if count:
         offers.append(f"--context {shorter[count - 1]}")

@@ -39,7 +39,7 @@ def checkpoint(
 
 def test_what_8b_needs() -> None:
     """The sizes that README gives; all of the cache is 128 KiB a token."""
-    lengths = Lengths(17, 25)
+    lengths = Lengths(17, 25, 18)
     mapped = needed(Plan(checkpoint(), CPU, None, lengths))
     embeddings = 2 * 128256 * 4096
     assert (mapped.mapped, mapped.copied, mapped.cache) == (16_060_522_496 - embeddings, 0, 25 * 131_072)
@@ -48,12 +48,12 @@ def test_what_8b_needs() -> None:
     assert needed(Plan(checkpoint(), GPU, None, lengths)).copied == 16_060_522_496
     tied = needed(Plan(checkpoint("1b"), CPU, None, lengths))
     assert tied.mapped == 2_471_628_800
-    assert 300e6 < needed(Plan(checkpoint(), CPU, None, Lengths(8000, 8192))).work < 2e9
+    assert 300e6 < needed(Plan(checkpoint(), CPU, None, Lengths(8000, 8192, 8001))).work < 2e9
 
 
 def test_copies_on_the_cpu() -> None:
     """wq and wk of Hugging Face's files stand in another order; the matrices of shards are joined."""
-    lengths = Lengths(1, 1)
+    lengths = Lengths(1, 1, 2)
     assert needed(Plan(checkpoint(hf=True), CPU, None, lengths)).copied == 2 * 32 * (4096 + 1024) * 4096
     norms = 2 * 65 * 4096
     joined = needed(Plan(checkpoint(shards=2), CPU, None, lengths))
@@ -61,7 +61,7 @@ def test_copies_on_the_cpu() -> None:
 
 
 def test_what_is_mapped_may_be_larger_than_the_memory() -> None:
-    plan = Plan(checkpoint(), CPU, None, Lengths(17, 273))
+    plan = Plan(checkpoint(), CPU, None, Lengths(17, 273, 18))
     assert check_memory(plan, lambda device: 16 * 10**9) is None
     warning = check_memory(plan, lambda device: 10 * 10**9)
     assert warning is not None
@@ -71,15 +71,15 @@ def test_what_is_mapped_may_be_larger_than_the_memory() -> None:
 
 FREE = {CPU: 24 * 10**9, GPU: 12 * 10**9}
 REFUSED = {
-    "another dtype": (Plan(checkpoint(), CPU, torch.float32, Lengths(17, 273)), ["no --dtype", "--layers 22"]),
-    "a long cache": (Plan(checkpoint(), CPU, None, Lengths(17, 200_000)), ["--context 145792", "--layers 21"]),
+    "another dtype": (Plan(checkpoint(), CPU, torch.float32, Lengths(17, 273, 18)), ["no --dtype", "--layers 22"]),
+    "a long cache": (Plan(checkpoint(), CPU, None, Lengths(17, 200_000, 18)), ["--context 145792", "--layers 21"]),
     "fp32 in two shards": (
-        Plan(checkpoint(shards=2, dtype=torch.float32), CPU, None, Lengths(17, 273)),
+        Plan(checkpoint(shards=2, dtype=torch.float32), CPU, None, Lengths(17, 273, 18)),
         ["--dtype bfloat16", "--layers 22"],
     ),
-    "a GPU": (Plan(checkpoint(), GPU, None, Lengths(17, 273)), ["--device cpu", "--layers 21"]),
+    "a GPU": (Plan(checkpoint(), GPU, None, Lengths(17, 273, 18)), ["--device cpu", "--layers 21"]),
     "1b in fp32 with a long cache on a GPU": (
-        Plan(checkpoint("1b", dtype=torch.float32), GPU, None, Lengths(17, 131_072)),
+        Plan(checkpoint("1b", dtype=torch.float32), GPU, None, Lengths(17, 131_072, 18)),
         ["--dtype bfloat16", "--device cpu", "--context 66422", "--layers 7"],
     ),
 }
@@ -101,8 +101,8 @@ def test_what_is_offered_fits_and_one_more_does_not(case: str) -> None:
             assert fits(plan._replace(checkpoint=first_layers(plan.checkpoint, int(value))))
             assert not fits(plan._replace(checkpoint=first_layers(plan.checkpoint, int(value) + 1)))
         elif option == "--context":
-            assert fits(plan._replace(lengths=Lengths(plan.lengths.prompt, int(value))))
-            assert not fits(plan._replace(lengths=Lengths(plan.lengths.prompt, int(value) + 1)))
+            assert fits(plan._replace(lengths=plan.lengths._replace(text=int(value))))
+            assert not fits(plan._replace(lengths=plan.lengths._replace(text=int(value) + 1)))
         elif option == "--device":
             assert fits(plan._replace(device=torch.device(value)))
         else:
@@ -111,7 +111,7 @@ def test_what_is_offered_fits_and_one_more_does_not(case: str) -> None:
 
 def test_nothing_is_offered_that_does_not_fit() -> None:
     with pytest.raises(UserError, match="nothing of it fits, take a smaller model"):
-        check_memory(Plan(checkpoint(), GPU, None, Lengths(17, 273)), lambda device: 10**6)
+        check_memory(Plan(checkpoint(), GPU, None, Lengths(17, 273, 18)), lambda device: 10**6)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
@@ -153,7 +153,7 @@ opened = open_checkpoint(Path(sys.argv[1]))
 dtype = torch.float32 if sys.argv[2] == "fp32" else None
 before = anonymous()
 weights = build_weights(opened, torch.device("cpu"), dtype)
-print(needed(Plan(opened, torch.device("cpu"), dtype, Lengths(1, 1))).copied, anonymous() - before)
+print(needed(Plan(opened, torch.device("cpu"), dtype, Lengths(1, 1, 2))).copied, anonymous() - before)
 """
 
 
@@ -231,5 +231,5 @@ def test_what_a_gpu_run_takes() -> None:
     weights = build_weights(opened, GPU)
     tokens = generate(Model(opened.params, weights, None), [1, 2, 3], max_new_tokens=100)
     assert len(list(tokens)) > 1
-    need = needed(Plan(opened, GPU, None, Lengths(3, 103)))
+    need = needed(Plan(opened, GPU, None, Lengths(3, 103, 4)))
     assert before - free_memory(GPU) <= need.own <= before - free_memory(GPU) + 10**9

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import llama3_raw
-from llama3_raw import Params, Tokenizer, UserError, bench, memory
+from llama3_raw import Params, Tokenizer, UserError, bench, chat, memory
 from llama3_raw.__main__ import main
 from llama3_raw.errors import command_line_tool
 from llama3_raw.weights import tensor_places, to_state_dict
@@ -606,6 +606,13 @@ MACHINE = {
         arguments=("x", "--max-new-tokens", "999"),
         free={"RAM": 1_200_000},
     ),
+    "too little RAM for the window of a chat": Case(
+        (CHECKPOINT, "a cache for 512 tokens", "10.0 MB are free; what fits: --context 24"),
+        arguments=(),
+        stdin=b"hi\n",
+        free={"RAM": 10_000_000},
+        tool=chat.main,
+    ),
     "too little RAM for anything": Case((CHECKPOINT, "nothing of it fits, take a smaller model"), free={"RAM": 1_000}),
 }
 
@@ -677,7 +684,7 @@ def test_one_line_and_nothing_damaged(
     case.damage(folder)
     before = content_of(tmp_path)
     arguments = [argument.format(folder=folder) for argument in case.arguments]
-    if case.tool is main:
+    if case.tool is not bench.main:
         arguments = ["--weights", str(folder), *arguments]
         if case.start is not copy_tiny:  # which has no tokenizer
             arguments = [*arguments, "--tokenizer", str(TINY / "tokenizer.model")]

@@ -1,0 +1,8 @@
+"""python download.py: fetches the files of a model into weights/; the same as python -m llama3_raw.download."""
+
+import sys
+
+from llama3_raw.download import main
+
+if __name__ == "__main__":
+    sys.exit(main())

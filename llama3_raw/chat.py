@@ -1,0 +1,253 @@
+"""python -m llama3_raw.chat: talk to an Instruct model. Answers on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from .command_line import (
+    add_model_options,
+    add_sampling_options,
+    chosen_sampling,
+    open_model,
+    peak_memory,
+    positive_int,
+)
+from .dialog import DEFAULT_CONTEXT, Conversation, is_base_model, read_dialog, write_dialog
+from .errors import ArgumentParser, UserError, command_line_tool
+from .generation import StopReason
+from .memory import Lengths
+from .params import Params
+from .tokenizer import Tokenizer
+from .weights import Model
+
+PROMPT = "> "
+
+
+def warn_of_base_model(model: Model) -> None:
+    """Prints a line on stderr if the model is a base model."""
+    if is_base_model(model):
+        _note("warning: a base model, it seems, not trained to answer; choose an Instruct model for a chat")
+
+
+COMMANDS = {
+    "/reset": "forget what was said, but for the system message",
+    "/system [TEXT]": "take TEXT as the system message, or none",
+    "/save FILE": "write the conversation as JSON",
+    "/load FILE": "go on from a conversation that was saved",
+    "/stats": "tokens, speed and memory",
+    "/exit": "end, as Ctrl-D does",
+    "/help": "show this list",
+}
+
+
+def run_command(conversation: Conversation, line: str) -> None:
+    """Runs a line that begins with /. Raises UserError for what is no command, and for files that are not as needed."""
+    name, *rest = line.split(maxsplit=1)
+    argument = "".join(rest).strip()
+    file = Path(os.path.expanduser(argument))
+    if name in ("/save", "/load") and not argument:
+        raise UserError(f"{name}: give the name of a file behind it")
+    if name == "/reset":
+        conversation.exchanges.clear()
+        _note("forgotten")
+    elif name == "/system":
+        was = f"; it was {conversation.system!r}" if conversation.system else ""
+        conversation.system = argument
+        _note(f"there is {'a new' if argument else 'no'} system message{was}")
+    elif name == "/save":
+        write_dialog(file, conversation.messages)
+        _note(f"saved in {file}: {len(conversation.messages)} messages")
+    elif name == "/load":
+        conversation.restore(read_dialog(file))
+        _note(f"loaded from {file}: {len(conversation.messages)} messages")
+    elif name == "/stats":
+        _print_stats(conversation)
+    elif name == "/help":
+        for usage, meaning in COMMANDS.items():
+            print(f"  {usage:<16}{meaning}", file=sys.stderr)
+    else:
+        raise UserError(f"{name}: no such command (see /help); a question may begin with / behind a space")
+
+
+def _print_stats(conversation: Conversation) -> None:
+    turn, peak = conversation.turn, peak_memory()
+    seconds = turn.times[-1] - turn.times[0] if turn.times else 0
+    for name, value in {
+        "tokens in the window": f"{conversation.length():,} of {conversation.context:,}",
+        "computed for the answer": f"{turn.computed:,}",
+        "tokens of the answer": f"{len(turn.new):,}",
+        "tokens per second": f"{(len(turn.times) - 1) / seconds:.2f}" if seconds else "-",
+        "peak memory": f"{peak / 1e9:.2f} GB" if peak else "-",
+    }.items():
+        print(f"  {name:<26}{value}", file=sys.stderr)
+
+
+def print_answer(conversation: Conversation, question: str) -> bool:
+    """Prints the answer as it comes, then what the user would not expect of it; -> whether Ctrl-C stopped it."""
+    interrupted = False
+    try:
+        with contextlib.closing(conversation.answer(question)) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    print(flush=True)
+    turn, window = conversation.turn, f"the window of {conversation.context:,} tokens"
+    if turn.dropped:
+        oldest = f"{turn.dropped} oldest turns were" if turn.dropped > 1 else "oldest turn was"
+        _note(f"{window} is full; the {oldest} dropped")
+    if interrupted:
+        _note("stopped by Ctrl-C" if turn.new else "stopped by Ctrl-C; the question is taken back")
+    elif turn.reason is StopReason.MAX_NEW_TOKENS:
+        _note(f"stopped after {len(turn.new)} tokens, the most that --max-new-tokens allows")
+    elif turn.reason is StopReason.CONTEXT:
+        _note(f"stopped: the question and its answer fill {window}")
+    return interrupted
+
+
+def _note(text: str) -> None:
+    print("llama3_raw:", " ".join(text.split()), file=sys.stderr)
+
+
+def _read_line(screen: TextIO | None) -> str | None:
+    """The next line of stdin, behind a prompt on the screen if there is one; None at the end.
+
+    Raises UserError where it is not UTF-8.
+    """
+    try:
+        if screen is sys.stdout:
+            return input(PROMPT)  # edits lines where there is readline, but its prompt is on stdout always
+        if screen is not None:
+            print(PROMPT, end="", file=screen, flush=True)
+        line = sys.stdin.buffer.readline().decode("utf-8")
+        return line.rstrip("\r\n") if line else None
+    except EOFError:
+        return None
+    except UnicodeDecodeError as error:
+        raise UserError("stdin: the line is not valid UTF-8; convert the text to UTF-8") from error
+
+
+@contextlib.contextmanager
+def _line_editing() -> Iterator[None]:
+    """Gives input() line editing, a history that outlives the chat, and the tab key; on Windows the console edits."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    history = Path(state, "llama3_raw", "chat_history")
+    names = [usage.split()[0] for usage in COMMANDS]
+    readline.set_completer_delims(" ")
+    readline.set_completer(lambda text, n: [*(name for name in names if text and name.startswith(text)), None][n])
+    if "libedit" in (readline.__doc__ or ""):  # which macOS has in readline's place
+        readline.parse_and_bind("bind ^I rl_complete")
+    else:
+        readline.parse_and_bind("tab: complete")
+        readline.parse_and_bind("set enable-bracketed-paste on")  # several lines that are pasted are one question
+    with contextlib.suppress(OSError):
+        readline.read_history_file(history)
+    try:
+        yield
+    finally:
+        readline.set_history_length(1000)
+        with contextlib.suppress(OSError):
+            history.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(history)
+
+
+def build_parser() -> ArgumentParser:
+    """The options of `python -m llama3_raw.chat`."""
+    commands = "\n".join(f"  {usage:<16}{meaning}" for usage, meaning in COMMANDS.items())
+    parser = ArgumentParser(
+        prog="python -m llama3_raw.chat",
+        description="Talks to an Instruct model. Its answers go to stdout, all else to stderr. Where stdin is not a\n"
+        "terminal, each line of it is a question or a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"commands in the chat:\n{commands}\n\nCtrl-C stops an answer.",
+    )
+    group = parser.add_argument_group("conversation")
+    group.add_argument("--system", default="", metavar="TEXT", help="the system message (default: none)")
+    group.add_argument(
+        "--context",
+        type=positive_int,
+        metavar="N",
+        help=f"tokens in the window (default: what the model holds, but at most {DEFAULT_CONTEXT}, to spare memory); "
+        "when it is full the oldest turns are dropped",
+    )
+    group.add_argument(
+        "--max-new-tokens", type=positive_int, metavar="N", help="stop an answer after N tokens (default: never)"
+    )
+    add_sampling_options(parser)
+    parser.set_defaults(temperature=0.6, top_p=0.9)  # as in Meta's example_chat_completion.py
+    add_model_options(parser)
+    return parser
+
+
+@command_line_tool
+def main(arguments: Sequence[str]) -> int:
+    """Runs the tool; -> exit status."""
+    options = build_parser().parse_args(arguments)
+    sampling = chosen_sampling(options)
+    if sys.stdin is None:
+        raise UserError("stdin is closed; questions come from there")
+
+    def lengths(params: Params, tokenizer: Tokenizer | None) -> Lengths:
+        """A question may fill the window, and a smaller window would do."""
+        window = min(options.context or DEFAULT_CONTEXT, params.max_seq_len)
+        return Lengths(prompt=window, text=window, least=1)
+
+    model, which = open_model(options, lengths)
+    conversation = Conversation(
+        model,
+        system=options.system,
+        context=options.context,
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        seed=options.seed,
+    )
+    _note(which)
+    warn_of_base_model(model)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a "?"
+    if not sys.stdin.isatty():
+        return _converse(conversation, screen=None)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")  # bytes that are not UTF-8 are not to become half characters
+    _note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")
+    with _line_editing():
+        return _converse(conversation, screen=sys.stdout if sys.stdout.isatty() else sys.stderr)
+
+
+def _converse(conversation: Conversation, screen: TextIO | None) -> int:
+    """Answers line by line; -> exit status. screen: where a user sees the prompt, whom errors and Ctrl-C do not end."""
+    while True:
+        try:
+            line = _read_line(screen)
+            if line is None and screen is not None:
+                print(file=screen)  # behind the prompt
+            if line is None or line.split() == ["/exit"]:
+                return 0
+            if line.startswith("/"):
+                run_command(conversation, line)
+            elif line.strip() and print_answer(conversation, line) and screen is None:
+                return 130
+        except UserError as error:
+            if screen is None:
+                raise
+            _note(f"error: {error}")
+        except KeyboardInterrupt:
+            if screen is None:
+                raise
+            print(file=screen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
