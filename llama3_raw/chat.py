@@ -14,8 +14,9 @@ from typing import TextIO
 from .command_line import (
     add_model_options,
     add_sampling_options,
+    choose_model,
     chosen_sampling,
-    open_model,
+    load_model,
     peak_memory,
     positive_int,
 )
@@ -23,8 +24,6 @@ from .dialog import DEFAULT_CONTEXT, Conversation, is_base_model, read_dialog, w
 from .errors import ArgumentParser, UserError, command_line_tool
 from .generation import StopReason
 from .memory import Lengths
-from .params import Params
-from .tokenizer import Tokenizer
 from .weights import Model
 
 PROMPT = "> "
@@ -198,13 +197,9 @@ def main(arguments: Sequence[str]) -> int:
     sampling = chosen_sampling(options)
     if sys.stdin is None:
         raise UserError("stdin is closed; questions come from there")
-
-    def lengths(params: Params, tokenizer: Tokenizer | None) -> Lengths:
-        """A question may fill the window, and a smaller window would do."""
-        window = min(options.context or DEFAULT_CONTEXT, params.max_seq_len)
-        return Lengths(prompt=window, text=window, least=1)
-
-    model, which = open_model(options, lengths)
+    chosen = choose_model(options)
+    window = min(options.context or DEFAULT_CONTEXT, chosen.checkpoint.params.max_seq_len)
+    model, which = load_model(chosen, Lengths(prompt=window, text=window, least=1))  # a question may fill the window
     conversation = Conversation(
         model,
         system=options.system,

@@ -6,7 +6,6 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +13,9 @@ import torch
 
 from .errors import UserError
 from .memory import Lengths, Plan, check_memory
-from .params import Params
 from .sampling import Sampling
 from .tokenizer import Tokenizer
-from .weights import DTYPES, Model, build_weights, find_tokenizer, first_layers, open_checkpoint
+from .weights import DTYPES, Checkpoint, Model, build_weights, find_tokenizer, first_layers, open_checkpoint
 
 DEFAULT_MODEL = "Meta-Llama-3-8B"
 BUILT_IN_MODEL = "tiny"
@@ -31,6 +29,16 @@ class ModelFolder(NamedTuple):
 
     path: Path
     why: str
+
+
+class ChosenModel(NamedTuple):
+    """A model to load, and how."""
+
+    folder: ModelFolder
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer | None
+    device: torch.device
+    dtype: torch.dtype | None  # None: as stored
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -103,17 +111,11 @@ def positive_int(text: str) -> int:
     return value
 
 
-def open_model(
-    options: argparse.Namespace,
-    lengths: Callable[[Params, Tokenizer | None], Lengths],
-    needs_tokenizer: bool = True,
-) -> tuple[Model, str]:
-    """Loads the model that the options of `add_model_options` name; -> the model, and a line that says which it is.
+def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> ChosenModel:
+    """The model that the options of `add_model_options` name, checked, but for its weights, which are not read yet.
 
-    The tool prints the line once nothing can be wrong with the input any more, so that an error stays one line. Unless
-    it `needs_tokenizer`, one in the folder that is missing or does not fit is no obstacle. `lengths` says how long the
-    tool's texts get: what they take of the memory is checked before the weights are read, and a warning is printed
-    where the model is larger than the memory. Raises UserError.
+    Unless the tool `needs_tokenizer`, one in the folder that is missing or does not fit is no obstacle. Raises
+    UserError.
     """
     if options.threads:
         processors = os.cpu_count() or 1
@@ -125,22 +127,31 @@ def open_model(
     checkpoint = open_checkpoint(folder.path)
     if options.layers is not None:
         checkpoint = first_layers(checkpoint, options.layers)
-    params, dtype = checkpoint.params, _DTYPES.get(options.dtype)
     try:
-        tokenizer = find_tokenizer(folder.path, options.tokenizer, params)
+        tokenizer = find_tokenizer(folder.path, options.tokenizer, checkpoint.params)
     except UserError:
         if needs_tokenizer or options.tokenizer:
             raise
         tokenizer = None
     if tokenizer is None and needs_tokenizer:
         raise UserError(f"{folder.path}: there is no tokenizer.model; give --tokenizer FILE, or token ids with --ids")
-    warning = check_memory(Plan(checkpoint, device, dtype, lengths(params, tokenizer)))
+    return ChosenModel(folder, checkpoint, tokenizer, device, _DTYPES.get(options.dtype))
+
+
+def load_model(chosen: ChosenModel, lengths: Lengths) -> tuple[Model, str]:
+    """Loads the model for texts of these lengths; -> the model, and a line that says which it is.
+
+    The tool prints the line once nothing can be wrong with the input any more, so that an error stays one line. A
+    warning is printed where the model is larger than the memory. Raises UserError where the run does not fit.
+    """
+    folder, checkpoint, tokenizer, device, dtype = chosen
+    warning = check_memory(Plan(checkpoint, device, dtype, lengths))
     if warning:
         print(f"llama3_raw: warning: {warning}", file=sys.stderr)
     size = sum(part.nbytes for parts in checkpoint.parts.values() for part in parts)
     # what is larger than the memory is not read in beforehand: it would not stay
     weights = build_weights(checkpoint, device, dtype, progress=size >= _PROGRESS_BAR_FROM and not warning)
-    return Model(params, weights, tokenizer), f"{folder.path} ({folder.why}) on {device}"
+    return Model(checkpoint.params, weights, tokenizer), f"{folder.path} ({folder.why}) on {device}"
 
 
 def choose_device(name: str) -> torch.device:

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-import torch
-
 
 class UserError(Exception):
     """What the user asked for cannot be done. The message is one line that names the file or option and the way out."""
@@ -56,11 +54,12 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
         except BrokenPipeError:
             _give_up_stdout()
             return 141
-        except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-            if "--debug" in arguments:
+        except Exception as error:
+            out_of_memory = _is_out_of_memory(error)
+            if "--debug" in arguments or not (out_of_memory or isinstance(error, (UserError, OSError))):
                 raise
             message = str(error)
-            if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            if out_of_memory:
                 message = (
                     f"out of memory ({in_short(error)}); lower --max-new-tokens or --context, or use fewer --layers"
                 )
@@ -76,6 +75,11 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
 
     entry_point.__doc__ = main.__doc__
     return entry_point
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # not imported for this: a download need not wait for it
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def _give_up_stdout() -> None:

@@ -698,3 +698,8 @@ def test_the_sizes_that_list_shows() -> None:
     assert {offer.repo for offer in MODELS.values()} == set(sizes)
     for offer in MODELS.values():
         assert any(abs(size - offer.gigabytes) < 0.06 for size in sizes[offer.repo]), offer
+
+
+def test_it_does_not_wait_for_torch() -> None:
+    code = "import sys, llama3_raw.download; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
