@@ -48,11 +48,6 @@ def hub() -> Iterator[FakeHub]:
 GATED = (401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model is restricted."})
 
 
-def listen_to_ctrl_c() -> None:
-    """In a new process: SIGINT counts, even where the tests run in the background of a shell, which ignores it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 class Tool:
     """Runs download.py in an empty folder."""
 
@@ -72,7 +67,6 @@ class Tool:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=None if os.name == "nt" else listen_to_ctrl_c,
         )
 
     def run(self, *arguments: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
