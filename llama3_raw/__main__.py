@@ -19,14 +19,16 @@ from .chat import warn_of_base_model
 from .command_line import (
     add_model_options,
     add_sampling_options,
+    choose_model,
     chosen_sampling,
-    open_model,
+    load_model,
     peak_memory,
     positive_int,
 )
 from .dialog import Message, encode_dialog
 from .errors import ArgumentParser, UserError, command_line_tool
 from .generation import StopReason, generate
+from .memory import Lengths
 from .tokenizer import Tokenizer
 from .weights import Model
 
@@ -106,16 +108,18 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--max-new-tokens should be 0 or more, is {options.max_new_tokens}")
     sampling = chosen_sampling(options)  # complains of what is out of range now, not after a long load
     load_start = time.perf_counter()
-    model, which = open_model(options, needs_tokenizer=not options.ids)
-    load_seconds = time.perf_counter() - load_start
-    tokenizer = model.tokenizer
-    if options.context and options.context > model.params.max_seq_len:
-        raise UserError(f"--context {options.context}: the model's own context is {model.params.max_seq_len} tokens")
+    chosen = choose_model(options, needs_tokenizer=not options.ids)
+    tokenizer, longest = chosen.tokenizer, chosen.checkpoint.params.max_seq_len
+    if options.context and options.context > longest:
+        raise UserError(f"--context {options.context}: the model's own context is {longest} tokens")
     if tokenizer is not None and options.chat:
         system = [Message("system", options.system)] if options.system else []
         ids = encode_dialog(tokenizer, [*system, Message("user", prompt)])
     elif tokenizer is not None and not options.ids:
         ids = tokenizer.encode(prompt, bos=True, allow_special=options.special)
+    text_length = min(options.context or longest, len(ids) + options.max_new_tokens)
+    model, which = load_model(chosen, Lengths(prompt=len(ids), text=text_length, least=len(ids) + 1))
+    load_seconds = time.perf_counter() - load_start
 
     watch = _Watch(options.top, tokenizer)
     tokens = generate(

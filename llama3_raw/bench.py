@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from .command_line import seed
-from .errors import ArgumentParser, UserError, command_line_tool
+from .errors import ArgumentParser, UserError, command_line_tool, in_short
 from .params import Params
 from .tokenizer import Tokenizer
 from .weights import tensor_places
@@ -64,7 +64,7 @@ def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, rando
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror}") from error
+        raise UserError(f"{folder}: cannot be made: {error.strerror}; name a folder you may write to") from error
     if free < n_bytes + 10_000_000:
         raise UserError(f"{folder}: {n_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on that disk")
 
@@ -81,7 +81,7 @@ def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, rando
         (folder / "params.json").write_text(json.dumps(content) + "\n")
         part.rename(checkpoint)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for what the system refuses
-        raise UserError(f"{folder}: cannot be written: {error}") from error
+        raise UserError(f"{folder}: cannot be written: {in_short(error)}") from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -14,14 +14,16 @@ from typing import TextIO
 from .command_line import (
     add_model_options,
     add_sampling_options,
+    choose_model,
     chosen_sampling,
-    open_model,
+    load_model,
     peak_memory,
     positive_int,
 )
 from .dialog import DEFAULT_CONTEXT, Conversation, is_base_model, read_dialog, write_dialog
 from .errors import ArgumentParser, UserError, command_line_tool
 from .generation import StopReason
+from .memory import Lengths
 from .weights import Model
 
 PROMPT = "> "
@@ -195,7 +197,9 @@ def main(arguments: Sequence[str]) -> int:
     sampling = chosen_sampling(options)
     if sys.stdin is None:
         raise UserError("stdin is closed; questions come from there")
-    model, which = open_model(options)
+    chosen = choose_model(options)
+    window = min(options.context or DEFAULT_CONTEXT, chosen.checkpoint.params.max_seq_len)
+    model, which = load_model(chosen, Lengths(prompt=window, text=window, least=1))  # a question may fill the window
     conversation = Conversation(
         model,
         system=options.system,

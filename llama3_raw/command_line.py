@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 
 from .errors import UserError
-from .params import Params
+from .memory import Lengths, Plan, check_memory
 from .sampling import Sampling
-from .weights import DTYPES, Model, find_files, find_tokenizer, load
+from .tokenizer import Tokenizer
+from .weights import DTYPES, Checkpoint, Model, build_weights, find_tokenizer, first_layers, open_checkpoint
 
 DEFAULT_MODEL = "Meta-Llama-3-8B"
 BUILT_IN_MODEL = "tiny"
@@ -28,6 +29,16 @@ class ModelFolder(NamedTuple):
 
     path: Path
     why: str
+
+
+class ChosenModel(NamedTuple):
+    """A model to load, and how."""
+
+    folder: ModelFolder
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer | None
+    device: torch.device
+    dtype: torch.dtype | None  # None: as stored
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -100,11 +111,11 @@ def positive_int(text: str) -> int:
     return value
 
 
-def open_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> tuple[Model, str]:
-    """Loads the model that the options of `add_model_options` name; -> the model, and a line that says which it is.
+def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> ChosenModel:
+    """The model that the options of `add_model_options` name, checked, but for its weights, which are not read yet.
 
-    The tool prints the line once nothing can be wrong with the input any more, so that an error stays one line. Unless
-    it `needs_tokenizer`, one in the folder that is missing or does not fit is no obstacle.
+    Unless the tool `needs_tokenizer`, one in the folder that is missing or does not fit is no obstacle. Raises
+    UserError.
     """
     if options.threads:
         processors = os.cpu_count() or 1
@@ -113,24 +124,34 @@ def open_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> tup
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
     folder = find_model(options.weights)
-    params_file, weight_files = find_files(folder.path)
+    checkpoint = open_checkpoint(folder.path)
+    if options.layers is not None:
+        checkpoint = first_layers(checkpoint, options.layers)
     try:
-        tokenizer = find_tokenizer(folder.path, options.tokenizer, Params.from_file(params_file))
+        tokenizer = find_tokenizer(folder.path, options.tokenizer, checkpoint.params)
     except UserError:
         if needs_tokenizer or options.tokenizer:
             raise
         tokenizer = None
     if tokenizer is None and needs_tokenizer:
         raise UserError(f"{folder.path}: there is no tokenizer.model; give --tokenizer FILE, or token ids with --ids")
-    model = load(
-        folder.path,
-        device=device,
-        dtype=_DTYPES.get(options.dtype),
-        layers=options.layers,
-        tokenizer=False,
-        progress=sum(file.stat().st_size for file in weight_files) >= _PROGRESS_BAR_FROM,
-    )
-    return model._replace(tokenizer=tokenizer), f"{folder.path} ({folder.why}) on {device}"
+    return ChosenModel(folder, checkpoint, tokenizer, device, _DTYPES.get(options.dtype))
+
+
+def load_model(chosen: ChosenModel, lengths: Lengths) -> tuple[Model, str]:
+    """Loads the model for texts of these lengths; -> the model, and a line that says which it is.
+
+    The tool prints the line once nothing can be wrong with the input any more, so that an error stays one line. A
+    warning is printed where the model is larger than the memory. Raises UserError where the run does not fit.
+    """
+    folder, checkpoint, tokenizer, device, dtype = chosen
+    warning = check_memory(Plan(checkpoint, device, dtype, lengths))
+    if warning:
+        print(f"llama3_raw: warning: {warning}", file=sys.stderr)
+    size = sum(part.nbytes for parts in checkpoint.parts.values() for part in parts)
+    # what is larger than the memory is not read in beforehand: it would not stay
+    weights = build_weights(checkpoint, device, dtype, progress=size >= _PROGRESS_BAR_FROM and not warning)
+    return Model(checkpoint.params, weights, tokenizer), f"{folder.path} ({folder.why}) on {device}"
 
 
 def choose_device(name: str) -> torch.device:

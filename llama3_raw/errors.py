@@ -35,7 +35,7 @@ class EntryPoint(Protocol):
 def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
     """Turns main(arguments) -> exit status into a tool's entry point.
 
-    UserError, and what the system refuses (OSError), become one line on stderr and status 2 (a traceback with
+    UserError, and what the system refuses (OSError, memory), become one line on stderr and status 2 (a traceback with
     --debug), Ctrl-C ends with status 130, and a reader that closes stdout (`| head -1`) ends the tool without a word.
     """
 
@@ -54,19 +54,32 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
         except BrokenPipeError:
             _give_up_stdout()
             return 141
-        except (UserError, OSError) as error:
-            if "--debug" in arguments:
+        except Exception as error:
+            out_of_memory = _is_out_of_memory(error)
+            if "--debug" in arguments or not (out_of_memory or isinstance(error, (UserError, OSError))):
                 raise
             message = str(error)
+            if out_of_memory:
+                message = (
+                    f"out of memory ({in_short(error)}); lower --max-new-tokens or --context, or use fewer --layers"
+                )
             if isinstance(error, OSError):
-                message = f"{error.filename or 'output'}: {error.strerror or error}"
+                message = f"{in_short(error.filename or 'output')}: {error.strerror or error}"
                 if error.filename is None:  # stdout itself, on a full disk say
                     _give_up_stdout()
-            print(f"llama3_raw: error: {' '.join(message.split())}", file=sys.stderr)
+            line = " ".join(message.split())
+            # a damaged file's bytes should not reach the terminal as control characters
+            line = "".join(character if character.isprintable() else "\ufffd" for character in line)
+            print(f"llama3_raw: error: {line}", file=sys.stderr)
             return 2
 
     entry_point.__doc__ = main.__doc__
     return entry_point
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # not imported for this: a download need not wait for it
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def _give_up_stdout() -> None:
@@ -81,7 +94,7 @@ def read_beginning(path: Path) -> bytes:
         with open(path, "rb") as file:
             beginning = file.read(512)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror}; check its name and your rights to it") from error
     if not beginning:
         raise UserError(f"{path}: the file is empty; download it again")
     text = beginning.lstrip().lower()
@@ -90,3 +103,18 @@ def read_beginning(path: Path) -> bytes:
     if text.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: this is a git-lfs pointer, not the file it points to; run `git lfs pull`")
     return beginning
+
+
+def read_small_file(path: Path) -> bytes:
+    """A whole file of a kind that is never large. Raises UserError as `read_beginning` does, and for 100 MB or more."""
+    read_beginning(path)
+    size = path.stat().st_size
+    if size >= 100_000_000:
+        raise UserError(f"{path}: has {size / 1e6:,.0f} MB, where a few should do; it must be another file")
+    return path.read_bytes()
+
+
+def in_short(what: object) -> str:
+    """A value or another library's error as part of a message: on one line, not too long, never without words."""
+    text = " ".join(str(what).split()) or type(what).__name__
+    return text if len(text) <= 200 else f"{text[:200]} …"

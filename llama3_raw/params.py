@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, read_beginning
+from .errors import UserError, in_short, read_small_file
 
 # beyond what any model has; a file that says more is damaged
 _LARGEST = 2**31
@@ -50,17 +50,17 @@ class Params:
     def from_file(path: str | Path) -> Params:
         """Reads params.json or config.json. Raises UserError naming the file and the key that is wrong."""
         path = Path(path)
-        read_beginning(path)
+        text = read_small_file(path)
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
+            raise UserError(f"{path}: not valid JSON ({in_short(error)}); download it again") from error
         if not isinstance(content, dict):
-            raise UserError(f"{path}: should hold a JSON object, holds a {type(content).__name__}")
+            raise UserError(f"{path}: should hold a JSON object, holds a {type(content).__name__}; download it again")
         try:
             return Params.from_hf(content) if "hidden_size" in content else Params.from_meta(content)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {in_short(error)}") from error
 
     @staticmethod
     def from_meta(content: Mapping[str, Any]) -> Params:
@@ -182,7 +182,7 @@ class _Fields:
         value = self.content.get(key)
         if value is None:
             if default is self.REQUIRED:
-                raise UserError(f"{key} is missing")
+                raise UserError(f"{key} is missing; download the file again")
             return default
         if isinstance(value, bool) is not (bool in kinds) or not isinstance(value, kinds):
             raise UserError(f"{key} should be {expected}, is {value!r}")

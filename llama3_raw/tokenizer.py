@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tiktoken
 
-from .errors import UserError, read_beginning
+from .errors import UserError, read_beginning, read_small_file
 
 # Meta's pattern: text is cut into these pieces first, and only bytes within a piece are merged
 SPLIT_PATTERN = (
@@ -142,7 +142,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     if b"<unk>" in beginning:
         raise UserError(f"{path}: this is a SentencePiece model, of Llama 1 or 2, say; Llama 3's is another file")
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_small_file(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -150,13 +150,19 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             token_bytes = base64.b64decode(token, validate=True)
             expected = len(ranks)
             if int(rank) != expected:
-                raise UserError(f"{path}: line {number}: the rank is {int(rank)}, should be {expected}")
+                raise UserError(
+                    f"{path}: line {number}: the rank is {int(rank)}, should be {expected}; download it again"
+                )
         except (ValueError, binascii.Error) as error:
-            raise UserError(f"{path}: line {number}: should be base64 and a rank, is {line[:60]!r}") from error
+            raise UserError(
+                f"{path}: line {number}: should be base64 and a rank, is {line[:60]!r}; download it again"
+            ) from error
         if token_bytes in ranks:
-            raise UserError(f"{path}: line {number}: the token {token_bytes!r} was there before")
+            raise UserError(
+                f"{path}: line {number}: the token {token_bytes[:60]!r} was there before; download it again"
+            )
         ranks[token_bytes] = expected
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise UserError(f"{path}: no token for byte {missing[0]}; every single byte needs one")
+        raise UserError(f"{path}: no token for byte {missing[0]}; every single byte needs one; download it again")
     return ranks

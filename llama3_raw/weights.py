@@ -9,7 +9,12 @@ from __future__ import annotations
 import json
 import mmap
 import pickle
+import re
+import struct
 import sys
+import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import UserError, read_beginning
+from .errors import UserError, in_short, read_beginning, read_small_file
 from .params import Params
 from .tokenizer import Tokenizer
 
@@ -82,6 +87,10 @@ _SHARDED_DIMENSION = {
     **dict.fromkeys(("wo", "w2"), 1),
 }
 
+# how to go on where the tensors are others than they should be
+_ONE_MODEL = "; take params and weights of one model, and all of its shards"
+_NOT_READ = "only bfloat16, float16 and float32 are read; take the original, not quantised weights"
+
 # what weights may be stored and computed in, by the names of safetensors
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -114,9 +123,29 @@ def tensor_places(params: Params, tied: bool = False) -> Iterator[TensorPlace]:
         yield TensorPlace(None, field, *_TOP_NAMES[field], shapes[field])
 
 
+class Checkpoint(NamedTuple):
+    """A model as it lies in its files: every tensor mapped and checked against the params, none of them read yet."""
+
+    source: str  # the file, or the folder of several
+    params: Params
+    parts: dict[TensorPlace, list[Tensor]]  # one tensor each, or Meta's shards of it
+    hf: bool  # whether the rows of wq and wk stand in Hugging Face's order
+
+    @property
+    def tied(self) -> bool:
+        """Whether `output` is `tok_embeddings`."""
+        return all(place.field != "output" for place in self.parts)
+
+    def must_change(self, place: TensorPlace) -> bool:
+        """Whether a tensor is other than its file has it, so that it takes memory of its own."""
+        is_joined = len(self.parts[place]) > 1 and place.field in _SHARDED_DIMENSION
+        return is_joined or (self.hf and place.field in ("wq", "wk"))
+
+
 def from_state_dict(params: Params, tensors: Mapping[str, Tensor]) -> Weights:
     """Tensors by Meta's names -> Weights, checked against `params`. Raises UserError naming a tensor that is wrong."""
-    return _build(params, {name: [tensor] for name, tensor in tensors.items()}, source="the state dict")
+    found = {name: [tensor] for name, tensor in tensors.items()}
+    return build_weights(_checked("the state dict", params, found))
 
 
 def to_state_dict(params: Params, weights: Weights) -> dict[str, Tensor]:
@@ -149,19 +178,49 @@ def load(
     if dtype is not None and dtype not in DTYPES.values():
         raise UserError(f"dtype should be torch.bfloat16, float16 or float32, is {dtype}")
     folder = Path(folder)
+    checkpoint = open_checkpoint(folder)
+    if layers is not None:
+        checkpoint = first_layers(checkpoint, layers)
+    weights = build_weights(checkpoint, torch.device(device), dtype, progress)
+    params = checkpoint.params
+    return Model(params, weights, None if tokenizer is False else find_tokenizer(folder, tokenizer, params))
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Maps the weight files of a folder and checks them against its params; reads no weights.
+
+    Raises UserError where a file is missing or damaged, or a tensor is not what the params say.
+    """
     params_file, weight_files = find_files(folder)
     params = Params.from_file(params_file)
-    if layers is not None and not 1 <= layers <= params.n_layers:
-        raise UserError(f"--layers {layers}: {folder} has {params.n_layers} layers; give a number from 1 to that")
-    read = _map_safetensors if weight_files[0].suffix == ".safetensors" else _map_checkpoint
+    is_hf = weight_files[0].suffix == ".safetensors"
     found: dict[str, list[Tensor]] = {}
     for file in weight_files:
-        for name, tensor in read(file).items():
+        for name, tensor in (_map_safetensors if is_hf else _map_checkpoint)(file).items():
+            if is_hf and name in found:
+                raise UserError(f"{file}: tensor {name} is in another file as well; keep the files of one model only")
             found.setdefault(name, []).append(tensor)
-    source = str(weight_files[0] if len(weight_files) == 1 else folder)
-    weights = _build(params, found, source, torch.device(device), dtype, layers, progress)
-    params = replace(params, n_layers=len(weights.layers))
-    return Model(params, weights, None if tokenizer is False else find_tokenizer(folder, tokenizer, params))
+    # without an output matrix the embeddings are taken for it, unless the config knows better; params.json never says
+    if (
+        is_hf
+        and "lm_head.weight" not in found
+        and json.loads(params_file.read_bytes()).get("tie_word_embeddings") is False
+    ):
+        raise UserError(
+            f"{folder}: tensor lm_head.weight is missing, and config.json does not tie it; download the rest"
+        )
+    return _checked(str(weight_files[0] if len(weight_files) == 1 else folder), params, found)
+
+
+def first_layers(checkpoint: Checkpoint, layers: int) -> Checkpoint:
+    """The checkpoint without the layers behind the first so many. Raises UserError where it has no such number."""
+    most = checkpoint.params.n_layers
+    if not 1 <= layers <= most:
+        raise UserError(f"--layers {layers}: {checkpoint.source} has {most} layers; give a number from 1 to that")
+    return checkpoint._replace(
+        params=replace(checkpoint.params, n_layers=layers),
+        parts={place: parts for place, parts in checkpoint.parts.items() if (place.layer or 0) < layers},
+    )
 
 
 def find_files(folder: Path) -> tuple[Path, list[Path]]:
@@ -171,17 +230,22 @@ def find_files(folder: Path) -> tuple[Path, list[Path]]:
     for place in (folder, folder / "original"):
         checkpoints = sorted(place.glob("consolidated.*.pth"))
         if checkpoints and (place / "params.json").exists():
+            for number, file in enumerate(checkpoints):
+                if file.name != f"consolidated.{number:02}.pth":
+                    raise UserError(
+                        f"{place}: consolidated.{number:02}.pth is missing, but {file.name} is there; download the rest"
+                    )
             return place / "params.json", checkpoints
     shards = sorted(folder.glob("*.safetensors"))
     index, config = folder / "model.safetensors.index.json", folder / "config.json"
     if config.exists() and index.exists():
         try:
-            shards = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
-            raise UserError(f"{index}: not a safetensors index ({error!r}); download it again") from error
-        for shard in shards:
-            if not shard.exists():
-                raise UserError(f"{index}: names {shard.name}, which is not in the folder; download it")
+            named = set(json.loads(read_small_file(index))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise UserError(f"{index}: not a safetensors index ({in_short(repr(error))}); download it again") from error
+        for name in sorted(named - {shard.name for shard in shards}, key=str):
+            raise UserError(f"{index}: names {in_short(name)}, which is no *.safetensors in its folder; download it")
+        shards = [shard for shard in shards if shard.name in named]
     if config.exists() and shards:
         return config, shards
     raise UserError(
@@ -199,7 +263,7 @@ def find_tokenizer(folder: Path, given: str | Path | None, params: Params) -> To
             if tokenizer.n_words != params.vocab_size:
                 raise UserError(
                     f"{file}: has {tokenizer.n_words} tokens, but the model has {params.vocab_size}; "
-                    "they do not belong together"
+                    "give the one that belongs to it with --tokenizer"
                 )
             return tokenizer
     return None
@@ -207,45 +271,87 @@ def find_tokenizer(folder: Path, given: str | Path | None, params: Params) -> To
 
 def _map_file(file: Path) -> mmap.mmap:
     """The file as memory: writes stay private, and no swap is reserved, so that it may be larger than the RAM."""
-    with open(file, "rb") as opened:
-        if sys.platform == "win32":
-            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-        no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # in Python since 3.13
-        flags, protection = mmap.MAP_PRIVATE | no_reserve, mmap.PROT_READ | mmap.PROT_WRITE
-        return mmap.mmap(opened.fileno(), 0, flags=flags, prot=protection)
+    try:
+        with open(file, "rb") as opened:
+            if sys.platform == "win32":
+                return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+            no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # in Python from 3.13
+            flags, protection = mmap.MAP_PRIVATE | no_reserve, mmap.PROT_READ | mmap.PROT_WRITE
+            return mmap.mmap(opened.fileno(), 0, flags=flags, prot=protection)
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be mapped ({error.strerror}); is there a limit on memory, by ulimit -v say?"
+        ) from error
 
 
 def _map_checkpoint(file: Path) -> dict[str, Tensor]:
     """Name -> tensor of a file that torch.save wrote. Only plain tensors are unpickled; nothing in the file can run."""
     if not read_beginning(file).startswith(b"PK"):
         raise UserError(f"{file}: not a checkpoint of torch.save (not a zip file); download it again")
-    try:
-        # the structure alone; each storage remembers where in the file its bytes are
-        structure = torch.load(file, map_location="meta", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{file}: holds something other than plain tensors, refused: {error}") from error
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError, AttributeError, TypeError) as error:
-        raise UserError(f"{file}: damaged or cut short ({error}); download it again") from error
-    if not isinstance(structure, dict):
-        raise UserError(f"{file}: should hold a dictionary of tensors, holds a {type(structure).__name__}")
     memory = _map_file(file)
+    try:
+        records = _check_records(file, memory)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has remarks on odd pickles, which are none of the user's making
+            # the structure alone; each storage remembers where in the file its bytes are
+            structure = torch.load(file, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        content = f"{code[1]}, which could run code, " if code else "something other than plain tensors "
+        raise UserError(f"{file}: holds {content}and is refused; download it from a source that you trust") from error
+    except Exception as error:  # on damaged bytes zipfile and torch raise nearly every kind there is
+        raise UserError(f"{file}: damaged or cut short ({in_short(error)}); download it again") from error
+    if not isinstance(structure, dict):
+        kind = type(structure).__name__
+        raise UserError(f"{file}: should hold a dictionary of tensors, holds a {kind}; download it again")
     tensors = {}
     for name, tensor in structure.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             what = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise UserError(f"{file}: {name!r} should be a name with a plain tensor, is a {what}")
+            raise UserError(f"{file}: {name!r} should be a name with a plain tensor, is a {what}; download it again")
         if name.endswith(_IGNORED_ENDINGS):
             continue
         if not tensor.numel():
             raise UserError(f"{file}: {name} is empty; download the file again")
-        storage = tensor.untyped_storage()
-        count = storage.nbytes() // tensor.dtype.itemsize
-        offset = storage._checkpoint_offset  # set by torch.load on the meta device
-        if offset is None or offset + storage.nbytes() > len(memory):
-            raise UserError(f"{file}: {name} ends beyond the end of the file; download it again")
-        whole = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=offset)
-        tensors[name] = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        try:
+            storage = tensor.untyped_storage()
+            offset, count = storage._checkpoint_offset, storage.nbytes() // tensor.dtype.itemsize
+            if offset is None or records.get(offset) != storage.nbytes():
+                raise ValueError("its bytes are not where they should be")
+            whole = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=offset)
+            tensors[name] = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise UserError(f"{file}: tensor {name} is damaged ({in_short(error)}); download it again") from error
     return tensors
+
+
+def _check_records(file: Path, memory: mmap.mmap) -> dict[int, int]:
+    """Where the records of a zip file begin -> how many bytes each has. Raises ValueError where that cannot be.
+
+    torch believes the directory, and checks no checksum: with a bit of it turned, other bytes would be the weights.
+    So each record should have the name before it and its end behind it; the data of the tensors is not read.
+    """
+    records = {}
+    with zipfile.ZipFile(file) as archive:
+        directory = archive.infolist()
+    for entry in directory:
+        name_length, extra_length = struct.unpack_from("<26xHH", memory, entry.header_offset)
+        name_begin = entry.header_offset + 30
+        name = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
+        begin = name_begin + name_length + extra_length
+        end = begin + entry.file_size
+        # every piece of a zip file begins with PK
+        if memory[name_begin : name_begin + name_length] != name or memory[end : end + 2] != b"PK":
+            raise ValueError(f"the zip directory is wrong about {entry.filename}")
+        records[begin] = entry.file_size
+        if "/data/" in entry.filename:
+            continue
+        content = memory[begin:end]
+        if entry.CRC and zlib.crc32(content) != entry.CRC:  # 0: saved without checksums
+            raise ValueError(f"the checksum of {entry.filename} is wrong")
+        if entry.filename.endswith("/byteorder") and content != sys.byteorder.encode():  # which torch dies of
+            raise ValueError(f"its byte order is {content!r}, this machine's is {sys.byteorder}")
+    return records
 
 
 def _map_safetensors(file: Path) -> dict[str, Tensor]:
@@ -255,7 +361,7 @@ def _map_safetensors(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="np"):  # checks the header and the length of the file
             pass
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged or cut short ({error}); download it again") from error
+        raise UserError(f"{file}: damaged or cut short ({in_short(error)}); download it again") from error
     memory = _map_file(file)
     header_end = 8 + int.from_bytes(memory[:8], "little")
     header = json.loads(memory[8:header_end])
@@ -267,49 +373,51 @@ def _map_safetensors(file: Path) -> dict[str, Tensor]:
         if name.endswith(_IGNORED_ENDINGS):
             continue
         if dtype is None or begin == end:
-            raise UserError(f"{file}: {name} is {entry['shape']} {entry['dtype']}; should be BF16, F16 or F32")
+            raise UserError(f"{file}: tensor {name} is {entry['shape']} {entry['dtype']}; {_NOT_READ}")
         flat = torch.frombuffer(memory, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=header_end + begin)
         tensors[name] = flat.view(entry["shape"])
     return tensors
 
 
-def _build(
-    params: Params,
-    found: Mapping[str, Sequence[Tensor]],
-    source: str,
+def build_weights(
+    checkpoint: Checkpoint,
     device: torch.device = torch.device("cpu"),
     dtype: torch.dtype | None = None,
-    layers: int | None = None,
     progress: bool = False,
 ) -> Weights:
-    """The tensors of a checkpoint (several shards each, or one) -> Weights, checked, moved to `device` one by one."""
-    hf = any(name.startswith("model.") for name in found)
-    tied = ("lm_head.weight" if hf else "output.weight") not in found
-    places = list(tensor_places(params, tied))
-    wanted = {place.hf_name if hf else place.meta_name: place for place in places}
-    _check(found, wanted, source, may_mix=dtype is not None)
-    kept = {name: place for name, place in wanted.items() if layers is None or (place.layer or 0) < layers}
-    total = sum(part.nbytes for name in kept for part in found[name])
+    """The tensors of a checkpoint, in one dtype, moved to `device` one by one; the arguments are those of `load`.
+
+    Raises UserError where the stored dtypes differ and none is given, or where the memory does not hold them.
+    """
+    source, params, all_parts, hf = checkpoint
+    if dtype is None:
+        common = next(iter(all_parts.values()))[0].dtype
+        for place, parts in all_parts.items():
+            for other in {part.dtype for part in parts} - {common}:
+                name = place.hf_name if hf else place.meta_name
+                raise UserError(
+                    f"{source}: tensor {name} is {other}, should be {common} like the rest; --dtype makes them all one"
+                )
+    total = sum(part.nbytes for parts in all_parts.values() for part in parts)
     top: dict[str, Tensor] = {}
-    by_layer: list[dict[str, Tensor]] = [{} for _ in range(layers or params.n_layers)]
+    by_layer: list[dict[str, Tensor]] = [{} for _ in range(params.n_layers)]
     with tqdm(
         total=total, unit="B", unit_scale=True, desc=f"loading {source}", disable=not progress, leave=False
     ) as bar:
-        for name, place in kept.items():
-            parts = found[name]
-            tensor = parts[0]
-            if len(parts) > 1 and place.field in _SHARDED_DIMENSION:
-                tensor = torch.cat(list(parts), dim=_SHARDED_DIMENSION[place.field])
-            if hf and place.field in ("wq", "wk"):
-                tensor = interleave_pairs(tensor, params.head_dim)
+        for place, parts in all_parts.items():
             try:
+                tensor = parts[0]
+                if len(parts) > 1 and place.field in _SHARDED_DIMENSION:
+                    tensor = torch.cat(parts, dim=_SHARDED_DIMENSION[place.field])
+                if hf and place.field in ("wq", "wk"):
+                    tensor = interleave_pairs(tensor, params.head_dim)
                 moved = tensor.to(device=device, dtype=dtype)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:  # torch's only word for memory that the CPU does not have
                 raise UserError(
-                    f"{source}: {total / 1e9:.1f} GB of weights do not fit on {device}, from {name} on; "
-                    "use --device cpu, or fewer --layers"
+                    f"{source}: {total / 1e9:.1f} GB of weights do not fit on {device}, from {place.meta_name} on; "
+                    f"{'give' if device.type == 'cpu' else 'use --device cpu, or'} fewer --layers"
                 ) from error
-            rows_only = place.field == "tok_embeddings" and not tied  # of which a prompt uses but a few rows
+            rows_only = place.field == "tok_embeddings" and not checkpoint.tied  # of which a prompt uses but a few rows
             if progress and moved is parts[0] and moved.is_contiguous() and not rows_only:
                 _touch(moved, bar)
             else:
@@ -319,33 +427,39 @@ def _build(
         tok_embeddings=top["tok_embeddings"],
         layers=tuple(LayerWeights(**fields) for fields in by_layer),
         norm=top["norm"],
-        output=top["tok_embeddings" if tied else "output"],
+        output=top["tok_embeddings" if checkpoint.tied else "output"],
     )
 
 
-def _check(
-    found: Mapping[str, Sequence[Tensor]], wanted: Mapping[str, TensorPlace], source: str, may_mix: bool
-) -> None:
-    """Raises UserError naming the first tensor that is too many, missing, or of another shape or dtype than wanted."""
+def _checked(source: str, params: Params, found: Mapping[str, list[Tensor]]) -> Checkpoint:
+    """The tensors found under their names (several shards each, or one) -> Checkpoint.
+
+    Raises UserError naming the first tensor that is too many, missing, or of another shape or dtype than it should be.
+    """
+    hf = any(name.startswith("model.") for name in found)
+    tied = ("lm_head.weight" if hf else "output.weight") not in found
+    wanted = {place.hf_name if hf else place.meta_name: place for place in tensor_places(params, tied)}
     for name in found:
         if name not in wanted:
-            raise UserError(f"{source}: unexpected tensor {name}; the params describe a model without it")
-    common = None
+            raise UserError(
+                f"{source}: unexpected tensor {in_short(name)}; the params describe a model without it{_ONE_MODEL}"
+            )
     for name, place in wanted.items():
         if name not in found:
-            raise UserError(f"{source}: tensor {name} is missing; it should be {list(place.shape)}")
-        shape = _joined_shape(place, found[name])
+            raise UserError(f"{source}: tensor {name} is missing; it should be {list(place.shape)}{_ONE_MODEL}")
+        parts = found[name]
+        shape = _joined_shape(place, parts)
         if shape != place.shape:
-            has = list(shape) if shape else " and ".join(str(list(part.shape)) for part in found[name])
-            raise UserError(f"{source}: tensor {name} is {has}, should be {list(place.shape)} by the params")
-        for dtype in (part.dtype for part in found[name]):
-            common = common or dtype
-            if dtype not in DTYPES.values():
-                raise UserError(f"{source}: tensor {name} is {dtype}, should be bfloat16, float16 or float32")
-            if dtype != common and not may_mix:
-                raise UserError(
-                    f"{source}: tensor {name} is {dtype}, should be {common} like the rest; --dtype makes them all one"
-                )
+            has = list(shape) if shape else " and ".join(str(list(part.shape)) for part in parts)
+            raise UserError(
+                f"{source}: tensor {name} is {has}, should be {list(place.shape)} by the params{_ONE_MODEL}"
+            )
+        for part in parts:
+            if part.dtype not in DTYPES.values():
+                raise UserError(f"{source}: tensor {name} is {part.dtype}; {_NOT_READ}")
+        if place.field not in _SHARDED_DIMENSION and any(not torch.equal(part, parts[0]) for part in parts[1:]):
+            raise UserError(f"{source}: the shards differ in {name}; keep the shards of one model only")
+    return Checkpoint(source, params, {place: found[name] for name, place in wanted.items()}, hf)
 
 
 def _joined_shape(place: TensorPlace, parts: Sequence[Tensor]) -> tuple[int, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -21,6 +22,10 @@ CACHE = ROOT / ".cache"
 TINY = ROOT / "weights" / "tiny"
 sys.path[:0] = [str(ROOT / "examples")]
 from stories15m import Stories15M, load_stories15m  # noqa: E402  # from examples/
+
+# in the background of a shell SIGINT is ignored, and processes that the tests start would inherit that
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # the machines that run this are shared and slow at times, which says nothing about the code
 hypothesis.settings.register_profile(

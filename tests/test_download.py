@@ -48,11 +48,6 @@ def hub() -> Iterator[FakeHub]:
 GATED = (401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model is restricted."})
 
 
-def listen_to_ctrl_c() -> None:
-    """In a new process: SIGINT counts, even where the tests run in the background of a shell, which ignores it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 class Tool:
     """Runs download.py in an empty folder."""
 
@@ -72,7 +67,6 @@ class Tool:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=None if os.name == "nt" else listen_to_ctrl_c,
         )
 
     def run(self, *arguments: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
@@ -698,3 +692,8 @@ def test_the_sizes_that_list_shows() -> None:
     assert {offer.repo for offer in MODELS.values()} == set(sizes)
     for offer in MODELS.values():
         assert any(abs(size - offer.gigabytes) < 0.06 for size in sizes[offer.repo]), offer
+
+
+def test_it_does_not_wait_for_torch() -> None:
+    code = "import sys, llama3_raw.download; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,25 +162,6 @@ WRONG_HF = [
 def test_refused_by_name_in_config_json(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Params.from_hf({**SMALL_HF, **change})
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "is empty"),
-        ("{", "not valid JSON"),
-        ("[1]", "should hold a JSON object, holds a list"),
-        ("<!DOCTYPE html><html>", "an HTML page"),
-        ("version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
-        (json.dumps({**SMALL, "dim": None}), "dim is missing"),
-    ],
-)
-def test_a_wrong_file_is_named(tmp_path: Path, content: str, message: str) -> None:
-    file = tmp_path / "params.json"
-    file.write_text(content)
-    with pytest.raises(UserError, match=message) as caught:
-        Params.from_file(file)
-    assert str(file) in str(caught.value)
 
 
 anything = st.recursive(

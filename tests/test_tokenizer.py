@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
-import re
 import time
 from pathlib import Path
 
@@ -160,44 +158,6 @@ def lines(*tokens: bytes) -> list[bytes]:
 
 BYTES = [bytes([byte]) for byte in range(256)]
 GOOD = lines(*BYTES, b"ab")
-
-WRONG = [
-    (b"", "is empty"),
-    (b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n", "a SentencePiece model"),
-    (b'{"version": "1.0", "model": {}}', "a JSON file"),
-    (b"<!DOCTYPE html>\n<html>", "an HTML page"),
-    (b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer"),
-    (b"\n".join([*GOOD[:9], b"??? 9", *GOOD[10:]]), "line 10: should be base64 and a rank"),
-    (b"\n".join([*GOOD[:9], GOOD[9].split()[0], *GOOD[10:]]), "line 10: should be base64 and a rank"),
-    (b"\n".join([*GOOD[:9], b"/w== nine", *GOOD[10:]]), "line 10: should be base64 and a rank"),
-    (b"\n".join([*GOOD[:9], *GOOD[10:]]), "line 10: the rank is 10, should be 9"),
-    (b"\n".join(lines(*BYTES, b"ab", b"cd", b"ab")), "line 259: the token b'ab' was there before"),
-    (b"\n".join(lines(*BYTES[:-1])), "no token for byte 255"),
-    (bytes(range(256)), "line 1: should be base64"),
-]
-
-
-@pytest.mark.parametrize(("content", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_a_wrong_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
-    file = tmp_path / "tokenizer.model"
-    file.write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(message)) as caught:
-        Tokenizer(file)
-    assert str(file) in str(caught.value)
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.model: cannot be read"):
-        Tokenizer(tmp_path / "none.model")
-
-
-@given(st.binary(max_size=60), st.integers(0, 2000))
-def test_damage_gives_the_projects_own_error(tmp_path_factory: pytest.TempPathFactory, junk: bytes, at: int) -> None:
-    content = b"\n".join(GOOD)
-    file = tmp_path_factory.getbasetemp() / "damaged.model"
-    file.write_bytes(content[:at] + junk + content[at + len(junk) :])
-    with contextlib.suppress(UserError):
-        Tokenizer(file)
 
 
 def test_no_copy_is_kept_by_path(tmp_path: Path) -> None:

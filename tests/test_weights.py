@@ -1,11 +1,10 @@
-"""Loading: what is mapped and what is copied, every format, and every way in which a checkpoint can be wrong."""
+"""Loading: what is mapped and what is copied, in every format. (What is refused: test_world.py)"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,8 @@ def test_equal_to_torch_load() -> None:
 
 
 def test_tables_that_are_computed_here_are_left_alone(folder: Path) -> None:
-    change_tensors(lambda t: t.update({"rope.freqs": torch.empty(0)}))(folder)
+    file = folder / "consolidated.00.pth"
+    torch.save(torch.load(file, weights_only=True) | {"rope.freqs": torch.empty(0)}, file)
     assert_same(llama3_raw.load(folder).weights, llama3_raw.load(TINY).weights)
 
 
@@ -156,6 +156,11 @@ def test_dtype_and_layers(folder: Path) -> None:
             llama3_raw.load(folder, layers=layers)
 
 
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lost: there is no such folder"):
+        llama3_raw.load(tmp_path / "lost")
+
+
 def test_metas_files_in_original(tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / "original")
     model = llama3_raw.load(tmp_path)
@@ -229,122 +234,6 @@ def test_an_hf_folder_is_mapped_too(tmp_path: Path) -> None:
         assert file_of(weights.layers[0].w1) == str(file)
     weights.layers[0].w1.zero_()
     assert file.read_bytes() == before
-
-
-class Malicious:
-    """A pickle of it makes a file when it is loaded."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self.file),)
-
-
-def test_code_in_a_checkpoint_does_not_run(folder: Path) -> None:
-    trace = folder / "it ran"
-    torch.save({"norm.weight": Malicious(trace)}, folder / "consolidated.00.pth")
-    with pytest.raises(UserError, match="something other than plain tensors, refused"):
-        llama3_raw.load(folder)
-    assert not trace.exists()
-    torch.load(folder / "consolidated.00.pth", weights_only=False)  # the file would have done it
-    assert trace.exists()
-
-
-def change_tensors(change: Callable[[dict[str, Tensor]], Any], shard: int = 0) -> Callable[[Path], None]:
-    """Damage: the first shard's tensors, changed, in place of that shard or as another beside it."""
-
-    def apply(folder: Path) -> None:
-        tensors = torch.load(folder / "consolidated.00.pth", weights_only=True)
-        change(tensors)
-        torch.save(tensors, folder / f"consolidated.{shard:02}.pth")
-
-    return apply
-
-
-def overwrite(name: str, content: bytes) -> Callable[[Path], Any]:
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def cut_checkpoint(share: float) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        file = folder / "consolidated.00.pth"
-        file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-
-    return apply
-
-
-WQ = "layers.0.attention.wq.weight"
-WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no folder": (lambda f: shutil.rmtree(f), "there is no such folder"),
-    "no checkpoint": (lambda f: (f / "consolidated.00.pth").unlink(), "no model here"),
-    "no params": (lambda f: (f / "params.json").unlink(), "no model here"),
-    "empty checkpoint": (overwrite("consolidated.00.pth", b""), "the file is empty"),
-    "HTML": (overwrite("consolidated.00.pth", b"<!doctype html><html>"), "an HTML page"),
-    "git-lfs": (overwrite("consolidated.00.pth", b"version https://git-lfs.github.com/spec/v1"), "git-lfs pointer"),
-    "not a zip file": (overwrite("consolidated.00.pth", b"\x80\x02}q\x00."), "not a checkpoint of torch.save"),
-    "cut at 1 %": (cut_checkpoint(0.01), "damaged or cut short"),
-    "cut at 50 %": (cut_checkpoint(0.5), "damaged or cut short"),
-    "cut at 99.9 %": (cut_checkpoint(0.999), "damaged or cut short"),
-    "a list": (lambda f: torch.save([1], f / "consolidated.00.pth"), "should hold a dictionary of tensors"),
-    "a number": (change_tensors(lambda t: t.update({WQ: 3})), f"'{WQ}' should be a name with a plain tensor, is a int"),
-    "a number as name": (change_tensors(lambda t: t.update({3: t[WQ]})), "3 should be a name with a plain tensor"),
-    "sparse": (change_tensors(lambda t: t.update({WQ: t[WQ].float().to_sparse()})), "plain tensor"),
-    "no values": (change_tensors(lambda t: t.update({WQ: t[WQ][:0]})), f"{WQ} is empty"),
-    "missing": (change_tensors(lambda t: t.pop(WQ)), f"tensor {WQ} is missing; it should be [192, 192]"),
-    "extra": (change_tensors(lambda t: t.update({"x.weight": t[WQ]})), "unexpected tensor x.weight"),
-    "shape": (change_tensors(lambda t: t.update({WQ: t[WQ][:5]})), f"{WQ} is [5, 192], should be [192, 192]"),
-    "dtype": (change_tensors(lambda t: t.update({WQ: t[WQ].float()})), f"{WQ} is torch.float32, should be"),
-    "all in fp64": (
-        change_tensors(lambda t: t.update({name: tensor.double() for name, tensor in t.items()})),
-        "is torch.float64, should be bfloat16, float16 or float32",
-    ),
-    "integers": (change_tensors(lambda t: t.update({WQ: t[WQ].int()})), f"{WQ} is torch.int32"),
-    "unlike shards": (
-        change_tensors(lambda t: t.update({"tok_embeddings.weight": t[WQ]}), shard=1),
-        "tok_embeddings.weight is [2304, 192] and [192, 192]",
-    ),
-    "too many shards": (change_tensors(lambda t: None, shard=1), "is [4608, 192], should be [2304, 192]"),
-    "many layers": (overwrite("params.json", json.dumps({**SMALL, "n_layers": 2**30}).encode()), "layers cannot be"),
-    "other params": (overwrite("params.json", json.dumps(SMALL).encode()), "the params describe a model without it"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_checkpoint_is_named(folder: Path, case: str) -> None:
-    damage, message = WRONG[case]
-    damage(folder)
-    with pytest.raises(UserError) as caught:
-        llama3_raw.load(folder)
-    assert message in str(caught.value)
-    assert str(folder) in str(caught.value)
-
-
-def test_a_tokenizer_of_another_model(folder: Path, meta_tokenizer_file: Path) -> None:
-    shutil.copy(meta_tokenizer_file, folder / "tokenizer.model")
-    with pytest.raises(UserError, match="has 128256 tokens, but the model has 2304"):
-        llama3_raw.load(folder)
-
-
-def test_a_damaged_hf_folder_is_named(tmp_path: Path) -> None:
-    params = Params.from_meta(SMALL)
-    hf_model(params, random_weights(params, torch.float32, seed=8)).save_pretrained(tmp_path, max_shard_size="40KB")
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    shard = tmp_path / index["weight_map"]["lm_head.weight"]
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-8])
-    with pytest.raises(UserError, match=f"{shard.name}: damaged or cut short"):
-        llama3_raw.load(tmp_path)
-    shard.write_bytes(b"<html></html>")
-    with pytest.raises(UserError, match=f"{shard.name}: this is an HTML page"):
-        llama3_raw.load(tmp_path)
-    shard.unlink()
-    with pytest.raises(UserError, match=f"names {shard.name}, which is not in the folder"):
-        llama3_raw.load(tmp_path)
-    for wrong in ("[]", "{}", '{"weight_map": {"a": 5}}', "[" * 99999):
-        (tmp_path / "model.safetensors.index.json").write_text(wrong)
-        with pytest.raises(UserError, match="not a safetensors index"):
-            llama3_raw.load(tmp_path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")

@@ -1,0 +1,235 @@
+"""What a run needs and what is free, with given numbers; and that what is offered instead is true."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from references import hf_model, random_weights
+
+from llama3_raw import Model, Params, UserError, command_line, generate, memory
+from llama3_raw.__main__ import main
+from llama3_raw.bench import SYNTHETIC
+from llama3_raw.memory import Lengths, Plan, check_memory, container_free, free_memory, needed
+from llama3_raw.weights import Checkpoint, build_weights, first_layers, open_checkpoint, tensor_places, to_state_dict
+
+TINY = Path(__file__).parent.parent / "weights" / "tiny"
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def checkpoint(
+    size: str = "8b", *, shards: int = 1, hf: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> Checkpoint:
+    """A model of true size, without a byte of it."""
+    content, tied = SYNTHETIC[size]
+    params = Params.from_meta(content)
+    parts = {
+        place: [torch.empty(place.shape, dtype=dtype, device="meta")] * shards for place in tensor_places(params, tied)
+    }
+    return Checkpoint(size, params, parts, hf)
+
+
+def test_what_8b_needs() -> None:
+    """The sizes that README gives; all of the cache is 128 KiB a token."""
+    lengths = Lengths(17, 25, 18)
+    mapped = needed(Plan(checkpoint(), CPU, None, lengths))
+    embeddings = 2 * 128256 * 4096
+    assert (mapped.mapped, mapped.copied, mapped.cache) == (16_060_522_496 - embeddings, 0, 25 * 131_072)
+    assert mapped.work < 20e6
+    assert needed(Plan(checkpoint(), CPU, torch.float32, lengths)).copied == 2 * 16_060_522_496
+    assert needed(Plan(checkpoint(), GPU, None, lengths)).copied == 16_060_522_496
+    tied = needed(Plan(checkpoint("1b"), CPU, None, lengths))
+    assert tied.mapped == 2_471_628_800
+    assert 300e6 < needed(Plan(checkpoint(), CPU, None, Lengths(8000, 8192, 8001))).work < 2e9
+
+
+def test_copies_on_the_cpu() -> None:
+    """wq and wk of Hugging Face's files stand in another order; the matrices of shards are joined."""
+    lengths = Lengths(1, 1, 2)
+    assert needed(Plan(checkpoint(hf=True), CPU, None, lengths)).copied == 2 * 32 * (4096 + 1024) * 4096
+    norms = 2 * 65 * 4096
+    joined = needed(Plan(checkpoint(shards=2), CPU, None, lengths))
+    assert (joined.mapped, joined.copied) == (norms, 16_060_522_496 - norms)
+
+
+def test_what_is_mapped_may_be_larger_than_the_memory() -> None:
+    plan = Plan(checkpoint(), CPU, None, Lengths(17, 273, 18))
+    assert check_memory(plan, lambda device: 16 * 10**9) is None
+    warning = check_memory(plan, lambda device: 10 * 10**9)
+    assert warning is not None
+    assert "15.06 GB are needed, 10.00 GB are free" in warning
+    assert re.search(r"what fits: --layers \d\d$", warning)
+
+
+FREE = {CPU: 24 * 10**9, GPU: 12 * 10**9}
+REFUSED = {
+    "another dtype": (Plan(checkpoint(), CPU, torch.float32, Lengths(17, 273, 18)), ["no --dtype", "--layers 22"]),
+    "a long cache": (Plan(checkpoint(), CPU, None, Lengths(17, 200_000, 18)), ["--context 145792", "--layers 21"]),
+    "fp32 in two shards": (
+        Plan(checkpoint(shards=2, dtype=torch.float32), CPU, None, Lengths(17, 273, 18)),
+        ["--dtype bfloat16", "--layers 22"],
+    ),
+    "a GPU": (Plan(checkpoint(), GPU, None, Lengths(17, 273, 18)), ["--device cpu", "--layers 21"]),
+    "1b in fp32 with a long cache on a GPU": (
+        Plan(checkpoint("1b", dtype=torch.float32), GPU, None, Lengths(17, 131_072, 18)),
+        ["--dtype bfloat16", "--device cpu", "--context 66422", "--layers 7"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_offered_fits_and_one_more_does_not(case: str) -> None:
+    plan, offers = REFUSED[case]
+    with pytest.raises(UserError) as caught:
+        check_memory(plan, FREE.__getitem__)
+    assert str(caught.value).endswith(f"what fits: {', or '.join(offers)}")
+
+    def fits(plan: Plan) -> bool:
+        return needed(plan).own <= FREE[plan.device]
+
+    for offer in offers:
+        option, value = offer.rsplit(" ", 1)
+        if option == "--layers":
+            assert fits(plan._replace(checkpoint=first_layers(plan.checkpoint, int(value))))
+            assert not fits(plan._replace(checkpoint=first_layers(plan.checkpoint, int(value) + 1)))
+        elif option == "--context":
+            assert fits(plan._replace(lengths=plan.lengths._replace(text=int(value))))
+            assert not fits(plan._replace(lengths=plan.lengths._replace(text=int(value) + 1)))
+        elif option == "--device":
+            assert fits(plan._replace(device=torch.device(value)))
+        else:
+            assert fits(plan._replace(dtype=None if option == "no" else torch.bfloat16))
+
+
+def test_nothing_is_offered_that_does_not_fit() -> None:
+    with pytest.raises(UserError, match="nothing of it fits, take a smaller model"):
+        check_memory(Plan(checkpoint(), GPU, None, Lengths(17, 273, 18)), lambda device: 10**6)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+
+
+def test_the_offer_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pretend(monkeypatch, 7_000_000)
+    arguments = ["--weights", str(TINY), "--device", "cpu", "One", "--max-new-tokens", "3", "--dtype", "float32"]
+    assert main(arguments) == 2
+    assert "what fits: no --dtype, or --layers 3\n" in capsys.readouterr().err
+    assert main([*arguments, "--layers", "3"]) == 0
+    assert main(arguments[:-2]) == 0
+
+
+def test_a_model_larger_than_the_memory_runs_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, 3_000_000)
+    monkeypatch.setattr(command_line, "_PROGRESS_BAR_FROM", 0)
+    assert main(["--weights", str(TINY), "--device", "cpu", "Once upon a time", "--max-new-tokens", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert out == ", there was"
+    warnings = [line for line in err.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert "loading" not in err  # what would not stay in memory is not read in beforehand
+    assert warnings[0].startswith(f"llama3_raw: warning: {TINY / 'consolidated.00.pth'}: 4.1 MB are needed, 3.0 MB are")
+    assert warnings[0].endswith("what fits: --layers 2")
+
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from llama3_raw.memory import Lengths, Plan, needed
+from llama3_raw.weights import build_weights, open_checkpoint
+def anonymous():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+opened = open_checkpoint(Path(sys.argv[1]))
+dtype = torch.float32 if sys.argv[2] == "fp32" else None
+before = anonymous()
+weights = build_weights(opened, torch.device("cpu"), dtype)
+print(needed(Plan(opened, torch.device("cpu"), dtype, Lengths(1, 1, 2))).copied, anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc/self/status")
+@pytest.mark.parametrize("case", ["as stored", "fp32", "hf"])
+def test_the_need_is_what_a_load_takes(tmp_path: Path, case: str) -> None:
+    """In a process of its own, since this one has memory to spare from other tests."""
+    content = {"dim": 1024, "n_layers": 2, "n_heads": 8, "vocab_size": 1000, "norm_eps": 1e-5}
+    params = Params.from_meta(content)
+    weights = random_weights(params, torch.bfloat16, seed=0)
+    if case == "hf":
+        hf_model(params, weights).save_pretrained(tmp_path)
+    else:
+        (tmp_path / "params.json").write_text(json.dumps(content))
+        torch.save(to_state_dict(params, weights), tmp_path / "consolidated.00.pth")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), case]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    copied, taken = map(int, done.stdout.split())
+    assert (copied > 0) == (case != "as stored")
+    assert taken == pytest.approx(copied, rel=0.05, abs=3e6)
+
+
+def write_group(folder: Path, version: int, limit: str, used: int, cached: int) -> None:
+    """The memory files of a control group: so much used, of which the file cache is so much."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    total = "" if version == 2 else "total_"
+    statistics = f"anon 5\n{total}inactive_file {cached - 1}\n{total}active_file 1\nslab 7\n"
+    (folder / "memory.stat").write_text(statistics)
+
+
+def free_in(tmp_path: Path, own: str) -> list[int]:
+    (tmp_path / "cgroup").write_text(own)
+    return list(container_free(tmp_path / "groups", tmp_path / "cgroup"))
+
+
+def test_the_limit_of_a_container(tmp_path: Path) -> None:
+    """As Docker shows it: version 2 with a namespace of its own, then version 1 with the host's path."""
+    groups = tmp_path / "groups"
+    write_group(groups, 2, "1000", 700, 300)
+    assert free_in(tmp_path, "0::/\n") == [600]
+    shutil.rmtree(groups)
+    write_group(groups / "memory", 1, "2000", 700, 300)
+    assert free_in(tmp_path, "4:memory:/docker/0123\n3:cpuset:/docker/0123\n0::/\n") == [1600]
+
+
+def test_the_limit_of_a_group_above(tmp_path: Path) -> None:
+    """As systemd sets it: on the slice, not on the service; a group that uses more than its limit has nothing left."""
+    groups = tmp_path / "groups"
+    write_group(groups / "system.slice" / "some.service", 2, "max", 100, 50)
+    write_group(groups / "system.slice", 2, "900", 1000, 20)
+    assert free_in(tmp_path, "0::/system.slice/some.service\n") == [0]
+
+
+def test_no_limit(tmp_path: Path) -> None:
+    assert free_in(tmp_path, "0::/\n") == []
+    assert free_in(tmp_path, "1:name=systemd:/\n2:cpu:/\n") == []
+    assert list(container_free(tmp_path, tmp_path / "none")) == []
+
+
+def test_what_is_free_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    available = psutil.virtual_memory().available
+    assert 0 < free_memory(CPU) <= 1.1 * available
+    monkeypatch.setattr(memory, "container_free", lambda: [5, 3])
+    assert free_memory(CPU) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
+def test_what_a_gpu_run_takes() -> None:
+    """The need is enough, and no more than a gigabyte too much."""
+    opened = open_checkpoint(TINY)
+    before = free_memory(GPU)
+    weights = build_weights(opened, GPU)
+    tokens = generate(Model(opened.params, weights, None), [1, 2, 3], max_new_tokens=100)
+    assert len(list(tokens)) > 1
+    need = needed(Plan(opened, GPU, None, Lengths(3, 103, 4)))
+    assert before - free_memory(GPU) <= need.own <= before - free_memory(GPU) + 10**9
