@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -44,7 +45,7 @@ class CannotBuild(Exception):
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012  # as ctypes wants it
+    _fields_ = [  # as ctypes wants it
         (name, ctypes.c_int64)
         for name in ("n_tokens", "n_heads", "n_kv_heads", "head_dim", "start", "q_stride", "key_stride", "value_stride")
     ]
@@ -69,8 +70,9 @@ def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
             _run([*compiler, "-shared", *undefined, str(objects), "-o", str(built), "-lm"])
             built.replace(library)
     try:
-        for openmp in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*")):
-            ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
+        for library_of_torch in (Path(torch.__file__).parent / "lib").iterdir():
+            if re.match(r"lib(g|i)?omp", library_of_torch.name):
+                ctypes.CDLL(str(library_of_torch), mode=ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise CannotBuild(f"{library} cannot be loaded ({error})") from error
