@@ -19,7 +19,7 @@ typedef uint16_t bf16; /* the upper half of a float */
 #define WIDTH 4
 #endif
 #define ROWS 4     /* tokens at a time */
-#define OUTPUTS 4  /* rows of the matrix at a time: as many streams from memory, and sums that do not wait for each other */
+#define OUTPUTS 8  /* rows of the matrix at a time: as many streams from memory, and sums that do not wait for each other */
 
 typedef float floats __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDTH)));
@@ -104,10 +104,14 @@ void linear(const bf16 *x, const bf16 *w, bf16 *y, int64_t n_rows, int64_t n_out
             int rows = n_rows - r < ROWS ? (int)(n_rows - r) : ROWS;
             const bf16 *from = x + r * length, *matrix = w + o * length;
             bf16 *to = y + r * n_outputs + o;
-            if (outputs == OUTPUTS && rows == 4) product(4, OUTPUTS, from, matrix, to, length, n_outputs);
-            else if (outputs == OUTPUTS && rows == 3) product(3, OUTPUTS, from, matrix, to, length, n_outputs);
+            if (outputs == OUTPUTS && rows == 1) product(1, OUTPUTS, from, matrix, to, length, n_outputs);
             else if (outputs == OUTPUTS && rows == 2) product(2, OUTPUTS, from, matrix, to, length, n_outputs);
-            else if (outputs == OUTPUTS && rows == 1) product(1, OUTPUTS, from, matrix, to, length, n_outputs);
+            else if (outputs == OUTPUTS) /* in halves, whose sums are as many as a processor has registers for */
+                for (int half = 0; half < OUTPUTS; half += OUTPUTS / 2) {
+                    const bf16 *part = matrix + half * length;
+                    if (rows == 3) product(3, OUTPUTS / 2, from, part, to + half, length, n_outputs);
+                    else product(4, OUTPUTS / 2, from, part, to + half, length, n_outputs);
+                }
             else
                 for (int each = 0; each < rows; each++)
                     for (int other = 0; other < outputs; other++)
