@@ -15,7 +15,6 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
-from .chat import warn_of_base_model
 from .command_line import (
     add_model_options,
     add_sampling_options,
@@ -24,6 +23,7 @@ from .command_line import (
     load_model,
     peak_memory,
     positive_int,
+    warn_of_base_model,
 )
 from .dialog import Message, encode_dialog
 from .errors import ArgumentParser, UserError, command_line_tool

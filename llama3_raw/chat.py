@@ -19,20 +19,14 @@ from .command_line import (
     load_model,
     peak_memory,
     positive_int,
+    warn_of_base_model,
 )
-from .dialog import DEFAULT_CONTEXT, Conversation, is_base_model, read_dialog, write_dialog
+from .dialog import DEFAULT_CONTEXT, Conversation, read_dialog, write_dialog
 from .errors import ArgumentParser, UserError, command_line_tool
 from .generation import StopReason
 from .memory import Lengths
-from .weights import Model
 
 PROMPT = "> "
-
-
-def warn_of_base_model(model: Model) -> None:
-    """Prints a line on stderr if the model is a base model."""
-    if is_base_model(model):
-        _note("warning: a base model, it seems, not trained to answer; choose an Instruct model for a chat")
 
 
 COMMANDS = {
@@ -197,8 +191,15 @@ def main(arguments: Sequence[str]) -> int:
     sampling = chosen_sampling(options)
     if sys.stdin is None:
         raise UserError("stdin is closed; questions come from there")
+    try:
+        options.system.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("--system: not valid UTF-8; convert the text to UTF-8") from error
     chosen = choose_model(options)
-    window = min(options.context or DEFAULT_CONTEXT, chosen.checkpoint.params.max_seq_len)
+    longest = chosen.checkpoint.params.max_seq_len
+    if options.context and options.context > longest:
+        raise UserError(f"--context {options.context}: the model's own context is {longest} tokens")
+    window = options.context or min(DEFAULT_CONTEXT, longest)
     model, which = load_model(chosen, Lengths(prompt=window, text=window, least=1))  # a question may fill the window
     conversation = Conversation(
         model,

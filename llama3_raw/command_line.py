@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from .errors import UserError
+from .dialog import is_base_model
+from .errors import UserError, not_empty
 from .memory import Lengths, Plan, check_memory
 from .sampling import Sampling
 from .tokenizer import Tokenizer
@@ -46,12 +47,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--weights",
+        type=not_empty,
         metavar="MODEL",
         help="a folder, a name in weights/, or org/repo in the Hugging Face cache "
         f"(default: $LLAMA3_RAW_WEIGHTS, else weights/{DEFAULT_MODEL}, else the only model in weights/, else the "
         "small built-in one)",
     )
-    group.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model (default: the one beside the weights)")
+    group.add_argument(
+        "--tokenizer", type=not_empty, metavar="FILE", help="a tokenizer.model (default: the one beside the weights)"
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     group.add_argument("--dtype", choices=_DTYPES, help="compute in this (default: as the weights are stored)")
     group.add_argument("--layers", type=int, metavar="N", help="run only the first N layers")
@@ -152,6 +156,15 @@ def load_model(chosen: ChosenModel, lengths: Lengths) -> tuple[Model, str]:
     # what is larger than the memory is not read in beforehand: it would not stay
     weights = build_weights(checkpoint, device, dtype, progress=size >= _PROGRESS_BAR_FROM and not warning)
     return Model(checkpoint.params, weights, tokenizer), f"{folder.path} ({folder.why}) on {device}"
+
+
+def warn_of_base_model(model: Model) -> None:
+    """Prints a line on stderr if the model, of which a chat is asked, is a base model."""
+    if is_base_model(model):
+        print(
+            "llama3_raw: warning: a base model, it seems, not trained to answer; choose an Instruct model for a chat",
+            file=sys.stderr,
+        )
 
 
 def choose_device(name: str) -> torch.device:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
-import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -258,7 +259,7 @@ def read_dialog(file: Path) -> list[Message]:
     """
     try:
         if not file.is_file():  # it would wait for a pipe or a terminal
-            raise UserError(f"{file}: {'is not a file' if file.exists() else 'there is no such file'}")
+            raise UserError(f"{file}: {'is not a file' if file.exists() else 'there is no such file'}; check its name")
         content = json.loads(file.read_bytes())
         if not isinstance(content, list):
             raise TypeError(f"is a {type(content).__name__}")
@@ -281,18 +282,20 @@ def read_dialog(file: Path) -> list[Message]:
 
 def write_dialog(file: Path, messages: Sequence[Message]) -> None:
     """Writes what `read_dialog` reads, or leaves what is there. Raises UserError where that is no dialog."""
-    part = None
+    part = Path(f"{file}.{os.getpid()}.part")
     try:
         if file.exists():
             read_dialog(file)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as opened:
-            part = Path(opened.name)
-            json.dump([message._asdict() for message in messages], opened, ensure_ascii=False, indent=1)
+        content = json.dumps([message._asdict() for message in messages], ensure_ascii=False, indent=1)
+        with open(part, "x", encoding="utf-8") as opened:
+            opened.write(content + "\n")
         part.replace(file)
     except UserError as error:
         raise UserError(f"{error}; not replaced, choose another name") from error
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise UserError(f"{file}: cannot be written: {getattr(error, 'strerror', error)}") from error
+        raise UserError(
+            f"{file}: cannot be written: {getattr(error, 'strerror', error)}; choose another name"
+        ) from error
     finally:
-        if part is not None:
+        with contextlib.suppress(OSError, ValueError):
             part.unlink(missing_ok=True)

@@ -6,9 +6,11 @@ it came from, its hash, when that was last checked) is remembered in the folder'
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -23,8 +25,8 @@ from filelock import FileLock, Timeout
 from huggingface_hub import constants, get_token
 from tqdm import tqdm
 
-from .errors import ArgumentParser, UserError, command_line_tool, read_beginning
-from .sources import BlobStore, Digest, Hub, Interrupted, RemoteFile, Source
+from .errors import ArgumentParser, UserError, command_line_tool, in_short, not_empty, page_or_pointer
+from .sources import ALGORITHMS, BlobStore, Digest, Hub, Interrupted, RemoteFile, Source, Stream
 
 
 class Offer(NamedTuple):
@@ -44,8 +46,6 @@ MODELS = {
     "3.1-8b-instruct": Offer("meta-llama/Llama-3.1-8B-Instruct", 16.1),
     "3.1-70b": Offer("meta-llama/Llama-3.1-70B", 141.1),
     "3.1-70b-instruct": Offer("meta-llama/Llama-3.1-70B-Instruct", 141.1),
-    "3.1-405b": Offer("meta-llama/Llama-3.1-405B", 811.7),
-    "3.1-405b-instruct": Offer("meta-llama/Llama-3.1-405B-Instruct", 811.7),
     "3.2-1b": Offer("meta-llama/Llama-3.2-1B", 2.5),
     "3.2-1b-instruct": Offer("meta-llama/Llama-3.2-1B-Instruct", 2.5),
     "3.2-3b": Offer("meta-llama/Llama-3.2-3B", 6.4),
@@ -70,14 +70,24 @@ def wanted_files(source: Source, file_format: str) -> list[RemoteFile]:
                     "check what is there with --verify"
                 )
             other = "safetensors" if file_format == "original" else "original"
-            raise UserError(f"{source}: there is no {place}; see what it has, or try --format {other}")
+            raise UserError(
+                f"{source}: there is no {place}, or no such model at all; check the name, or try --format {other}"
+            )
         return file
 
     tokenizer = "original/tokenizer.model"
     if file_format == "original":
         files = [required(place) for place in ("original/params.json", tokenizer, "original/consolidated.00.pth")]
-        while shard := source.find(f"original/consolidated.{len(files) - 2:02}.pth"):
+        for number in range(1, 100):
+            shard = source.find(f"original/consolidated.{number:02}.pth")
+            if shard is None:
+                break
             files.append(shard)
+        if constants.is_offline_mode():
+            print(
+                f"llama3_raw: HF_HUB_OFFLINE is set; taking the {len(files)} files in the cache for all",
+                file=sys.stderr,
+            )
         return files
     files = [required("config.json"), required(tokenizer)]
     index = source.find("model.safetensors.index.json")
@@ -86,10 +96,12 @@ def wanted_files(source: Source, file_format: str) -> list[RemoteFile]:
     try:
         content = _content(source, index)
         shards = sorted(set(json.loads(content)["weight_map"].values()))
-        if not all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
-            raise ValueError("names of other files")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{source}: {index.name} is not a safetensors index ({error!r})") from error
+        if not shards or not all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
+            raise ValueError("it should name *.safetensors")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{source}: {index.name} is not a safetensors index ({in_short(error)}); try --format original"
+        ) from error
     return [*files, index, *map(required, shards)]
 
 
@@ -120,9 +132,12 @@ class Record(NamedTuple):
         """The record of a file; None if there is none that can be read."""
         try:
             content = json.loads(_record_file(folder, name).read_bytes())
-            digest = content.pop("digest")
-            return Record(**content, digest=Digest(**digest) if digest else None)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            digest = Digest(**content.pop("digest")) if content["digest"] else content.pop("digest")
+            record = Record(**content, digest=digest)
+            kinds = (str, str, int, Digest | None, str | None, int | None)
+            is_sound = all(isinstance(value, kind) for value, kind in zip(record, kinds, strict=True))
+            return record if is_sound and (not digest or digest.algorithm in ALGORITHMS) else None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
     def write(self, folder: Path, name: str) -> None:
@@ -140,14 +155,21 @@ def _record_file(folder: Path, name: str) -> Path:
 
 def download(source: Source, files: Sequence[RemoteFile], folder: Path) -> None:
     """Fetches what of `files` is not in `folder` yet, or not right. Raises UserError; what was fetched stays."""
+    if all(_is_known(file, folder) for file in files) and not any(_part(folder, file).exists() for file in files):
+        return  # also where nothing may be written
     try:
         (folder / ".download").mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".download" / "lock", timeout=0)
         with lock:
-            missing = [file for file in files if not _is_there(source, file, folder)]
-            for file in missing:
-                _drop_other_version(file, folder)
-            _check_disk(missing, folder)
+            (folder / ".download" / "wanted").write_text("".join(f"{file.name}\n" for file in files))
+            missing = []
+            for file in files:
+                if _is_there(source, file, folder):
+                    _drop_part(folder, file)
+                else:
+                    missing.append(file)
+                    _drop_other_version(file, folder)
+            _check_disk(source, missing, folder)
             for file in missing:
                 _fetch(source, file, folder)
     except Timeout as error:
@@ -164,13 +186,21 @@ def download(source: Source, files: Sequence[RemoteFile], folder: Path) -> None:
         ) from error
 
 
+def _is_known(file: RemoteFile, folder: Path) -> bool:
+    """Whether the file is there, and unchanged since it was last found right."""
+    target, record = folder / file.name, Record.read(folder, file.name)
+    if record is None or record.version != file.version or not target.exists():
+        return False
+    found = target.stat()
+    return record.verified_at == found.st_mtime_ns and file.size == found.st_size
+
+
 def _is_there(source: Source, file: RemoteFile, folder: Path) -> bool:
     """Whether the file is complete and right; its hash is computed only if it changed since the last time."""
     target = folder / file.name
     if not target.exists():
         return False
-    record = Record.read(folder, file.name)
-    if record and record.verified_at == target.stat().st_mtime_ns and record.version == file.version:
+    if _is_known(file, folder):
         return True
     listed = read_checklist(folder).get(file.name)
     if target.stat().st_size == file.size and _mismatch(target, file.digest, listed) is None:
@@ -225,8 +255,12 @@ def _remember(source: Source, file: RemoteFile, folder: Path) -> None:
     Record(str(source), file.version, file.size, file.digest, None, verified_at).write(folder, file.name)
 
 
-def _check_disk(files: Sequence[RemoteFile], folder: Path) -> None:
-    needed = sum(file.size - _size(_part(folder, file)) for file in files)
+def _check_disk(source: Source, files: Sequence[RemoteFile], folder: Path) -> None:
+    needed = 0
+    for file in files:
+        copy = source.local_copy(file)
+        if copy is None or file.size < _MEBIBYTE or copy.stat().st_dev != folder.stat().st_dev:  # else it is linked
+            needed += file.size - _size(_part(folder, file))
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
@@ -239,9 +273,16 @@ def _drop_other_version(file: RemoteFile, folder: Path) -> None:
     """Removes a .part that the bytes of this version cannot be added to."""
     part = _part(folder, file)
     record = Record.read(folder, part.name)
-    if part.exists() and (record is None or record.version != file.version):
+    is_other = file.digest is None if record is None else record.version != file.version
+    if part.exists() and (is_other or _size(part) > file.size):
         print(f"llama3_raw: {part}: is of another version; starting again", file=sys.stderr)
-        part.unlink()
+        _drop_part(folder, file)
+
+
+def _drop_part(folder: Path, file: RemoteFile) -> None:
+    part = _part(folder, file)
+    part.unlink(missing_ok=True)
+    _record_file(folder, part.name).unlink(missing_ok=True)
 
 
 def _fetch(source: Source, file: RemoteFile, folder: Path) -> None:
@@ -251,29 +292,26 @@ def _fetch(source: Source, file: RemoteFile, folder: Path) -> None:
     copy = source.local_copy(file)
     if copy is not None and _size(copy) == file.size and _mismatch(copy, file.digest, listed) is None:
         print(f"llama3_raw: {target}: taken from {copy}", file=sys.stderr)
-        part.unlink(missing_ok=True)
+        _drop_part(folder, file)
         try:
+            if file.size < _MEBIBYTE:
+                raise OSError("small files are edited at times, and a copy in the cache would change with them")
             os.link(copy, part)
-        except OSError:  # another disk, or one without links
+        except OSError:  # or another disk, or one without links
             _receive(BlobStore(str(copy.parent)), file._replace(place=str(copy)), part, folder)
     else:
         _receive(source, file, part, folder)
-        try:
-            read_beginning(part)
-        except UserError:
-            part.unlink()
-            raise
         wrong = _mismatch(part, file.digest, listed)
         if wrong:
-            part.unlink()
+            _drop_part(folder, file)
             raise UserError(f"{target}: {wrong}; what came was thrown away, run the same command again")
         if not (file.digest or listed):
             print(f"llama3_raw: {target}: {source} tells no hash; only the length was checked", file=sys.stderr)
-    with open(part, "rb+") as opened:
-        os.fsync(opened.fileno())  # the name must not outlive a power cut without the bytes
+        with open(part, "rb+") as opened:
+            os.fsync(opened.fileno())  # the name must not outlive a power cut without the bytes
     os.replace(part, target)
     _remember(source, file, folder)
-    _record_file(folder, part.name).unlink(missing_ok=True)
+    _drop_part(folder, file)
 
 
 def _part(folder: Path, file: RemoteFile) -> Path:
@@ -286,22 +324,26 @@ def _size(file: Path) -> int:
 
 def _receive(source: Source, file: RemoteFile, part: Path, folder: Path) -> None:
     """The bytes of the file into `part`, from where it ends on, over as many connections as it takes."""
+    if file.size == 0:
+        raise UserError(f"{file.name}: is empty at {source}; take the model from elsewhere")
     record = Record.read(folder, part.name)
     validator = record.validator if record else None
-    failures = 0  # in a row
     part.touch()
-    with _bar(file.size, _size(part), file.name) as bar:
+    failures, most = 0, _size(part)  # in a row; the most bytes there ever were
+    with _bar(file.size, most, file.name) as bar:
         while (have := _size(part)) < file.size:
             reason = "the connection ended early"
             try:
                 with source.open(file, have, validator) as stream:
+                    first = next(stream.chunks, b"")
+                    _check_beginning(source, file, stream, first)
                     validator = stream.validator
                     Record(str(source), file.version, file.size, file.digest, validator).write(folder, part.name)
                     with open(part, "ab") as opened:
                         if stream.start != have:
                             opened.truncate(0)
                             bar.reset()
-                        for chunk in stream.chunks:
+                        for chunk in itertools.chain((first,), stream.chunks):
                             if opened.tell() + len(chunk) > file.size:
                                 raise UserError(
                                     f"{part}: more than {file.size:,} bytes come; run the same command again"
@@ -313,13 +355,28 @@ def _receive(source: Source, file: RemoteFile, part: Path, folder: Path) -> None
             now = _size(part)
             if now == file.size:
                 return
-            failures = 0 if now > have else failures + 1
+            failures = 0 if now >= most + _MEBIBYTE else failures + 1
+            most = max(most, now)
             if failures == _TRIES:
                 raise UserError(
                     f"{part}: {reason}; {now:,} of {file.size:,} bytes are here, run the same command to go on"
                 )
             bar.write(f"llama3_raw: {file.name}: {reason}; trying again", file=sys.stderr)
-            time.sleep(2 ** (failures - 1) - 0.5 if failures else 0)
+            time.sleep(2**failures / 2)
+
+
+def _check_beginning(source: Source, file: RemoteFile, stream: Stream, first: bytes) -> None:
+    """Raises UserError for what is not the file, before a byte of it takes the place of one that is."""
+    other = page_or_pointer(first) if stream.start == 0 else None
+    if other:
+        raise UserError(
+            f"{file.name}: {source} sent {other}; if it is a login page of this network, open any site in a browser, "
+            "then run the same command again"
+        )
+    if stream.total not in (None, file.size):
+        raise UserError(
+            f"{file.name}: {stream.total:,} bytes are offered, but {source} says {file.size:,}; try again later"
+        )
 
 
 def _bar(total: int, start: int, what: str) -> tqdm[NoReturn]:
@@ -335,7 +392,8 @@ def verify(folder: Path) -> None:
     for part in folder.glob("*.part"):
         raise UserError(f"{part}: the download is not complete; run it again to go on")
     listed = read_checklist(folder)
-    names = {file.stem for file in (folder / ".download").glob("*.json")} | set(listed)
+    wanted = folder / ".download" / "wanted"
+    names = set(listed) | set(wanted.read_text().split() if wanted.exists() else ())
     if not names:
         raise UserError(f"{folder}: nothing to check by, neither a download by this tool nor a {_CHECKLIST}")
     for name in sorted(names):
@@ -348,7 +406,8 @@ def verify(folder: Path) -> None:
             wrong = f"has {file.stat().st_size:,} bytes, should have {record.size:,}"
         if wrong:
             if record:
-                record._replace(verified_at=None).write(folder, name)
+                with contextlib.suppress(OSError):  # nothing may be written there
+                    record._replace(verified_at=None).write(folder, name)
             raise UserError(f"{file}: {wrong}; download it again")
         checked = " and ".join(known.algorithm for known in (digest, listed.get(name)) if known) or "length"
         print(f"llama3_raw: {file}: right ({checked})", file=sys.stderr)
@@ -360,9 +419,7 @@ def show_plan(source: Source, files: Sequence[RemoteFile], folder: Path) -> None
         target, part = folder / file.name, _part(folder, file)
         state = "to fetch"
         if target.exists():
-            record = Record.read(folder, file.name)
-            known = record and record.verified_at == target.stat().st_mtime_ns and record.version == file.version
-            state = "there" if known else "there, to be checked"
+            state = "there" if _is_known(file, folder) else "there, to be checked"
         elif part.exists():
             state = f"to fetch from byte {_size(part):,} on"
         elif source.local_copy(file):
@@ -397,10 +454,15 @@ def build_parser() -> ArgumentParser:
         "where it stopped. Meta's models need a licence that you accept on their page, and a token: `hf auth login`, "
         "HF_TOKEN or --token. HF_ENDPOINT, HF_HUB_OFFLINE, HTTPS_PROXY and SSL_CERT_FILE are obeyed.",
     )
-    parser.add_argument("--model", metavar="NAME", help="a short name (see --list) or org/repo (default: 8b)")
+    parser.add_argument(
+        "--model", type=not_empty, metavar="NAME", help="a short name (see --list) or org/repo (default: 8b)"
+    )
     parser.add_argument("--list", action="store_true", help="show the short names and the sizes, and end")
     parser.add_argument(
-        "--to", type=Path, metavar="FOLDER", help="the folder to fill (default: weights/<name of the model>)"
+        "--to",
+        type=lambda text: Path(not_empty(text)),
+        metavar="FOLDER",
+        help="the folder to fill (default: weights/<name of the model>)",
     )
     parser.add_argument(
         "--from",
@@ -408,7 +470,9 @@ def build_parser() -> ArgumentParser:
         metavar="ADDRESS",
         help="fetch from gs://bucket/folder/, az://account/container/folder/ or a local folder",
     )
-    parser.add_argument("--revision", default="main", help="a branch, tag or commit of the repository (default: main)")
+    parser.add_argument(
+        "--revision", type=not_empty, default="main", help="a branch, tag or commit of the repository (default: main)"
+    )
     parser.add_argument(
         "--format",
         choices=("original", "safetensors"),
@@ -430,13 +494,18 @@ def main(arguments: Sequence[str]) -> int:
         print(_model_offers())
         return 0
     repo = _repository(options.model or "8b")
-    # a mirror is named after the model it is said to hold, else after its own last folder
-    name = (repo if options.mirror is None or options.model else options.mirror).rstrip("/").rpartition("/")[2]
+    name = repo.rpartition("/")[2]
+    if options.mirror and not options.model:  # named after its own last folder
+        is_local = "://" not in options.mirror
+        name = Path(options.mirror).resolve().name if is_local else options.mirror.rstrip("/").rpartition("/")[2]
     folder = options.to or Path("weights") / name
     if options.verify:
         verify(folder)
         return 0
-    token = (options.token or get_token() or "").strip()
+    try:
+        token = (options.token or get_token() or "").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"the stored login cannot be read ({error}); run `hf auth login` again") from error
     if not token.isascii() or not token.isprintable():
         raise UserError("--token: holds characters that no token has; copy it again")
     source: Source = Hub(repo, options.revision, token or None) if options.mirror is None else BlobStore(options.mirror)

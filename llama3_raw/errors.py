@@ -88,20 +88,38 @@ def _give_up_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def not_empty(text: str) -> str:
+    """The type of options whose text must be there."""
+    if not text:
+        raise argparse.ArgumentTypeError("should not be empty")
+    return text
+
+
+def page_or_pointer(beginning: bytes) -> str | None:
+    """What the first bytes of a model file show it to be where it is no such file, in words; else None."""
+    text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()  # some pages begin with a byte order mark
+    if text.startswith(b"<") and not text.startswith(b"<unk>"):
+        return "an HTML page (a login or error page, say)"
+    if text.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file it points to"
+    return None
+
+
 def read_beginning(path: Path) -> bytes:
     """The first bytes of a model file. Raises UserError where it is missing, empty, or a page or a pointer instead."""
     try:
+        if path.exists() and not path.is_file():  # it would wait for a pipe
+            raise UserError(f"{path}: is not a file; put the model's file in its place")
         with open(path, "rb") as file:
             beginning = file.read(512)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; check its name and your rights to it") from error
     if not beginning:
         raise UserError(f"{path}: the file is empty; download it again")
-    text = beginning.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise UserError(f"{path}: this is an HTML page (a login or error page, say); download the file itself")
-    if text.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: this is a git-lfs pointer, not the file it points to; run `git lfs pull`")
+    other = page_or_pointer(beginning)
+    if other:
+        way_out = "run `git lfs pull`" if "git-lfs" in other else "download the file itself"
+        raise UserError(f"{path}: this is {other}; {way_out}")
     return beginning
 
 

@@ -118,6 +118,11 @@ def generate(
                 chunk = new[begin : begin + PREFILL_CHUNK]
                 logits = last_logits(chunk, position)
                 position += len(chunk)
+            if not logits.amax() < torch.inf:  # nor is NaN
+                raise UserError(
+                    "the logits are not numbers: the weights are damaged (see download.py --verify), or their dtype is "
+                    "too small for them"
+                )
             token = int(sample(logits, sampling, seen, generator))
             if token in stop_ids:
                 return StopReason.END_TOKEN

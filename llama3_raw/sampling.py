@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .errors import UserError
 
+_TINY = 1e-30  # what is much smaller is 0 in fp32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -51,7 +53,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """[..., vocab] -> [..., vocab] fp32: the distribution that `sampling` draws from. The temperature must not be 0."""
     logits = logits.float()
     # the largest at 0, so that the smallest of temperatures makes no infinity out of it
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(sampling.temperature, _TINY)
     if 0 < sampling.top_k < logits.shape[-1]:
         kept = logits.topk(sampling.top_k, dim=-1)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
@@ -59,7 +61,9 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         mass_before = ordered.cumsum(dim=-1) - ordered
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(mass_before >= sampling.top_p, 0))
+        probs = torch.zeros_like(probs).scatter(
+            -1, order, ordered.masked_fill(mass_before >= max(sampling.top_p, _TINY), 0)
+        )
     if sampling.min_p > 0:
         probs = probs.masked_fill(probs < sampling.min_p * probs.amax(dim=-1, keepdim=True), 0)
     return probs / probs.sum(dim=-1, keepdim=True)

@@ -9,7 +9,7 @@ import contextlib
 import re
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
@@ -20,9 +20,12 @@ from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers  # type: ignore[attr-defined]
 
-from .errors import UserError
+from .errors import UserError, in_short
 
 _PIECE = 1 << 20  # bytes that a blob store is asked for at once
+
+
+ALGORITHMS = ("sha256", "git-sha1", "md5")
 
 
 class Digest(NamedTuple):
@@ -49,6 +52,7 @@ class Stream(NamedTuple):
     """The bytes of a remote file as they come."""
 
     start: int  # the position of the first one: as asked for, or 0 where the source begins anew
+    total: int | None  # bytes of the whole file, if the source tells
     validator: str | None  # what If-Range takes to go on with this very content
     chunks: Iterator[bytes]
 
@@ -74,6 +78,18 @@ class Hub:
     """A repository on the Hugging Face hub, or on a mirror by HF_ENDPOINT."""
 
     def __init__(self, repo: str, revision: str, token: str | None):
+        try:
+            endpoint = urlsplit(constants.ENDPOINT)
+            if endpoint.scheme not in ("http", "https") or not endpoint.hostname or endpoint.port == 0:
+                raise ValueError("no address of a server")
+        except ValueError as error:
+            raise UserError(f"HF_ENDPOINT {constants.ENDPOINT}: {error}; should be like https://host") from error
+        try:
+            get_session()
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(
+                f"the settings of the network cannot be used ({error}); check SSL_CERT_FILE, HTTPS_PROXY, ALL_PROXY"
+            ) from error
         self.repo = repo
         self.revision = revision
         self.token = token
@@ -100,16 +116,17 @@ class Hub:
             raise self._refusal(error.response) from error
         except httpx2.HTTPError as error:
             raise _no_connection(error, constants.ENDPOINT) from error
-        if metadata.etag is None or metadata.size is None:
+        digest = _digest_of_etag(metadata.etag or "")
+        if not metadata.etag or metadata.size is None or (metadata.commit_hash is None and digest is None):
             raise UserError(
-                f"{constants.ENDPOINT} does not answer as a hub does (no ETag or size for {place}); "
+                f"{constants.ENDPOINT} does not answer as a hub does (no commit, ETag or size for {place}); "
                 "is it a login page of this network, or a wrong HF_ENDPOINT?"
             )
         if metadata.commit_hash != (self.commit or metadata.commit_hash):
             raise UserError(f"{self.repo}: {self.revision} changed just now; run the same command again")
         self.commit = metadata.commit_hash
         self.locations[place] = metadata.location
-        return RemoteFile(name, place, metadata.size, _digest_of_etag(metadata.etag), metadata.etag)
+        return RemoteFile(name, place, metadata.size, digest, metadata.etag)
 
     def _find_in_cache(self, place: str, name: str) -> RemoteFile | None:
         cached = try_to_load_from_cache(self.repo, place, revision=self.revision)
@@ -133,15 +150,11 @@ class Hub:
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         try:
             with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
-                self._check(response, file, on_the_hub)
-                begins_at, total = _position(response)
-                if total not in (None, file.size):
-                    raise UserError(
-                        f"{file.name}: {_host(url)} has {total:,} bytes, the hub says {file.size:,}; try again later"
-                    )
+                self._check(response, file)
+                begins_at, total = _position(response, start)
                 if begins_at not in (0, start):
                     raise Interrupted(f"{_host(url)} sent bytes from {begins_at:,} on, asked for {start:,}")
-                yield Stream(begins_at, _validator(response), response.iter_raw())
+                yield Stream(begins_at, total, _validator(response), response.iter_raw())
         except OfflineModeIsEnabled as error:
             raise UserError(
                 f"{file.name}: the copy in the Hugging Face cache is damaged, and HF_HUB_OFFLINE is set; unset it"
@@ -150,11 +163,14 @@ class Hub:
             explained = _no_connection(error, url)
             if _is_certificate_failure(error):
                 raise explained from error
-            raise Interrupted(str(explained)) from error
+            raise Interrupted(str(explained).rpartition(";")[0]) from error
+        except (httpx2.InvalidURL, ValueError) as error:
+            raise UserError(f"{file.name}: the hub points to {url}, which is no address; try again later") from error
 
-    def _check(self, response: httpx2.Response, file: RemoteFile, on_the_hub: bool) -> None:
+    def _check(self, response: httpx2.Response, file: RemoteFile) -> None:
         """Raises for a response that does not bring the bytes of the file."""
         status = response.status_code
+        on_the_hub = _origin(str(response.url)) == _origin(constants.ENDPOINT)
         if status == 416:
             raise Interrupted(f"{_host(str(response.url))} has no bytes there")
         if status >= 500 or status == 408:
@@ -165,11 +181,6 @@ class Hub:
             raise Interrupted(f"the address at {_host(str(response.url))} had expired ({status})")
         if status >= 400:
             raise self._refusal(response)
-        if response.headers.get("Content-Type", "").startswith("text/html"):
-            raise UserError(
-                f"{file.name}: {_host(str(response.url))} sent an HTML page instead; is it a login page of this "
-                "network? Open any site in a browser, then run the same command again"
-            )
 
     def local_copy(self, file: RemoteFile) -> Path | None:
         """As in `Source`: in the Hugging Face cache."""
@@ -183,17 +194,18 @@ class Hub:
         page, tokens = f"{constants.ENDPOINT}/{self.repo}", f"{constants.ENDPOINT}/settings/tokens"
         if status == 429:
             limit = parse_ratelimit_headers(response.headers)
-            wait = limit.reset_in_seconds if limit else response.headers.get("Retry-After")
-            return UserError(
-                f"{_host(page)}: too many requests; try again in {f'{wait} s' if wait else 'some minutes'}"
-            )
+            wait = str(limit.reset_in_seconds) if limit else response.headers.get("Retry-After", "")
+            again = f"{wait} s" if wait.isdecimal() else "some minutes"
+            return UserError(f"{_host(str(response.url))}: too many requests; try again in {again}")
         if status >= 500:
             return UserError(f"{_host(page)}: the server is down (it answered {status}); try again later")
         if code == "RevisionNotFound":
             return UserError(f"--revision {self.revision}: {self.repo} has no such branch, tag or commit; see {page}")
         if "fine-grained" in said:
             return UserError(f"{self.repo}: the token may not read gated repositories; allow it to at {tokens}")
-        if code == "GatedRepo":
+        if status == 401 and self.token:  # whom the hub knows gets a 403 or a 404
+            return UserError(f"the token is not valid ({said or status}); make one at {tokens}, then `hf auth login`")
+        if code == "GatedRepo" or re.search("awaiting|authorized list", said):
             if not self.token:
                 return UserError(
                     f"{self.repo}: needs a token, and there is none; accept the licence at {page}, make a token at "
@@ -205,15 +217,15 @@ class Hub:
         if code == "RepoNotFound" or status == 404:
             hint = "" if self.token else "; if it is private, give a token with --token or HF_TOKEN"
             return UserError(f"--model {self.repo}: there is no such repository; check the name at {page}{hint}")
-        if status == 401 and self.token:
-            return UserError(f"the token is not valid ({said or status}); make one at {tokens}, then `hf auth login`")
         if status == 401:
             return UserError(
                 f"{self.repo}: needs a token, and there is none; make one at {tokens}, then `hf auth login`"
             )
-        return UserError(
-            f"{self.repo}: {_host(page)} refuses ({status} {said}); check the rights of the token at {tokens}"
-        )
+        if status == 403:
+            return UserError(
+                f"{self.repo}: {_host(page)} refuses ({said or status}); check the token's rights at {tokens}"
+            )
+        return UserError(f"{self.repo}: {_host(page)} answered {status} {said}; check HF_ENDPOINT and HTTPS_PROXY")
 
 
 class BlobStore:
@@ -244,12 +256,17 @@ class BlobStore:
     @contextlib.contextmanager
     def open(self, file: RemoteFile, start: int, validator: str | None) -> Iterator[Stream]:
         """As in `Source`."""
+        with contextlib.closing(self._read(file.place, start)) as chunks:
+            yield Stream(start, file.size, None, chunks)
+
+    def _read(self, address: str, start: int) -> Generator[bytes, None, None]:
         with (
-            self._errors(file.place),
-            self.context.BlobFile(file.place, "rb", streaming=True, buffer_size=_PIECE) as opened,
+            self._errors(address),
+            self.context.BlobFile(address, "rb", streaming=True, buffer_size=_PIECE) as opened,
         ):
             opened.seek(start)
-            yield Stream(start, None, iter(lambda: opened.read(_PIECE), b""))
+            while chunk := opened.read(_PIECE):
+                yield chunk
 
     def local_copy(self, file: RemoteFile) -> Path | None:
         """As in `Source`: a local folder is copied like any other."""
@@ -259,11 +276,9 @@ class BlobStore:
     def _errors(self, address: str) -> Iterator[None]:
         try:
             yield
-        except blobfile.Error as error:
-            reason = str(getattr(error, "message", error))[:200]
+        except (blobfile.Error, OSError, ValueError) as error:  # ValueError: a key that is none
+            reason = in_short(getattr(error, "message", None) or getattr(error, "strerror", None) or error)
             raise UserError(f"--from {address}: {reason}; check the address and your rights there") from error
-        except FileNotFoundError as error:
-            raise UserError(f"--from {address}: is not there any more; check the address") from error
 
 
 def _digest_of_etag(etag: str) -> Digest | None:
@@ -272,11 +287,14 @@ def _digest_of_etag(etag: str) -> Digest | None:
     return Digest(kinds[len(etag)], etag.lower()) if re.fullmatch(r"[0-9a-fA-F]{64}|[0-9a-fA-F]{40}", etag) else None
 
 
-def _position(response: httpx2.Response) -> tuple[int, int | None]:
+def _position(response: httpx2.Response, asked: int) -> tuple[int, int | None]:
     """The position of the first byte that comes, and the length of the whole file if the server tells."""
-    content_range = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-    if response.status_code == 206 and content_range:
-        return int(content_range[1]), None if content_range[2] == "*" else int(content_range[2])
+    if response.status_code == 206:
+        content_range = response.headers.get("Content-Range", "")
+        match = re.fullmatch(r"bytes\s+(\d+)-\d+/(\d+|\*)", content_range.strip(), re.IGNORECASE)
+        if match is None:
+            return asked, None
+        return int(match[1]), None if match[2] == "*" else int(match[2])
     length = response.headers.get("Content-Length")
     return 0, int(length) if length and length.isdecimal() else None
 
@@ -288,11 +306,12 @@ def _validator(response: httpx2.Response) -> str | None:
 
 
 def _host(url: str) -> str:
-    return urlsplit(url).netloc
+    return urlsplit(url).netloc.rpartition("@")[2]  # without a password
 
 
-def _origin(url: str) -> tuple[str, str]:
-    return urlsplit(url)[:2]
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -228,7 +228,7 @@ def find_files(folder: Path) -> tuple[Path, list[Path]]:
     if not folder.is_dir():
         raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'there is no such folder'}")
     for place in (folder, folder / "original"):
-        checkpoints = sorted(place.glob("consolidated.*.pth"))
+        checkpoints = sorted(place.glob("consolidated.[0-9][0-9].pth"))
         if checkpoints and (place / "params.json").exists():
             for number, file in enumerate(checkpoints):
                 if file.name != f"consolidated.{number:02}.pth":
@@ -248,6 +248,8 @@ def find_files(folder: Path) -> tuple[Path, list[Path]]:
         shards = [shard for shard in shards if shard.name in named]
     if config.exists() and shards:
         return config, shards
+    for part in folder.glob("*.part"):
+        raise UserError(f"{part}: the download is not complete; run python -m llama3_raw.download again to go on")
     raise UserError(
         f"{folder}: no model here; it should hold params.json and consolidated.00.pth (Meta's files, also in a folder "
         "original/), or config.json and *.safetensors (Hugging Face's)"

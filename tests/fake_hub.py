@@ -38,6 +38,8 @@ class Fault:
     change: Callable[[bytes], bytes] | None = None  # other content than the hub has described
     content_type: str = "application/octet-stream"
     tells_length: bool = True  # in Content-Length; otherwise the end of the connection is the end of the file
+    ignores_range: bool = False
+    content_range: str | None = "bytes {start}-{end}/{total}"
     pause: float = 0.0  # seconds between pieces of 64 KiB
 
 
@@ -54,6 +56,7 @@ class FakeHub:
     storage_etag: str = "v1"
     large: int = 1000  # bytes; smaller files are in git and come from the hub itself
     plain_page: bool = False  # answer as the login page of a network
+    page_etag: str | None = None  # which that page has
     pushed_after: float = math.inf  # so many requests until someone pushes another commit
     requests: list[Request] = field(default_factory=list)
 
@@ -117,7 +120,8 @@ class _HubHandler(_Handler):
             return self.answer(404, {})  # what the library wants to know of its own accord
         request = self.note()
         if fake.plain_page:
-            return self.answer(200, {"Content-Type": "text/html"}, b"<html>Please log in</html>")
+            etag = {"ETag": fake.page_etag} if fake.page_etag else {}
+            return self.answer(200, {"Content-Type": "text/html", **etag}, b"<html>Please log in</html>")
         token = request.headers.get("authorization", "").removeprefix("Bearer ") or None
         refused = fake.refusal(token)
         if refused:
@@ -165,13 +169,14 @@ class _StorageHandler(_Handler):
             content = fault.change(content)
         etag = f'"{fake.storage_etag}"'
         match = re.fullmatch(r"bytes=(\d+)-", request.headers.get("range", ""))
-        if match and request.headers.get("if-range", etag) == etag:
+        if match and request.headers.get("if-range", etag) == etag and not fault.ignores_range:
             request.start = int(match[1])
             if request.start >= len(content):
                 return self.answer(416, {"Content-Range": f"bytes */{len(content)}"})
         self.send_response(206 if request.start else 200)
-        if request.start:
-            self.send_header("Content-Range", f"bytes {request.start}-{len(content) - 1}/{len(content)}")
+        if request.start and fault.content_range:
+            described = fault.content_range.format(start=request.start, end=len(content) - 1, total=len(content))
+            self.send_header("Content-Range", described)
         if fault.tells_length:
             self.send_header("Content-Length", str(len(content) - request.start))
         self.send_header("Content-Type", fault.content_type)

@@ -160,6 +160,13 @@ def test_a_warm_cache_goes_on(tiny: Model) -> None:
     assert first + second == whole
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers(tiny: Model, temperature: float) -> None:
+    damaged = tiny._replace(weights=tiny.weights._replace(norm=torch.full_like(tiny.weights.norm, torch.nan)))
+    with pytest.raises(UserError, match="the logits are not numbers: the weights are damaged"):
+        next(generate(damaged, [1, 2], max_new_tokens=1, temperature=temperature))
+
+
 def test_seeds_reproduce(tiny: Model) -> None:
     def draw(seed: int) -> list[int]:
         return list(generate(tiny, [1, 2, 3], max_new_tokens=20, temperature=1.0, seed=seed, stop_ids=()))

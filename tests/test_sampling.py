@@ -72,7 +72,9 @@ def test_same_order_of_filters_as_transformers() -> None:
 
 
 def test_the_smallest_temperature_is_greedy() -> None:
-    assert probabilities(LOGITS, Sampling(1e-45)).tolist() == [1, 0, 0, 0, 0]
+    for least in (1e-45, 1e-300):
+        assert probabilities(LOGITS, Sampling(least)).tolist() == [1, 0, 0, 0, 0]
+        assert probabilities(LOGITS, Sampling(1, top_p=least)).tolist() == [1, 0, 0, 0, 0]
 
 
 def test_top_k_keeps_k_of_equals() -> None:

@@ -321,6 +321,14 @@ THE_CHECKPOINT = {
     "safetensors: cut by 1 byte": Case(
         (SHARD, "damaged or cut short", AGAIN), cut(SHARD, lambda length: length - 1), start=write_hf
     ),
+    "an HTML page behind a byte order mark": Case(
+        (CHECKPOINT, "this is an HTML page", "download the file itself"),
+        write(CHECKPOINT, b"\xef\xbb\xbf\n<!-- --><html>"),
+    ),
+    "a download that is not complete": Case(
+        (f"{CHECKPOINT}.part: the download is not complete", "llama3_raw.download again"),
+        lambda folder: (folder / CHECKPOINT).rename(folder / f"{CHECKPOINT}.part"),
+    ),
     "safetensors: an HTML page": Case((SHARD, "this is an HTML page"), write(SHARD, HTML), start=write_hf),
     "safetensors: a tensor longer than its shape": Case((SHARD, "damaged", AGAIN), offsets(0, 2), start=write_hf),
     "safetensors: a tensor shorter than its shape": Case((SHARD, "damaged", AGAIN), offsets(0, -2), start=write_hf),
@@ -537,6 +545,13 @@ USE = {
         ("consolidated.00.pth: is there already", "name another folder, or remove it first"),
         arguments=("--make-synthetic", "1b", "{folder}"),
         tool=bench.main,
+    ),
+    "--weights: nothing": Case(("--weights: should not be empty",), arguments=("x", "--weights", "")),
+    "chat: --context above the model's": Case(
+        ("--context 99999: the model's own context is 512",), arguments=("--context", "99999"), tool=chat.main
+    ),
+    "chat: --system that is not UTF-8": Case(
+        ("--system: not valid UTF-8", "convert the text"), arguments=("--system", "\udcff"), tool=chat.main
     ),
     "--weights: no such folder": Case(
         ("--weights lost: there is no such folder, and weights/ holds",), arguments=("x", "--weights", "lost")
@@ -797,6 +812,21 @@ def test_streams_that_are_closed_or_full(redirection: str, prompt: str, status: 
     assert done.returncode == status
     assert bool(done.stdout) == (redirection == "2>&-")
     assert says in (done.stderr.splitlines() or [""])[-1]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy_tiny(tmp_path)
+    (tmp_path / CHECKPOINT).unlink()
+    os.mkfifo(tmp_path / CHECKPOINT)
+    assert main(["x", "--weights", str(tmp_path)]) == 2
+    assert f"{CHECKPOINT}: is not a file; put the model's file in its place" in capsys.readouterr().err
+
+
+def test_another_file_of_a_similar_name_is_no_shard(tmp_path: Path) -> None:
+    copy_tiny(tmp_path)
+    shutil.copy(tmp_path / CHECKPOINT, tmp_path / "consolidated.00.bak.pth")
+    llama3_raw.load(tmp_path)
 
 
 def test_the_code_in_the_pickle_would_have_run(tmp_path: Path) -> None:
