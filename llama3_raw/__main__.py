@@ -29,6 +29,7 @@ from .dialog import Message, encode_dialog
 from .errors import ArgumentParser, UserError, command_line_tool
 from .generation import StopReason, generate
 from .memory import Lengths
+from .model import REFERENCE
 from .tokenizer import Tokenizer
 from .weights import Model
 
@@ -73,6 +74,7 @@ def build_parser() -> ArgumentParser:
     add_sampling_options(parser)
     add_model_options(parser)
     group = parser.add_argument_group("looking on")
+    group.add_argument("--reference", action="store_true", help="the exact operations, bit for bit Meta's, but slower")
     group.add_argument("--top", type=positive_int, metavar="N", help="show the N likeliest next tokens at each step")
     group.add_argument(
         "--stats", choices=("text", "json"), help="speed and memory on stderr; --stats alone is --stats text"
@@ -129,6 +131,7 @@ def main(arguments: Sequence[str]) -> int:
         **asdict(sampling),
         seed=options.seed,
         context=options.context,
+        ops=REFERENCE if options.reference else None,
         tap=watch.tap if options.top else None,
     )
     print(f"llama3_raw: {which}", file=sys.stderr)

@@ -1,23 +1,33 @@
-"""python -m llama3_raw.bench: for now, checkpoints of true size with random weights to measure on."""
+"""python -m llama3_raw.bench: how fast a model runs, against what the memory can do; and models to measure on.
+
+--make-synthetic writes a checkpoint of true size with random weights.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import shutil
+import statistics
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from .command_line import seed
+from . import ops_cpu
+from .command_line import add_model_options, choose_model, load_model, peak_memory, positive_int, seed
 from .errors import ArgumentParser, UserError, command_line_tool, in_short
+from .generation import generate
+from .memory import Lengths
+from .model import KVCache
 from .params import Params
 from .tokenizer import Tokenizer
-from .weights import tensor_places
+from .weights import Model, tensor_places
 
 _LLAMA_3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-05, "rope_theta": 500000.0}
 # params.json of the models (llama_models.sku_list), and whether their embeddings are tied
@@ -103,6 +113,77 @@ def _fill(file: Path, random_seed: int, n_bytes: int) -> None:
                 bar.update(values.nbytes)
 
 
+class Figures(NamedTuple):
+    """What `measure` found. Rates are medians over rounds; ratios are medians of the ratios within a round."""
+
+    decode_tokens_per_second: float
+    decode_gb_per_second: float  # of weights read, in units of 1e9 bytes
+    read_loop_gb_per_second: float | None  # of the same weights by a plain loop; None without a compiler
+    decode_share_of_read_loop: float | None
+    prefill_tokens_per_second: dict[int, float]  # by the number of tokens
+    peak_ram_bytes: int | None
+
+
+def measure(model: Model, prefill: Sequence[int] = (17, 256), new_tokens: int = 4, rounds: int = 5) -> Figures:
+    """Measures the model where it is, each round a bit of everything in turn, so that a disturbance hits all alike.
+
+    prefill: how many tokens at once; decoding goes on behind the fewest.
+    """
+    weights, vocab_size = model.weights, model.params.vocab_size
+    matrices = [tensor for layer in weights.layers for tensor in layer if tensor.dim() == 2] + [weights.output]
+    n_bytes = sum(matrix.nbytes for matrix in matrices)
+    kernels = None
+    if weights.norm.device.type == "cpu":
+        with contextlib.suppress(ops_cpu.CannotBuild):
+            kernels = ops_cpu.build_kernels()
+    ids = torch.randint(vocab_size, (max(prefill),), generator=torch.Generator().manual_seed(0)).tolist()
+    cache = KVCache.allocate(model.params, max_seq_len=max(prefill) + new_tokens + 1, like=weights)
+    decode: list[float] = []
+    read: list[float] = []
+    by_length: dict[int, list[float]] = {length: [] for length in prefill}
+    for round_number in tqdm(range(rounds + 1), desc="measuring", unit="round", leave=False):
+        if kernels is not None:
+            start = time.perf_counter()
+            for matrix in matrices:
+                ops_cpu.read_loop(kernels, matrix)
+            read.append(n_bytes / (time.perf_counter() - start) / 1e9)
+        for length in reversed(prefill):
+            tokens = generate(model, ids[:length], max_new_tokens=new_tokens + 1, stop_ids=(), cache=cache)
+            start = time.perf_counter()
+            next(tokens)
+            by_length[length].append(length / (time.perf_counter() - start))
+        start = time.perf_counter()
+        count = sum(1 for _ in tokens)
+        decode.append(count / (time.perf_counter() - start))
+        if round_number == 0:  # pages come in, threads start
+            for times in (decode, read, *by_length.values()):
+                times.clear()
+    speed = statistics.median(decode)
+    shares = [each * n_bytes / 1e9 / limit for each, limit in zip(decode, read, strict=False)]
+    return Figures(
+        decode_tokens_per_second=speed,
+        decode_gb_per_second=speed * n_bytes / 1e9,
+        read_loop_gb_per_second=statistics.median(read) if read else None,
+        decode_share_of_read_loop=statistics.median(shares) if shares else None,
+        prefill_tokens_per_second={length: statistics.median(speeds) for length, speeds in by_length.items()},
+        peak_ram_bytes=peak_memory(),
+    )
+
+
+def show(figures: Figures) -> None:
+    """Prints a table, and the same as JSON in the last line."""
+    for length, speed in figures.prefill_tokens_per_second.items():
+        print(f"prefill {length:>5} tokens      {speed:10.1f} tokens/s")
+    print(f"decode                    {figures.decode_tokens_per_second:10.2f} tokens/s")
+    print(f"weights read by decode    {figures.decode_gb_per_second:10.1f} GB/s")
+    if figures.read_loop_gb_per_second and figures.decode_share_of_read_loop:
+        print(f"a loop that only reads    {figures.read_loop_gb_per_second:10.1f} GB/s")
+        print(f"share of it               {figures.decode_share_of_read_loop:10.1%}")
+    if figures.peak_ram_bytes:
+        print(f"peak memory               {figures.peak_ram_bytes / 1e9:10.2f} GB")
+    print(json.dumps(figures._asdict()))
+
+
 def build_parser() -> ArgumentParser:
     """The options of `python -m llama3_raw.bench`."""
     parser = ArgumentParser(prog="python -m llama3_raw.bench", description=__doc__)
@@ -110,12 +191,15 @@ def build_parser() -> ArgumentParser:
         "--make-synthetic",
         nargs=2,
         metavar=("SIZE", "FOLDER"),
-        required=True,
-        help=f"write random weights of true size; SIZE is one of {', '.join(SYNTHETIC)}",
+        help=f"write random weights of true size instead of measuring; SIZE is one of {', '.join(SYNTHETIC)}",
     )
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.model to put beside them")
     parser.add_argument("--seed", type=seed, default=0, help="of the random weights (default: %(default)s)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--prefill", type=positive_int, nargs="+", default=[17, 256], metavar="N", help="prompts of so many tokens"
+    )
+    parser.add_argument("--new-tokens", type=positive_int, default=4, metavar="N", help="tokens decoded in a round")
+    parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="(default: %(default)s)")
+    add_model_options(parser)
     return parser
 
 
@@ -123,10 +207,21 @@ def build_parser() -> ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Runs the tool; -> exit status."""
     options = build_parser().parse_args(arguments)
-    size, folder = options.make_synthetic
-    if size not in SYNTHETIC:
-        raise UserError(f"--make-synthetic {size}: there is no such size; choose from {', '.join(SYNTHETIC)}")
-    make_synthetic(size, Path(folder), options.tokenizer, options.seed)
+    if options.make_synthetic:
+        size, folder = options.make_synthetic
+        if size not in SYNTHETIC:
+            raise UserError(f"--make-synthetic {size}: there is no such size; choose from {', '.join(SYNTHETIC)}")
+        make_synthetic(size, Path(folder), Path(options.tokenizer) if options.tokenizer else None, options.seed)
+        return 0
+    chosen = choose_model(options, needs_tokenizer=False)
+    prefill = sorted(set(options.prefill))
+    longest = prefill[-1] + options.new_tokens + 1
+    context = chosen.checkpoint.params.max_seq_len
+    if longest > context:
+        raise UserError(f"--prefill {prefill[-1]}: with the new tokens that is beyond the model's context of {context}")
+    model, which = load_model(chosen, Lengths(prompt=prefill[-1], text=longest, least=2))
+    print(f"llama3_raw: {which}", file=sys.stderr)
+    show(measure(model, prefill, options.new_tokens, options.rounds))
     return 0
 
 

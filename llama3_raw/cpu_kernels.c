@@ -76,9 +76,10 @@ static inline floats add_products(floats sums, pairs x, pairs w) {
 }
 #endif
 
-/* y[rows][outputs] = x[rows][length] . w[outputs][length], for constants rows and outputs */
+/* y[r][o * y_step] = x[r] . w[o], for constant numbers of rows r and outputs o; w_stride values from one w to the next */
 static inline __attribute__((always_inline)) void product(
-    int rows, int outputs, const bf16 *x, const bf16 *w, bf16 *y, int64_t length, int64_t y_stride) {
+    int rows, int outputs, const bf16 *x, const bf16 *w, int64_t w_stride, bf16 *y, int64_t y_stride, int64_t y_step,
+    int64_t length) {
     floats sums[ROWS][OUTPUTS];
     for (int r = 0; r < rows; r++)
         for (int o = 0; o < outputs; o++) sums[r][o] = (floats){0};
@@ -86,39 +87,43 @@ static inline __attribute__((always_inline)) void product(
         pairs row[ROWS];
         for (int r = 0; r < rows; r++) row[r] = load_pairs(x + r * length + i);
         for (int o = 0; o < outputs; o++) {
-            pairs column = load_pairs(w + o * length + i);
+            pairs column = load_pairs(w + o * w_stride + i);
             for (int r = 0; r < rows; r++) sums[r][o] = add_products(sums[r][o], row[r], column);
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int o = 0; o < outputs; o++) y[r * y_stride + o] = narrow(total(sums[r][o]));
+        for (int o = 0; o < outputs; o++) y[r * y_stride + o * y_step] = narrow(total(sums[r][o]));
 }
 
 /* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length]; length a multiple of 32 */
 void linear(const bf16 *x, const bf16 *w, bf16 *y, int64_t n_rows, int64_t n_outputs, int64_t length) {
+    /* The rows of w that are read together lie an eighth of it apart, so that each stream goes on through memory when
+       its row ends. */
+    int64_t step = n_outputs / OUTPUTS, stride = step * length;
 #pragma omp parallel for schedule(static)
-    for (int64_t block = 0; block < (n_outputs + OUTPUTS - 1) / OUTPUTS; block++) {
-        int64_t o = block * OUTPUTS;
-        int outputs = n_outputs - o < OUTPUTS ? (int)(n_outputs - o) : OUTPUTS;
+    for (int64_t o = 0; o < step; o++)
         for (int64_t r = 0; r < n_rows; r += ROWS) {
-            int rows = n_rows - r < ROWS ? (int)(n_rows - r) : ROWS;
-            const bf16 *from = x + r * length, *matrix = w + o * length;
-            bf16 *to = y + r * n_outputs + o;
-            if (outputs == OUTPUTS && rows == 1) product(1, OUTPUTS, from, matrix, to, length, n_outputs);
-            else if (outputs == OUTPUTS && rows == 2) product(2, OUTPUTS, from, matrix, to, length, n_outputs);
-            else if (outputs == OUTPUTS) /* in halves, whose sums are as many as a processor has registers for */
-                for (int half = 0; half < OUTPUTS; half += OUTPUTS / 2) {
-                    const bf16 *part = matrix + half * length;
-                    if (rows == 3) product(3, OUTPUTS / 2, from, part, to + half, length, n_outputs);
-                    else product(4, OUTPUTS / 2, from, part, to + half, length, n_outputs);
-                }
-            else
-                for (int each = 0; each < rows; each++)
-                    for (int other = 0; other < outputs; other++)
-                        product(1, 1, from + each * length, matrix + other * length, to + each * n_outputs + other,
-                                length, n_outputs);
+            const bf16 *from = x + r * length, *matrix = w + o * length, *second = matrix + OUTPUTS / 2 * stride;
+            bf16 *to = y + r * n_outputs + o, *behind = to + OUTPUTS / 2 * step;
+            switch (n_rows - r) {
+            case 1:
+                product(1, OUTPUTS, from, matrix, stride, to, n_outputs, step, length);
+                break;
+            case 2:
+                product(2, OUTPUTS, from, matrix, stride, to, n_outputs, step, length);
+                break;
+            case 3: /* in halves, whose sums are as many as a processor has registers for */
+                product(3, OUTPUTS / 2, from, matrix, stride, to, n_outputs, step, length);
+                product(3, OUTPUTS / 2, from, second, stride, behind, n_outputs, step, length);
+                break;
+            default:
+                product(4, OUTPUTS / 2, from, matrix, stride, to, n_outputs, step, length);
+                product(4, OUTPUTS / 2, from, second, stride, behind, n_outputs, step, length);
+            }
         }
-    }
+    for (int64_t o = step * OUTPUTS; o < n_outputs; o++)
+        for (int64_t r = 0; r < n_rows; r++)
+            product(1, 1, x + r * length, w + o * length, 0, y + r * n_outputs + o, 0, 0, length);
 }
 
 #define CHUNK 256 /* keys whose part of the sum is made at once; they are added up in order */
@@ -274,4 +279,18 @@ int attend(const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *out, const
         }
     free(parts);
     return 0;
+}
+
+/* The sum of about n floats, read in streams as linear does it: how fast the memory can be read. */
+float read_loop(const float *from, int64_t n) {
+    float sum = 0;
+    int64_t step = n / OUTPUTS / 1024 * 1024; /* from one stream to the next */
+#pragma omp parallel for schedule(static) reduction(+ : sum)
+    for (int64_t begin = 0; begin < step; begin += 1024) {
+        floats sums = {0};
+        for (int64_t i = begin; i < begin + 1024; i += WIDTH)
+            for (int o = 0; o < OUTPUTS; o++) sums += load_floats(from + o * step + i);
+        sum += total(sums);
+    }
+    return sum;
 }

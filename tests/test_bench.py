@@ -18,6 +18,7 @@ from llama3_raw.bench import SYNTHETIC, main, make_synthetic
 from llama3_raw.params import Params
 from llama3_raw.weights import tensor_places
 
+TINY = Path(__file__).parent.parent / "weights" / "tiny"
 PROMPT = "the answer to the ultimate question of life, the universe, and everything is "
 
 
@@ -120,3 +121,19 @@ def test_8b_at_true_size(tmp_path_factory: pytest.TempPathFactory, meta_tokenize
         assert peak <= 17.0e9
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def test_measuring_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--weights", str(TINY), "--prefill", "20", "5", "--rounds", "2"]
+    assert main(arguments) == 0
+    table, last = capsys.readouterr().out.rstrip().rsplit("\n", 1)
+    figures = json.loads(last)
+    assert list(figures["prefill_tokens_per_second"]) == ["5", "20"]
+    assert all(speed > 0 for speed in figures["prefill_tokens_per_second"].values())
+    assert f"{figures['decode_tokens_per_second']:.2f} tokens/s" in table
+    assert f"{figures['decode_share_of_read_loop']:.1%}" in table
+
+
+def test_measuring_beyond_the_context(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--weights", str(TINY), "--prefill", "600"]) == 2
+    assert "--prefill 600: with the new tokens that is beyond the model's context of 512" in capsys.readouterr().err

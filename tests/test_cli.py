@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from llama3_raw import Model, command_line
+from llama3_raw import REFERENCE, Model, command_line
 from llama3_raw.__main__ import main
 from llama3_raw.command_line import find_model
 from llama3_raw.generation import generate
@@ -145,6 +145,13 @@ def test_ids_with_a_tokenizer_that_does_not_fit(capsys: pytest.CaptureFixture[st
     status, _, err = call(capsys, "--weights", str(folder), "text")
     assert status == 2
     assert "line 1: should be base64" in err
+
+
+def test_the_exact_operations(capsys: pytest.CaptureFixture[str], tiny: Model) -> None:
+    assert tiny.tokenizer is not None
+    ids = tiny.tokenizer.encode("Once upon a time", bos=True)
+    expected = tiny.tokenizer.decode(list(generate(tiny, ids, max_new_tokens=30, ops=REFERENCE)))
+    assert tiny_call(capsys, "Once upon a time", "--max-new-tokens", "30", "--reference")[1] == expected
 
 
 def test_stop_text(capsys: pytest.CaptureFixture[str], tiny: Model) -> None:

@@ -198,10 +198,6 @@ def test_the_kernels_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/self/maps")
 def test_there_is_one_pool_of_threads() -> None:
     """The kernels take OpenMP from torch: no second library with a pool of its own is loaded."""
-    code = (
-        "from llama3_raw.ops_cpu import build_kernels\n"
-        "build_kernels()\n"
-        "print(open('/proc/self/maps').read())"
-    )
+    code = "from llama3_raw.ops_cpu import build_kernels\nbuild_kernels()\nprint(open('/proc/self/maps').read())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(set(re.findall(r"\S+/lib[gi]?omp[^/\s]*", done.stdout))) == 1
