@@ -18,6 +18,7 @@ from torch import Tensor
 from .command_line import (
     add_model_options,
     add_sampling_options,
+    check_context,
     choose_model,
     chosen_sampling,
     load_model,
@@ -112,8 +113,7 @@ def main(arguments: Sequence[str]) -> int:
     load_start = time.perf_counter()
     chosen = choose_model(options, needs_tokenizer=not options.ids)
     tokenizer, longest = chosen.tokenizer, chosen.checkpoint.params.max_seq_len
-    if options.context and options.context > longest:
-        raise UserError(f"--context {options.context}: the model's own context is {longest} tokens")
+    check_context(options.context, longest)
     if tokenizer is not None and options.chat:
         system = [Message("system", options.system)] if options.system else []
         ids = encode_dialog(tokenizer, [*system, Message("user", prompt)])

@@ -14,6 +14,7 @@ from typing import TextIO
 from .command_line import (
     add_model_options,
     add_sampling_options,
+    check_context,
     choose_model,
     chosen_sampling,
     load_model,
@@ -197,8 +198,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("--system: not valid UTF-8; convert the text to UTF-8") from error
     chosen = choose_model(options)
     longest = chosen.checkpoint.params.max_seq_len
-    if options.context and options.context > longest:
-        raise UserError(f"--context {options.context}: the model's own context is {longest} tokens")
+    check_context(options.context, longest)
     window = options.context or min(DEFAULT_CONTEXT, longest)
     model, which = load_model(chosen, Lengths(prompt=window, text=window, least=1))  # a question may fill the window
     conversation = Conversation(

@@ -142,6 +142,12 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> C
     return ChosenModel(folder, checkpoint, tokenizer, device, _DTYPES.get(options.dtype))
 
 
+def check_context(context: int | None, longest: int) -> None:
+    """Raises UserError for a --context beyond the model's own, in tokens."""
+    if context and context > longest:
+        raise UserError(f"--context {context}: the model's own context is {longest} tokens")
+
+
 def load_model(chosen: ChosenModel, lengths: Lengths) -> tuple[Model, str]:
     """Loads the model for texts of these lengths; -> the model, and a line that says which it is.
 
