@@ -1,5 +1,5 @@
-/* The two operations that read memory while tokens are generated, for 1 to 16 tokens at a time: a product with a bf16
-   matrix, and attention over a bf16 cache. Built on first use by ops_cpu.py for the processor at hand.
+/* The operations that cost time: products with a matrix in bf16 or int8, and attention over a bf16 cache. Built on first
+   use by ops_cpu.py for the processor at hand.
 
    Whatever stands beside it, a token's result comes from the same operations in the same order: every sum runs over its
    terms in one fixed order, whose pieces do not depend on how many tokens or threads there are. */
@@ -95,8 +95,221 @@ static inline __attribute__((always_inline)) void product(
         for (int o = 0; o < outputs; o++) y[r * y_stride + o * y_step] = narrow(total(sums[r][o]));
 }
 
-/* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length]; length a multiple of 32 */
-void linear(const bf16 *x, const bf16 *w, bf16 *y, int64_t n_rows, int64_t n_outputs, int64_t length) {
+#define BLOCK 256 /* values of a token that share a scale when they are rounded to int8 */
+
+/* Rounds values to whole numbers from -127 to 127 times the scale, which it returns. */
+static float quantize(const bf16 *x, int8_t *rounded, int count) {
+    float largest = 0;
+    for (int i = 0; i < count; i++) largest = fmaxf(largest, fabsf(widen(x[i])));
+    float inverse = largest > 0 ? 127 / largest : 0;
+    const float magic = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded to a whole number */
+    for (int i = 0; i < count; i++) rounded[i] = (int8_t)(widen(x[i]) * inverse + magic - magic);
+    return largest / 127;
+}
+
+#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
+/* Matrix units (Intel AMX). A tile is 16 rows of up to 64 bytes, and one instruction multiplies two of them: 16 rows of
+   the matrix, as they lie in memory, by up to 16 tokens. */
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define TOKENS 256  /* so many at a time, with a part of the matrix, stay in the cache next to the processor */
+#define OUTPUTS_OF_MANY 256
+#define OUTPUTS_OF_FEW 32
+
+/* Asks the system for the tiles; -> whether this process may use them. */
+int has_tiles(void) {
+    const long request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
+typedef struct {
+    int64_t row_bytes; /* of the matrix and of a token */
+    int block_bytes;   /* whose products the matrix unit adds up */
+    int width;         /* tokens in a tile */
+    int64_t n_groups;  /* of so many tokens, the last ones perhaps made up */
+    char *packed;      /* [n_groups][row_bytes / 4][width][4 bytes] */
+    float *scales;     /* [n_groups][blocks][width] for int8 */
+} Tokens;
+
+/* Tiles 0 to 3: sums of 16 outputs for `width` tokens; 4 and 5: 64 bytes of 16 rows of the matrix; 6 and 7: of tokens. */
+static void shape_tiles(int width) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } shapes = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) {
+        shapes.rows[tile] = 16;
+        shapes.bytes[tile] = tile == 4 || tile == 5 ? 64 : 4 * width;
+    }
+    _tile_loadconfig(&shapes);
+}
+
+/* Puts the tokens into the order that the matrix unit wants, and rounds them for an int8 matrix. */
+static void pack(const Tokens *tokens, int is_int8, const bf16 *x, int64_t n_rows) {
+    int value_bytes = is_int8 ? 1 : 2, width = tokens->width;
+    int64_t length = tokens->row_bytes / value_bytes, blocks = (length + BLOCK - 1) / BLOCK;
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t t = 0; t < tokens->n_groups * width; t++)
+        for (int64_t block = 0; block < blocks; block++) {
+            int64_t group = t / width, member = t % width, first = block * BLOCK;
+            int count = length - first < BLOCK ? (int)(length - first) : BLOCK;
+            int32_t values[BLOCK / 2] = {0};
+            float scale = 0;
+            if (t < n_rows && is_int8) scale = quantize(x + t * length + first, (int8_t *)values, count);
+            else if (t < n_rows) memcpy(values, x + t * length + first, count * sizeof *x);
+            int32_t *to = (int32_t *)(tokens->packed + (group * tokens->row_bytes + first * value_bytes) * width) + member;
+            for (int i = 0; i < count * value_bytes / 4; i++) to[i * width] = values[i];
+            if (is_int8) tokens->scales[(group * blocks + block) * width + member] = scale;
+        }
+}
+
+/* out [2][groups][16][width] = 32 rows of w times one or two groups of tokens, over so many bytes */
+static inline __attribute__((always_inline)) void multiply(
+    int is_int8, int groups, const char *w, const char *x, const Tokens *tokens, int64_t bytes, char *out) {
+#define ADD(sums, outputs, group) \
+    if (is_int8) _tile_dpbssd(sums, outputs, group); \
+    else _tile_dpbf16ps(sums, outputs, group)
+    int64_t stride = tokens->row_bytes, width = tokens->width, size = 64 * width;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < bytes; i += 64) {
+        _tile_loadd(4, w + i, stride);
+        _tile_loadd(5, w + 16 * stride + i, stride);
+        _tile_loadd(6, x + i * width, 4 * width);
+        ADD(0, 4, 6);
+        ADD(1, 5, 6);
+        if (groups == 2) {
+            _tile_loadd(7, x + (stride + i) * width, 4 * width);
+            ADD(2, 4, 7);
+            ADD(3, 5, 7);
+        }
+    }
+#undef ADD
+    _tile_stored(0, out, 4 * width);
+    _tile_stored(1, out + groups * size, 4 * width);
+    if (groups == 2) {
+        _tile_stored(2, out + size, 4 * width);
+        _tile_stored(3, out + 3 * size, 4 * width);
+    }
+}
+
+/* sums [16][width] += products [16][width], int8 times the scales of the tokens */
+static inline __attribute__((always_inline)) void add_block(
+    int is_int8, int width, const char *products, const float *scales, float *sums) {
+    for (int i = 0; i < 16; i++)
+        for (int t = 0; t < width; t++)
+            if (is_int8) sums[i * width + t] += (float)((const int32_t *)products)[i * width + t] * scales[t];
+            else sums[i * width + t] += ((const float *)products)[i * width + t];
+}
+
+/* sums [outputs / 16][n_groups][16][width] for the groups from `group` on, w: the first of so many rows of the matrix */
+static inline __attribute__((always_inline)) void multiply_part(
+    int is_int8, const char *w, int64_t outputs, const Tokens *tokens, int64_t group, int64_t n_groups, float *sums) {
+    int64_t row_bytes = tokens->row_bytes, blocks = (row_bytes + BLOCK - 1) / BLOCK;
+    int width = tokens->width, size = 16 * width;
+    char products[4 * 16 * 64] __attribute__((aligned(64)));
+    memset(sums, 0, outputs * n_groups * width * sizeof *sums);
+    for (int64_t begin = 0; begin < row_bytes; begin += tokens->block_bytes) {
+        int64_t left = row_bytes - begin, bytes = left < tokens->block_bytes ? left : tokens->block_bytes;
+        for (int64_t o = 0; o < outputs; o += 32)
+            for (int64_t g = 0; g < n_groups; g += 2) {
+                const char *rows = w + o * row_bytes + begin;
+                const char *x = tokens->packed + ((group + g) * row_bytes + begin) * width;
+                int groups = n_groups - g == 1 ? 1 : 2;
+                if (groups == 2) multiply(is_int8, 2, rows, x, tokens, bytes, products);
+                else multiply(is_int8, 1, rows, x, tokens, bytes, products);
+                for (int i = 0; i < 2 * groups; i++) {
+                    float *to = sums + ((o / 16 + i / groups) * n_groups + g + i % groups) * size;
+                    const float *scales = tokens->scales + ((group + g + i % groups) * blocks + begin / BLOCK) * width;
+                    if (width == 16) add_block(is_int8, 16, products + i * 4 * size, scales, to);
+                    else add_block(is_int8, width, products + i * 4 * size, scales, to);
+                }
+            }
+    }
+}
+
+/* As linear_bf16 where w_scales is NULL, as linear_int8 otherwise, at any number of tokens; n_outputs a multiple of 32,
+   rows of w multiples of 64 bytes. -> 0, or 1 where there is no memory. */
+int linear_tiles(const bf16 *x, const void *w, const float *w_scales, bf16 *y, int64_t n_rows, int64_t n_outputs,
+                 int64_t length) {
+    int is_int8 = w_scales != NULL, width = n_rows < 16 ? (int)n_rows : 16;
+    int64_t row_bytes = is_int8 ? length : 2 * length, n_groups = (n_rows + width - 1) / width;
+    int64_t scale_bytes = (length + BLOCK - 1) / BLOCK * sizeof(float), room = n_groups * width;
+    int64_t step = n_rows <= 16 ? OUTPUTS_OF_FEW : OUTPUTS_OF_MANY, together = TOKENS / width;
+    char *packed = malloc(room * (row_bytes + scale_bytes));
+    if (!packed) return 1;
+    Tokens tokens = {row_bytes, is_int8 ? BLOCK : 2048, width, n_groups, packed, (float *)(packed + room * row_bytes)};
+#pragma omp parallel
+    {
+        float sums[OUTPUTS_OF_MANY * TOKENS] __attribute__((aligned(64)));
+        pack(&tokens, is_int8, x, n_rows);
+        shape_tiles(width);
+        for (int64_t group = 0; group < n_groups; group += together) {
+            int64_t count = n_groups - group < together ? n_groups - group : together, first_token = group * width;
+#pragma omp for schedule(static)
+            for (int64_t first = 0; first < n_outputs; first += step) {
+                int64_t outputs = n_outputs - first < step ? n_outputs - first : step;
+                const char *rows = (const char *)w + first * row_bytes, *next = rows + outputs * row_bytes;
+                if (is_int8) multiply_part(1, rows, outputs, &tokens, group, count, sums);
+                else multiply_part(0, rows, outputs, &tokens, group, count, sums);
+                for (int i = 0; i < 32; i++) /* else the memory would be idle for a moment */
+                    for (int line = 0; line < 2; line++) __builtin_prefetch(next + i * row_bytes + 64 * line);
+                for (int64_t t = 0; t < count * width && first_token + t < n_rows; t++)
+                    for (int64_t o = 0; o < outputs; o++) {
+                        float sum = sums[((o / 16 * count + t / width) * 16 + o % 16) * width + t % width];
+                        y[(first_token + t) * n_outputs + first + o] = narrow(is_int8 ? sum * w_scales[first + o] : sum);
+                    }
+            }
+        }
+        _tile_release();
+    }
+    free(packed);
+    return 0;
+}
+#else
+int has_tiles(void) { return 0; }
+#endif
+
+/* y [n_rows, n_outputs] = (x [n_rows, length] w^T) w_scales, w [n_outputs, length] in int8, x rounded to int8 in blocks.
+   -> 0, or 1 where there is no memory. */
+int linear_int8(const bf16 *x, const int8_t *w, const float *w_scales, bf16 *y, int64_t n_rows, int64_t n_outputs,
+                int64_t length) {
+    int64_t blocks = (length + BLOCK - 1) / BLOCK;
+    int8_t *rounded = malloc(n_rows * length);
+    float *scales = malloc(n_rows * blocks * sizeof *scales);
+    int failed = !rounded || !scales;
+    for (int64_t r = 0; r < n_rows && !failed; r++)
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t first = r * length + b * BLOCK, left = length - b * BLOCK;
+            scales[r * blocks + b] = quantize(x + first, rounded + first, left < BLOCK ? (int)left : BLOCK);
+        }
+#pragma omp parallel for schedule(static) if (!failed)
+    for (int64_t o = 0; o < n_outputs; o++)
+        for (int64_t r = 0; r < n_rows && !failed; r++) {
+            float sum = 0;
+            for (int64_t b = 0; b < blocks; b++) {
+                const int8_t *from = rounded + r * length + b * BLOCK, *weights = w + o * length + b * BLOCK;
+                int count = length - b * BLOCK < BLOCK ? (int)(length - b * BLOCK) : BLOCK;
+                int32_t whole = 0;
+                for (int i = 0; i < count; i++) whole += (int32_t)from[i] * weights[i];
+                sum += (float)whole * scales[r * blocks + b];
+            }
+            y[r * n_outputs + o] = narrow(sum * w_scales[o]);
+        }
+    free(rounded);
+    free(scales);
+    return failed;
+}
+
+/* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length]; length a multiple of 32. -> 0, as it needs no
+   memory; without scales: the argument is there because the other products have it. */
+int linear_bf16(const bf16 *x, const bf16 *w, const float *no_scales, bf16 *y, int64_t n_rows, int64_t n_outputs,
+                int64_t length) {
+    (void)no_scales;
     /* The rows of w that are read together lie an eighth of it apart, so that each stream goes on through memory when
        its row ends. */
     int64_t step = n_outputs / OUTPUTS, stride = step * length;
@@ -124,6 +337,7 @@ void linear(const bf16 *x, const bf16 *w, bf16 *y, int64_t n_rows, int64_t n_out
     for (int64_t o = step * OUTPUTS; o < n_outputs; o++)
         for (int64_t r = 0; r < n_rows; r++)
             product(1, 1, x + r * length, w + o * length, 0, y + r * n_outputs + o, 0, 0, length);
+    return 0;
 }
 
 #define CHUNK 256 /* keys whose part of the sum is made at once; they are added up in order */

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .int8 import linear
 from .ops import Ops, Tap
 from .params import Params
 from .weights import LayerWeights, Weights
@@ -134,7 +135,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Ta
     return (probs @ values).transpose(-3, -2)
 
 
-REFERENCE = Ops(embed=F.embedding, linear=F.linear, attend=attend, reduce=lambda x: x)
+REFERENCE = Ops(embed=F.embedding, linear=linear, attend=attend, reduce=lambda x: x)
 
 
 def no_tap(name: str, tensor: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from .int8 import Matrix
+
 Tap = Callable[[str, Tensor], Tensor]
 """tap(name, tensor) -> tensor: called at every named point of the forward pass, which goes on with what it returns."""
 
@@ -21,6 +23,6 @@ class Ops(NamedTuple):
     """The primitives that model.forward calls. `model.REFERENCE` is the exact set."""
 
     embed: Callable[[Tensor, Tensor], Tensor]  # (tokens [..., T], table [vocab, dim]) -> [..., T, dim]
-    linear: Callable[[Tensor, Tensor], Tensor]  # (x [..., in], weight [out, in]) -> [..., out]
+    linear: Callable[[Tensor, Matrix], Tensor]  # (x [..., in], weight [out, in]) -> [..., out]
     attend: Attend
     reduce: Callable[[Tensor], Tensor]  # [..., dim] -> [..., dim]: the sum over all processes that share a layer

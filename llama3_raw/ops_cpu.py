@@ -1,6 +1,6 @@
-"""Fast operations for the CPU: few tokens at a time at the speed of the memory, with cpu_kernels.c; many by torch.
+"""Fast operations for the CPU: few tokens at a time at the speed of the memory, many at that of the matrix units.
 
-The C source is compiled when it is first needed, in under a second, for the processor at hand, and kept in the user's
+The C source, cpu_kernels.c, is compiled when it is first needed, in under a second, for the processor at hand, and kept in the user's
 cache folder. It is called by ctypes: that costs 2 µs a call and no start-up, where torch.utils.cpp_extension compiles
 for half a minute and torch.compile in every process anew.
 """
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .int8 import Int8, Matrix
 from .ops import Ops, Tap
 
-FEW = 16  # tokens: up to so many are computed by the kernels, all with the same bits
+FEW = 16  # tokens: up to so many are computed by the kernels on every processor, all with the same bits
+_PIECE = 1024  # rows of a matrix that are widened at a time
 _SOURCE = Path(__file__).with_name("cpu_kernels.c")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma")
 _FLAGS = ("-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC")
 # what the compiler is told for each kind of processor; native: the one that it runs on
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "native": ("-march=native",),
-    "avx512_bf16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma"),
+    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+    "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "baseline": (),  # SSE2 on x86, NEON on ARM
 }
@@ -98,24 +103,31 @@ def _run(command: Sequence[str]) -> bytes:
 
 
 def make_ops(kernels: ctypes.CDLL) -> Ops:
-    """The operations with these kernels. A product that they do not do (many rows, other dtypes) is torch's."""
-    c_linear, c_attend = kernels.linear, kernels.attend
+    """The operations with these kernels. A product that they do not do (fp32, say) is torch's."""
+    has_tiles, c_attend = bool(kernels.has_tiles()), kernels.attend
 
-    def linear(x: Tensor, weight: Tensor) -> Tensor:
-        """x [..., in], weight [out, in] -> [..., out]; up to 16 rows of bf16 at the speed of the memory."""
-        length = weight.shape[1]
+    def linear(x: Tensor, weight: Matrix) -> Tensor:
+        """x [..., in], weight [out, in] -> [..., out]; few rows of bf16 at the speed of the memory."""
+        matrix, scales = weight if isinstance(weight, Int8) else (weight, None)
+        outputs, length = matrix.shape
         rows = x.numel() // length
-        if rows > FEW or not (_is_bf16(x) and _is_bf16(weight) and length % 32 == 0 and weight.is_contiguous()):
-            return F.linear(x, weight)
+        by_tiles = has_tiles and outputs % 32 == 0 and length * matrix.itemsize % 64 == 0
+        known = matrix.dtype == (torch.bfloat16 if scales is None else torch.int8) and matrix.is_contiguous()
+        if not (known and _is_plain_bf16(x) and not matrix.requires_grad and (by_tiles or 0 < rows <= FEW)):
+            return linear_by_torch(x, weight)
+        if not by_tiles and length % 32:
+            return linear_by_torch(x, weight)
         x = x.contiguous()
-        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-        c_linear(*map(_pointer, (x, weight, y)), *map(ctypes.c_int64, (rows, *weight.shape)))
+        y = x.new_empty((*x.shape[:-1], outputs))
+        c_linear = kernels.linear_tiles if by_tiles else kernels.linear_bf16 if scales is None else kernels.linear_int8
+        if c_linear(*map(_pointer, (x, matrix, scales, y)), *map(ctypes.c_int64, (rows, outputs, length))):
+            raise MemoryError(f"no memory for the product of {rows} tokens with a matrix {list(matrix.shape)}")
         return y
 
     def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor:
         """As model.attend, but there are no scores to tap."""
         n_tokens, n_heads, head_dim = q.shape[-3:]
-        lone = all(_is_bf16(x) and x.dim() == 3 and x.stride()[1:] == (head_dim, 1) for x in (q, keys, values))
+        lone = all(_is_plain_bf16(x) and x.dim() == 3 and x.stride()[1:] == (head_dim, 1) for x in (q, keys, values))
         if not lone or n_tokens > FEW or not isinstance(start, int) or head_dim % 32:
             return attend_by_torch(q, keys, values, start)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -134,25 +146,68 @@ def read_loop(kernels: ctypes.CDLL, x: Tensor) -> None:
     kernels.read_loop(_pointer(x), ctypes.c_int64(x.nbytes // 256 * 64))
 
 
+def linear_by_torch(x: Tensor, weight: Matrix) -> Tensor:
+    """x [..., in], weight [out, in] -> [..., out]; in fp32 where the processor has no instructions for bf16.
+
+    What is widened, is so by pieces that stay in the cache.
+    """
+    matrix, scales = weight if isinstance(weight, Int8) else (weight, None)
+    widened = torch.float32 if x.dtype == torch.bfloat16 and fp32_is_faster() else x.dtype
+    if matrix.dtype == widened:
+        return F.linear(x, matrix)
+    wide = x.to(widened)
+    pieces = [F.linear(wide, piece.to(widened)) for piece in matrix.split(_PIECE)]
+    y = torch.cat(pieces, dim=-1)
+    return (y if scales is None else y.float() * scales).to(x.dtype)
+
+
+@functools.cache
+def fp32_is_faster() -> bool:
+    """Whether torch multiplies in fp32 faster than in bf16 on this CPU; measured once, in milliseconds.
+
+    The difference is at least twofold in either direction on all processors that were tried, so that the answer (and
+    with it the rounding) is always the same.
+    """
+    x, matrix = torch.ones(64, 1024, dtype=torch.bfloat16), torch.ones(_PIECE, 1024, dtype=torch.bfloat16)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(3):
+        for widen, times in seconds.items():
+            start = time.perf_counter()
+            if widen:
+                F.linear(x.float(), matrix.float())
+            else:
+                F.linear(x, matrix)
+            times.append(time.perf_counter() - start)
+    return min(seconds[True]) < min(seconds[False])
+
+
 def attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor) -> Tensor:
     """As model.attend, in blocks, without the scores of all tokens in memory at once. (Dao et al. 2022)"""
-    n_tokens, n_keys = q.shape[-3], keys.shape[-3]
-    offsets = torch.arange(n_tokens, device=q.device)
+    length, n_heads, head_dim = q.shape[-3:]
+    n_kv_heads = keys.shape[-2]
+    dtype = torch.float32 if q.dtype == torch.bfloat16 and fp32_is_faster() else q.dtype
+    offsets = torch.arange(length, device=q.device)
     positions = start + offsets if isinstance(start, int) else start.unsqueeze(-1) + offsets  # [..., T]
-    seen = torch.arange(n_keys, device=q.device) <= positions.unsqueeze(-1)  # [..., T, S]
-    q, keys, values = (x.transpose(-3, -2) for x in (q, keys, values))
-    mask = None if n_tokens == n_keys else seen.unsqueeze(-3)
-    return F.scaled_dot_product_attention(
-        q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-    ).transpose(-3, -2)
+    seen = torch.arange(keys.shape[-3], device=q.device) <= positions.unsqueeze(-1)  # [..., T, S]
+    # the query heads that share a kv head become one with so many times the tokens: no key is repeated for them
+    sharing = n_heads // n_kv_heads
+    tokens = q.unflatten(-2, (n_kv_heads, sharing)).movedim(-4, -2).flatten(-3, -2)  # [..., n_kv_heads, sharing * T, …]
+    seen = seen.repeat(*[1] * (seen.dim() - 2), sharing, 1).unsqueeze(-3)  # [..., 1, sharing * T, S]
+    four = (1,) * (4 - q.dim()) if q.dim() < 4 else ()  # torch works in blocks on four dimensions only
+    out = F.scaled_dot_product_attention(
+        *(x.to(dtype).reshape(*four, *x.shape) for x in (tokens, keys.transpose(-3, -2), values.transpose(-3, -2))),
+        attn_mask=seen,
+    )
+    out = out.reshape(tokens.shape).unflatten(-2, (sharing, length))  # [..., n_kv_heads, sharing, T, head_dim]
+    return out.movedim(-2, -4).reshape(q.shape).to(q.dtype)
 
 
-def _is_bf16(x: Tensor) -> bool:
+def _is_plain_bf16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not x.requires_grad
 
 
-def _pointer(x: Tensor) -> Any:
-    return ctypes.c_void_p(x.data_ptr())
+def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr() if x is not None else None)
 
 
 @functools.cache
@@ -164,7 +219,7 @@ def fast_ops() -> Ops:
         print(f"llama3_raw: {reason}; tokens come about half as fast, by torch's own products", file=sys.stderr)
         return Ops(
             embed=F.embedding,
-            linear=F.linear,
+            linear=linear_by_torch,
             attend=lambda q, keys, values, start, tap, name: attend_by_torch(q, keys, values, start),
             reduce=lambda x: x,
         )
