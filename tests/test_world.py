@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import llama3_raw
-from llama3_raw import Params, Tokenizer, UserError, bench, chat, memory
+from llama3_raw import Params, Tokenizer, UserError, bench, chat, machine
 from llama3_raw.__main__ import main
 from llama3_raw.errors import command_line_tool
 from llama3_raw.weights import tensor_places, to_state_dict
@@ -573,7 +573,7 @@ USE = {
     ),
     "--threads 0": Case(("--threads", "should be 1 or more"), arguments=("x", "--threads", "0")),
     "--threads above the machine's": Case(
-        ("--threads 99999: this machine has", "give at most that"), arguments=("x", "--threads", "99999")
+        ("--threads 99999: this process may use", "give at most that"), arguments=("x", "--threads", "99999")
     ),
     "--layers": Case(("--layers 99:", "4 layers; give a number from 1"), arguments=("x", "--layers", "99")),
     "--dtype": Case(("--dtype", "bfloat16"), arguments=("x", "--dtype", "int3")),
@@ -681,7 +681,7 @@ def pretend_free(monkeypatch: pytest.MonkeyPatch, free: Mapping[str, int]) -> No
     if "RAM" in free:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free["RAM"]))
     if "container" in free:
-        monkeypatch.setattr(memory, "container_free", lambda: [free["container"]])
+        monkeypatch.setattr(machine, "container_free", lambda: [free["container"]])
     if "GPU" in free:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["GPU"], 10**12))
