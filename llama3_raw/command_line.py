@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .dialog import is_base_model
-from .errors import UserError, not_empty
+from .errors import UserError, in_short, not_empty
 from .machine import default_threads, processors
 from .memory import Lengths, Plan, check_memory
 from .sampling import Sampling
@@ -121,6 +121,30 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"should be 1 or more, is {value}")
     return value
+
+
+def read_text(file: str) -> str:
+    """The text in a file; "-" reads it from stdin. Raises UserError where it cannot be read or is not UTF-8."""
+    try:
+        if file != "-":
+            return Path(file).read_bytes().decode("utf-8")
+        if sys.stdin is None:
+            raise UserError("stdin is closed; give it a file by < FILE")
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        name = "stdin" if file == "-" else file
+        raise UserError(f"{name}: not valid UTF-8 at byte {error.start}; convert the text to UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}; check its name and your rights to it") from error
+
+
+def parse_ids(text: str, source: str) -> list[int]:
+    """Token ids separated by spaces, commas or lines. Raises UserError naming the source for what is no such number."""
+    words = re.split(r"[\s,]+", text.strip(" \t\r\n,[]"))
+    for word in words:
+        if not re.fullmatch(r"[0-9]{1,18}", word):
+            raise UserError(f"{source}: {in_short(repr(word))} is not a token id; give numbers separated by spaces")
+    return [int(word) for word in words]
 
 
 def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> ChosenModel:

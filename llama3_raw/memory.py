@@ -27,6 +27,7 @@ class Lengths(NamedTuple):
     prompt: int  # what is computed at once
     text: int  # with all that may be generated
     least: int  # the shortest that would still do
+    scored: int = 0  # the most whose logits are all in memory at once, to see how likely each was
 
 
 class Plan(NamedTuple):
@@ -71,7 +72,8 @@ def needed(plan: Plan) -> Need:
     scores = max(chunk * lengths.prompt, lengths.text) * params.n_heads * score_bytes
     repeated = 4 * lengths.text * params.n_heads * per_position  # keys and values for every head, and in other order
     hidden = 3 * chunk * params.hidden_dim * itemsize
-    work = scores + repeated + hidden + (0 if device.type == "cpu" else _GPU_LIBRARIES)
+    logits = min(chunk, lengths.scored) * params.vocab_size * (itemsize + 4 + 4)  # as computed, fp32, logarithms of p
+    work = scores + repeated + hidden + logits + (0 if device.type == "cpu" else _GPU_LIBRARIES)
     return Need(mapped, copied, cache, work)
 
 
