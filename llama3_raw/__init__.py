@@ -25,7 +25,7 @@ __all__ = [
     "generate",
     "load",
 ]
-_ROOMS = ("errors", "params", "tokenizer", "sampling", "weights", "ops", "model", "generation")
+_ROOMS = ("errors", "params", "tokenizer", "sampling", "weights", "ops", "model", "generation", "machine")
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import re
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -22,8 +21,10 @@ from .command_line import (
     choose_model,
     chosen_sampling,
     load_model,
+    parse_ids,
     peak_memory,
     positive_int,
+    read_text,
     warn_of_base_model,
 )
 from .dialog import Message, encode_dialog
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("--system belongs to a question; give --chat with it")
     if "" in options.stop:
         raise UserError("--stop should not be empty")
-    ids = _parse_ids(prompt) if options.ids else []
+    ids = parse_ids(prompt, "--ids") if options.ids else []
     if options.max_new_tokens < 0:
         raise UserError(f"--max-new-tokens should be 0 or more, is {options.max_new_tokens}")
     sampling = chosen_sampling(options)  # complains of what is out of range now, not after a long load
@@ -153,24 +154,10 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is None:
         raise UserError('give a prompt: python -m llama3_raw "Once upon a time", or - to read it from stdin')
     if prompt == "-":
-        if sys.stdin is None:
-            raise UserError("stdin is closed; give the prompt as an argument, or a file by < FILE")
-        try:
-            prompt = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"stdin: not valid UTF-8 at byte {error.start}; convert the text to UTF-8") from error
-        prompt = prompt.removesuffix("\n").removesuffix("\r")  # the line end that echo and editors add
+        prompt = read_text("-").removesuffix("\n").removesuffix("\r")  # the line end that echo and editors add
     if not prompt:
         raise UserError("the prompt is empty; give at least one character")
     return prompt
-
-
-def _parse_ids(text: str) -> list[int]:
-    words = re.split(r"[\s,]+", text.strip(" \t\r\n,[]"))
-    for word in words:
-        if not re.fullmatch(r"[0-9]{1,18}", word):
-            raise UserError(f"--ids: {word!r} is not a token id; give numbers separated by spaces")
-    return [int(word) for word in words]
 
 
 class _Watch:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from .dialog import is_base_model
-from .errors import UserError, not_empty
+from .errors import UserError, in_short, not_empty
+from .machine import default_threads, processors
 from .memory import Lengths, Plan, check_memory
 from .sampling import Sampling
 from .tokenizer import Tokenizer
@@ -21,6 +22,7 @@ from .weights import DTYPES, Checkpoint, Model, build_weights, find_tokenizer, f
 DEFAULT_MODEL = "Meta-Llama-3-8B"
 BUILT_IN_MODEL = "tiny"
 _PROGRESS_BAR_FROM = 1_000_000_000  # bytes of weights; smaller models load before a bar could be read
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # which torch obeys by itself
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
@@ -59,7 +61,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     group.add_argument("--dtype", choices=_DTYPES, help="compute in this (default: as the weights are stored)")
     group.add_argument("--layers", type=int, metavar="N", help="run only the first N layers")
-    group.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's choice)")
+    group.add_argument(
+        "--threads",
+        type=positive_int,
+        metavar="N",
+        help="CPU threads (default: $OMP_NUM_THREADS, else the physical cores that this process may use, by its "
+        "affinity and its container's quota)",
+    )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -115,17 +123,37 @@ def positive_int(text: str) -> int:
     return value
 
 
+def read_text(file: str) -> str:
+    """The text in a file; "-" reads it from stdin. Raises UserError where it cannot be read or is not UTF-8."""
+    try:
+        if file != "-":
+            return Path(file).read_bytes().decode("utf-8")
+        if sys.stdin is None:
+            raise UserError("stdin is closed; give it a file by < FILE")
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        name = "stdin" if file == "-" else file
+        raise UserError(f"{name}: not valid UTF-8 at byte {error.start}; convert the text to UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}; check its name and your rights to it") from error
+
+
+def parse_ids(text: str, source: str) -> list[int]:
+    """Token ids separated by spaces, commas or lines. Raises UserError naming the source for what is no such number."""
+    words = re.split(r"[\s,]+", text.strip(" \t\r\n,[]"))
+    for word in words:
+        if not re.fullmatch(r"[0-9]{1,18}", word):
+            raise UserError(f"{source}: {in_short(repr(word))} is not a token id; give numbers separated by spaces")
+    return [int(word) for word in words]
+
+
 def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> ChosenModel:
     """The model that the options of `add_model_options` name, checked, but for its weights, which are not read yet.
 
     Unless the tool `needs_tokenizer`, one in the folder that is missing or does not fit is no obstacle. Raises
     UserError.
     """
-    if options.threads:
-        processors = os.cpu_count() or 1
-        if options.threads > processors:
-            raise UserError(f"--threads {options.threads}: this machine has {processors} processors; give at most that")
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     device = choose_device(options.device)
     folder = find_model(options.weights)
     checkpoint = open_checkpoint(folder.path)
@@ -140,6 +168,20 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> C
     if tokenizer is None and needs_tokenizer:
         raise UserError(f"{folder.path}: there is no tokenizer.model; give --tokenizer FILE, or token ids with --ids")
     return ChosenModel(folder, checkpoint, tokenizer, device, _DTYPES.get(options.dtype))
+
+
+def set_threads(threads: int | None) -> None:
+    """Has torch compute with so many threads; None: as many as suit the machine, or as the environment says.
+
+    Raises UserError for more threads than this process has processors.
+    """
+    if threads is None:
+        if not any(map(os.environ.get, _THREAD_VARIABLES)):
+            torch.set_num_threads(default_threads())
+        return
+    if threads > processors():
+        raise UserError(f"--threads {threads}: this process may use {processors()} processors; give at most that")
+    torch.set_num_threads(threads)
 
 
 def check_context(context: int | None, longest: int) -> None:

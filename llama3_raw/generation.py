@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,12 +12,34 @@ from .errors import UserError
 from .model import REFERENCE, KVCache, forward, no_tap
 from .ops import Ops, Tap
 from .ops_cpu import fast_ops
+from .params import Params
 from .sampling import Sampling, sample
 from .weights import Model
 
 # Tokens of the prompt in one forward pass: enough for matrix products at full speed, few enough that the scores
 # [n_heads, chunk, S] of a long prompt stay small.
 PREFILL_CHUNK = 256
+
+
+def suitable_ops(device: torch.device) -> Ops:
+    """The set of operations that suits the device."""
+    return fast_ops() if device.type == "cpu" else REFERENCE
+
+
+def check_ids(ids: Iterable[int], params: Params) -> None:
+    """Raises UserError for a token id outside the vocabulary."""
+    for token in ids:
+        if not 0 <= token < params.vocab_size:
+            raise UserError(f"token id {token} is outside the model's vocabulary of {params.vocab_size}")
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raises UserError for logits that no model with sound weights gives."""
+    if not logits.amax() < torch.inf:  # nor is NaN
+        raise UserError(
+            "the logits are not numbers: the weights are damaged (see download.py --verify), or their dtype is too "
+            "small for them"
+        )
 
 
 class StopReason(enum.Enum):
@@ -71,9 +93,7 @@ def generate(
     prompt = [int(token) for token in ids]
     if not prompt:
         raise UserError("the prompt is empty; give at least one token")
-    for token in prompt:
-        if not 0 <= token < model.params.vocab_size:
-            raise UserError(f"token id {token} is outside the model's vocabulary of {model.params.vocab_size}")
+    check_ids(prompt, model.params)
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens should be 0 or more, is {max_new_tokens}")
     end = start + len(prompt)
@@ -91,7 +111,7 @@ def generate(
             ) from error
     device = model.weights.tok_embeddings.device
     if ops is None:
-        ops = fast_ops() if device.type == "cpu" else REFERENCE
+        ops = suitable_ops(device)
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)
 
@@ -118,11 +138,7 @@ def generate(
                 chunk = new[begin : begin + PREFILL_CHUNK]
                 logits = last_logits(chunk, position)
                 position += len(chunk)
-            if not logits.amax() < torch.inf:  # nor is NaN
-                raise UserError(
-                    "the logits are not numbers: the weights are damaged (see download.py --verify), or their dtype is "
-                    "too small for them"
-                )
+            check_logits(logits)
             token = int(sample(logits, sampling, seen, generator))
             if token in stop_ids:
                 return StopReason.END_TOKEN

@@ -1,4 +1,4 @@
-"""Whether a model fits: what a run of it needs, what the machine has free, and what would fit instead.
+"""Whether a model fits: what a run of it needs, and what would fit instead of one that does not.
 
 On the CPU the weights are windows into their files, whose pages the system drops and reads again as it must: a model
 that is larger than the memory runs, only slowly. What a run has of its own (copied weights, the cache, what a layer
@@ -8,15 +8,14 @@ makes on its way) has to fit, or the system kills the process.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
-import psutil
 import torch
 
 from .errors import UserError
 from .generation import PREFILL_CHUNK
+from .machine import free_memory
 from .weights import Checkpoint, first_layers
 
 _GPU_LIBRARIES = 500_000_000  # bytes that cuBLAS and the like take for themselves once they run
@@ -28,6 +27,7 @@ class Lengths(NamedTuple):
     prompt: int  # what is computed at once
     text: int  # with all that may be generated
     least: int  # the shortest that would still do
+    scored: int = 0  # the most whose logits are all in memory at once, to see how likely each was
 
 
 class Plan(NamedTuple):
@@ -72,43 +72,9 @@ def needed(plan: Plan) -> Need:
     scores = max(chunk * lengths.prompt, lengths.text) * params.n_heads * score_bytes
     repeated = 4 * lengths.text * params.n_heads * per_position  # keys and values for every head, and in other order
     hidden = 3 * chunk * params.hidden_dim * itemsize
-    work = scores + repeated + hidden + (0 if device.type == "cpu" else _GPU_LIBRARIES)
+    logits = min(chunk, lengths.scored) * params.vocab_size * (itemsize + 4 + 4)  # as computed, fp32, logarithms of p
+    work = scores + repeated + hidden + logits + (0 if device.type == "cpu" else _GPU_LIBRARIES)
     return Need(mapped, copied, cache, work)
-
-
-def free_memory(device: torch.device) -> int:
-    """What is free for a run on the device, in bytes: on the CPU the RAM or what the container may have, without swap.
-
-    File cache counts as free, since the system gives it up first.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "mps":
-        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    return min(int(psutil.virtual_memory().available), *container_free())
-
-
-def container_free(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """What each memory limit on this process's control groups leaves it, in bytes. (Linux: cgroups.7)"""
-    for line in own.read_text().splitlines() if own.exists() else ():
-        _, controllers, path = line.split(":", maxsplit=2)
-        if not controllers:  # version 2
-            root, limit, used, cached = groups, "memory.max", "memory.current", ("active_file", "inactive_file")
-        elif "memory" in controllers.split(","):  # version 1
-            root, limit, used = groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cached = ("total_active_file", "total_inactive_file")
-        else:
-            continue
-        group = root / path.lstrip("/")  # seen from inside a container it may not be there, but the root is
-        for folder in (group, *group.parents):
-            if not folder.is_relative_to(root):
-                break
-            try:
-                left = int((folder / limit).read_text()) - int((folder / used).read_text())
-                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                yield max(0, left + sum(int(statistics[kind]) for kind in cached))
-            except (OSError, ValueError, KeyError):
-                continue  # not there, or no limit: "max"
 
 
 def check_memory(plan: Plan, free: Callable[[torch.device], int] = free_memory) -> str | None:

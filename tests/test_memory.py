@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +14,11 @@ import pytest
 import torch
 from references import hf_model, random_weights
 
-from llama3_raw import Model, Params, UserError, command_line, generate, memory
+from llama3_raw import Model, Params, UserError, command_line, generate
 from llama3_raw.__main__ import main
 from llama3_raw.bench import SYNTHETIC
-from llama3_raw.memory import Lengths, Plan, check_memory, container_free, free_memory, needed
+from llama3_raw.machine import free_memory
+from llama3_raw.memory import Lengths, Plan, check_memory, needed
 from llama3_raw.weights import Checkpoint, build_weights, first_layers, open_checkpoint, tensor_places, to_state_dict
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
@@ -174,53 +174,6 @@ def test_the_need_is_what_a_load_takes(tmp_path: Path, case: str) -> None:
     copied, taken = map(int, done.stdout.split())
     assert (copied > 0) == (case != "as stored")
     assert taken == pytest.approx(copied, rel=0.05, abs=3e6)
-
-
-def write_group(folder: Path, version: int, limit: str, used: int, cached: int) -> None:
-    """The memory files of a control group: so much used, of which the file cache is so much."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    (folder / names[0]).write_text(f"{limit}\n")
-    (folder / names[1]).write_text(f"{used}\n")
-    total = "" if version == 2 else "total_"
-    statistics = f"anon 5\n{total}inactive_file {cached - 1}\n{total}active_file 1\nslab 7\n"
-    (folder / "memory.stat").write_text(statistics)
-
-
-def free_in(tmp_path: Path, own: str) -> list[int]:
-    (tmp_path / "cgroup").write_text(own)
-    return list(container_free(tmp_path / "groups", tmp_path / "cgroup"))
-
-
-def test_the_limit_of_a_container(tmp_path: Path) -> None:
-    """As Docker shows it: version 2 with a namespace of its own, then version 1 with the host's path."""
-    groups = tmp_path / "groups"
-    write_group(groups, 2, "1000", 700, 300)
-    assert free_in(tmp_path, "0::/\n") == [600]
-    shutil.rmtree(groups)
-    write_group(groups / "memory", 1, "2000", 700, 300)
-    assert free_in(tmp_path, "4:memory:/docker/0123\n3:cpuset:/docker/0123\n0::/\n") == [1600]
-
-
-def test_the_limit_of_a_group_above(tmp_path: Path) -> None:
-    """As systemd sets it: on the slice, not on the service; a group that uses more than its limit has nothing left."""
-    groups = tmp_path / "groups"
-    write_group(groups / "system.slice" / "some.service", 2, "max", 100, 50)
-    write_group(groups / "system.slice", 2, "900", 1000, 20)
-    assert free_in(tmp_path, "0::/system.slice/some.service\n") == [0]
-
-
-def test_no_limit(tmp_path: Path) -> None:
-    assert free_in(tmp_path, "0::/\n") == []
-    assert free_in(tmp_path, "1:name=systemd:/\n2:cpu:/\n") == []
-    assert list(container_free(tmp_path, tmp_path / "none")) == []
-
-
-def test_what_is_free_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    available = psutil.virtual_memory().available
-    assert 0 < free_memory(CPU) <= 1.1 * available
-    monkeypatch.setattr(memory, "container_free", lambda: [5, 3])
-    assert free_memory(CPU) == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import llama3_raw
-from llama3_raw import Params, Tokenizer, UserError, bench, chat, memory
+from llama3_raw import Params, Tokenizer, UserError, bench, chat, machine, perplexity
 from llama3_raw.__main__ import main
 from llama3_raw.errors import command_line_tool
 from llama3_raw.weights import tensor_places, to_state_dict
@@ -573,7 +573,7 @@ USE = {
     ),
     "--threads 0": Case(("--threads", "should be 1 or more"), arguments=("x", "--threads", "0")),
     "--threads above the machine's": Case(
-        ("--threads 99999: this machine has", "give at most that"), arguments=("x", "--threads", "99999")
+        ("--threads 99999: this process may use", "give at most that"), arguments=("x", "--threads", "99999")
     ),
     "--layers": Case(("--layers 99:", "4 layers; give a number from 1"), arguments=("x", "--layers", "99")),
     "--dtype": Case(("--dtype", "bfloat16"), arguments=("x", "--dtype", "int3")),
@@ -588,6 +588,52 @@ USE = {
         ("token id 99999 is outside the model's vocabulary of 2304",), arguments=("5 99999", "--ids")
     ),
     "--ids with --stop": Case(("--stop needs text", "leave one of them out"), arguments=("5", "--ids", "--stop", "x")),
+    "perplexity: no file": Case(("FILE", "--help"), arguments=(), tool=perplexity.main),
+    "perplexity: a file that is not there": Case(
+        ("lost.txt: cannot be read: No such file", "check its name"), arguments=("lost.txt",), tool=perplexity.main
+    ),
+    "perplexity: an empty file": Case(
+        ("text: is empty", "give a text"), write("text", b""), ("{folder}/text",), tool=perplexity.main
+    ),
+    "perplexity: empty stdin": Case(
+        ("stdin: is empty", "give a text"), arguments=("-",), stdin=b"", tool=perplexity.main
+    ),
+    "perplexity: a file that is not UTF-8": Case(
+        ("text: not valid UTF-8 at byte 2", "convert the text"),
+        write("text", b"ab\xff"),
+        ("{folder}/text",),
+        tool=perplexity.main,
+    ),
+    "perplexity: text for --ids": Case(
+        ("text: 'Once' is not a token id", "give numbers"),
+        write("text", "Once upon"),
+        ("{folder}/text", "--ids"),
+        tool=perplexity.main,
+    ),
+    "perplexity: a lone id": Case(
+        ("there is nothing to score", "give at least two"), arguments=("-", "--ids"), stdin=b"5", tool=perplexity.main
+    ),
+    "perplexity: an id outside the vocabulary": Case(
+        ("token id 2304 is outside the model's vocabulary of 2304",),
+        arguments=("-", "--ids"),
+        stdin=b"5 2304",
+        tool=perplexity.main,
+    ),
+    "perplexity: a stride beyond the context": Case(
+        ("--stride 257: should be from 1 to the context of 256",),
+        arguments=("-", "--context", "256", "--stride", "257"),
+        stdin=b"Once",
+        tool=perplexity.main,
+    ),
+    "perplexity: --context above the model's": Case(
+        ("--context 513: the model's own context is 512",),
+        arguments=("-", "--context", "513"),
+        stdin=b"Once",
+        tool=perplexity.main,
+    ),
+    "perplexity: --context of one token": Case(
+        ("--context 1: should be 2 or more",), arguments=("-", "--context", "1"), stdin=b"Once", tool=perplexity.main
+    ),
     "unknown option": Case(("--nonsense", "--help"), arguments=("x", "--nonsense")),
     "half an option": Case(("--deb", "--help"), arguments=("x", "--deb")),
 }
@@ -627,6 +673,13 @@ MACHINE = {
         stdin=b"hi\n",
         free={"RAM": 10_000_000},
         tool=chat.main,
+    ),
+    "too little RAM for the logits of a text to score": Case(
+        (CHECKPOINT, "a cache for 512 tokens 0.5 MB, to work in 26.3 MB", "15.0 MB are free; what fits: --context 238"),
+        arguments=("-",),
+        stdin=b"Once upon a time " * 200,
+        free={"RAM": 15_000_000},
+        tool=perplexity.main,
     ),
     "too little RAM for anything": Case((CHECKPOINT, "nothing of it fits, take a smaller model"), free={"RAM": 1_000}),
 }
@@ -681,7 +734,7 @@ def pretend_free(monkeypatch: pytest.MonkeyPatch, free: Mapping[str, int]) -> No
     if "RAM" in free:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free["RAM"]))
     if "container" in free:
-        monkeypatch.setattr(memory, "container_free", lambda: [free["container"]])
+        monkeypatch.setattr(machine, "container_free", lambda: [free["container"]])
     if "GPU" in free:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["GPU"], 10**12))
@@ -800,7 +853,7 @@ def test_a_reader_that_goes_away_ends_it_quietly() -> None:
     [
         ("2>&-", "Once upon a time", 0, ""),
         (">&-", "Once upon a time", 0, "llama3_raw: stopped after 3 new tokens"),
-        ("<&-", "-", 2, "llama3_raw: error: stdin is closed; give the prompt as an argument"),
+        ("<&-", "-", 2, "llama3_raw: error: stdin is closed; give it a file by < FILE"),
         (">/dev/full", "Once upon a time", 2, "llama3_raw: error: output: No space left on device"),
     ],
 )

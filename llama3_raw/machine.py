@@ -1,0 +1,101 @@
+"""What this process may use of the machine, or of the container that it runs in: memory and processors."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+_OWN_CONTROL_GROUPS = Path("/proc/self/cgroup")
+
+
+def free_memory(device: torch.device) -> int:
+    """What is free for a run on the device, in bytes: on the CPU the RAM or what the container may have, without swap.
+
+    File cache counts as free, since the system gives it up first.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return min([int(psutil.virtual_memory().available), *container_free()])
+
+
+def container_free(groups: Path = _CONTROL_GROUPS, own: Path = _OWN_CONTROL_GROUPS) -> Iterator[int]:
+    """What each memory limit on this process's control groups leaves it, in bytes."""
+    for version, folder in _control_groups("memory", groups, own):
+        if version == 2:
+            limit, used, cached = "memory.max", "memory.current", ("active_file", "inactive_file")
+        else:
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = ("total_active_file", "total_inactive_file")
+        try:
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            yield max(0, left + sum(int(statistics[kind]) for kind in cached))
+        except (OSError, ValueError, KeyError):
+            continue  # not there, or no limit: "max"
+
+
+def default_threads() -> int:
+    """How many threads to compute with: one for each physical core that this process may use.
+
+    A second thread on a core would wait for the same arithmetic units and the same memory. A quota of processor time
+    is rounded up: with 1.5 processors two threads stand still for a quarter of the time, one leaves a third unused.
+    """
+    return min([physical_cores(), *map(math.ceil, container_quotas())])
+
+
+def processors() -> int:
+    """How many processors this process may run on; a physical core with two hardware threads counts as two."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def physical_cores(system: Path = Path("/sys/devices/system/cpu")) -> int:
+    """On how many physical cores the processors lie that this process may run on."""
+    if sys.platform != "linux":
+        return psutil.cpu_count(logical=False) or processors()
+    cores = set()
+    for processor in os.sched_getaffinity(0):
+        try:  # the processors of one core, which all tell the same
+            cores.add((system / f"cpu{processor}/topology/thread_siblings_list").read_text())
+        except OSError:  # the system does not tell
+            cores.add(str(processor))
+    return len(cores)
+
+
+def container_quotas(groups: Path = _CONTROL_GROUPS, own: Path = _OWN_CONTROL_GROUPS) -> Iterator[float]:
+    """The processor time that each quota on this process's control groups allows, in processors (1.5, say)."""
+    for version, folder in _control_groups("cpu", groups, own):
+        try:
+            if version == 2:
+                quota, period = map(int, (folder / "cpu.max").read_text().split())
+            else:
+                quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        except (OSError, ValueError):
+            continue  # not there, or no limit: "max"
+        if quota > 0:  # -1: no limit
+            yield quota / period
+
+
+def _control_groups(controller: str, groups: Path, own: Path) -> Iterator[tuple[int, Path]]:
+    """The version and the folder of each control group that this process is in, from its own up. (Linux: cgroups.7)"""
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", maxsplit=2)
+        if not controllers:
+            version, root = 2, groups
+        elif controller in controllers.split(","):
+            version, root = 1, groups / controller
+        else:
+            continue
+        group = root / path.lstrip("/")  # seen from inside a container it may not be there, but the root is
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root):
+                break
+            yield version, folder

@@ -1,0 +1,224 @@
+"""python -m llama3_raw.perplexity FILE: how well a model predicts a text. The figures on stdout, all else on stderr."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from .command_line import add_model_options, check_context, choose_model, load_model, parse_ids, positive_int, read_text
+from .errors import ArgumentParser, UserError, command_line_tool
+from .generation import PREFILL_CHUNK, check_ids, check_logits, suitable_ops
+from .memory import Lengths
+from .model import REFERENCE, KVCache, forward
+from .ops import Ops
+from .params import Params
+from .weights import Model
+
+DEFAULT_CONTEXT = (
+    2048  # tokens, where the model's own context is longer: with more, each token costs more and gains little
+)
+
+
+class Score(NamedTuple):
+    """How well a text was predicted."""
+
+    tokens: int  # how many were scored
+    nats: float  # the sum over them of -log p, p being the probability that the model gave the token
+
+    @property
+    def nats_per_token(self) -> float:
+        """The mean of -log p."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean: among so many equally likely tokens the model had to choose, as it were."""
+        return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf  # math.exp would overflow
+
+    def bits_per_byte(self, n_bytes: int) -> float:
+        """What does not depend on the tokenizer; n_bytes: the length in UTF-8 of the text of the scored tokens."""
+        return self.nats / math.log(2) / n_bytes
+
+
+class Window(NamedTuple):
+    """The tokens from `begin` to before `end`, of which those from `first` on are scored."""
+
+    begin: int
+    first: int
+    end: int
+
+
+def sliding_windows(length: int, context: int, stride: int) -> Iterator[Window]:
+    """Windows of `context` tokens, `stride` apart, over a text of so many tokens; each token is scored once.
+
+    A token is scored in the first window that holds it, and the first token of a window, with nothing before it there,
+    is not: that is the first of the text, or of every window where stride is context.
+    (huggingface.co/docs/transformers/perplexity)
+    """
+    scored = 0
+    for begin in range(0, length, stride):
+        end = min(begin + context, length)
+        yield Window(begin, max(scored, begin + 1), end)
+        scored = end
+        if end == length:
+            return
+
+
+def check_windows(params: Params, ids: Sequence[int], context: int | None, stride: int | None) -> tuple[int, int]:
+    """-> context and stride in tokens, the defaults where they are None.
+
+    Raises UserError where there is nothing to score, for ids outside the vocabulary, and for sizes out of range.
+    """
+    check_ids(ids, params)
+    if len(ids) < 2:
+        raise UserError("there is nothing to score: a token is predicted from those before it; give at least two")
+    if context is None:
+        context = min(params.max_seq_len, DEFAULT_CONTEXT)
+    if context < 2:
+        raise UserError(f"--context {context}: should be 2 or more, a token and one before it")
+    if stride is None:
+        stride = context // 2
+    if not 1 <= stride <= context:
+        raise UserError(f"--stride {stride}: should be from 1 to the context of {context}, or tokens are left out")
+    return context, stride
+
+
+def perplexity(
+    model: Model,
+    ids: Sequence[int],
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    ops: Ops | None = None,
+    progress: bool = False,
+) -> Score:
+    """How well the model predicts each of the tokens `ids` from those before it, in `sliding_windows`.
+
+    context: tokens in a window; None takes the model's max_seq_len, 2,048 at most. stride: None takes half of that, so
+    that every token has at least so much before it (but for the beginning of the text). ops: None takes the set that
+    suits the device. progress: shows a bar on stderr.
+
+    Raises UserError as `check_windows` does, and where the weights are damaged.
+    """
+    context, stride = check_windows(model.params, ids, context, stride)
+    tokens = torch.tensor(ids, device=model.weights.tok_embeddings.device)  # [length]
+    ops = ops or suitable_ops(tokens.device)
+    cache = KVCache.allocate(model.params, max_seq_len=min(context, len(ids)), like=model.weights)
+    count, nats = 0, 0.0
+    windows = list(sliding_windows(len(ids), context, stride))
+    total = sum(window.end - window.first for window in windows)
+    with tqdm(total=total, desc="scoring", unit="token", leave=False, disable=not progress) as bar:
+        for begin, first, end in windows:
+            for losses in _losses(model, tokens[begin:end], first - begin, cache, ops):
+                count += len(losses)
+                nats += sum(losses)
+                bar.set_postfix(perplexity=f"{Score(count, nats).perplexity:.3f}", refresh=False)
+                bar.update(len(losses))
+    return Score(count, nats)
+
+
+@torch.no_grad()
+def _losses(model: Model, window: Tensor, first: int, cache: KVCache, ops: Ops) -> Iterator[list[float]]:
+    """The -log p of the tokens window[first:], a chunk of them at a time, so that few logits are in memory.
+
+    window: [T] ids.
+    """
+    last = len(window) - 1  # the last token is predicted, and predicts none
+    cuts = [*range(0, first - 1, PREFILL_CHUNK), *range(first - 1, last, PREFILL_CHUNK), last]
+    for start, end in itertools.pairwise(cuts):
+        is_scored = start >= first - 1
+        logits = forward(
+            model.weights,
+            model.params,
+            window[start:end],
+            cache=cache,
+            start=start,
+            logits_at=None if is_scored else -1,
+            ops=ops,
+        )  # [end - start, vocab] where it is scored
+        if is_scored:
+            check_logits(logits)
+            yield F.cross_entropy(logits, window[start + 1 : end + 1], reduction="none").tolist()
+
+
+def build_parser() -> ArgumentParser:
+    """The options of `python -m llama3_raw.perplexity`."""
+    parser = ArgumentParser(prog="python -m llama3_raw.perplexity", description=__doc__)
+    parser.add_argument("file", metavar="FILE", help="a text in UTF-8; - reads it from stdin")
+    parser.add_argument(
+        "--ids", action="store_true", help="FILE holds token ids; needs no tokenizer, and no BOS is added"
+    )
+    parser.add_argument(
+        "--context",
+        type=positive_int,
+        metavar="N",
+        help=f"tokens in a window (default: the model's own context, {DEFAULT_CONTEXT:,} at most)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=positive_int,
+        metavar="N",
+        help="how far a window is from the next (default: half of --context)",
+    )
+    parser.add_argument("--reference", action="store_true", help="the exact operations, bit for bit Meta's, but slower")
+    add_model_options(parser)
+    return parser
+
+
+def show(score: Score, n_bytes: int | None, context: int, stride: int) -> None:
+    """Prints a table, and the same as JSON in the last line. n_bytes: as in `Score.bits_per_byte`; None: not known."""
+    bits_per_byte = None if n_bytes is None else score.bits_per_byte(n_bytes)
+    print(f"tokens scored   {score.tokens:12,}  in windows of {context:,}, {stride:,} apart")
+    print(f"nats            {score.nats:15,.2f}")
+    print(f"nats per token  {score.nats_per_token:17.4f}")
+    print(f"perplexity      {score.perplexity:17,.4f}")
+    if bits_per_byte is not None:
+        print(f"bits per byte   {bits_per_byte:17.4f}")
+    figures = {
+        **score._asdict(),
+        "nats_per_token": score.nats_per_token,
+        "perplexity": score.perplexity,
+        "bits_per_byte": bits_per_byte,
+        "context": context,
+        "stride": stride,
+    }
+    print(json.dumps(figures))
+
+
+@command_line_tool
+def main(arguments: Sequence[str]) -> int:
+    """Runs the tool; -> exit status."""
+    options = build_parser().parse_args(arguments)
+    name = "stdin" if options.file == "-" else options.file
+    text = read_text(options.file)
+    if not text:
+        raise UserError(f"{name}: is empty; give a text to score")
+    chosen = choose_model(options, needs_tokenizer=not options.ids)
+    params, tokenizer = chosen.checkpoint.params, None if options.ids else chosen.tokenizer
+    check_context(options.context, params.max_seq_len)
+    ids = parse_ids(text, name) if tokenizer is None else tokenizer.encode(text, bos=True)
+    context, stride = check_windows(params, ids, options.context, options.stride)
+    length = min(context, len(ids))
+    model, which = load_model(chosen, Lengths(prompt=length, text=length, least=2, scored=PREFILL_CHUNK))
+    print(f"llama3_raw: {which}", file=sys.stderr)
+    ops = REFERENCE if options.reference else None
+    score = perplexity(model, ids, context=context, stride=stride, ops=ops, progress=True)
+    n_bytes = None
+    if tokenizer is not None:
+        scored = (ids[first:end] for _, first, end in sliding_windows(len(ids), context, stride))
+        n_bytes = sum(len(tokenizer.token_bytes(token)) for part in scored for token in part)
+    show(score, n_bytes, context, stride)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
