@@ -95,27 +95,34 @@ static inline __attribute__((always_inline)) void product(
         for (int o = 0; o < outputs; o++) y[r * y_stride + o * y_step] = narrow(total(sums[r][o]));
 }
 
-#define BLOCK 256 /* values of a token that share a scale when they are rounded to int8 */
+/* A matrix in int8: each row in blocks, of which each has a scale, [n_outputs, blocks] in bf16. The tokens it is multiplied
+   with are rounded in the same blocks, to 16 bits, which leaves hardly an error. A block's sum is a whole number and exact,
+   so that all processors agree but for the rounding of the sums over blocks. */
+#define BLOCK 256
+#define LARGEST (127 * 254 + 126) /* of a rounded value: 254 times one int8 and another */
 
-/* Rounds values to whole numbers from -127 to 127 times the scale, which it returns. */
-static float quantize(const bf16 *x, int8_t *rounded, int count) {
+static inline int64_t blocks_of(int64_t length) { return (length + BLOCK - 1) / BLOCK; }
+
+/* Rounds values to whole numbers from -LARGEST to LARGEST times the scale, which it returns. */
+static float round_block(const bf16 *x, int16_t *rounded, int count) {
     float largest = 0;
     for (int i = 0; i < count; i++) largest = fmaxf(largest, fabsf(widen(x[i])));
-    float inverse = largest > 0 ? 127 / largest : 0;
+    float inverse = largest > 0 ? LARGEST / largest : 0;
     const float magic = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded to a whole number */
-    for (int i = 0; i < count; i++) rounded[i] = (int8_t)(widen(x[i]) * inverse + magic - magic);
-    return largest / 127;
+    for (int i = 0; i < count; i++) rounded[i] = (int16_t)(widen(x[i]) * inverse + magic - magic);
+    return largest / LARGEST;
 }
 
 #if defined(__linux__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
 /* Matrix units (Intel AMX). A tile is 16 rows of up to 64 bytes, and one instruction multiplies two of them: 16 rows of
-   the matrix, as they lie in memory, by up to 16 tokens. */
+   the matrix, as they lie in memory, by up to 16 columns. For bf16 a column is a token. For int8 a token has two columns,
+   since its values have 16 bits: the first takes 254ths of them, the second what is left. */
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define TOKENS 256  /* so many at a time, with a part of the matrix, stay in the cache next to the processor */
-#define OUTPUTS_OF_MANY 256
-#define OUTPUTS_OF_FEW 32
+#define TOKENS 256 /* so many at a time, with a part of the matrix, stay in the cache next to the processor */
+#define PART 256   /* rows of the matrix that go with them; with few tokens: */
+#define PART_FOR_FEW 32
 
 /* Asks the system for the tiles; -> whether this process may use them. */
 int has_tiles(void) {
@@ -124,15 +131,14 @@ int has_tiles(void) {
 }
 
 typedef struct {
-    int64_t row_bytes; /* of the matrix and of a token */
-    int block_bytes;   /* whose products the matrix unit adds up */
-    int width;         /* tokens in a tile */
-    int64_t n_groups;  /* of so many tokens, the last ones perhaps made up */
+    int64_t row_bytes; /* of the matrix and of a column */
+    int width;         /* columns in a tile */
+    int64_t n_groups;  /* of so many columns, the last ones perhaps made up */
     char *packed;      /* [n_groups][row_bytes / 4][width][4 bytes] */
-    float *scales;     /* [n_groups][blocks][width] for int8 */
-} Tokens;
+    float *scales;     /* [n_groups / 2][blocks][width] for int8 */
+} Columns;
 
-/* Tiles 0 to 3: sums of 16 outputs for `width` tokens; 4 and 5: 64 bytes of 16 rows of the matrix; 6 and 7: of tokens. */
+/* Tiles 0 to 3: sums of 16 outputs for `width` columns; 4 and 5: 64 bytes of 16 rows of the matrix; 6 and 7: of columns. */
 static void shape_tiles(int width) {
     struct {
         uint8_t palette, start_row, reserved[14];
@@ -146,36 +152,61 @@ static void shape_tiles(int width) {
     _tile_loadconfig(&shapes);
 }
 
-/* Puts the tokens into the order that the matrix unit wants, and rounds them for an int8 matrix. */
-static void pack(const Tokens *tokens, int is_int8, const bf16 *x, int64_t n_rows) {
-    int value_bytes = is_int8 ? 1 : 2, width = tokens->width;
-    int64_t length = tokens->row_bytes / value_bytes, blocks = (length + BLOCK - 1) / BLOCK;
+/* A part of a column: `count` times four bytes. */
+static void put(const Columns *columns, int64_t group, int member, int64_t begin, const void *bytes, int count) {
+    int32_t words[BLOCK / 2], *to = (int32_t *)(columns->packed + (group * columns->row_bytes + begin) * columns->width);
+    memcpy(words, bytes, 4 * count);
+    for (int i = 0; i < count; i++) to[i * columns->width + member] = words[i];
+}
+
+/* Puts the tokens into the order that the matrix unit wants. */
+static void pack(const Columns *columns, int is_int8, const bf16 *x, int64_t n_rows) {
+    int64_t length = columns->row_bytes / (is_int8 ? 1 : 2), blocks = blocks_of(length);
+    int64_t room = columns->n_groups / (is_int8 ? 2 : 1) * columns->width;
 #pragma omp for schedule(static) collapse(2)
-    for (int64_t t = 0; t < tokens->n_groups * width; t++)
+    for (int64_t t = 0; t < room; t++)
         for (int64_t block = 0; block < blocks; block++) {
-            int64_t group = t / width, member = t % width, first = block * BLOCK;
-            int count = length - first < BLOCK ? (int)(length - first) : BLOCK;
-            int32_t values[BLOCK / 2] = {0};
-            float scale = 0;
-            if (t < n_rows && is_int8) scale = quantize(x + t * length + first, (int8_t *)values, count);
-            else if (t < n_rows) memcpy(values, x + t * length + first, count * sizeof *x);
-            int32_t *to = (int32_t *)(tokens->packed + (group * tokens->row_bytes + first * value_bytes) * width) + member;
-            for (int i = 0; i < count * value_bytes / 4; i++) to[i * width] = values[i];
-            if (is_int8) tokens->scales[(group * blocks + block) * width + member] = scale;
+            int64_t group = t / columns->width, first = block * BLOCK;
+            int member = t % columns->width, count = length - first < BLOCK ? (int)(length - first) : BLOCK;
+            bf16 values[BLOCK] = {0};
+            if (t < n_rows) memcpy(values, x + t * length + first, count * sizeof *values);
+            if (!is_int8) {
+                put(columns, group, member, 2 * first, values, count / 2);
+                continue;
+            }
+            int16_t rounded[BLOCK];
+            int8_t high[BLOCK], low[BLOCK];
+            columns->scales[(group * blocks + block) * columns->width + member] = round_block(values, rounded, count);
+            for (int i = 0; i < count; i++) {
+                high[i] = (int8_t)((rounded[i] + (rounded[i] < 0 ? -127 : 127)) / 254);
+                low[i] = (int8_t)(rounded[i] - 254 * high[i]);
+            }
+            put(columns, 2 * group, member, first, high, count / 4);
+            put(columns, 2 * group + 1, member, first, low, count / 4);
         }
 }
 
-/* out [2][groups][16][width] = 32 rows of w times one or two groups of tokens, over so many bytes */
+/* out [2][groups][16][width], `apart` bytes from one half to the other: 32 rows of w times one or two groups of columns,
+   over so many bytes; added to what is there if `go_on` */
 static inline __attribute__((always_inline)) void multiply(
-    int is_int8, int groups, const char *w, const char *x, const Tokens *tokens, int64_t bytes, char *out) {
+    int is_int8, int groups, int go_on, const char *w, const char *x, const Columns *columns, int64_t bytes, char *out,
+    int64_t apart) {
 #define ADD(sums, outputs, group) \
     if (is_int8) _tile_dpbssd(sums, outputs, group); \
     else _tile_dpbf16ps(sums, outputs, group)
-    int64_t stride = tokens->row_bytes, width = tokens->width, size = 64 * width;
+    int64_t stride = columns->row_bytes, width = columns->width, size = 64 * width;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+    if (go_on) {
+        _tile_loadd(0, out, 4 * width);
+        _tile_loadd(1, out + apart, 4 * width);
+        if (groups == 2) {
+            _tile_loadd(2, out + size, 4 * width);
+            _tile_loadd(3, out + apart + size, 4 * width);
+        }
+    }
     for (int64_t i = 0; i < bytes; i += 64) {
         _tile_loadd(4, w + i, stride);
         _tile_loadd(5, w + 16 * stride + i, stride);
@@ -190,79 +221,100 @@ static inline __attribute__((always_inline)) void multiply(
     }
 #undef ADD
     _tile_stored(0, out, 4 * width);
-    _tile_stored(1, out + groups * size, 4 * width);
+    _tile_stored(1, out + apart, 4 * width);
     if (groups == 2) {
         _tile_stored(2, out + size, 4 * width);
-        _tile_stored(3, out + 3 * size, 4 * width);
+        _tile_stored(3, out + apart + size, 4 * width);
     }
 }
 
-/* sums [16][width] += products [16][width], int8 times the scales of the tokens */
-static inline __attribute__((always_inline)) void add_block(
-    int is_int8, int width, const char *products, const float *scales, float *sums) {
-    for (int i = 0; i < 16; i++)
-        for (int t = 0; t < width; t++)
-            if (is_int8) sums[i * width + t] += (float)((const int32_t *)products)[i * width + t] * scales[t];
-            else sums[i * width + t] += ((const float *)products)[i * width + t];
-}
-
-/* sums [outputs / 16][n_groups][16][width] for the groups from `group` on, w: the first of so many rows of the matrix */
-static inline __attribute__((always_inline)) void multiply_part(
-    int is_int8, const char *w, int64_t outputs, const Tokens *tokens, int64_t group, int64_t n_groups, float *sums) {
-    int64_t row_bytes = tokens->row_bytes, blocks = (row_bytes + BLOCK - 1) / BLOCK;
-    int width = tokens->width, size = 16 * width;
-    char products[4 * 16 * 64] __attribute__((aligned(64)));
-    memset(sums, 0, outputs * n_groups * width * sizeof *sums);
-    for (int64_t begin = 0; begin < row_bytes; begin += tokens->block_bytes) {
-        int64_t left = row_bytes - begin, bytes = left < tokens->block_bytes ? left : tokens->block_bytes;
+/* sums [outputs / 16][n_groups][16][width] for the groups from `group` on; w: the first of so many rows of the matrix */
+static void multiply_bf16(const char *w, int64_t outputs, const Columns *columns, int64_t group, int64_t n_groups,
+                          float *sums) {
+    int64_t row_bytes = columns->row_bytes, size = 16 * columns->width, apart = n_groups * size;
+    /* with many tokens, so much of a row that the rows and the tokens stay in the cache */
+    int64_t step = outputs == PART_FOR_FEW ? row_bytes : 2048;
+    for (int64_t begin = 0; begin < row_bytes; begin += step) {
+        int64_t bytes = row_bytes - begin < step ? row_bytes - begin : step;
         for (int64_t o = 0; o < outputs; o += 32)
             for (int64_t g = 0; g < n_groups; g += 2) {
                 const char *rows = w + o * row_bytes + begin;
-                const char *x = tokens->packed + ((group + g) * row_bytes + begin) * width;
-                int groups = n_groups - g == 1 ? 1 : 2;
-                if (groups == 2) multiply(is_int8, 2, rows, x, tokens, bytes, products);
-                else multiply(is_int8, 1, rows, x, tokens, bytes, products);
-                for (int i = 0; i < 2 * groups; i++) {
-                    float *to = sums + ((o / 16 + i / groups) * n_groups + g + i % groups) * size;
-                    const float *scales = tokens->scales + ((group + g + i % groups) * blocks + begin / BLOCK) * width;
-                    if (width == 16) add_block(is_int8, 16, products + i * 4 * size, scales, to);
-                    else add_block(is_int8, width, products + i * 4 * size, scales, to);
+                const char *x = columns->packed + ((group + g) * row_bytes + begin) * columns->width;
+                char *out = (char *)(sums + o / 16 * apart + g * size);
+                if (n_groups - g > 1) multiply(0, 2, begin > 0, rows, x, columns, bytes, out, 4 * apart);
+                else multiply(0, 1, begin > 0, rows, x, columns, bytes, out, 4 * apart);
+            }
+    }
+}
+
+/* sums [16][width] += (254 high + low) times the scales of rows and tokens */
+static inline __attribute__((always_inline)) void add_block(
+    int width, const int32_t *high, const int32_t *low, const float *row_scales, const float *scales, float *sums) {
+    for (int i = 0; i < 16; i++)
+        for (int t = 0; t < width; t++)
+            sums[i * width + t] += (float)(254 * high[i * width + t] + low[i * width + t]) * (row_scales[i] * scales[t]);
+}
+
+/* sums [outputs / 16][n_groups / 2][16][width], as multiply_bf16 */
+static void multiply_int8(const char *w, const bf16 *w_scales, int64_t outputs, const Columns *columns, int64_t group,
+                          int64_t n_groups, float *sums) {
+    int64_t row_bytes = columns->row_bytes, blocks = blocks_of(row_bytes);
+    int width = columns->width, size = 16 * width;
+    int32_t products[4 * 16 * 16] __attribute__((aligned(64)));
+    memset(sums, 0, outputs * n_groups / 2 * width * sizeof *sums);
+    for (int64_t block = 0; block < blocks; block++) {
+        int64_t begin = block * BLOCK, bytes = row_bytes - begin < BLOCK ? row_bytes - begin : BLOCK;
+        for (int64_t o = 0; o < outputs; o += 32) {
+            float row_scales[32];
+            for (int i = 0; i < 32; i++) row_scales[i] = widen(w_scales[(o + i) * blocks + block]);
+            for (int64_t g = 0; g < n_groups; g += 2) {
+                const char *x = columns->packed + ((group + g) * row_bytes + begin) * width;
+                const float *scales = columns->scales + ((group + g) / 2 * blocks + block) * width;
+                multiply(1, 2, 0, w + o * row_bytes + begin, x, columns, bytes, (char *)products, 8 * size);
+                for (int half = 0; half < 2; half++) {
+                    const int32_t *high = products + half * 2 * size, *low = high + size;
+                    float *to = sums + ((o / 16 + half) * n_groups / 2 + g / 2) * size, *rows = row_scales + 16 * half;
+                    if (width == 16) add_block(16, high, low, rows, scales, to);
+                    else if (width == 1) add_block(1, high, low, rows, scales, to);
+                    else add_block(width, high, low, rows, scales, to);
                 }
             }
+        }
     }
 }
 
 /* As linear_bf16 where w_scales is NULL, as linear_int8 otherwise, at any number of tokens; n_outputs a multiple of 32,
    rows of w multiples of 64 bytes. -> 0, or 1 where there is no memory. */
-int linear_tiles(const bf16 *x, const void *w, const float *w_scales, bf16 *y, int64_t n_rows, int64_t n_outputs,
+int linear_tiles(const bf16 *x, const void *w, const bf16 *w_scales, bf16 *y, int64_t n_rows, int64_t n_outputs,
                  int64_t length) {
-    int is_int8 = w_scales != NULL, width = n_rows < 16 ? (int)n_rows : 16;
-    int64_t row_bytes = is_int8 ? length : 2 * length, n_groups = (n_rows + width - 1) / width;
-    int64_t scale_bytes = (length + BLOCK - 1) / BLOCK * sizeof(float), room = n_groups * width;
-    int64_t step = n_rows <= 16 ? OUTPUTS_OF_FEW : OUTPUTS_OF_MANY, together = TOKENS / width;
-    char *packed = malloc(room * (row_bytes + scale_bytes));
+    int is_int8 = w_scales != NULL, columns_of_one = is_int8 ? 2 : 1, width = n_rows < 16 ? (int)n_rows : 16;
+    int64_t row_bytes = 2 / columns_of_one * length, n_groups = (n_rows + width - 1) / width * columns_of_one;
+    int64_t n_scales = is_int8 ? n_groups / 2 * blocks_of(length) * width : 0;
+    int64_t part = n_rows <= 16 ? PART_FOR_FEW : PART, together = TOKENS / width * columns_of_one;
+    char *packed = malloc(n_groups * width * row_bytes + n_scales * sizeof(float));
     if (!packed) return 1;
-    Tokens tokens = {row_bytes, is_int8 ? BLOCK : 2048, width, n_groups, packed, (float *)(packed + room * row_bytes)};
+    Columns columns = {row_bytes, width, n_groups, packed, (float *)(packed + n_groups * width * row_bytes)};
 #pragma omp parallel
     {
-        float sums[OUTPUTS_OF_MANY * TOKENS] __attribute__((aligned(64)));
-        pack(&tokens, is_int8, x, n_rows);
+        float sums[PART * TOKENS] __attribute__((aligned(64)));
+        pack(&columns, is_int8, x, n_rows);
         shape_tiles(width);
         for (int64_t group = 0; group < n_groups; group += together) {
-            int64_t count = n_groups - group < together ? n_groups - group : together, first_token = group * width;
+            int64_t count = n_groups - group < together ? n_groups - group : together;
+            int64_t n_tiles = count / columns_of_one, first_token = group / columns_of_one * width;
 #pragma omp for schedule(static)
-            for (int64_t first = 0; first < n_outputs; first += step) {
-                int64_t outputs = n_outputs - first < step ? n_outputs - first : step;
+            for (int64_t first = 0; first < n_outputs; first += part) {
+                int64_t outputs = n_outputs - first < part ? n_outputs - first : part;
                 const char *rows = (const char *)w + first * row_bytes, *next = rows + outputs * row_bytes;
-                if (is_int8) multiply_part(1, rows, outputs, &tokens, group, count, sums);
-                else multiply_part(0, rows, outputs, &tokens, group, count, sums);
+                if (is_int8)
+                    multiply_int8(rows, w_scales + first * blocks_of(length), outputs, &columns, group, count, sums);
+                else multiply_bf16(rows, outputs, &columns, group, count, sums);
                 for (int i = 0; i < 32; i++) /* else the memory would be idle for a moment */
                     for (int line = 0; line < 2; line++) __builtin_prefetch(next + i * row_bytes + 64 * line);
-                for (int64_t t = 0; t < count * width && first_token + t < n_rows; t++)
-                    for (int64_t o = 0; o < outputs; o++) {
-                        float sum = sums[((o / 16 * count + t / width) * 16 + o % 16) * width + t % width];
-                        y[(first_token + t) * n_outputs + first + o] = narrow(is_int8 ? sum * w_scales[first + o] : sum);
-                    }
+                for (int64_t t = 0; t < n_tiles * width && first_token + t < n_rows; t++)
+                    for (int64_t o = 0; o < outputs; o++)
+                        y[(first_token + t) * n_outputs + first + o] =
+                            narrow(sums[((o / 16 * n_tiles + t / width) * 16 + o % 16) * width + t % width]);
             }
         }
         _tile_release();
@@ -274,31 +326,31 @@ int linear_tiles(const bf16 *x, const void *w, const float *w_scales, bf16 *y, i
 int has_tiles(void) { return 0; }
 #endif
 
-/* y [n_rows, n_outputs] = (x [n_rows, length] w^T) w_scales, w [n_outputs, length] in int8, x rounded to int8 in blocks.
-   -> 0, or 1 where there is no memory. */
-int linear_int8(const bf16 *x, const int8_t *w, const float *w_scales, bf16 *y, int64_t n_rows, int64_t n_outputs,
+/* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length] in int8. -> 0, or 1 where there is no memory. */
+int linear_int8(const bf16 *x, const int8_t *w, const bf16 *w_scales, bf16 *y, int64_t n_rows, int64_t n_outputs,
                 int64_t length) {
-    int64_t blocks = (length + BLOCK - 1) / BLOCK;
-    int8_t *rounded = malloc(n_rows * length);
+    int64_t blocks = blocks_of(length);
+    int16_t *rounded = malloc(n_rows * length * sizeof *rounded);
     float *scales = malloc(n_rows * blocks * sizeof *scales);
     int failed = !rounded || !scales;
-    for (int64_t r = 0; r < n_rows && !failed; r++)
-        for (int64_t b = 0; b < blocks; b++) {
-            int64_t first = r * length + b * BLOCK, left = length - b * BLOCK;
-            scales[r * blocks + b] = quantize(x + first, rounded + first, left < BLOCK ? (int)left : BLOCK);
-        }
+    for (int64_t i = 0; i < n_rows * blocks && !failed; i++) {
+        int64_t begin = i % blocks * BLOCK, first = i / blocks * length + begin;
+        scales[i] = round_block(x + first, rounded + first, length - begin < BLOCK ? (int)(length - begin) : BLOCK);
+    }
 #pragma omp parallel for schedule(static) if (!failed)
     for (int64_t o = 0; o < n_outputs; o++)
         for (int64_t r = 0; r < n_rows && !failed; r++) {
             float sum = 0;
-            for (int64_t b = 0; b < blocks; b++) {
-                const int8_t *from = rounded + r * length + b * BLOCK, *weights = w + o * length + b * BLOCK;
-                int count = length - b * BLOCK < BLOCK ? (int)(length - b * BLOCK) : BLOCK;
+            for (int64_t block = 0; block < blocks; block++) {
+                int64_t begin = block * BLOCK;
+                const int16_t *values = rounded + r * length + begin;
+                const int8_t *weights = w + o * length + begin;
+                int count = length - begin < BLOCK ? (int)(length - begin) : BLOCK;
                 int32_t whole = 0;
-                for (int i = 0; i < count; i++) whole += (int32_t)from[i] * weights[i];
-                sum += (float)whole * scales[r * blocks + b];
+                for (int i = 0; i < count; i++) whole += (int32_t)values[i] * weights[i];
+                sum += (float)whole * (widen(w_scales[o * blocks + block]) * scales[r * blocks + block]);
             }
-            y[r * n_outputs + o] = narrow(sum * w_scales[o]);
+            y[r * n_outputs + o] = narrow(sum);
         }
     free(rounded);
     free(scales);
@@ -307,7 +359,7 @@ int linear_int8(const bf16 *x, const int8_t *w, const float *w_scales, bf16 *y, 
 
 /* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length]; length a multiple of 32. -> 0, as it needs no
    memory; without scales: the argument is there because the other products have it. */
-int linear_bf16(const bf16 *x, const bf16 *w, const float *no_scales, bf16 *y, int64_t n_rows, int64_t n_outputs,
+int linear_bf16(const bf16 *x, const bf16 *w, const bf16 *no_scales, bf16 *y, int64_t n_rows, int64_t n_outputs,
                 int64_t length) {
     (void)no_scales;
     /* The rows of w that are read together lie an eighth of it apart, so that each stream goes on through memory when

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .int8 import Int8, Matrix
+from .int8 import Int8, Matrix, widen
 from .ops import Ops, Tap
 
 FEW = 16  # tokens: up to so many are computed by the kernels on every processor, all with the same bits
@@ -149,16 +149,17 @@ def read_loop(kernels: ctypes.CDLL, x: Tensor) -> None:
 def linear_by_torch(x: Tensor, weight: Matrix) -> Tensor:
     """x [..., in], weight [out, in] -> [..., out]; in fp32 where the processor has no instructions for bf16.
 
-    What is widened, is so by pieces that stay in the cache.
+    What is widened, is so in pieces of some rows.
     """
-    matrix, scales = weight if isinstance(weight, Int8) else (weight, None)
-    widened = torch.float32 if x.dtype == torch.bfloat16 and fp32_is_faster() else x.dtype
-    if matrix.dtype == widened:
-        return F.linear(x, matrix)
-    wide = x.to(widened)
-    pieces = [F.linear(wide, piece.to(widened)) for piece in matrix.split(_PIECE)]
-    y = torch.cat(pieces, dim=-1)
-    return (y if scales is None else y.float() * scales).to(x.dtype)
+    dtype = torch.float32 if x.dtype == torch.bfloat16 and fp32_is_faster() else x.dtype
+    if isinstance(weight, Int8):
+        pieces = (widen(Int8(*rows), dtype) for rows in zip(*(part.split(_PIECE) for part in weight), strict=True))
+    elif weight.dtype == dtype:
+        return F.linear(x, weight)
+    else:
+        pieces = (piece.to(dtype) for piece in weight.split(_PIECE))
+    wide = x.to(dtype)
+    return torch.cat([F.linear(wide, piece).to(x.dtype) for piece in pieces], dim=-1)
 
 
 @functools.cache
