@@ -13,6 +13,7 @@ import torch
 
 from .dialog import is_base_model
 from .errors import UserError, not_empty
+from .lookup import MOST
 from .memory import Lengths, Plan, check_memory
 from .sampling import Sampling
 from .tokenizer import Tokenizer
@@ -61,6 +62,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--layers", type=int, metavar="N", help="run only the first N layers")
     group.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's choice)")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_lookup_option(group: argparse._ArgumentGroup) -> None:
+    """Adds --lookup. Its range is checked by `LookupPolicy` itself."""
+    group.add_argument(
+        "--lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"propose up to N tokens, at most {MOST}, from earlier text and check them at once, where that is faster; "
+        "the same tokens on a CPU in bfloat16, elsewhere up to rounding (default: 0, off)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
