@@ -99,8 +99,8 @@ class Conversation:
 
     system: the system message; "" is none. context: how many tokens the window holds; None takes what the model does,
     but at most 8,192. max_new_tokens: of an answer; None lets it fill the window. sampling, seed: how tokens are drawn;
-    the repetition penalty sees the tokens that the turn computes. lookup: as for `generate`; proposals come
-    from the whole dialog.
+    the repetition penalty sees the tokens that the turn computes. lookup: as for `generate`; proposals come from the
+    whole dialog.
 
     `system` and `exchanges` may be changed between turns. Whatever has changed, a turn computes only the tokens behind
     the longest beginning that the dialog has in common with what the cache holds. `turn` tells of the last turn.

@@ -98,8 +98,9 @@ class LookupPolicy:
             self._since_alone = 0
         else:
             self._since_alone += 1
-            cost = max(0.0, seconds / self._seconds_alone - 1) / proposed
-            self._cost += 0.2 * (cost - self._cost)
+            cost = (seconds / self._seconds_alone - 1) / proposed
+            # a pass for each token would be 1; what is beyond 2 is something else that keeps the machine busy
+            self._cost += 0.2 * (min(max(cost, 0.0), 2.0) - self._cost)
 
     def learn_match(self, match: int, right: bool) -> None:
         """The token behind a match of this length was, or was not, the one that came."""
