@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .command_line import (
+    add_lookup_option,
     add_model_options,
     add_sampling_options,
     check_context,
@@ -30,6 +31,7 @@ from .command_line import (
 from .dialog import Message, encode_dialog
 from .errors import ArgumentParser, UserError, command_line_tool
 from .generation import StopReason, generate
+from .lookup import LookupPolicy
 from .memory import Lengths
 from .model import REFERENCE
 from .tokenizer import Tokenizer
@@ -73,6 +75,7 @@ def build_parser() -> ArgumentParser:
     )
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT (may be repeated)")
     group.add_argument("--context", type=positive_int, metavar="N", help="the most tokens, prompt included")
+    add_lookup_option(group)
     add_sampling_options(parser)
     add_model_options(parser)
     group = parser.add_argument_group("looking on")
@@ -111,6 +114,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.max_new_tokens < 0:
         raise UserError(f"--max-new-tokens should be 0 or more, is {options.max_new_tokens}")
     sampling = chosen_sampling(options)  # complains of what is out of range now, not after a long load
+    lookup = LookupPolicy(options.lookup)
     load_start = time.perf_counter()
     chosen = choose_model(options, needs_tokenizer=not options.ids)
     tokenizer, longest = chosen.tokenizer, chosen.checkpoint.params.max_seq_len
@@ -124,7 +128,7 @@ def main(arguments: Sequence[str]) -> int:
     model, which = load_model(chosen, Lengths(prompt=len(ids), text=text_length, least=len(ids) + 1))
     load_seconds = time.perf_counter() - load_start
 
-    watch = _Watch(options.top, tokenizer)
+    watch = _Watch(options.top, tokenizer, lookup)
     tokens = generate(
         model,
         ids,
@@ -132,6 +136,7 @@ def main(arguments: Sequence[str]) -> int:
         **asdict(sampling),
         seed=options.seed,
         context=options.context,
+        lookup=lookup,
         ops=REFERENCE if options.reference else None,
         tap=watch.tap if options.top else None,
     )
@@ -163,18 +168,20 @@ def _read_prompt(prompt: str | None) -> str:
 class _Watch:
     """Goes along with the tokens as they are generated: keeps the times and the reason why they end, shows --top."""
 
-    def __init__(self, top: int | None, tokenizer: Tokenizer | None):
+    def __init__(self, top: int | None, tokenizer: Tokenizer | None, lookup: LookupPolicy):
         self.top = top
         self.tokenizer = tokenizer
+        self.lookup = lookup
         self.start = time.perf_counter()
         self.times: list[float] = []  # seconds from the start to each token
         self.reason: StopReason | None = None  # None: someone else stopped it
-        self.logits: Tensor | None = None
+        self.passes = 0  # of the model between the first token and the last
+        self.rows: Iterator[Tensor] = iter(())  # the logits [vocab] of the tokens to come, as far as they are computed
 
     def tap(self, name: str, tensor: Tensor) -> Tensor:
-        """Keeps the last logits; the tap of `forward`."""
+        """Keeps the logits; the tap of `forward`."""
         if name == "logits":
-            self.logits = tensor
+            self.rows = iter(tensor.reshape(-1, tensor.shape[-1]))
         return tensor
 
     def over(self, tokens: Generator[int, None, StopReason]) -> Iterator[int]:
@@ -188,6 +195,7 @@ class _Watch:
                     self._show_top(None)
                 return
             self.times.append(time.perf_counter() - self.start)
+            self.passes = self.lookup.passes
             self._show_top(token)
             yield token
 
@@ -197,9 +205,10 @@ class _Watch:
         return repr(self.tokenizer.token_bytes(token).decode("utf-8", errors="backslashreplace"))
 
     def _show_top(self, token: int | None) -> None:
-        if self.top is None or self.logits is None:
+        if self.top is None:
             return
-        probs, ids = self.logits.softmax(dim=-1).topk(min(self.top, len(self.logits)))
+        logits = next(self.rows)
+        probs, ids = logits.softmax(dim=-1).topk(min(self.top, len(logits)))
         likeliest = "  ".join(f"{self._name(i)} {p:.1%}" for i, p in zip(ids.tolist(), probs.tolist(), strict=True))
         taken = "(end)" if token is None else self._name(token)
         print(f"{len(self.times):4d}  {taken:<16} <- {likeliest}", file=sys.stderr)
@@ -238,16 +247,20 @@ def _why_it_stopped(watch: _Watch, options: argparse.Namespace, interrupted: boo
 
 def _print_stats(style: str, model: Model, prompt_tokens: int, watch: _Watch, load_seconds: float) -> None:
     weights = model.weights
-    per_token = sum(t.nbytes for layer in weights.layers for t in layer) + weights.norm.nbytes + weights.output.nbytes
+    per_pass = sum(t.nbytes for layer in weights.layers for t in layer) + weights.norm.nbytes + weights.output.nbytes
     times = watch.times
-    tokens_per_second = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+    seconds = times[-1] - times[0] if len(times) > 1 else None
+    tokens_per_second = seconds and (len(times) - 1) / seconds
     stats = {
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(times),
         "load_seconds": round(load_seconds, 3),
         "seconds_to_first_token": round(times[0], 3) if times else None,
         "tokens_per_second": tokens_per_second and round(tokens_per_second, 3),
-        "weights_gb_per_second": tokens_per_second and round(tokens_per_second * per_token / 1e9, 3),
+        "passes": watch.passes,
+        "tokens_proposed": watch.lookup.proposed,
+        "tokens_accepted": watch.lookup.accepted,
+        "weights_gb_per_second": seconds and round(watch.passes * per_pass / seconds / 1e9, 3),
         "peak_ram_bytes": peak_memory(),
         "device": str(weights.norm.device),
         "dtype": str(weights.norm.dtype).removeprefix("torch."),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from .command_line import (
+    add_lookup_option,
     add_model_options,
     add_sampling_options,
     check_context,
@@ -71,13 +72,15 @@ def run_command(conversation: Conversation, line: str) -> None:
 
 
 def _print_stats(conversation: Conversation) -> None:
-    turn, peak = conversation.turn, peak_memory()
+    turn, lookup, peak = conversation.turn, conversation.lookup, peak_memory()
     seconds = turn.times[-1] - turn.times[0] if turn.times else 0
     for name, value in {
         "tokens in the window": f"{conversation.length():,} of {conversation.context:,}",
         "computed for the answer": f"{turn.computed:,}",
         "tokens of the answer": f"{len(turn.new):,}",
         "tokens per second": f"{(len(turn.times) - 1) / seconds:.2f}" if seconds else "-",
+        "passes, in all answers": f"{lookup.passes:,}",
+        "tokens proposed, accepted": f"{lookup.proposed:,}, {lookup.accepted:,}",
         "peak memory": f"{peak / 1e9:.2f} GB" if peak else "-",
     }.items():
         print(f"  {name:<26}{value}", file=sys.stderr)
@@ -179,6 +182,7 @@ def build_parser() -> ArgumentParser:
     group.add_argument(
         "--max-new-tokens", type=positive_int, metavar="N", help="stop an answer after N tokens (default: never)"
     )
+    add_lookup_option(group)
     add_sampling_options(parser)
     parser.set_defaults(temperature=0.6, top_p=0.9)  # as in Meta's example_chat_completion.py
     add_model_options(parser)
@@ -208,6 +212,7 @@ def main(arguments: Sequence[str]) -> int:
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
         seed=options.seed,
+        lookup=options.lookup,
     )
     _note(which)
     warn_of_base_model(model)

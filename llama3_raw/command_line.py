@@ -13,6 +13,7 @@ import torch
 
 from .dialog import is_base_model
 from .errors import UserError, in_short, not_empty
+from .lookup import MOST
 from .machine import default_threads, processors
 from .memory import Lengths, Plan, check_memory
 from .sampling import Sampling
@@ -69,6 +70,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "affinity and its container's quota)",
     )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_lookup_option(group: argparse._ArgumentGroup) -> None:
+    """Adds --lookup. Its range is checked by `LookupPolicy` itself."""
+    group.add_argument(
+        "--lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"propose up to N tokens, at most {MOST}, from earlier text and check them at once, where that is faster; "
+        "the same tokens on a CPU in bfloat16, elsewhere up to rounding (default: 0, off)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -95,23 +95,30 @@ static inline __attribute__((always_inline)) void product(
         for (int o = 0; o < outputs; o++) y[r * y_stride + o * y_step] = narrow(total(sums[r][o]));
 }
 
-/* A matrix in int8: each row in blocks, of which each has a scale, [n_outputs, blocks] in bf16. The tokens it is multiplied
-   with are rounded in the same blocks, to 16 bits, which leaves hardly an error. A block's sum is a whole number and exact,
-   so that all processors agree but for the rounding of the sums over blocks. */
-#define BLOCK 256
-#define LARGEST (127 * 254 + 126) /* of a rounded value: 254 times one int8 and another */
+/* A matrix in int8 is whole numbers times a scale for each row and one for each column. The tokens that it is multiplied
+   with are rounded to 16 bits, after the scales of the columns, which leaves hardly an error. The product is then a whole
+   number and exact, and all processors agree. */
+#define LARGEST (127 * 254 + 126) /* of a rounded value, which is 254 times one int8 and another */
 
-static inline int64_t blocks_of(int64_t length) { return (length + BLOCK - 1) / BLOCK; }
-
-/* Rounds values to whole numbers from -LARGEST to LARGEST times the scale, which it returns. */
-static float round_block(const bf16 *x, int16_t *rounded, int count) {
+/* Rounds the values of a token times their scales to whole numbers times a scale for all, which it returns. */
+static float round_token(const bf16 *x, const float *column_scales, int16_t *rounded, int64_t length) {
     float largest = 0;
-    for (int i = 0; i < count; i++) largest = fmaxf(largest, fabsf(widen(x[i])));
+    for (int64_t i = 0; i < length; i++) {
+        float size = fabsf(widen(x[i]) * column_scales[i]);
+        largest = size > largest ? size : largest;
+    }
     float inverse = largest > 0 ? LARGEST / largest : 0;
     const float magic = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded to a whole number */
-    for (int i = 0; i < count; i++) rounded[i] = (int16_t)(widen(x[i]) * inverse + magic - magic);
+    for (int64_t i = 0; i < length; i++)
+        rounded[i] = (int16_t)(int)(widen(x[i]) * column_scales[i] * inverse + magic - magic);
     return largest / LARGEST;
 }
+
+typedef struct {
+    const int8_t *values;       /* [n_outputs, length] */
+    const float *row_scales;    /* [n_outputs] */
+    const float *column_scales; /* [length] */
+} Int8;
 
 #if defined(__linux__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
 /* Matrix units (Intel AMX). A tile is 16 rows of up to 64 bytes, and one instruction multiplies two of them: 16 rows of
@@ -120,8 +127,8 @@ static float round_block(const bf16 *x, int16_t *rounded, int count) {
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define TOKENS 256 /* so many at a time, with a part of the matrix, stay in the cache next to the processor */
-#define PART 256   /* rows of the matrix that go with them; with few tokens: */
+#define COLUMNS 256 /* so many at a time, with a part of the matrix, stay in the cache next to the processor */
+#define PART 256    /* rows of the matrix that go with them; with few columns: */
 #define PART_FOR_FEW 32
 
 /* Asks the system for the tiles; -> whether this process may use them. */
@@ -133,9 +140,8 @@ int has_tiles(void) {
 typedef struct {
     int64_t row_bytes; /* of the matrix and of a column */
     int width;         /* columns in a tile */
-    int64_t n_groups;  /* of so many columns, the last ones perhaps made up */
+    int64_t n_groups;  /* of so many columns, the last ones perhaps made up; for int8 there are two for the same tokens */
     char *packed;      /* [n_groups][row_bytes / 4][width][4 bytes] */
-    float *scales;     /* [n_groups / 2][blocks][width] for int8 */
 } Columns;
 
 /* Tiles 0 to 3: sums of 16 outputs for `width` columns; 4 and 5: 64 bytes of 16 rows of the matrix; 6 and 7: of columns. */
@@ -152,44 +158,38 @@ static void shape_tiles(int width) {
     _tile_loadconfig(&shapes);
 }
 
-/* A part of a column: `count` times four bytes. */
-static void put(const Columns *columns, int64_t group, int member, int64_t begin, const void *bytes, int count) {
-    int32_t words[BLOCK / 2], *to = (int32_t *)(columns->packed + (group * columns->row_bytes + begin) * columns->width);
-    memcpy(words, bytes, 4 * count);
-    for (int i = 0; i < count; i++) to[i * columns->width + member] = words[i];
+static void pack(const Columns *columns, int64_t group, int member, const void *column) {
+    int32_t *to = (int32_t *)(columns->packed + group * columns->row_bytes * columns->width) + member;
+    for (int64_t i = 0; i < columns->row_bytes / 4; i++) memcpy(to + i * columns->width, (const char *)column + 4 * i, 4);
 }
 
-/* Puts the tokens into the order that the matrix unit wants. */
-static void pack(const Columns *columns, int is_int8, const bf16 *x, int64_t n_rows) {
-    int64_t length = columns->row_bytes / (is_int8 ? 1 : 2), blocks = blocks_of(length);
-    int64_t room = columns->n_groups / (is_int8 ? 2 : 1) * columns->width;
-#pragma omp for schedule(static) collapse(2)
-    for (int64_t t = 0; t < room; t++)
-        for (int64_t block = 0; block < blocks; block++) {
-            int64_t group = t / columns->width, first = block * BLOCK;
-            int member = t % columns->width, count = length - first < BLOCK ? (int)(length - first) : BLOCK;
-            bf16 values[BLOCK] = {0};
-            if (t < n_rows) memcpy(values, x + t * length + first, count * sizeof *values);
-            if (!is_int8) {
-                put(columns, group, member, 2 * first, values, count / 2);
-                continue;
-            }
-            int16_t rounded[BLOCK];
-            int8_t high[BLOCK], low[BLOCK];
-            columns->scales[(group * blocks + block) * columns->width + member] = round_block(values, rounded, count);
-            for (int i = 0; i < count; i++) {
-                high[i] = (int8_t)((rounded[i] + (rounded[i] < 0 ? -127 : 127)) / 254);
-                low[i] = (int8_t)(rounded[i] - 254 * high[i]);
-            }
-            put(columns, 2 * group, member, first, high, count / 4);
-            put(columns, 2 * group + 1, member, first, low, count / 4);
+/* Puts the tokens into the order that the matrix unit wants; for int8 also their scales. */
+static void pack_tokens(const Columns *columns, const bf16 *x, int64_t n_rows, const Int8 *int8, float *scales) {
+    int64_t length = columns->row_bytes / (int8 ? 1 : 2);
+    int16_t rounded[int8 ? length : 1];
+    int8_t high[int8 ? length : 1], low[int8 ? length : 1];
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < n_rows; t++) {
+        int64_t group = t / columns->width;
+        int member = t % columns->width;
+        if (!int8) {
+            pack(columns, group, member, x + t * length);
+            continue;
         }
+        scales[t] = round_token(x + t * length, int8->column_scales, rounded, length);
+        for (int64_t i = 0; i < length; i++) {
+            high[i] = (int8_t)((rounded[i] + (rounded[i] < 0 ? -127 : 127)) / 254);
+            low[i] = (int8_t)(rounded[i] - 254 * high[i]);
+        }
+        pack(columns, 2 * group, member, high);
+        pack(columns, 2 * group + 1, member, low);
+    }
 }
 
-/* out [2][groups][16][width], `apart` bytes from one half to the other: 32 rows of w times one or two groups of columns,
+/* sums [2][groups][16][width], `apart` bytes from one half to the other: 32 rows of w times one or two groups of columns,
    over so many bytes; added to what is there if `go_on` */
 static inline __attribute__((always_inline)) void multiply(
-    int is_int8, int groups, int go_on, const char *w, const char *x, const Columns *columns, int64_t bytes, char *out,
+    int is_int8, int groups, int go_on, const char *w, const char *x, const Columns *columns, int64_t bytes, char *sums,
     int64_t apart) {
 #define ADD(sums, outputs, group) \
     if (is_int8) _tile_dpbssd(sums, outputs, group); \
@@ -200,11 +200,11 @@ static inline __attribute__((always_inline)) void multiply(
     _tile_zero(2);
     _tile_zero(3);
     if (go_on) {
-        _tile_loadd(0, out, 4 * width);
-        _tile_loadd(1, out + apart, 4 * width);
+        _tile_loadd(0, sums, 4 * width);
+        _tile_loadd(1, sums + apart, 4 * width);
         if (groups == 2) {
-            _tile_loadd(2, out + size, 4 * width);
-            _tile_loadd(3, out + apart + size, 4 * width);
+            _tile_loadd(2, sums + size, 4 * width);
+            _tile_loadd(3, sums + apart + size, 4 * width);
         }
     }
     for (int64_t i = 0; i < bytes; i += 64) {
@@ -220,101 +220,75 @@ static inline __attribute__((always_inline)) void multiply(
         }
     }
 #undef ADD
-    _tile_stored(0, out, 4 * width);
-    _tile_stored(1, out + apart, 4 * width);
+    _tile_stored(0, sums, 4 * width);
+    _tile_stored(1, sums + apart, 4 * width);
     if (groups == 2) {
-        _tile_stored(2, out + size, 4 * width);
-        _tile_stored(3, out + apart + size, 4 * width);
+        _tile_stored(2, sums + size, 4 * width);
+        _tile_stored(3, sums + apart + size, 4 * width);
     }
 }
 
-/* sums [outputs / 16][n_groups][16][width] for the groups from `group` on; w: the first of so many rows of the matrix */
-static void multiply_bf16(const char *w, int64_t outputs, const Columns *columns, int64_t group, int64_t n_groups,
-                          float *sums) {
-    int64_t row_bytes = columns->row_bytes, size = 16 * columns->width, apart = n_groups * size;
-    /* with many tokens, so much of a row that the rows and the tokens stay in the cache */
-    int64_t step = outputs == PART_FOR_FEW ? row_bytes : 2048;
+/* sums [outputs / 16][n_groups][16][width], each in four bytes, for the groups from `group` on and a part of the matrix */
+static inline __attribute__((always_inline)) void multiply_part(
+    int is_int8, const char *w, int64_t outputs, const Columns *columns, int64_t group, int64_t n_groups, char *sums) {
+    int64_t row_bytes = columns->row_bytes, size = 64 * columns->width, apart = n_groups * size;
+    /* with many columns, so much of a row that the rows and the columns stay in the cache */
+    int64_t step = columns->n_groups <= 2 ? row_bytes : 2048;
     for (int64_t begin = 0; begin < row_bytes; begin += step) {
         int64_t bytes = row_bytes - begin < step ? row_bytes - begin : step;
         for (int64_t o = 0; o < outputs; o += 32)
             for (int64_t g = 0; g < n_groups; g += 2) {
                 const char *rows = w + o * row_bytes + begin;
                 const char *x = columns->packed + ((group + g) * row_bytes + begin) * columns->width;
-                char *out = (char *)(sums + o / 16 * apart + g * size);
-                if (n_groups - g > 1) multiply(0, 2, begin > 0, rows, x, columns, bytes, out, 4 * apart);
-                else multiply(0, 1, begin > 0, rows, x, columns, bytes, out, 4 * apart);
+                char *to = sums + o / 16 * apart + g * size;
+                if (n_groups - g > 1) multiply(is_int8, 2, begin > 0, rows, x, columns, bytes, to, apart);
+                else multiply(is_int8, 1, begin > 0, rows, x, columns, bytes, to, apart);
             }
     }
 }
 
-/* sums [16][width] += (254 high + low) times the scales of rows and tokens */
-static inline __attribute__((always_inline)) void add_block(
-    int width, const int32_t *high, const int32_t *low, const float *row_scales, const float *scales, float *sums) {
-    for (int i = 0; i < 16; i++)
-        for (int t = 0; t < width; t++)
-            sums[i * width + t] += (float)(254 * high[i * width + t] + low[i * width + t]) * (row_scales[i] * scales[t]);
-}
-
-/* sums [outputs / 16][n_groups / 2][16][width], as multiply_bf16 */
-static void multiply_int8(const char *w, const bf16 *w_scales, int64_t outputs, const Columns *columns, int64_t group,
-                          int64_t n_groups, float *sums) {
-    int64_t row_bytes = columns->row_bytes, blocks = blocks_of(row_bytes);
-    int width = columns->width, size = 16 * width;
-    int32_t products[4 * 16 * 16] __attribute__((aligned(64)));
-    memset(sums, 0, outputs * n_groups / 2 * width * sizeof *sums);
-    for (int64_t block = 0; block < blocks; block++) {
-        int64_t begin = block * BLOCK, bytes = row_bytes - begin < BLOCK ? row_bytes - begin : BLOCK;
-        for (int64_t o = 0; o < outputs; o += 32) {
-            float row_scales[32];
-            for (int i = 0; i < 32; i++) row_scales[i] = widen(w_scales[(o + i) * blocks + block]);
-            for (int64_t g = 0; g < n_groups; g += 2) {
-                const char *x = columns->packed + ((group + g) * row_bytes + begin) * width;
-                const float *scales = columns->scales + ((group + g) / 2 * blocks + block) * width;
-                multiply(1, 2, 0, w + o * row_bytes + begin, x, columns, bytes, (char *)products, 8 * size);
-                for (int half = 0; half < 2; half++) {
-                    const int32_t *high = products + half * 2 * size, *low = high + size;
-                    float *to = sums + ((o / 16 + half) * n_groups / 2 + g / 2) * size, *rows = row_scales + 16 * half;
-                    if (width == 16) add_block(16, high, low, rows, scales, to);
-                    else if (width == 1) add_block(1, high, low, rows, scales, to);
-                    else add_block(width, high, low, rows, scales, to);
-                }
-            }
-        }
-    }
-}
-
-/* As linear_bf16 where w_scales is NULL, as linear_int8 otherwise, at any number of tokens; n_outputs a multiple of 32,
-   rows of w multiples of 64 bytes. -> 0, or 1 where there is no memory. */
-int linear_tiles(const bf16 *x, const void *w, const bf16 *w_scales, bf16 *y, int64_t n_rows, int64_t n_outputs,
+/* As linear_bf16 where int8 is NULL, as linear_int8 where w is; at any number of tokens, for n_outputs a multiple of 32
+   and rows of multiples of 64 bytes. -> 0, or 1 where there is no memory. */
+int linear_tiles(const bf16 *x, const bf16 *w, const Int8 *int8, bf16 *y, int64_t n_rows, int64_t n_outputs,
                  int64_t length) {
-    int is_int8 = w_scales != NULL, columns_of_one = is_int8 ? 2 : 1, width = n_rows < 16 ? (int)n_rows : 16;
-    int64_t row_bytes = 2 / columns_of_one * length, n_groups = (n_rows + width - 1) / width * columns_of_one;
-    int64_t n_scales = is_int8 ? n_groups / 2 * blocks_of(length) * width : 0;
-    int64_t part = n_rows <= 16 ? PART_FOR_FEW : PART, together = TOKENS / width * columns_of_one;
-    char *packed = malloc(n_groups * width * row_bytes + n_scales * sizeof(float));
+    int width = n_rows < 16 ? (int)n_rows : 16;
+    int64_t row_bytes = int8 ? length : 2 * length, n_groups = (n_rows + width - 1) / width * (int8 ? 2 : 1);
+    int64_t part = n_groups <= 2 ? PART_FOR_FEW : PART, together = COLUMNS / width / 2 * 2;
+    char *packed = calloc(n_groups * width, row_bytes + sizeof(float));
     if (!packed) return 1;
-    Columns columns = {row_bytes, width, n_groups, packed, (float *)(packed + n_groups * width * row_bytes)};
+    float *scales = (float *)(packed + n_groups * width * row_bytes);
+    Columns columns = {row_bytes, width, n_groups, packed};
 #pragma omp parallel
     {
-        float sums[PART * TOKENS] __attribute__((aligned(64)));
-        pack(&columns, is_int8, x, n_rows);
+        union {
+            float floats[PART * COLUMNS];
+            int32_t integers[PART * COLUMNS];
+        } sums __attribute__((aligned(64)));
+        pack_tokens(&columns, x, n_rows, int8, scales);
         shape_tiles(width);
         for (int64_t group = 0; group < n_groups; group += together) {
             int64_t count = n_groups - group < together ? n_groups - group : together;
-            int64_t n_tiles = count / columns_of_one, first_token = group / columns_of_one * width;
+            int64_t begin = group / (int8 ? 2 : 1) * width, end = begin + count / (int8 ? 2 : 1) * width;
+            if (end > n_rows) end = n_rows;
 #pragma omp for schedule(static)
             for (int64_t first = 0; first < n_outputs; first += part) {
                 int64_t outputs = n_outputs - first < part ? n_outputs - first : part;
-                const char *rows = (const char *)w + first * row_bytes, *next = rows + outputs * row_bytes;
-                if (is_int8)
-                    multiply_int8(rows, w_scales + first * blocks_of(length), outputs, &columns, group, count, sums);
-                else multiply_bf16(rows, outputs, &columns, group, count, sums);
-                for (int i = 0; i < 32; i++) /* else the memory would be idle for a moment */
-                    for (int line = 0; line < 2; line++) __builtin_prefetch(next + i * row_bytes + 64 * line);
-                for (int64_t t = 0; t < n_tiles * width && first_token + t < n_rows; t++)
-                    for (int64_t o = 0; o < outputs; o++)
-                        y[(first_token + t) * n_outputs + first + o] =
-                            narrow(sums[((o / 16 * n_tiles + t / width) * 16 + o % 16) * width + t % width]);
+                const char *rows = (int8 ? (const char *)int8->values : (const char *)w) + first * row_bytes;
+                if (int8) multiply_part(1, rows, outputs, &columns, group, count, (char *)&sums);
+                else multiply_part(0, rows, outputs, &columns, group, count, (char *)&sums);
+                for (int i = 0; i < 32; i++) /* of the next part: else the memory would be idle for a moment */
+                    for (int line = 0; line < 2; line++)
+                        __builtin_prefetch(rows + (outputs + i) * row_bytes + 64 * line);
+                for (int64_t t = begin; t < end; t++)
+                    for (int64_t o = 0; o < outputs; o++) {
+                        int64_t tile = o / 16 * count + (t - begin) / width * (int8 ? 2 : 1);
+                        int64_t place = (tile * 16 + o % 16) * width + t % width;
+                        bf16 *to = y + t * n_outputs + first + o;
+                        if (int8) {
+                            int64_t high = sums.integers[place], low = sums.integers[place + 16 * width];
+                            *to = narrow((float)(254 * high + low) * (int8->row_scales[first + o] * scales[t]));
+                        } else *to = narrow(sums.floats[place]);
+                    }
             }
         }
         _tile_release();
@@ -327,41 +301,37 @@ int has_tiles(void) { return 0; }
 #endif
 
 /* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length] in int8. -> 0, or 1 where there is no memory. */
-int linear_int8(const bf16 *x, const int8_t *w, const bf16 *w_scales, bf16 *y, int64_t n_rows, int64_t n_outputs,
+int linear_int8(const bf16 *x, const bf16 *unused, const Int8 *w, bf16 *y, int64_t n_rows, int64_t n_outputs,
                 int64_t length) {
-    int64_t blocks = blocks_of(length);
+    (void)unused;
     int16_t *rounded = malloc(n_rows * length * sizeof *rounded);
-    float *scales = malloc(n_rows * blocks * sizeof *scales);
-    int failed = !rounded || !scales;
-    for (int64_t i = 0; i < n_rows * blocks && !failed; i++) {
-        int64_t begin = i % blocks * BLOCK, first = i / blocks * length + begin;
-        scales[i] = round_block(x + first, rounded + first, length - begin < BLOCK ? (int)(length - begin) : BLOCK);
-    }
-#pragma omp parallel for schedule(static) if (!failed)
+    if (!rounded) return 1;
+    float scales[16];
+    for (int64_t r = 0; r < n_rows; r++)
+        scales[r] = round_token(x + r * length, w->column_scales, rounded + r * length, length);
+#pragma omp parallel for schedule(static)
     for (int64_t o = 0; o < n_outputs; o++)
-        for (int64_t r = 0; r < n_rows && !failed; r++) {
-            float sum = 0;
-            for (int64_t block = 0; block < blocks; block++) {
-                int64_t begin = block * BLOCK;
+        for (int64_t r = 0; r < n_rows; r++) {
+            int64_t sum = 0;
+            for (int64_t begin = 0; begin < length; begin += 256) { /* so many products do not overflow 32 bits */
                 const int16_t *values = rounded + r * length + begin;
-                const int8_t *weights = w + o * length + begin;
-                int count = length - begin < BLOCK ? (int)(length - begin) : BLOCK;
-                int32_t whole = 0;
-                for (int i = 0; i < count; i++) whole += (int32_t)values[i] * weights[i];
-                sum += (float)whole * (widen(w_scales[o * blocks + block]) * scales[r * blocks + block]);
+                const int8_t *weights = w->values + o * length + begin;
+                int count = length - begin < 256 ? (int)(length - begin) : 256;
+                int32_t partial = 0;
+                for (int i = 0; i < count; i++) partial += (int32_t)values[i] * weights[i];
+                sum += partial;
             }
-            y[r * n_outputs + o] = narrow(sum);
+            y[r * n_outputs + o] = narrow((float)sum * (w->row_scales[o] * scales[r]));
         }
     free(rounded);
-    free(scales);
-    return failed;
+    return 0;
 }
 
-/* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length]; length a multiple of 32. -> 0, as it needs no
-   memory; without scales: the argument is there because the other products have it. */
-int linear_bf16(const bf16 *x, const bf16 *w, const bf16 *no_scales, bf16 *y, int64_t n_rows, int64_t n_outputs,
+/* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length]; length a multiple of 32. -> 0: it needs
+   no memory of its own. (The products have the same arguments, and use one of the two matrices.) */
+int linear_bf16(const bf16 *x, const bf16 *w, const Int8 *unused, bf16 *y, int64_t n_rows, int64_t n_outputs,
                 int64_t length) {
-    (void)no_scales;
+    (void)unused;
     /* The rows of w that are read together lie an eighth of it apart, so that each stream goes on through memory when
        its row ends. */
     int64_t step = n_outputs / OUTPUTS, stride = step * length;

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from .errors import UserError
 from .generation import StopReason, generate
+from .lookup import LookupPolicy
 from .model import KVCache
 from .sampling import Sampling
 from .tokenizer import Tokenizer
@@ -98,7 +99,8 @@ class Conversation:
 
     system: the system message; "" is none. context: how many tokens the window holds; None takes what the model does,
     but at most 8,192. max_new_tokens: of an answer; None lets it fill the window. sampling, seed: how tokens are drawn;
-    the repetition penalty sees the tokens that the turn computes.
+    the repetition penalty sees the tokens that the turn computes. lookup: as for `generate`; proposals come from the
+    whole dialog.
 
     `system` and `exchanges` may be changed between turns. Whatever has changed, a turn computes only the tokens behind
     the longest beginning that the dialog has in common with what the cache holds. `turn` tells of the last turn.
@@ -115,6 +117,7 @@ class Conversation:
         max_new_tokens: int | None = None,
         sampling: Sampling = Sampling(),
         seed: int | None = None,
+        lookup: int = 0,
     ):
         if model.tokenizer is None:
             raise UserError("a conversation needs a tokenizer, and the model has none")
@@ -127,6 +130,7 @@ class Conversation:
         self.system = system
         self.exchanges: list[Exchange] = []
         self.turn = Turn()
+        self.lookup = LookupPolicy(lookup)
         self._max_new_tokens = max_new_tokens
         self._sampling = sampling
         self._seeds = random.Random(seed)  # one for each call of generate, or every turn would draw alike
@@ -204,6 +208,8 @@ class Conversation:
                 seed=self._seeds.getrandbits(63),
                 cache=self._cache,
                 start=start,
+                lookup=self.lookup,
+                earlier=wanted[:start],
             )
             for token in tokens:
                 self._held += computing

@@ -1,7 +1,8 @@
 """Matrices in int8: half the bytes of bf16, and so about half the time to read them for each token.
 
-Each row of a matrix (one output) is cut into blocks of 256 values, rounded to whole numbers from -127 to 127 times a
-scale of the block. (As Q8_0 of llama.cpp, with blocks of 32 there.) Norms and embeddings stay as they are.
+A matrix becomes whole numbers from -127 to 127, times a scale for each row (an output), times a scale for each column
+(an input). The scales of the columns even out inputs with large weights, as in Lin et al. 2023 (AWQ) and Xiao et al. 2022
+(SmoothQuant); here they come from the weights alone. Norms and embeddings stay as they are.
 """
 
 from __future__ import annotations
@@ -12,16 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-BLOCK = 256  # values of a row that share a scale
 _ROWS = 1024  # at a time: a whole matrix in fp32 would take four times the memory of the result
 
 
 class Int8(NamedTuple):
-    """A matrix [out, in] as whole numbers times the scales of their blocks."""
+    """A matrix [out, in]: values * row_scales[:, None] * column_scales."""
 
     values: Tensor  # [out, in] int8
-    scales: Tensor  # [out, ceil(in / 256)] bf16
+    row_scales: Tensor  # [out] fp32
+    column_scales: Tensor  # [in] fp32
 
     @property
     def shape(self) -> torch.Size:
@@ -30,8 +30,8 @@ class Int8(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """The bytes of both tensors."""
-        return self.values.nbytes + self.scales.nbytes
+        """The bytes of all three tensors."""
+        return sum(tensor.nbytes for tensor in self)
 
 
 Matrix = Tensor | Int8
@@ -43,24 +43,26 @@ def tensors_of(matrix: Matrix) -> tuple[Tensor, ...]:
 
 
 def quantize(matrix: Tensor) -> Int8:
-    """[out, in] in any floating dtype -> the nearest whole numbers; a block of zeros has a scale of zero."""
-    outputs, length = matrix.shape
-    values = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
-    scales = torch.empty(outputs, -(-length // BLOCK), dtype=torch.bfloat16, device=matrix.device)
-    for first in range(0, outputs, _ROWS):
-        rows = slice(first, first + _ROWS)
-        for i, block in enumerate(matrix[rows].float().split(BLOCK, dim=-1)):  # [rows, up to 256]
-            scale = (block.abs().amax(dim=-1, keepdim=True) / 127).bfloat16()  # [rows, 1]
-            steps = block / scale.float().clamp(min=torch.finfo(torch.float32).tiny)
-            values[rows, i * BLOCK : (i + 1) * BLOCK] = steps.round().clamp(-127, 127).to(torch.int8)
-            scales[rows, i] = scale.squeeze(-1)
-    return Int8(values, scales)
+    """[out, in] in any floating dtype -> the nearest whole numbers, for the scales that are chosen.
+
+    A column's scale is its root mean square; a row's makes the largest of its values, over their columns' scales, 127.
+    """
+    squares = sum(rows.float().square().sum(dim=0) for rows in matrix.split(_ROWS))  # [in]
+    column_scales = (torch.as_tensor(squares) / len(matrix)).sqrt()
+    column_scales[column_scales == 0] = 1.0  # of zeros: any scale will do
+    values, row_scales = [], []
+    for rows in matrix.split(_ROWS):
+        even = rows.float() / column_scales
+        scales = even.abs().amax(dim=-1) / 127  # [rows]
+        scales[scales == 0] = 1.0
+        values.append((even / scales.unsqueeze(-1)).round().to(torch.int8))
+        row_scales.append(scales)
+    return Int8(torch.cat(values), torch.cat(row_scales), column_scales)
 
 
 def widen(matrix: Int8, dtype: torch.dtype) -> Tensor:
     """The matrix [out, in] that an int8 one stands for."""
-    scales = matrix.scales.float().repeat_interleave(BLOCK, dim=-1)[:, : matrix.shape[1]]  # [out, in]
-    return (matrix.values * scales).to(dtype)
+    return (matrix.values * matrix.row_scales.unsqueeze(-1) * matrix.column_scales).to(dtype)
 
 
 def linear(x: Tensor, weight: Matrix) -> Tensor:

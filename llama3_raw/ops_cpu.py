@@ -1,8 +1,8 @@
 """Fast operations for the CPU: few tokens at a time at the speed of the memory, many at that of the matrix units.
 
-The C source, cpu_kernels.c, is compiled when it is first needed, in under a second, for the processor at hand, and kept in the user's
-cache folder. It is called by ctypes: that costs 2 µs a call and no start-up, where torch.utils.cpp_extension compiles
-for half a minute and torch.compile in every process anew.
+The C source, cpu_kernels.c, is compiled when it is first needed, in about a second, for the processor at hand, and kept
+in the user's cache folder. It is called by ctypes: that costs 2 µs a call and no start-up, where
+torch.utils.cpp_extension compiles for half a minute and torch.compile in every process anew.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -20,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ from .int8 import Int8, Matrix, widen
 from .ops import Ops, Tap
 
 FEW = 16  # tokens: up to so many are computed by the kernels on every processor, all with the same bits
+_MOST_BY_TILES = 256  # tokens: with more, torch is faster, which brings the matrix into another order first
+_QUERIES = 128  # tokens that attend to earlier ones at a time, where there are more than a few
 _PIECE = 1024  # rows of a matrix that are widened at a time
 _SOURCE = Path(__file__).with_name("cpu_kernels.c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma")
@@ -54,6 +56,10 @@ class _Shape(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in ("n_tokens", "n_heads", "n_kv_heads", "head_dim", "start", "q_stride", "key_stride", "value_stride")
     ]
+
+
+class _CInt8(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in Int8._fields]
 
 
 def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
@@ -108,20 +114,25 @@ def make_ops(kernels: ctypes.CDLL) -> Ops:
 
     def linear(x: Tensor, weight: Matrix) -> Tensor:
         """x [..., in], weight [out, in] -> [..., out]; few rows of bf16 at the speed of the memory."""
-        matrix, scales = weight if isinstance(weight, Int8) else (weight, None)
-        outputs, length = matrix.shape
+        outputs, length = weight.shape
         rows = x.numel() // length
-        by_tiles = has_tiles and outputs % 32 == 0 and length * matrix.itemsize % 64 == 0
-        known = matrix.dtype == (torch.bfloat16 if scales is None else torch.int8) and matrix.is_contiguous()
-        if not (known and _is_plain_bf16(x) and not matrix.requires_grad and (by_tiles or 0 < rows <= FEW)):
+        is_int8 = isinstance(weight, Int8)
+        by_tiles = has_tiles and outputs % 32 == 0 and length % (64 if is_int8 else 32) == 0
+        most = FEW if not by_tiles else rows if is_int8 else _MOST_BY_TILES
+        if not (0 < rows <= most and length % 32 == 0 and _is_plain_bf16(x)):
             return linear_by_torch(x, weight)
-        if not by_tiles and length % 32:
+        if not (isinstance(weight, Int8) or (_is_plain_bf16(weight) and weight.is_contiguous())):
             return linear_by_torch(x, weight)
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], outputs))
-        c_linear = kernels.linear_tiles if by_tiles else kernels.linear_bf16 if scales is None else kernels.linear_int8
-        if c_linear(*map(_pointer, (x, matrix, scales, y)), *map(ctypes.c_int64, (rows, outputs, length))):
-            raise MemoryError(f"no memory for the product of {rows} tokens with a matrix {list(matrix.shape)}")
+        c_linear = kernels.linear_tiles if by_tiles else kernels.linear_int8 if is_int8 else kernels.linear_bf16
+        matrices = (
+            (None, ctypes.byref(_CInt8(*map(_pointer, weight))))
+            if isinstance(weight, Int8)
+            else (_pointer(weight), None)
+        )
+        if c_linear(_pointer(x), *matrices, _pointer(y), *map(ctypes.c_int64, (rows, outputs, length))):
+            raise MemoryError(f"no memory for the product of {rows} tokens with a matrix {list(weight.shape)}")
         return y
 
     def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor:
@@ -153,7 +164,8 @@ def linear_by_torch(x: Tensor, weight: Matrix) -> Tensor:
     """
     dtype = torch.float32 if x.dtype == torch.bfloat16 and fp32_is_faster() else x.dtype
     if isinstance(weight, Int8):
-        pieces = (widen(Int8(*rows), dtype) for rows in zip(*(part.split(_PIECE) for part in weight), strict=True))
+        rows = zip(weight.values.split(_PIECE), weight.row_scales.split(_PIECE), strict=True)
+        pieces = (widen(Int8(values, scales, weight.column_scales), dtype) for values, scales in rows)
     elif weight.dtype == dtype:
         return F.linear(x, weight)
     else:
@@ -172,9 +184,9 @@ def fp32_is_faster() -> bool:
     x, matrix = torch.ones(64, 1024, dtype=torch.bfloat16), torch.ones(_PIECE, 1024, dtype=torch.bfloat16)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(3):
-        for widen, times in seconds.items():
+        for in_fp32, times in seconds.items():
             start = time.perf_counter()
-            if widen:
+            if in_fp32:
                 F.linear(x.float(), matrix.float())
             else:
                 F.linear(x, matrix)
@@ -183,32 +195,41 @@ def fp32_is_faster() -> bool:
 
 
 def attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor) -> Tensor:
-    """As model.attend, in blocks, without the scores of all tokens in memory at once. (Dao et al. 2022)"""
-    length, n_heads, head_dim = q.shape[-3:]
-    n_kv_heads = keys.shape[-2]
-    dtype = torch.float32 if q.dtype == torch.bfloat16 and fp32_is_faster() else q.dtype
-    offsets = torch.arange(length, device=q.device)
-    positions = start + offsets if isinstance(start, int) else start.unsqueeze(-1) + offsets  # [..., T]
-    seen = torch.arange(keys.shape[-3], device=q.device) <= positions.unsqueeze(-1)  # [..., T, S]
-    # the query heads that share a kv head become one with so many times the tokens: no key is repeated for them
-    sharing = n_heads // n_kv_heads
-    tokens = q.unflatten(-2, (n_kv_heads, sharing)).movedim(-4, -2).flatten(-3, -2)  # [..., n_kv_heads, sharing * T, …]
-    seen = seen.repeat(*[1] * (seen.dim() - 2), sharing, 1).unsqueeze(-3)  # [..., 1, sharing * T, S]
-    four = (1,) * (4 - q.dim()) if q.dim() < 4 else ()  # torch works in blocks on four dimensions only
-    out = F.scaled_dot_product_attention(
-        *(x.to(dtype).reshape(*four, *x.shape) for x in (tokens, keys.transpose(-3, -2), values.transpose(-3, -2))),
-        attn_mask=seen,
-    )
-    out = out.reshape(tokens.shape).unflatten(-2, (sharing, length))  # [..., n_kv_heads, sharing, T, head_dim]
-    return out.movedim(-2, -4).reshape(q.shape).to(q.dtype)
+    """As model.attend, by blocks of tokens and of keys: the scores of all are never in memory at once. (Dao et al. 2022)"""
+    n_kv_heads, n_keys = keys.shape[-2], keys.shape[-3]
+    sharing = q.shape[-2] // n_kv_heads
+    original = q.dtype
+    dtype = torch.float32 if original == torch.bfloat16 and fp32_is_faster() else original
+    q, keys, values = (x.to(dtype) for x in (q, keys, values))
+    keys, values = keys.transpose(-3, -2), values.transpose(-3, -2)  # [..., n_kv_heads, S, head_dim]
+    out = []
+    for begin, block in zip(itertools.count(0, _QUERIES), q.split(_QUERIES, dim=-3), strict=False):
+        length = block.shape[-3]
+        offsets = torch.arange(begin, begin + length, device=q.device)
+        positions = start + offsets if isinstance(start, int) else start.unsqueeze(-1) + offsets  # [..., T]
+        end = start + begin + length if isinstance(start, int) else n_keys  # what is behind it, none of them sees
+        seen = torch.arange(end, device=q.device) <= positions.unsqueeze(-1)  # [..., T, S]
+        # the query heads that share a kv head become one with so many times the tokens: no key is repeated for them
+        block = block.unflatten(-2, (n_kv_heads, sharing)).movedim(-4, -2).flatten(-3, -2)
+        seen = torch.cat([seen] * sharing, dim=-2).unsqueeze(-3)  # [..., 1, sharing * T, S]
+        four = (1,) * (4 - block.dim())  # torch works by blocks on four dimensions only
+        attended = F.scaled_dot_product_attention(
+            block.reshape(*four, *block.shape),  # [..., n_kv_heads, sharing * T, head_dim]
+            keys[..., :end, :].reshape(*four, *keys[..., :end, :].shape),
+            values[..., :end, :].reshape(*four, *values[..., :end, :].shape),
+            attn_mask=seen,
+        )
+        attended = attended.reshape(block.shape).unflatten(-2, (sharing, length)).movedim(-2, -4).flatten(-3, -2)
+        out.append(attended)  # [..., T, n_heads, head_dim]
+    return torch.cat(out, dim=-3).to(original)
 
 
 def _is_plain_bf16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not x.requires_grad
 
 
-def _pointer(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr() if x is not None else None)
+def _pointer(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
 
 
 @functools.cache
