@@ -17,8 +17,8 @@ from references import hf_model, random_weights
 
 from llama3_raw import Model, Params, UserError, command_line, generate, memory
 from llama3_raw.__main__ import main
-from llama3_raw.bench import SYNTHETIC
 from llama3_raw.memory import Lengths, Plan, check_memory, container_free, free_memory, needed
+from llama3_raw.synthetic import SYNTHETIC
 from llama3_raw.weights import Checkpoint, build_weights, first_layers, open_checkpoint, tensor_places, to_state_dict
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
