@@ -35,17 +35,16 @@ needs_xllamacpp = pytest.mark.skipif(
 class Clock:
     """An engine that takes as long as it is told: a second for prefill, two for decode; and counts what it does."""
 
-    name = version = "clock"
-
-    def __init__(self) -> None:
-        self.done: list[tuple[str, int]] = []
+    def __init__(self, name: str = "clock", done: list[tuple[str, str, int]] | None = None):
+        self.name = self.version = name
+        self.done = [] if done is None else done
 
     def prefill(self, length: int) -> float:
-        self.done.append(("prefill", length))
+        self.done.append((self.name, "prefill", length))
         return 1.0
 
     def decode(self, context: int, count: int) -> float:
-        self.done.append(("decode", context))
+        self.done.append((self.name, "decode", context))
         return 2.0
 
 
@@ -108,16 +107,18 @@ def test_ratios_are_of_the_same_round() -> None:
 
 
 def test_engines_take_turns_and_long_work_is_done_once(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    figures = measure(tiny, prefill=(3, 5), contexts=(3, 8), new_tokens=4, rounds=2, peers=[clock])
-    assert clock.done == [("prefill", 5), ("prefill", 3), ("decode", 3), ("decode", 8)] * 3
-    assert figures.vs["clock"].prefill_tokens_per_second == {3: 3.0, 5: 5.0}
-    assert figures.vs["clock"].decode_tokens_per_second == {3: 2.0, 8: 2.0}
-    clock.done.clear()
+    done: list[tuple[str, str, int]] = []
+    clocks = [Clock("a", done), Clock("b", done)]
+    figures = measure(tiny, prefill=(3, 5), contexts=(3, 8), new_tokens=4, rounds=2, peers=clocks)
+    a_round = [("prefill", 5), ("prefill", 3), ("decode", 3), ("decode", 8)]
+    assert done == [(name, *task) for task in a_round for name in "ab"] * 3
+    assert figures.vs["b"].prefill_tokens_per_second == {3: 3.0, 5: 5.0}
+    assert figures.vs["b"].decode_tokens_per_second == {3: 2.0, 8: 2.0}
+    done.clear()
     monkeypatch.setattr(measuring, "_LONG", 4)
-    figures = measure(tiny, prefill=(3, 5), contexts=(3, 8), new_tokens=4, rounds=2, peers=[clock])
-    assert clock.done.count(("prefill", 5)) == clock.done.count(("decode", 8)) == 1
-    assert len(figures.vs["clock"].decode_ratios[8]) == 1
+    figures = measure(tiny, prefill=(3, 5), contexts=(3, 8), new_tokens=4, rounds=2, peers=clocks)
+    assert done.count(("a", "prefill", 5)) == done.count(("a", "decode", 8)) == 1
+    assert len(figures.vs["a"].decode_ratios[8]) == 1
 
 
 @pytest.fixture(params=["tiny", "scaled"])
@@ -143,6 +144,13 @@ def test_llama_cpp_is_the_same_model(same_model: tuple[Model, list[int]], tmp_pa
     write_gguf(model, tmp_path / "model.gguf")
     ours = list(llama3_raw.generate(model, ids, max_new_tokens=8, stop_ids=()))
     assert Xllamacpp(model, tmp_path / "model.gguf", threads=2, longest=128).greedy(ids, 8) == ours
+
+
+@needs_xllamacpp
+def test_llama_cpp_that_does_less_than_asked_is_not_measured(tiny: Model, tmp_path: Path) -> None:
+    write_gguf(tiny, tmp_path / "model.gguf")
+    with pytest.raises(UserError, match="did not make 600 tokens"):
+        Xllamacpp(tiny, tmp_path / "model.gguf", threads=2, longest=64).greedy([1, 2, 3], 600)
 
 
 def test_transformers_shares_the_weights(tiny: Model) -> None:
@@ -176,6 +184,9 @@ def test_a_gguf_file_of_another_model(tmp_path: Path, tiny: Model, capsys: pytes
     write_gguf(tiny, file)
     assert main([*QUICK, "--layers", "2", "--vs", "llama.cpp", "--gguf", str(file)]) == 2
     assert f"--gguf {file}: is another model" in capsys.readouterr().err
+    layers = list(tiny.weights.layers)
+    layers[1] = layers[1]._replace(w2=torch.zeros_like(layers[1].w2))
+    assert not is_gguf_of(file, tiny._replace(weights=tiny.weights._replace(layers=tuple(layers))))
     file.write_text("no GGUF")
     assert not is_gguf_of(file, tiny)
 
