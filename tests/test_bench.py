@@ -237,8 +237,8 @@ def test_peers_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch) -> None
     lengths = Lengths(prompt=17, text=22, least=2)
     plan = Plan(chosen.checkpoint, chosen.device, None, lengths)
     enough = peers.memory_together(plan, ["llama.cpp"])
-    monkeypatch.setattr(peers, "free_memory", lambda _: enough)
+    monkeypatch.setattr(peers, "free_memory", lambda _: enough * 10 // 9 + 2)
     peers.check_peers(chosen, lengths, ["llama.cpp"])
-    monkeypatch.setattr(peers, "free_memory", lambda _: enough - 1)
+    monkeypatch.setattr(peers, "free_memory", lambda _: enough)
     with pytest.raises(UserError, match=r"--vs llama.cpp: .* push the other's weights out; --layers 3 fits"):
         peers.check_peers(chosen, lengths, ["llama.cpp"])
