@@ -1,187 +1,135 @@
-"""python -m llama3_raw.bench: how fast a model runs, against what the memory can do; and models to measure on.
+"""python -m llama3_raw.bench: how fast a model runs, against what the memory can do and against other engines.
 
 --make-synthetic writes a checkpoint of true size with random weights.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
-import shutil
-import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
-from . import ops_cpu
-from .command_line import add_model_options, choose_model, load_model, peak_memory, positive_int, seed
-from .errors import ArgumentParser, UserError, command_line_tool, in_short
-from .generation import generate
+from .command_line import ChosenModel, add_model_options, choose_model, load_model, positive_int, seed
+from .errors import ArgumentParser, UserError, command_line_tool, in_short, needed_package, not_empty
+from .measuring import Figures, longest_text, measure
 from .memory import Lengths
-from .model import KVCache
-from .params import Params
-from .tokenizer import Tokenizer
-from .weights import Model, tensor_places
+from .peers import LLAMA_CPP, PEERS, check_peers, open_peers
+from .synthetic import SYNTHETIC, make_synthetic
 
-_LLAMA_3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-05, "rope_theta": 500000.0}
-# params.json of the models (llama_models.sku_list), and whether their embeddings are tied
-SYNTHETIC: dict[str, tuple[dict[str, Any], bool]] = {
-    "8b": (
-        {"dim": 4096, "n_layers": 32, "n_heads": 32, "ffn_dim_multiplier": 1.3, "multiple_of": 1024, **_LLAMA_3},
-        False,
-    ),
-    "1b": (
-        {"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5, "multiple_of": 256, **_LLAMA_3}
-        | {"use_scaled_rope": True},
-        True,
-    ),
-    "3b": (
-        {"dim": 3072, "n_layers": 28, "n_heads": 24, "ffn_dim_multiplier": 1.0, "multiple_of": 256, **_LLAMA_3}
-        | {"use_scaled_rope": True},
-        True,
-    ),
-    "70b-1layer": (
-        {"dim": 8192, "n_layers": 1, "n_heads": 64, "ffn_dim_multiplier": 1.3, "multiple_of": 4096, **_LLAMA_3},
-        False,
-    ),
-}
-_CHUNK = 1 << 26  # values made at once
+_PREFILL = (17, 256, 2048)
+_PLOTTED = (17, 256, 1024, 2048, 4096)
 
 
-def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, random_seed: int = 0) -> None:
-    """Writes a model of Meta's format and true size with random weights in bf16, in little memory.
+@dataclass(frozen=True)
+class Start:
+    """A run of `python -m llama3_raw` with a short prompt, from the start of the process to its first token."""
 
-    Matrices are normal with a standard deviation of 0.02, norms are one. Raises UserError where the folder already
-    holds a model or the disk is too small.
-    """
-    content, tied = SYNTHETIC[size]
-    params = Params.from_meta(content)
-    if tokenizer is not None and Tokenizer(tokenizer).n_words != params.vocab_size:
-        raise UserError(f"--tokenizer {tokenizer}: does not have the {params.vocab_size} tokens of Llama 3")
-    places = list(tensor_places(params, tied))
-    n_bytes = sum(2 * torch.Size(place.shape).numel() for place in places)
-    checkpoint = folder / "consolidated.00.pth"
-    for file in (checkpoint, folder / "params.json", folder / "tokenizer.model"):
-        if file.exists() and not (tokenizer is not None and file.samefile(tokenizer)):
-            raise UserError(f"{file}: is there already; name another folder, or remove it first")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror}; name a folder you may write to") from error
-    if free < n_bytes + 10_000_000:
-        raise UserError(f"{folder}: {n_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on that disk")
-
-    part = checkpoint.with_suffix(".part")
-    try:
-        # Save the structure alone (memory that is never touched costs nothing), then fill in the bytes where they go.
-        empty = {place.meta_name: torch.empty(place.shape, dtype=torch.bfloat16) for place in places}
-        with torch.serialization.skip_data():
-            torch.save(empty, part)
-        del empty
-        _fill(part, random_seed, n_bytes)
-        if tokenizer is not None and tokenizer.resolve() != (folder / "tokenizer.model").resolve():
-            shutil.copyfile(tokenizer, folder / "tokenizer.model")
-        (folder / "params.json").write_text(json.dumps(content) + "\n")
-        part.rename(checkpoint)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for what the system refuses
-        raise UserError(f"{folder}: cannot be written: {in_short(error)}") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _fill(file: Path, random_seed: int, n_bytes: int) -> None:
-    """Puts random values into the place of every tensor of a checkpoint that has only its structure yet."""
-    structure = torch.load(file, map_location="meta", weights_only=True)
-    generator = torch.Generator().manual_seed(random_seed)
-    with open(file, "r+b") as opened, tqdm(total=n_bytes, unit="B", unit_scale=True, desc=str(file.parent)) as bar:
-        for tensor in structure.values():
-            opened.seek(tensor.untyped_storage()._checkpoint_offset)
-            for begin in range(0, tensor.numel(), _CHUNK):
-                count = min(_CHUNK, tensor.numel() - begin)
-                if tensor.dim() == 1:
-                    values = torch.ones(count, dtype=torch.bfloat16)
-                else:
-                    values = torch.empty(count).normal_(0, 0.02, generator=generator).bfloat16()
-                opened.write((ctypes.c_char * values.nbytes).from_address(values.data_ptr()))
-                bar.update(values.nbytes)
-
-
-class Figures(NamedTuple):
-    """What `measure` found. Rates are medians over rounds; ratios are medians of the ratios within a round."""
-
-    decode_tokens_per_second: float
-    decode_gb_per_second: float  # of weights read, in units of 1e9 bytes
-    read_loop_gb_per_second: float | None  # of the same weights by a plain loop; None without a compiler
-    decode_share_of_read_loop: float | None
-    prefill_tokens_per_second: dict[int, float]  # by the number of tokens
+    start_to_first_token_seconds: float
+    load_seconds: float  # of it; all weights are looked at, if there is a GB of them
+    first_pass_seconds: float  # of it
     peak_ram_bytes: int | None
 
 
-def measure(model: Model, prefill: Sequence[int] = (17, 256), new_tokens: int = 4, rounds: int = 5) -> Figures:
-    """Measures the model where it is, each round a bit of everything in turn, so that a disturbance hits all alike.
+def time_start(chosen: ChosenModel, prompt_length: int) -> Start:
+    """Runs the main tool once, as a user would, and takes the time until a token is out.
 
-    prefill: how many tokens at once; decoding goes on behind the fewest.
+    Its weights should be in the page cache already.
     """
-    weights, vocab_size = model.weights, model.params.vocab_size
-    matrices = [tensor for layer in weights.layers for tensor in layer if tensor.dim() == 2] + [weights.output]
-    n_bytes = sum(matrix.nbytes for matrix in matrices)
-    kernels = None
-    if weights.norm.device.type == "cpu":
-        with contextlib.suppress(ops_cpu.CannotBuild):
-            kernels = ops_cpu.build_kernels()
-    ids = torch.randint(vocab_size, (max(prefill),), generator=torch.Generator().manual_seed(0)).tolist()
-    cache = KVCache.allocate(model.params, max_seq_len=max(prefill) + new_tokens + 1, like=weights)
-    decode: list[float] = []
-    read: list[float] = []
-    by_length: dict[int, list[float]] = {length: [] for length in prefill}
-    for round_number in tqdm(range(rounds + 1), desc="measuring", unit="round", leave=False):
-        if kernels is not None:
-            start = time.perf_counter()
-            for matrix in matrices:
-                ops_cpu.read_loop(kernels, matrix)
-            read.append(n_bytes / (time.perf_counter() - start) / 1e9)
-        for length in reversed(prefill):
-            tokens = generate(model, ids[:length], max_new_tokens=new_tokens + 1, stop_ids=(), cache=cache)
-            start = time.perf_counter()
-            next(tokens)
-            by_length[length].append(length / (time.perf_counter() - start))
-        start = time.perf_counter()
-        count = sum(1 for _ in tokens)
-        decode.append(count / (time.perf_counter() - start))
-        if round_number == 0:  # pages come in, threads start
-            for times in (decode, read, *by_length.values()):
-                times.clear()
-    speed = statistics.median(decode)
-    shares = [each * n_bytes / 1e9 / limit for each, limit in zip(decode, read, strict=False)]
-    return Figures(
-        decode_tokens_per_second=speed,
-        decode_gb_per_second=speed * n_bytes / 1e9,
-        read_loop_gb_per_second=statistics.median(read) if read else None,
-        decode_share_of_read_loop=statistics.median(shares) if shares else None,
-        prefill_tokens_per_second={length: statistics.median(speeds) for length, speeds in by_length.items()},
-        peak_ram_bytes=peak_memory(),
-    )
+    params = chosen.checkpoint.params
+    command = [sys.executable, "-m", "llama3_raw", "--ids", "--max-new-tokens=1", "--stats=json"]
+    command += [f"--weights={chosen.folder.path}", f"--device={chosen.device}", f"--layers={params.n_layers}"]
+    command += [f"--threads={torch.get_num_threads()}"]
+    if chosen.dtype is not None:
+        command += [f"--dtype={str(chosen.dtype).removeprefix('torch.')}"]
+    command += [" ".join(str(token % params.vocab_size) for token in range(prompt_length))]
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        seconds = time.perf_counter() - start
+        _, said = process.communicate()
+    if process.returncode:
+        raise UserError(f"a run of python -m llama3_raw fails: {in_short(said[-200:])}")
+    stats = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+    return Start(seconds, stats["load_seconds"], stats["seconds_to_first_token"], stats["peak_ram_bytes"])
 
 
-def show(figures: Figures) -> None:
+def show(figures: Figures, start: Start) -> None:
     """Prints a table, and the same as JSON in the last line."""
     for length, speed in figures.prefill_tokens_per_second.items():
         print(f"prefill {length:>5} tokens      {speed:10.1f} tokens/s")
-    print(f"decode                    {figures.decode_tokens_per_second:10.2f} tokens/s")
+    for context, speed in figures.decode_tokens_per_second_by_context.items():
+        print(f"decode behind {context:>5}       {speed:10.2f} tokens/s")
     print(f"weights read by decode    {figures.decode_gb_per_second:10.1f} GB/s")
     if figures.read_loop_gb_per_second and figures.decode_share_of_read_loop:
         print(f"a loop that only reads    {figures.read_loop_gb_per_second:10.1f} GB/s")
         print(f"share of it               {figures.decode_share_of_read_loop:10.1%}")
-    if figures.peak_ram_bytes:
-        print(f"peak memory               {figures.peak_ram_bytes / 1e9:10.2f} GB")
-    print(json.dumps(figures._asdict()))
+    print(f"start to first token      {start.start_to_first_token_seconds:10.2f} s")
+    print(f"  of it loading           {start.load_seconds:10.2f} s")
+    print(f"  of it the first pass    {start.first_pass_seconds:10.2f} s")
+    if start.peak_ram_bytes:
+        print(f"peak memory               {start.peak_ram_bytes / 1e9:10.2f} GB")
+    for peer in figures.vs.values():
+        print(f"\nbeside {peer.version}; ratio of llama3_raw to it: median (each round)")
+        for length, speed in peer.prefill_tokens_per_second.items():
+            ratios = _in_words(peer.prefill_ratio[length], peer.prefill_ratios[length])
+            print(f"prefill {length:>5} tokens      {speed:10.1f} tokens/s   {ratios}")
+        for context, speed in peer.decode_tokens_per_second.items():
+            ratios = _in_words(peer.decode_ratio[context], peer.decode_ratios[context])
+            print(f"decode behind {context:>5}       {speed:10.2f} tokens/s   {ratios}")
+    print(json.dumps(asdict(figures) | asdict(start)))
+
+
+def _in_words(median: float, ratios: Sequence[float]) -> str:
+    return f"{median:.2f}  ({' '.join(f'{ratio:.2f}' for ratio in ratios)})"
+
+
+def check_picture(file: Path) -> None:
+    """Raises UserError where matplotlib is missing, or where it will not be able to write this file."""
+    needed_package("matplotlib", "--plot")
+    from matplotlib.figure import Figure
+
+    if file.suffix[1:] not in Figure().canvas.get_supported_filetypes():
+        raise UserError(f"--plot {file}: the name should end in .png or .svg")
+    if not file.parent.is_dir():
+        raise UserError(f"--plot {file}: there is no folder {file.parent}; make it first")
+
+
+def draw(figures: Figures, file: Path, title: str) -> None:
+    """The speed of decoding against the number of tokens before, as a picture; the suffix of the file says which kind.
+
+    The file has passed `check_picture`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    own = figures.decode_tokens_per_second_by_context
+    speeds = {"llama3_raw": own, **{name: peer.decode_tokens_per_second for name, peer in figures.vs.items()}}
+    contexts = list(own)
+    if figures.read_loop_gb_per_second:
+        limits = [
+            figures.read_loop_gb_per_second
+            * 1e9
+            / (figures.weights_bytes_per_token + context * figures.cache_bytes_per_token)
+            for context in contexts
+        ]
+        axes.plot(contexts, limits, "--", color="0.5", label="limit: reading weights and cache once a token")
+    for name, by_context in speeds.items():
+        axes.plot(list(by_context), list(by_context.values()), "o-", label=name)
+    axes.set(title=title, xlabel="tokens in the context", ylabel="tokens/s", xticks=contexts)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=150)
 
 
 def build_parser() -> ArgumentParser:
@@ -195,12 +143,51 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the random weights (default: %(default)s)")
     parser.add_argument(
-        "--prefill", type=positive_int, nargs="+", default=[17, 256], metavar="N", help="prompts of so many tokens"
+        "--prefill",
+        type=positive_int,
+        nargs="+",
+        metavar="N",
+        help="prompts of so many tokens; more than 1,000 once only (default: 17 256 2048)",
+    )
+    parser.add_argument(
+        "--contexts",
+        type=positive_int,
+        nargs="+",
+        metavar="N",
+        help="decode behind so many tokens (default: as many as the shortest prompt; with --plot "
+        f"{' '.join(map(str, _PLOTTED))})",
     )
     parser.add_argument("--new-tokens", type=positive_int, default=4, metavar="N", help="tokens decoded in a round")
     parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--vs",
+        nargs="+",
+        choices=PEERS,
+        default=[],
+        metavar="PEER",
+        help=f"engines to measure in turn with this one, on the same weights: {', '.join(PEERS)}",
+    )
+    parser.add_argument(
+        "--gguf",
+        type=not_empty,
+        metavar="FILE",
+        help=f"for {LLAMA_CPP}: the weights in its format, written if they are not there (default: for this run only)",
+    )
+    parser.add_argument("--plot", type=not_empty, metavar="FILE", help="draw tokens/s against the context (.png, .svg)")
     add_model_options(parser)
     return parser
+
+
+def _lengths_within(
+    context: int, given: Sequence[int] | None, usual: Sequence[int], option: str, more: int
+) -> list[int]:
+    """The lengths given, else those of the usual ones that leave room for `more` tokens in the model's context."""
+    if given and max(given) + more > context:
+        raise UserError(f"{option} {max(given)}: with the new tokens that is beyond the model's context of {context}")
+    lengths = sorted(set(given or [length for length in usual if length + more <= context]))
+    if not lengths:
+        raise UserError(f"the model's context of {context} is short; give {option} and fewer --new-tokens")
+    return lengths
 
 
 @command_line_tool
@@ -213,15 +200,29 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"--make-synthetic {size}: there is no such size; choose from {', '.join(SYNTHETIC)}")
         make_synthetic(size, Path(folder), Path(options.tokenizer) if options.tokenizer else None, options.seed)
         return 0
+    if options.plot:
+        check_picture(Path(options.plot))
     chosen = choose_model(options, needs_tokenizer=False)
-    prefill = sorted(set(options.prefill))
-    longest = prefill[-1] + options.new_tokens + 1
-    context = chosen.checkpoint.params.max_seq_len
-    if longest > context:
-        raise UserError(f"--prefill {prefill[-1]}: with the new tokens that is beyond the model's context of {context}")
-    model, which = load_model(chosen, Lengths(prompt=prefill[-1], text=longest, least=2))
-    print(f"llama3_raw: {which}", file=sys.stderr)
-    show(measure(model, prefill, options.new_tokens, options.rounds))
+    limit = chosen.checkpoint.params.max_seq_len
+    more = options.new_tokens + 1
+    prefill = _lengths_within(limit, options.prefill, _PREFILL, "--prefill", more)
+    usual = _PLOTTED if options.plot else prefill[:1]
+    contexts = _lengths_within(limit, options.contexts, usual, "--contexts", more)
+    longest = longest_text(prefill, contexts, options.new_tokens)
+    lengths = Lengths(prompt=prefill[-1], text=longest, least=2)
+    check_peers(chosen, lengths, options.vs)
+    model, which = load_model(chosen, lengths)
+    with open_peers(options.vs, model, options.gguf, longest) as peers:
+        print(f"llama3_raw: {which}", file=sys.stderr)
+        figures = measure(model, prefill, contexts, options.new_tokens, options.rounds, peers)
+    show(figures, time_start(chosen, prefill[0]))
+    if options.plot:
+        dtype = str(model.weights.norm.dtype).removeprefix("torch.")
+        draw(
+            figures,
+            Path(options.plot),
+            f"{chosen.folder.path.name}, {model.params.n_layers} layers, {dtype}, {figures.threads} threads",
+        )
     return 0
 
 

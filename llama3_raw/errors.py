@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn, Protocol
 
 
@@ -93,6 +95,17 @@ def not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("should not be empty")
     return text
+
+
+def needed_package(name: str, needed_by: str) -> ModuleType:
+    """The package, which is none of those that llama3_raw always brings. Raises UserError where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"{needed_by} needs the package {name} ({in_short(error)}); pip install {name}, or all that bench can use: "
+            "pip install -e '.[bench]'"
+        ) from error
 
 
 def page_or_pointer(beginning: bytes) -> str | None:

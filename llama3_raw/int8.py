@@ -1,8 +1,8 @@
 """Matrices in int8: half the bytes of bf16, and so about half the time to read them for each token.
 
 A matrix becomes whole numbers from -127 to 127, times a scale for each row (an output), times a scale for each column
-(an input). The scales of the columns even out inputs with large weights, as in Lin et al. 2023 (AWQ) and Xiao et al. 2022
-(SmoothQuant); here they come from the weights alone. Norms and embeddings stay as they are.
+(an input). The columns' scales even out inputs with large weights, as in AWQ (Lin et al. 2023), but come from the weights
+alone. Norms and embeddings stay as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _ROWS = 1024  # at a time: a whole matrix in fp32 would take four times the memory of the result
+_TURNS = 2  # of finding scales; more change little
 
 
 class Int8(NamedTuple):
@@ -43,21 +44,30 @@ def tensors_of(matrix: Matrix) -> tuple[Tensor, ...]:
 
 
 def quantize(matrix: Tensor) -> Int8:
-    """[out, in] in any floating dtype -> the nearest whole numbers, for the scales that are chosen.
+    """[out, in] in any floating dtype -> the nearest whole numbers, for scales that make rows and columns alike.
 
-    A column's scale is its root mean square; a row's makes the largest of its values, over their columns' scales, 127.
+    The scales are found in turns: a row's from its largest value over the columns' scales, a column's from its largest
+    over the rows'. (Sinkhorn & Knopp 1967 do so with sums)
     """
-    squares = sum(rows.float().square().sum(dim=0) for rows in matrix.split(_ROWS))  # [in]
-    column_scales = (torch.as_tensor(squares) / len(matrix)).sqrt()
-    column_scales[column_scales == 0] = 1.0  # of zeros: any scale will do
+    column_scales = torch.ones(matrix.shape[1], device=matrix.device)
+    for _ in range(_TURNS):
+        largest = torch.zeros_like(column_scales)
+        for rows in matrix.split(_ROWS):
+            even = rows.abs().float().div_(column_scales)
+            even.div_(_not_zero(even.amax(dim=-1, keepdim=True)))
+            largest = torch.maximum(largest, even.amax(dim=0))
+        column_scales *= _not_zero(largest)
     values, row_scales = [], []
     for rows in matrix.split(_ROWS):
         even = rows.float() / column_scales
-        scales = even.abs().amax(dim=-1) / 127  # [rows]
-        scales[scales == 0] = 1.0
-        values.append((even / scales.unsqueeze(-1)).round().to(torch.int8))
+        scales = _not_zero(even.abs().amax(dim=-1) / 127)  # [rows]
+        values.append(even.div_(scales.unsqueeze(-1)).round_().to(torch.int8))
         row_scales.append(scales)
     return Int8(torch.cat(values), torch.cat(row_scales), column_scales)
+
+
+def _not_zero(scales: Tensor) -> Tensor:
+    return torch.where(scales == 0, 1.0, scales)  # of zeros only: any scale will do
 
 
 def widen(matrix: Int8, dtype: torch.dtype) -> Tensor:

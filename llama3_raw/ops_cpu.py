@@ -195,7 +195,7 @@ def fp32_is_faster() -> bool:
 
 
 def attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor) -> Tensor:
-    """As model.attend, by blocks of tokens and of keys: the scores of all are never in memory at once. (Dao et al. 2022)"""
+    """As model.attend, by blocks of tokens and keys, never with all scores in memory at once. (Dao et al. 2022)"""
     n_kv_heads, n_keys = keys.shape[-2], keys.shape[-3]
     sharing = q.shape[-2] // n_kv_heads
     original = q.dtype

@@ -1,139 +1,244 @@
-"""Synthetic checkpoints: the format, the size, the memory they take to make and to run."""
+"""Measuring: what is printed, the other engines, the ratios, the picture, and what is refused."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
 import shutil
-import subprocess
+import stat
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from references import random_weights
 
 import llama3_raw
-from llama3_raw import UserError, bench
-from llama3_raw.bench import SYNTHETIC, main, make_synthetic
-from llama3_raw.params import Params
-from llama3_raw.weights import tensor_places
+from llama3_raw import Model, Params, UserError, gguf_file, measuring, peers
+from llama3_raw.bench import build_parser, main
+from llama3_raw.command_line import choose_model
+from llama3_raw.gguf_file import is_gguf_of, write_gguf
+from llama3_raw.measuring import Task, compare, measure, pairs
+from llama3_raw.memory import Lengths, Plan
+from llama3_raw.params import RopeScaling
+from llama3_raw.peers import LlamaBench, Transformers, Xllamacpp, open_peers
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
-PROMPT = "the answer to the ultimate question of life, the universe, and everything is "
+QUICK = ("--weights", str(TINY), "--prefill", "20", "5", "--rounds", "2")
+needs_xllamacpp = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp has no wheel for this system"
+)
+
+
+class Clock:
+    """An engine that takes as long as it is told: a second for prefill, two for decode; and counts what it does."""
+
+    def __init__(self, name: str = "clock", done: list[tuple[str, str, int]] | None = None):
+        self.name = self.version = name
+        self.done = [] if done is None else done
+
+    def prefill(self, length: int) -> float:
+        self.done.append((self.name, "prefill", length))
+        return 1.0
+
+    def decode(self, context: int, count: int) -> float:
+        self.done.append((self.name, "decode", context))
+        return 2.0
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A size that takes no time: 8b with narrower layers; and chunks smaller than its tensors."""
-    content = {**SYNTHETIC["8b"][0], "dim": 128, "n_layers": 2, "multiple_of": 64}
-    monkeypatch.setitem(bench.SYNTHETIC, "small", (content, False))
-    monkeypatch.setattr(bench, "_CHUNK", 10_000)
+def no_llama_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were none on the PATH."""
+    monkeypatch.setattr(peers, "shutil", SimpleNamespace(which=lambda _: None))
 
 
-@pytest.mark.usefixtures("small")
-def test_it_is_a_checkpoint_of_metas_format(tmp_path: Path, meta_tokenizer_file: Path) -> None:
-    folder = tmp_path / "new" / "folder"
-    assert main(["--make-synthetic", "small", str(folder), "--tokenizer", str(meta_tokenizer_file)]) == 0
-    assert sorted(file.name for file in folder.iterdir()) == ["consolidated.00.pth", "params.json", "tokenizer.model"]
-    model = llama3_raw.load(folder)
-    ours = model.weights.layers[1].w2
-    theirs = torch.load(folder / "consolidated.00.pth", weights_only=True)["layers.1.feed_forward.w2.weight"]
-    assert torch.equal(ours, theirs)
-    assert ours.float().std() == pytest.approx(0.02, rel=0.02)
-    assert ours.float().mean() == pytest.approx(0, abs=0.001)
-    assert (model.weights.norm == 1).all()
-    assert model.weights.layers[0].w1[0, 0] != model.weights.layers[1].w1[0, 0]
+def output_of(capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
+    """The table, and the JSON in the last line."""
+    table, last = capsys.readouterr().out.rstrip().rsplit("\n", 1)
+    return table, json.loads(last)
 
 
-@pytest.mark.usefixtures("small")
-def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "consolidated.00.pth").write_text("precious")
-    assert main(["--make-synthetic", "small", str(tmp_path)]) == 2
-    assert "is there already" in capsys.readouterr().err
-    assert (tmp_path / "consolidated.00.pth").read_text() == "precious"
+def test_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(QUICK) == 0
+    table, figures = output_of(capsys)
+    assert list(figures["prefill_tokens_per_second"]) == ["5", "20"]
+    assert all(speed > 0 for speed in figures["prefill_tokens_per_second"].values())
+    assert figures["decode_tokens_per_second_by_context"] == {"5": figures["decode_tokens_per_second"]}
+    assert f"{figures['decode_tokens_per_second']:.2f} tokens/s" in table
+    assert f"{figures['decode_share_of_read_loop']:.1%}" in table
+    assert 0 < figures["load_seconds"] + figures["first_pass_seconds"] < figures["start_to_first_token_seconds"]
+    assert f"{figures['start_to_first_token_seconds']:.2f} s" in table
+    assert figures["peak_ram_bytes"] > 10e6
+    assert figures["threads"] == torch.get_num_threads()
+    assert figures["vs"] == {}
 
 
-@pytest.mark.usefixtures("small")
-def test_a_tokenizer_that_is_in_place_already(tmp_path: Path, meta_tokenizer_file: Path) -> None:
-    shutil.copy(meta_tokenizer_file, tmp_path / "tokenizer.model")
-    make_synthetic("small", tmp_path, tmp_path / "tokenizer.model")
-    assert llama3_raw.load(tmp_path).tokenizer is not None
+@needs_xllamacpp
+@pytest.mark.usefixtures("no_llama_bench")
+def test_beside_both_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gguf, picture = tmp_path / "tiny.gguf", tmp_path / "speed.png"
+    vs = ("--vs", "transformers", "llama.cpp", "--gguf", str(gguf), "--plot", str(picture), "--contexts", "5", "30")
+    assert main([*QUICK, *vs]) == 0
+    table, figures = output_of(capsys)
+    assert is_gguf_of(gguf, llama3_raw.load(TINY))
+    assert list(figures["vs"]) == ["transformers", "llama.cpp"]
+    for peer in figures["vs"].values():
+        assert peer["version"] in table
+        for kind, lengths in {"prefill": ["5", "20"], "decode": ["5", "30"]}.items():
+            assert list(peer[f"{kind}_tokens_per_second"]) == lengths
+            for length in lengths:
+                assert len(peer[f"{kind}_ratios"][length]) == 2
+                assert f"{peer[f'{kind}_ratio'][length]:.2f}  (" in table
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
 
 
-@pytest.mark.usefixtures("small")
-def test_a_full_disk_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ratios_are_of_the_same_round() -> None:
+    assert pairs({1: 10.0, 2: 6.0, 3: 9.0}, {2: 3.0, 1: 20.0}) == [0.5, 2.0]
+    prefill, decode = Task("prefill", 17), Task("decode", 17)
+    ours = {prefill: {1: 10.0, 2: 20.0, 3: 80.0}, decode: {1: 1.0, 2: 2.0, 3: 6.0}}
+    theirs = {prefill: {1: 20.0, 2: 10.0, 3: 20.0}, decode: {3: 2.0}}
+    figures = compare(Clock(), ours, theirs)
+    assert figures.prefill_ratios == {17: [0.5, 2.0, 4.0]}
+    assert figures.prefill_ratio == {17: 2.0}  # the ratio of the medians is 1
+    assert figures.prefill_tokens_per_second == {17: 20.0}
+    assert figures.decode_ratios == {17: [3.0]}
+
+
+def test_engines_take_turns_and_long_work_is_done_once(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, str, int]] = []
+    clocks = [Clock("a", done), Clock("b", done)]
+    figures = measure(tiny, prefill=(3, 5), contexts=(3, 8), new_tokens=4, rounds=2, peers=clocks)
+    a_round = [("prefill", 5), ("prefill", 3), ("decode", 3), ("decode", 8)]
+    assert done == [(name, *task) for task in a_round for name in "ab"] * 3
+    assert figures.vs["b"].prefill_tokens_per_second == {3: 3.0, 5: 5.0}
+    assert figures.vs["b"].decode_tokens_per_second == {3: 2.0, 8: 2.0}
+    done.clear()
+    monkeypatch.setattr(measuring, "_LONG", 4)
+    figures = measure(tiny, prefill=(3, 5), contexts=(3, 8), new_tokens=4, rounds=2, peers=clocks)
+    assert done.count(("a", "prefill", 5)) == done.count(("a", "decode", 8)) == 1
+    assert len(figures.vs["a"].decode_ratios[8]) == 1
+
+
+@pytest.fixture(params=["tiny", "scaled"])
+def same_model(request: pytest.FixtureRequest, tiny: Model) -> tuple[Model, list[int]]:
+    """A model and a prompt: a trained one in bf16, with tied embeddings; a random one in fp32, with scaled RoPE."""
+    if request.param == "tiny":
+        assert tiny.tokenizer is not None
+        return tiny, tiny.tokenizer.encode("Once upon a time, there was a little girl named", bos=True)
+    scaling = RopeScaling(factor=8.0, original_max_seq_len=16)  # so short that the prompt is beyond it
+    params = Params(128, 2, 4, 2, 64, 32, 256, 1e-5, 10000.0, scaling, 512)
+    return Model(params, random_weights(params, torch.float32, seed=0), None), torch.arange(60).tolist()
+
+
+def test_transformers_is_the_same_model(same_model: tuple[Model, list[int]]) -> None:
+    model, ids = same_model
+    ours = list(llama3_raw.generate(model, ids, max_new_tokens=8, stop_ids=()))
+    assert Transformers(model, longest=64).greedy(ids, 8) == ours
+
+
+@needs_xllamacpp
+def test_llama_cpp_is_the_same_model(same_model: tuple[Model, list[int]], tmp_path: Path) -> None:
+    model, ids = same_model
+    write_gguf(model, tmp_path / "model.gguf")
+    ours = list(llama3_raw.generate(model, ids, max_new_tokens=8, stop_ids=()))
+    assert Xllamacpp(model, tmp_path / "model.gguf", threads=2, longest=128).greedy(ids, 8) == ours
+
+
+@needs_xllamacpp
+def test_llama_cpp_that_does_less_than_asked_is_not_measured(tiny: Model, tmp_path: Path) -> None:
+    write_gguf(tiny, tmp_path / "model.gguf")
+    with pytest.raises(UserError, match="did not make 600 tokens"):
+        Xllamacpp(tiny, tmp_path / "model.gguf", threads=2, longest=64).greedy([1, 2, 3], 600)
+
+
+def test_transformers_shares_the_weights(tiny: Model) -> None:
+    peer = Transformers(tiny, longest=8)._peer
+    assert peer.model.layers[1].mlp.up_proj.weight.data_ptr() == tiny.weights.layers[1].w3.data_ptr()
+    assert peer.lm_head.weight.data_ptr() == tiny.weights.output.data_ptr()
+
+
+def test_a_llama_bench_on_the_path_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Model) -> None:
+    program = tmp_path / "llama-bench"
+    answer = [{"build_number": 7, "build_commit": "abc", "samples_ns": [2_000_000_000]}]
+    program.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/asked\necho '{json.dumps(answer)}'\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with open_peers(["llama.cpp"], tiny, None, longest=64) as (engine,):
+        assert isinstance(engine, LlamaBench)
+        assert engine.decode(30, 4) == 2.0
+        assert engine.version == "llama-bench, build 7 (abc)"
+        asked = (tmp_path / "asked").read_text()
+        file = Path(asked.split()[1])
+        assert is_gguf_of(file, tiny)
+        assert asked.split()[2:] == f"-t {torch.get_num_threads()} -ngl 0 -r 1 -o json -p 0 -n 4 -d 30".split()
+    assert not file.exists()
+    program.write_text("#!/bin/sh\necho no such model >&2\nexit 1\n")
+    with pytest.raises(UserError, match="status 1: no such model"):
+        LlamaBench(str(program), file, threads=2).prefill(17)
+
+
+def test_a_gguf_file_of_another_model(tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.gguf"
+    write_gguf(tiny, file)
+    assert main([*QUICK, "--layers", "2", "--vs", "llama.cpp", "--gguf", str(file)]) == 2
+    assert f"--gguf {file}: is another model" in capsys.readouterr().err
+    layers = list(tiny.weights.layers)
+    layers[1] = layers[1]._replace(w2=torch.zeros_like(layers[1].w2))
+    assert not is_gguf_of(file, tiny._replace(weights=tiny.weights._replace(layers=tuple(layers))))
+    file.write_text("no GGUF")
+    assert not is_gguf_of(file, tiny)
+
+
+def test_a_disk_too_small_for_a_gguf_file(tmp_path: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(bench.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(UserError, match="are needed"):
-        make_synthetic("small", tmp_path / "m")
-    assert list((tmp_path / "m").iterdir()) == []
-
-
-def test_an_unknown_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--make-synthetic", "7b", str(tmp_path)]) == 2
-    assert "choose from 8b, 1b, 3b, 70b-1layer" in capsys.readouterr().err
+    monkeypatch.setattr(gguf_file.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"are needed for a GGUF file.*--gguf"):
+        write_gguf(tiny, tmp_path / "model.gguf")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("size", "descriptor"), [("8b", "Llama-3-8B"), ("1b", "Llama3.2-1B"), ("3b", "Llama3.2-3B"), ("70b-1layer", None)]
+    ("arguments", "says"),
+    [
+        (("--prefill", "600"), "--prefill 600: with the new tokens that is beyond the model's context of 512"),
+        (("--contexts", "510"), "--contexts 510: with the new tokens that is beyond the model's context of 512"),
+        (("--vs", "vllm"), "invalid choice: 'vllm' (choose from"),
+        (("--plot", "speed.docx"), "--plot speed.docx: the name should end in .png or .svg"),
+        (("--plot", "nowhere/speed.png"), "there is no folder nowhere"),
+    ],
 )
-def test_sizes_are_those_of_meta(size: str, descriptor: str | None) -> None:
-    from llama_models.sku_list import resolve_model
-
-    content, tied = SYNTHETIC[size]
-    theirs = resolve_model(descriptor or "Llama-3-70B").arch_args
-    assert Params.from_meta(content) == Params.from_meta({**theirs, **({} if descriptor else {"n_layers": 1})})
-    places = list(tensor_places(Params.from_meta(content), tied))
-    if size == "8b":
-        assert len(places) == 291
-        assert sum(2 * torch.Size(place.shape).numel() for place in places) == 16_060_522_496
+def test_what_cannot_be_measured(arguments: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QUICK, *arguments]) == 2
+    assert says in capsys.readouterr().err
 
 
-def peak_of(command: list[str]) -> tuple[int, str]:
-    """The most memory that a command held, in bytes (VmHWM, mapped files included), and its stderr."""
-    watch = (
-        "import runpy, sys, atexit\n"
-        "from llama3_raw.command_line import peak_memory\n"
-        "atexit.register(lambda: print('PEAK', peak_memory(), file=sys.stderr))\n"
-        f"sys.argv = {command!r}\n"
-        f"runpy.run_module({command[0]!r}, run_name='__main__', alter_sys=True)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return int(done.stderr.split("PEAK ")[1].split()[0]), done.stderr
+@pytest.mark.usefixtures("no_llama_bench")
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("transformers", ("--vs", "transformers")),
+        ("xllamacpp", ("--vs", "llama.cpp")),
+        ("gguf", ("--vs", "llama.cpp")),
+        ("matplotlib", ("--plot", "speed.png")),
+    ],
+)
+def test_a_missing_package(
+    package: str, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # which makes its import fail
+    assert main([*QUICK, *arguments]) == 2
+    assert f"pip install {package}" in capsys.readouterr().err
 
 
-@pytest.mark.full_size
-def test_8b_at_true_size(tmp_path_factory: pytest.TempPathFactory, meta_tokenizer_file: Path) -> None:
-    """Made within 3 GB, loaded in under 3 s with a warm page cache, run within 17.0e9 bytes."""
-    place = Path(os.environ.get("LLAMA3_RAW_FULL_SIZE_FOLDER", tmp_path_factory.mktemp("full"))) / "8b"
-    try:
-        made, _ = peak_of(
-            ["llama3_raw.bench", "--make-synthetic", "8b", str(place), "--tokenizer", str(meta_tokenizer_file)]
-        )
-        assert made < 3e9
-        run = ["llama3_raw", "--weights", str(place), "--max-new-tokens", "8", "--stats", "json", PROMPT]
-        for _ in range(2):  # the first run warms the page cache
-            peak, errors = peak_of(run)
-        stats = json.loads(next(line for line in errors.splitlines() if line.startswith("{")))
-        assert (stats["prompt_tokens"], stats["new_tokens"]) == (17, 8)
-        assert stats["load_seconds"] < 3
-        assert peak <= 17.0e9
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def test_measuring_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--weights", str(TINY), "--prefill", "20", "5", "--rounds", "2"]
-    assert main(arguments) == 0
-    table, last = capsys.readouterr().out.rstrip().rsplit("\n", 1)
-    figures = json.loads(last)
-    assert list(figures["prefill_tokens_per_second"]) == ["5", "20"]
-    assert all(speed > 0 for speed in figures["prefill_tokens_per_second"].values())
-    assert f"{figures['decode_tokens_per_second']:.2f} tokens/s" in table
-    assert f"{figures['decode_share_of_read_loop']:.1%}" in table
-
-
-def test_measuring_beyond_the_context(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--weights", str(TINY), "--prefill", "600"]) == 2
-    assert "--prefill 600: with the new tokens that is beyond the model's context of 512" in capsys.readouterr().err
+def test_peers_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = choose_model(build_parser().parse_args(QUICK), needs_tokenizer=False)
+    lengths = Lengths(prompt=17, text=22, least=2)
+    plan = Plan(chosen.checkpoint, chosen.device, None, lengths)
+    enough = peers.memory_together(plan, ["llama.cpp"])
+    monkeypatch.setattr(peers, "free_memory", lambda _: enough * 10 // 9 + 2)
+    peers.check_peers(chosen, lengths, ["llama.cpp"])
+    monkeypatch.setattr(peers, "free_memory", lambda _: enough)
+    with pytest.raises(UserError, match=r"--vs llama.cpp: .* push the other's weights out; --layers 3 fits"):
+        peers.check_peers(chosen, lengths, ["llama.cpp"])

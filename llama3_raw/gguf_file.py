@@ -1,0 +1,117 @@
+"""llama.cpp's format: a model written as one GGUF file. (github.com/ggml-org/ggml, docs/gguf.md)"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .errors import UserError, in_short, needed_package
+from .model import rope_frequencies
+from .weights import Model, tensor_places
+
+_GGUF_NAMES = {
+    **{"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"},
+    **{"attention_norm": "attn_norm", "wq": "attn_q", "wk": "attn_k", "wv": "attn_v", "wo": "attn_output"},
+    **{"ffn_norm": "ffn_norm", "w1": "ffn_gate", "w2": "ffn_down", "w3": "ffn_up"},
+}
+_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+def gguf_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """Name and content of every tensor, matrices as they are: llama.cpp keeps Meta's order of the rows of wq and wk.
+
+    It wants the norms in fp32, and the scaling of RoPE as the divisors [head_dim/2] of the unscaled frequencies.
+    """
+    params, weights = model.params, model.weights
+    for place in tensor_places(params, weights.output is weights.tok_embeddings):
+        tensor: Tensor = getattr(weights if place.layer is None else weights.layers[place.layer], place.field)
+        layer = "" if place.layer is None else f"blk.{place.layer}."
+        yield f"{layer}{_GGUF_NAMES[place.field]}.weight", tensor.float() if tensor.dim() == 1 else tensor
+    if params.rope_scaling is not None:
+        cpu = torch.device("cpu")
+        unscaled = rope_frequencies(replace(params, rope_scaling=None), cpu)
+        yield "rope_freqs.weight", unscaled / rope_frequencies(params, cpu)
+
+
+def write_gguf(model: Model, file: Path) -> None:
+    """Writes the weights of a model on the CPU, in their dtype, tensor by tensor.
+
+    The vocabulary is made up, token N being called "tN": whoever runs the file talks to it in token ids. Raises
+    UserError where the disk is too small or refuses.
+    """
+    gguf: Any = needed_package("gguf", "a GGUF file")
+    params = model.params
+    tensors = list(gguf_tensors(model))
+    n_bytes = sum(tensor.nbytes for _, tensor in tensors)
+    part = file.with_name(file.name + ".part")
+    try:
+        free = shutil.disk_usage(file.parent).free
+        if free < n_bytes + 100_000_000:
+            raise UserError(
+                f"{file.parent}: {n_bytes / 1e9:.1f} GB are needed for a GGUF file, {free / 1e9:.1f} GB are free on "
+                "that disk; name a file on another one by --gguf"
+            )
+        writer = gguf.GGUFWriter(part, "llama")
+        writer.add_vocab_size(params.vocab_size)
+        writer.add_context_length(params.max_seq_len)
+        writer.add_embedding_length(params.dim)
+        writer.add_block_count(params.n_layers)
+        writer.add_feed_forward_length(params.hidden_dim)
+        writer.add_head_count(params.n_heads)
+        writer.add_head_count_kv(params.n_kv_heads)
+        writer.add_key_length(params.head_dim)
+        writer.add_value_length(params.head_dim)
+        writer.add_rope_dimension_count(params.head_dim)
+        writer.add_rope_freq_base(params.rope_theta)
+        writer.add_layer_norm_rms_eps(params.norm_eps)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("llama-bpe")
+        writer.add_token_list([f"t{token}" for token in range(params.vocab_size)])
+        writer.add_token_types([gguf.TokenType.NORMAL] * params.vocab_size)
+        writer.add_token_merges(["t 0"])  # it will not do without any
+        arrays = [(name, _array(tensor), gguf.GGMLQuantizationType[_TYPES[tensor.dtype]]) for name, tensor in tensors]
+        for name, array, kind in arrays:
+            writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        with tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"writing {file}", leave=False) as bar:
+            for _, array, _ in arrays:
+                writer.write_tensor_data(array)
+                bar.update(array.nbytes)
+        writer.close()
+        part.rename(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {in_short(error)}; name another file by --gguf") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def is_gguf_of(file: Path, model: Model) -> bool:
+    """Whether a GGUF file holds this model: the same tensors, as far as their first and last rows tell."""
+    gguf: Any = needed_package("gguf", "a GGUF file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            entries = {entry.name: entry for entry in gguf.GGUFReader(file).tensors}
+    except (OSError, ValueError, KeyError, IndexError):
+        return False
+    tensors = dict(gguf_tensors(model))
+    return entries.keys() == tensors.keys() and all(
+        entry.data[row].tobytes() == _array(tensors[name])[row].tobytes()
+        for name, entry in entries.items()
+        for row in (0, -1)
+    )
+
+
+def _array(tensor: Tensor) -> Any:
+    """The same memory as a numpy array; bf16, which numpy does not have, as int16."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()

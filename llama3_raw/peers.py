@@ -1,0 +1,290 @@
+"""Other engines on the same weights, to measure against: Hugging Face's transformers, and llama.cpp.
+
+All of them have one shape, `Engine`. They run on the CPU, with as many threads as torch has, one after the other in
+the same minute; each is asked for no more than the one token that comes next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .command_line import ChosenModel
+from .errors import UserError, in_short, needed_package
+from .gguf_file import is_gguf_of, write_gguf
+from .machine import free_memory
+from .memory import Lengths, Plan, needed
+from .weights import Model, first_layers, tensor_places, to_state_dict
+
+TRANSFORMERS, LLAMA_CPP = "transformers", "llama.cpp"
+PEERS = (TRANSFORMERS, LLAMA_CPP)
+
+
+class Engine(Protocol):
+    """Something that runs a model, and is measured."""
+
+    name: str
+    version: str  # in words: what exactly is run
+
+    def prefill(self, length: int) -> float:
+        """-> the seconds from a prompt of so many tokens to the token that comes next."""
+
+    def decode(self, context: int, count: int) -> float:
+        """-> the seconds for so many tokens, one at a time, behind `context` tokens."""
+
+
+def random_ids(model: Model, length: int) -> list[int]:
+    """The prompt that all engines get: the speed does not depend on what it says."""
+    return torch.randint(model.params.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+class Transformers:
+    """LlamaForCausalLM on the tensors of the model itself, but for wq and wk: it has their rows in another order.
+
+    With its attention by torch (sdpa), a StaticCache just large enough (a little faster in this than the DynamicCache
+    that its own `generate` takes), in inference mode, logits at the last position only. For `decode` the cache is
+    filled with random numbers.
+    """
+
+    name = TRANSFORMERS
+
+    def __init__(self, model: Model, longest: int):
+        self._transformers: Any = needed_package("transformers", "--vs transformers")
+        self.version = f"transformers {self._transformers.__version__}"
+        self._model = model
+        self._ids = random_ids(model, longest)
+        config = _hf_config(self._transformers, model)
+        with torch.device("meta"):
+            self._peer = self._transformers.LlamaForCausalLM(config).eval()
+            rotary = type(self._peer.model.rotary_emb)
+        self._peer.load_state_dict(_hf_state_dict(model), assign=True)
+        # its table of frequencies belongs to no checkpoint, and is still without content
+        self._peer.model.rotary_emb = rotary(config).to(model.weights.norm.device)
+
+    def prefill(self, length: int) -> float:
+        cache = self._cache(length)
+        start = time.perf_counter()
+        self._next(self._ids[:length], cache)
+        return time.perf_counter() - start
+
+    def decode(self, context: int, count: int) -> float:
+        params, norm = self._model.params, self._model.weights.norm
+        cache = self._cache(context + count)
+        for layer in range(params.n_layers):
+            keys, values = torch.randn(
+                2, 1, params.n_kv_heads, context, params.head_dim, dtype=norm.dtype, device=norm.device
+            )
+            cache.update(keys, values, layer)
+        token = self._ids[0]
+        start = time.perf_counter()
+        for _ in range(count):
+            token = self._next([token], cache)
+        return time.perf_counter() - start
+
+    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
+        """The tokens that follow the prompt; for checking that it is the same model."""
+        cache = self._cache(len(ids) + count)
+        tokens = [self._next(ids, cache)]
+        while len(tokens) < count:
+            tokens.append(self._next(tokens[-1:], cache))
+        return tokens
+
+    def _cache(self, length: int) -> Any:
+        return self._transformers.StaticCache(config=self._peer.config, max_cache_len=length)
+
+    @torch.inference_mode()
+    def _next(self, ids: Sequence[int], cache: Any) -> int:
+        tokens = torch.tensor([ids], device=self._model.weights.norm.device)
+        logits = self._peer(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # [1, 1, vocab]
+        return int(logits[0, -1].argmax())
+
+
+def _hf_config(transformers: Any, model: Model) -> Any:
+    """The params as a LlamaConfig."""
+    params, weights = model.params, model.weights
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": params.rope_theta}
+    if params.rope_scaling:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": params.rope_scaling.factor,
+            "low_freq_factor": params.rope_scaling.low_freq_factor,
+            "high_freq_factor": params.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": params.rope_scaling.original_max_seq_len,
+        }
+    return transformers.LlamaConfig(
+        hidden_size=params.dim,
+        num_hidden_layers=params.n_layers,
+        num_attention_heads=params.n_heads,
+        num_key_value_heads=params.n_kv_heads,
+        head_dim=params.head_dim,
+        vocab_size=params.vocab_size,
+        intermediate_size=params.hidden_dim,
+        rms_norm_eps=params.norm_eps,
+        max_position_embeddings=params.max_seq_len,
+        rope_parameters=rope,
+        tie_word_embeddings=weights.output is weights.tok_embeddings,
+        attn_implementation="sdpa",
+    )
+
+
+def _hf_state_dict(model: Model) -> dict[str, Tensor]:
+    """The tensors by Hugging Face's names; copied are only wq and wk, half-split (see weights.interleave_pairs)."""
+    params = model.params
+    by_meta_name = to_state_dict(params, model.weights)
+    tensors = {"lm_head.weight": model.weights.output}
+    for place in tensor_places(params, tied="output.weight" not in by_meta_name):
+        tensor = by_meta_name[place.meta_name]
+        if place.field in ("wq", "wk"):
+            pairs = tensor.view(-1, params.head_dim // 2, 2, params.dim)  # [heads, head_dim/2, 2, dim]
+            tensor = pairs.transpose(1, 2).reshape(tensor.shape)
+        tensors[place.hf_name] = tensor
+    return tensors
+
+
+class LlamaBench:
+    """llama.cpp's own measuring tool, from the PATH: a process each time, whose warm-up and loading do not count.
+
+    As it comes: batches of 2,048 tokens in parts of 512, keys and values in fp16, prompts of its own random tokens;
+    `decode` computes the tokens before it first.
+    """
+
+    name = LLAMA_CPP
+
+    def __init__(self, program: str, gguf: Path, threads: int):
+        self._command = [program, "-m", str(gguf), "-t", str(threads), "-ngl", "0", "-r", "1", "-o", "json"]
+        self.version = f"{program} (version unknown before it has run)"
+
+    def prefill(self, length: int) -> float:
+        return self._seconds("-p", length, "-n", 0)
+
+    def decode(self, context: int, count: int) -> float:
+        return self._seconds("-p", 0, "-n", count, "-d", context)
+
+    def _seconds(self, *arguments: str | int) -> float:
+        command = [*self._command, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            (result,) = json.loads(done.stdout)
+            self.version = f"llama-bench, build {result['build_number']} ({result['build_commit']})"
+            return float(result["samples_ns"][0]) / 1e9
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            said = in_short((done.stderr or done.stdout)[-200:])
+            raise UserError(f"{' '.join(command)}: fails with status {done.returncode}: {said}") from error
+
+
+class Xllamacpp:
+    """llama.cpp as the package xllamacpp brings it: its server, asked in token ids, which also takes the time.
+
+    As it comes: batches of 2,048 tokens in parts of 512, keys and values in fp16. `decode` computes the tokens before
+    it first.
+    """
+
+    name = LLAMA_CPP
+
+    def __init__(self, model: Model, gguf: Path, threads: int, longest: int):
+        xllamacpp: Any = needed_package("xllamacpp", "--vs llama.cpp without a llama-bench on the PATH")
+        features = re.findall(r"(\w+) = 1", xllamacpp.get_system_info())
+        self.version = f"xllamacpp {xllamacpp.__version__} ({' '.join(features)})"
+        self._ids = random_ids(model, longest)
+        params = xllamacpp.CommonParams()
+        params.model.path = str(gguf)
+        params.n_ctx = longest + 1
+        params.n_parallel = 1
+        params.n_gpu_layers = 0
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.fit_params = params.use_jinja = params.enable_chat_template = False
+        params.cache_ram_mib = 0  # it would keep copies of old prompts
+        params.verbosity = 0
+        try:
+            self._server = xllamacpp.Server(params)
+        except Exception as error:  # whatever its C++ throws
+            raise UserError(f"{gguf}: llama.cpp cannot run this model: {in_short(error)}") from error
+
+    def prefill(self, length: int) -> float:
+        return float(self._complete(self._ids[:length], 1)["timings"]["prompt_ms"]) / 1e3
+
+    def decode(self, context: int, count: int) -> float:
+        # the first token comes out of the prompt, and its time is the prompt's
+        return float(self._complete(self._ids[:context], count + 1)["timings"]["predicted_ms"]) / 1e3
+
+    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
+        """The tokens that follow the prompt; for checking that it is the same model."""
+        text = self._complete(ids, count)["choices"][0]["text"]
+        return [int(token) for token in re.findall(r"t(\d+)", text)]  # as write_gguf named them
+
+    def _complete(self, ids: Sequence[int], count: int) -> dict[str, Any]:
+        request = {"prompt": list(ids), "n_predict": count, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        answer: dict[str, Any] = self._server.handle_completions(request)
+        if answer.get("timings", {}).get("predicted_n") != count:
+            raise UserError(f"--vs llama.cpp: llama.cpp did not make {count} tokens: {in_short(answer)}")
+        return answer
+
+
+def memory_together(plan: Plan, peers: Sequence[str]) -> int:
+    """The bytes that a plan and these peers fill at the same time, so that none pushes another out of the memory."""
+    need, params = needed(plan), plan.checkpoint.params
+    weights = need.mapped + need.copied
+    itemsize = (plan.dtype or next(iter(plan.checkpoint.parts.values()))[0].dtype).itemsize
+    wq_and_wk = params.n_layers * (params.n_heads + params.n_kv_heads) * params.head_dim * params.dim * itemsize
+    weights_of = {TRANSFORMERS: wq_and_wk, LLAMA_CPP: weights}
+    return weights + sum(weights_of[peer] for peer in peers) + (1 + len(peers)) * (need.cache + need.work)
+
+
+def check_peers(chosen: ChosenModel, lengths: Lengths, names: Sequence[str]) -> None:
+    """Raises UserError where the peers cannot run on the device, or do not fit into the memory together."""
+    if not names:
+        return
+    if chosen.device.type != "cpu":
+        raise UserError(f"--vs compares on the CPU, but the device is {chosen.device}; give --device cpu")
+    checkpoint = chosen.checkpoint
+    free = free_memory(chosen.device) * 9 // 10  # the rest is for what else runs, or pages would come and go
+
+    def together(layers: int) -> int:
+        return memory_together(
+            Plan(first_layers(checkpoint, layers), chosen.device, chosen.dtype, lengths), list(dict.fromkeys(names))
+        )
+
+    most = checkpoint.params.n_layers
+    if together(most) <= free:
+        return
+    fitting = next((layers for layers in range(most, 0, -1) if together(layers) <= free), None)
+    way_out = f"--layers {fitting} fits" if fitting else "take a smaller model"
+    raise UserError(
+        f"--vs {' '.join(names)}: all engines together need {together(most) / 1e9:.1f} GB of memory, "
+        f"{free / 1e9:.1f} GB are free, and each would push the other's weights out; {way_out}"
+    )
+
+
+@contextlib.contextmanager
+def open_peers(names: Sequence[str], model: Model, gguf: str | None, longest: int) -> Iterator[list[Engine]]:
+    """The peers of these names, ready to run the model. A GGUF file that has no name given goes in the end.
+
+    Raises UserError where a peer's package is missing, or the GGUF file is of another model or cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        engines: list[Engine] = []
+        for name in dict.fromkeys(names):
+            if name == TRANSFORMERS:
+                engines.append(Transformers(model, longest))
+                continue
+            folder = None if gguf else stack.enter_context(tempfile.TemporaryDirectory(prefix="llama3_raw-"))
+            file = Path(gguf or f"{folder}/model.gguf")
+            if not file.exists():
+                write_gguf(model, file)
+            elif not is_gguf_of(file, model):
+                raise UserError(f"--gguf {file}: is another model (or other --layers); name another file, or remove it")
+            # one on the PATH may be built for this very processor
+            program, threads = shutil.which("llama-bench"), torch.get_num_threads()
+            engines.append(LlamaBench(program, file, threads) if program else Xllamacpp(model, file, threads, longest))
+        yield engines

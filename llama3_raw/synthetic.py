@@ -1,0 +1,100 @@
+"""Models to measure on: checkpoints of Meta's format and true size with random weights."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .errors import UserError, in_short
+from .params import Params
+from .tokenizer import Tokenizer
+from .weights import tensor_places
+
+_LLAMA_3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-05, "rope_theta": 500000.0}
+# params.json of the models (llama_models.sku_list), and whether their embeddings are tied
+SYNTHETIC: dict[str, tuple[dict[str, Any], bool]] = {
+    "8b": (
+        {"dim": 4096, "n_layers": 32, "n_heads": 32, "ffn_dim_multiplier": 1.3, "multiple_of": 1024, **_LLAMA_3},
+        False,
+    ),
+    "1b": (
+        {"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5, "multiple_of": 256, **_LLAMA_3}
+        | {"use_scaled_rope": True},
+        True,
+    ),
+    "3b": (
+        {"dim": 3072, "n_layers": 28, "n_heads": 24, "ffn_dim_multiplier": 1.0, "multiple_of": 256, **_LLAMA_3}
+        | {"use_scaled_rope": True},
+        True,
+    ),
+    "70b-1layer": (
+        {"dim": 8192, "n_layers": 1, "n_heads": 64, "ffn_dim_multiplier": 1.3, "multiple_of": 4096, **_LLAMA_3},
+        False,
+    ),
+}
+_CHUNK = 1 << 26  # values made at once
+
+
+def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, random_seed: int = 0) -> None:
+    """Writes a model of Meta's format and true size with random weights in bf16, in little memory.
+
+    Matrices are normal with a standard deviation of 0.02, norms are one. Raises UserError where the folder already
+    holds a model or the disk is too small.
+    """
+    content, tied = SYNTHETIC[size]
+    params = Params.from_meta(content)
+    if tokenizer is not None and Tokenizer(tokenizer).n_words != params.vocab_size:
+        raise UserError(f"--tokenizer {tokenizer}: does not have the {params.vocab_size} tokens of Llama 3")
+    places = list(tensor_places(params, tied))
+    n_bytes = sum(2 * torch.Size(place.shape).numel() for place in places)
+    checkpoint = folder / "consolidated.00.pth"
+    for file in (checkpoint, folder / "params.json", folder / "tokenizer.model"):
+        if file.exists() and not (tokenizer is not None and file.samefile(tokenizer)):
+            raise UserError(f"{file}: is there already; name another folder, or remove it first")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {error.strerror}; name a folder you may write to") from error
+    if free < n_bytes + 10_000_000:
+        raise UserError(f"{folder}: {n_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on that disk")
+
+    part = checkpoint.with_suffix(".part")
+    try:
+        # Save the structure alone (memory that is never touched costs nothing), then fill in the bytes where they go.
+        empty = {place.meta_name: torch.empty(place.shape, dtype=torch.bfloat16) for place in places}
+        with torch.serialization.skip_data():
+            torch.save(empty, part)
+        del empty
+        _fill(part, random_seed, n_bytes)
+        if tokenizer is not None and tokenizer.resolve() != (folder / "tokenizer.model").resolve():
+            shutil.copyfile(tokenizer, folder / "tokenizer.model")
+        (folder / "params.json").write_text(json.dumps(content) + "\n")
+        part.rename(checkpoint)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for what the system refuses
+        raise UserError(f"{folder}: cannot be written: {in_short(error)}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _fill(file: Path, random_seed: int, n_bytes: int) -> None:
+    """Puts random values into the place of every tensor of a checkpoint that has only its structure yet."""
+    structure = torch.load(file, map_location="meta", weights_only=True)
+    generator = torch.Generator().manual_seed(random_seed)
+    with open(file, "r+b") as opened, tqdm(total=n_bytes, unit="B", unit_scale=True, desc=str(file.parent)) as bar:
+        for tensor in structure.values():
+            opened.seek(tensor.untyped_storage()._checkpoint_offset)
+            for begin in range(0, tensor.numel(), _CHUNK):
+                count = min(_CHUNK, tensor.numel() - begin)
+                if tensor.dim() == 1:
+                    values = torch.ones(count, dtype=torch.bfloat16)
+                else:
+                    values = torch.empty(count).normal_(0, 0.02, generator=generator).bfloat16()
+                opened.write((ctypes.c_char * values.nbytes).from_address(values.data_ptr()))
+                bar.update(values.nbytes)

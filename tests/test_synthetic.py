@@ -1,0 +1,123 @@
+"""Synthetic checkpoints: the format, the size, the memory they take to make and to run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import llama3_raw
+from llama3_raw import UserError, synthetic
+from llama3_raw.bench import main
+from llama3_raw.params import Params
+from llama3_raw.synthetic import SYNTHETIC, make_synthetic
+from llama3_raw.weights import tensor_places
+
+PROMPT = "the answer to the ultimate question of life, the universe, and everything is "
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size that takes no time: 8b with narrower layers; and chunks smaller than its tensors."""
+    content = {**SYNTHETIC["8b"][0], "dim": 128, "n_layers": 2, "multiple_of": 64}
+    monkeypatch.setitem(synthetic.SYNTHETIC, "small", (content, False))
+    monkeypatch.setattr(synthetic, "_CHUNK", 10_000)
+
+
+@pytest.mark.usefixtures("small")
+def test_it_is_a_checkpoint_of_metas_format(tmp_path: Path, meta_tokenizer_file: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    assert main(["--make-synthetic", "small", str(folder), "--tokenizer", str(meta_tokenizer_file)]) == 0
+    assert sorted(file.name for file in folder.iterdir()) == ["consolidated.00.pth", "params.json", "tokenizer.model"]
+    model = llama3_raw.load(folder)
+    ours = model.weights.layers[1].w2
+    theirs = torch.load(folder / "consolidated.00.pth", weights_only=True)["layers.1.feed_forward.w2.weight"]
+    assert torch.equal(ours, theirs)
+    assert ours.float().std() == pytest.approx(0.02, rel=0.02)
+    assert ours.float().mean() == pytest.approx(0, abs=0.001)
+    assert (model.weights.norm == 1).all()
+    assert model.weights.layers[0].w1[0, 0] != model.weights.layers[1].w1[0, 0]
+
+
+@pytest.mark.usefixtures("small")
+def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "consolidated.00.pth").write_text("precious")
+    assert main(["--make-synthetic", "small", str(tmp_path)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "consolidated.00.pth").read_text() == "precious"
+
+
+@pytest.mark.usefixtures("small")
+def test_a_tokenizer_that_is_in_place_already(tmp_path: Path, meta_tokenizer_file: Path) -> None:
+    shutil.copy(meta_tokenizer_file, tmp_path / "tokenizer.model")
+    make_synthetic("small", tmp_path, tmp_path / "tokenizer.model")
+    assert llama3_raw.load(tmp_path).tokenizer is not None
+
+
+@pytest.mark.usefixtures("small")
+def test_a_full_disk_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match="are needed"):
+        make_synthetic("small", tmp_path / "m")
+    assert list((tmp_path / "m").iterdir()) == []
+
+
+def test_an_unknown_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--make-synthetic", "7b", str(tmp_path)]) == 2
+    assert "choose from 8b, 1b, 3b, 70b-1layer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "descriptor"), [("8b", "Llama-3-8B"), ("1b", "Llama3.2-1B"), ("3b", "Llama3.2-3B"), ("70b-1layer", None)]
+)
+def test_sizes_are_those_of_meta(size: str, descriptor: str | None) -> None:
+    from llama_models.sku_list import resolve_model
+
+    content, tied = SYNTHETIC[size]
+    theirs = resolve_model(descriptor or "Llama-3-70B").arch_args
+    assert Params.from_meta(content) == Params.from_meta({**theirs, **({} if descriptor else {"n_layers": 1})})
+    places = list(tensor_places(Params.from_meta(content), tied))
+    if size == "8b":
+        assert len(places) == 291
+        assert sum(2 * torch.Size(place.shape).numel() for place in places) == 16_060_522_496
+
+
+def peak_of(command: list[str]) -> tuple[int, str]:
+    """The most memory that a command held, in bytes (VmHWM, mapped files included), and its stderr."""
+    watch = (
+        "import runpy, sys, atexit\n"
+        "from llama3_raw.command_line import peak_memory\n"
+        "atexit.register(lambda: print('PEAK', peak_memory(), file=sys.stderr))\n"
+        f"sys.argv = {command!r}\n"
+        f"runpy.run_module({command[0]!r}, run_name='__main__', alter_sys=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stderr.split("PEAK ")[1].split()[0]), done.stderr
+
+
+@pytest.mark.full_size
+def test_8b_at_true_size(tmp_path_factory: pytest.TempPathFactory, meta_tokenizer_file: Path) -> None:
+    """Made within 3 GB, loaded in under 3 s with a warm page cache, run within 17.0e9 bytes."""
+    place = Path(os.environ.get("LLAMA3_RAW_FULL_SIZE_FOLDER", tmp_path_factory.mktemp("full"))) / "8b"
+    try:
+        made, _ = peak_of(
+            ["llama3_raw.bench", "--make-synthetic", "8b", str(place), "--tokenizer", str(meta_tokenizer_file)]
+        )
+        assert made < 3e9
+        run = ["llama3_raw", "--weights", str(place), "--max-new-tokens", "8", "--stats", "json", PROMPT]
+        for _ in range(2):  # the first run warms the page cache
+            peak, errors = peak_of(run)
+        stats = json.loads(next(line for line in errors.splitlines() if line.startswith("{")))
+        assert (stats["prompt_tokens"], stats["new_tokens"]) == (17, 8)
+        assert stats["load_seconds"] < 3
+        assert peak <= 17.0e9
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
