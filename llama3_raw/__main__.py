@@ -30,7 +30,6 @@ from .dialog import Message, encode_dialog
 from .errors import ArgumentParser, UserError, command_line_tool
 from .generation import StopReason, generate
 from .memory import Lengths
-from .model import REFERENCE
 from .tokenizer import Tokenizer
 from .weights import Model
 
@@ -120,7 +119,8 @@ def main(arguments: Sequence[str]) -> int:
     elif tokenizer is not None and not options.ids:
         ids = tokenizer.encode(prompt, bos=True, allow_special=options.special)
     text_length = min(options.context or longest, len(ids) + options.max_new_tokens)
-    model, which = load_model(chosen, Lengths(prompt=len(ids), text=text_length, least=len(ids) + 1))
+    lengths = Lengths(prompt=len(ids), text=text_length, least=len(ids) + 1)
+    model, ops, which = load_model(chosen, lengths, options.reference)
     load_seconds = time.perf_counter() - load_start
 
     watch = _Watch(options.top, tokenizer)
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str]) -> int:
         **asdict(sampling),
         seed=options.seed,
         context=options.context,
-        ops=REFERENCE if options.reference else None,
+        ops=ops,
         tap=watch.tap if options.top else None,
     )
     print(f"llama3_raw: {which}", file=sys.stderr)

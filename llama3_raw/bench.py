@@ -25,6 +25,7 @@ from .errors import ArgumentParser, UserError, command_line_tool, in_short
 from .generation import generate
 from .memory import Lengths
 from .model import KVCache
+from .ops import Ops
 from .params import Params
 from .tokenizer import Tokenizer
 from .weights import Model, tensor_places
@@ -124,16 +125,24 @@ class Figures(NamedTuple):
     peak_ram_bytes: int | None
 
 
-def measure(model: Model, prefill: Sequence[int] = (17, 256), new_tokens: int = 4, rounds: int = 5) -> Figures:
+def measure(
+    model: Model,
+    prefill: Sequence[int] = (17, 256),
+    new_tokens: int = 4,
+    rounds: int = 5,
+    ops: Ops | None = None,
+    read_loop: bool = True,
+) -> Figures:
     """Measures the model where it is, each round a bit of everything in turn, so that a disturbance hits all alike.
 
-    prefill: how many tokens at once; decoding goes on behind the fewest.
+    prefill: how many tokens at once; decoding goes on behind the fewest. ops: those of `generate`. read_loop: whether
+        to measure the limit on the CPU as well, for which all weights have to be in memory.
     """
     weights, vocab_size = model.weights, model.params.vocab_size
     matrices = [tensor for layer in weights.layers for tensor in layer if tensor.dim() == 2] + [weights.output]
     n_bytes = sum(matrix.nbytes for matrix in matrices)
     kernels = None
-    if weights.norm.device.type == "cpu":
+    if read_loop and weights.norm.device.type == "cpu":
         with contextlib.suppress(ops_cpu.CannotBuild):
             kernels = ops_cpu.build_kernels()
     ids = torch.randint(vocab_size, (max(prefill),), generator=torch.Generator().manual_seed(0)).tolist()
@@ -148,7 +157,7 @@ def measure(model: Model, prefill: Sequence[int] = (17, 256), new_tokens: int = 
                 ops_cpu.read_loop(kernels, matrix)
             read.append(n_bytes / (time.perf_counter() - start) / 1e9)
         for length in reversed(prefill):
-            tokens = generate(model, ids[:length], max_new_tokens=new_tokens + 1, stop_ids=(), cache=cache)
+            tokens = generate(model, ids[:length], max_new_tokens=new_tokens + 1, stop_ids=(), cache=cache, ops=ops)
             start = time.perf_counter()
             next(tokens)
             by_length[length].append(length / (time.perf_counter() - start))
@@ -219,9 +228,9 @@ def main(arguments: Sequence[str]) -> int:
     context = chosen.checkpoint.params.max_seq_len
     if longest > context:
         raise UserError(f"--prefill {prefill[-1]}: with the new tokens that is beyond the model's context of {context}")
-    model, which = load_model(chosen, Lengths(prompt=prefill[-1], text=longest, least=2))
+    model, ops, which = load_model(chosen, Lengths(prompt=prefill[-1], text=longest, least=2))
     print(f"llama3_raw: {which}", file=sys.stderr)
-    show(measure(model, prefill, options.new_tokens, options.rounds))
+    show(measure(model, prefill, options.new_tokens, options.rounds, ops, read_loop=options.max_ram is None))
     return 0
 
 

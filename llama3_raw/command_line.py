@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -13,7 +14,11 @@ import torch
 
 from .dialog import is_base_model
 from .errors import UserError, not_empty
-from .memory import Lengths, Plan, check_memory
+from .generation import fastest_ops
+from .memory import Lengths, Plan, check_memory, memory_for_weights
+from .model import REFERENCE
+from .ops import Ops
+from .read_ahead import least_memory, read_ahead
 from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .weights import DTYPES, Checkpoint, Model, build_weights, find_tokenizer, first_layers, open_checkpoint
@@ -40,10 +45,11 @@ class ChosenModel(NamedTuple):
     tokenizer: Tokenizer | None
     device: torch.device
     dtype: torch.dtype | None  # None: as stored
+    max_ram: int | None  # bytes; None: what is free
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --weights, --tokenizer, --device, --dtype, --layers, --threads and --debug."""
+    """Adds --weights, --tokenizer, --device, --dtype, --layers, --max-ram, --threads and --debug."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--weights",
@@ -59,6 +65,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     group.add_argument("--dtype", choices=_DTYPES, help="compute in this (default: as the weights are stored)")
     group.add_argument("--layers", type=int, metavar="N", help="run only the first N layers")
+    group.add_argument(
+        "--max-ram",
+        type=byte_size,
+        metavar="SIZE",
+        help="run in this much memory, all included (4GB, 3500MB, 3.5GiB): weights that do not fit are read from the "
+        "disk for each token (CPU; default: what is free)",
+    )
     group.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's choice)")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -115,6 +128,15 @@ def positive_int(text: str) -> int:
     return value
 
 
+def byte_size(text: str) -> int:
+    """The type of options that give an amount of memory, in bytes: a number with its unit."""
+    matched = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text, re.IGNORECASE)
+    if not matched:
+        raise argparse.ArgumentTypeError(f"should be a size such as 4GB, 3500MB or 3.5GiB, is {text!r}")
+    number, prefix, binary = matched.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(prefix.upper())))
+
+
 def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> ChosenModel:
     """The model that the options of `add_model_options` name, checked, but for its weights, which are not read yet.
 
@@ -139,7 +161,7 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> C
         tokenizer = None
     if tokenizer is None and needs_tokenizer:
         raise UserError(f"{folder.path}: there is no tokenizer.model; give --tokenizer FILE, or token ids with --ids")
-    return ChosenModel(folder, checkpoint, tokenizer, device, _DTYPES.get(options.dtype))
+    return ChosenModel(folder, checkpoint, tokenizer, device, _DTYPES.get(options.dtype), options.max_ram)
 
 
 def check_context(context: int | None, longest: int) -> None:
@@ -148,20 +170,30 @@ def check_context(context: int | None, longest: int) -> None:
         raise UserError(f"--context {context}: the model's own context is {longest} tokens")
 
 
-def load_model(chosen: ChosenModel, lengths: Lengths) -> tuple[Model, str]:
-    """Loads the model for texts of these lengths; -> the model, and a line that says which it is.
+def load_model(chosen: ChosenModel, lengths: Lengths, reference: bool = False) -> tuple[Model, Ops, str]:
+    """Loads the model for texts of these lengths; -> the model, the operations for it, a line that says which it is.
 
-    The tool prints the line once nothing can be wrong with the input any more, so that an error stays one line. A
-    warning is printed where the model is larger than the memory. Raises UserError where the run does not fit.
+    reference: take the exact operations, not the fastest ones. The tool prints the line once nothing can be wrong with
+    the input any more, so that an error stays one line. A warning is printed where the model is larger than the memory.
+    Raises UserError where the run does not fit.
     """
-    folder, checkpoint, tokenizer, device, dtype = chosen
-    warning = check_memory(Plan(checkpoint, device, dtype, lengths))
-    if warning:
+    folder, checkpoint, tokenizer, device, dtype, max_ram = chosen
+    plan = Plan(checkpoint, device, dtype, lengths, max_ram)
+    warning = check_memory(plan)
+    if warning and max_ram is None:
         print(f"llama3_raw: warning: {warning}", file=sys.stderr)
+    room = memory_for_weights(plan)  # asked before they are read in
     size = sum(part.nbytes for parts in checkpoint.parts.values() for part in parts)
     # what is larger than the memory is not read in beforehand: it would not stay
     weights = build_weights(checkpoint, device, dtype, progress=size >= _PROGRESS_BAR_FROM and not warning)
-    return Model(checkpoint.params, weights, tokenizer), f"{folder.path} ({folder.why}) on {device}"
+    ops = REFERENCE if reference else fastest_ops(device)
+    if max_ram is not None:
+        lacking = least_memory(weights) - room
+        if lacking > 0:
+            least = math.ceil((max_ram + lacking) / 1e7) / 100  # GB
+            raise UserError(f"{checkpoint.source}: --max-ram is too little; the least is --max-ram {least:.2f}GB")
+        ops = read_ahead(ops, weights, room)
+    return Model(checkpoint.params, weights, tokenizer), ops, f"{folder.path} ({folder.why}) on {device}"
 
 
 def warn_of_base_model(model: Model) -> None:

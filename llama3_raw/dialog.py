@@ -15,6 +15,7 @@ from typing import NamedTuple
 from .errors import UserError
 from .generation import StopReason, generate
 from .model import KVCache
+from .ops import Ops
 from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .weights import Model
@@ -98,7 +99,7 @@ class Conversation:
 
     system: the system message; "" is none. context: how many tokens the window holds; None takes what the model does,
     but at most 8,192. max_new_tokens: of an answer; None lets it fill the window. sampling, seed: how tokens are drawn;
-    the repetition penalty sees the tokens that the turn computes.
+    the repetition penalty sees the tokens that the turn computes. ops: those of `generate`.
 
     `system` and `exchanges` may be changed between turns. Whatever has changed, a turn computes only the tokens behind
     the longest beginning that the dialog has in common with what the cache holds. `turn` tells of the last turn.
@@ -115,6 +116,7 @@ class Conversation:
         max_new_tokens: int | None = None,
         sampling: Sampling = Sampling(),
         seed: int | None = None,
+        ops: Ops | None = None,
     ):
         if model.tokenizer is None:
             raise UserError("a conversation needs a tokenizer, and the model has none")
@@ -129,6 +131,7 @@ class Conversation:
         self.turn = Turn()
         self._max_new_tokens = max_new_tokens
         self._sampling = sampling
+        self._ops = ops
         self._seeds = random.Random(seed)  # one for each call of generate, or every turn would draw alike
         try:
             self._cache = KVCache.allocate(model.params, max_seq_len=self.context, like=model.weights)
@@ -204,6 +207,7 @@ class Conversation:
                 seed=self._seeds.getrandbits(63),
                 cache=self._cache,
                 start=start,
+                ops=self._ops,
             )
             for token in tokens:
                 self._held += computing

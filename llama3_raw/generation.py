@@ -28,6 +28,11 @@ class StopReason(enum.Enum):
     CONTEXT = "the context is full"
 
 
+def fastest_ops(device: torch.device) -> Ops:
+    """The fast operations of a device; the reference ones where it has none."""
+    return fast_ops() if device.type == "cpu" else REFERENCE
+
+
 def generate(
     model: Model,
     ids: Sequence[int] | Tensor,
@@ -91,7 +96,7 @@ def generate(
             ) from error
     device = model.weights.tok_embeddings.device
     if ops is None:
-        ops = fast_ops() if device.type == "cpu" else REFERENCE
+        ops = fastest_ops(device)
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)
 

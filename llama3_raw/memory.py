@@ -8,6 +8,7 @@ makes on its way) has to fit, or the system kills the process.
 from __future__ import annotations
 
 import bisect
+import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from .generation import PREFILL_CHUNK
 from .weights import Checkpoint, first_layers
 
 _GPU_LIBRARIES = 500_000_000  # bytes that cuBLAS and the like take for themselves once they run
+_CPU_LIBRARIES = 100_000_000  # bytes that torch's take then (measured: 70e6 with a prompt of 256 tokens)
 
 
 class Lengths(NamedTuple):
@@ -31,12 +33,13 @@ class Lengths(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A run of a model, as far as its memory goes; dtype None: as stored."""
+    """A run of a model, as far as its memory goes."""
 
     checkpoint: Checkpoint
     device: torch.device
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None  # None: as stored
     lengths: Lengths
+    max_ram: int | None = None  # bytes that the process may take in all; None: what is free
 
 
 class Need(NamedTuple):
@@ -55,7 +58,7 @@ class Need(NamedTuple):
 
 def needed(plan: Plan) -> Need:
     """What the run of a plan takes."""
-    checkpoint, device, dtype, lengths = plan
+    checkpoint, device, dtype, lengths, _ = plan
     params = checkpoint.params
     mapped = copied = itemsize = 0
     for place, parts in checkpoint.parts.items():
@@ -111,11 +114,27 @@ def container_free(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pro
                 continue  # not there, or no limit: "max"
 
 
+def available(plan: Plan, free: Callable[[torch.device], int] = free_memory) -> int:
+    """What a run may take beside what this process has, in bytes; less than 0 where that is more than `max_ram`."""
+    if plan.max_ram is None:
+        return free(plan.device)
+    page_tables = needed(plan).mapped * 8 // mmap.PAGESIZE  # which stay when the pages go
+    taken = int(psutil.Process().memory_info().rss) + page_tables + _CPU_LIBRARIES
+    return min(free(plan.device), plan.max_ram - taken)
+
+
+def memory_for_weights(plan: Plan) -> int:
+    """How many bytes the mapped weights of a plan may take at a time, beside all that the run has of its own."""
+    return available(plan) - needed(plan).own
+
+
 def check_memory(plan: Plan, free: Callable[[torch.device], int] = free_memory) -> str | None:
     """None where the plan fits; in words what is slow about it where its files are larger than the memory.
 
-    Raises UserError where it does not fit, saying what would.
+    Raises UserError where it does not fit, saying what would, and where a plan with a `max_ram` would copy weights.
     """
+    if plan.max_ram is not None:
+        _check_mapped(plan)
     has = free(plan.device)
     need = needed(plan)
     source = plan.checkpoint.source
@@ -127,13 +146,30 @@ def check_memory(plan: Plan, free: Callable[[torch.device], int] = free_memory) 
             f"for {plan.lengths.text} tokens {_gb(need.cache)}, to work in {_gb(need.work)}), {_gb(has)} are free; "
             + (f"what fits: {', or '.join(offers)}" if offers else "nothing of it fits, take a smaller model")
         )
+    has = available(plan, free)
     if need.mapped + need.own <= has:
         return None
-    offers = _offers(plan, lambda other: needed(other).mapped + needed(other).own <= free(other.device))
+    offers = _offers(plan, lambda other: needed(other).mapped + needed(other).own <= available(other, free))
     return (
         f"{source}: {_gb(need.mapped + need.own)} are needed, {_gb(has)} are free, so that each token reads weights "
         f"from the disk again; what fits: {', or '.join(offers) or 'a smaller model'}"
     )
+
+
+def _check_mapped(plan: Plan) -> None:
+    """Raises UserError where a weight would have memory of its own, which cannot be let go and read again."""
+    checkpoint, device, dtype, _, _ = plan
+    if device.type != "cpu":
+        raise UserError(f"--max-ram is for weights on the CPU; leave it out, or give --device cpu, not {device}")
+    for place, parts in checkpoint.parts.items():
+        if dtype not in (None, parts[0].dtype):
+            raise UserError(f"--max-ram leaves the weights in their file, as {parts[0].dtype}; leave --dtype out")
+        if checkpoint.must_change(place):
+            name, how = (place.hf_name, "in other order") if checkpoint.hf else (place.meta_name, "joined from shards")
+            raise UserError(
+                f"{checkpoint.source}: --max-ram leaves the weights in their file, but {name} would be copied, {how}; "
+                "get the model in Meta's format, in one file: python download.py --model NAME"
+            )
 
 
 def _offers(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
