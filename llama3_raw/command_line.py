@@ -130,7 +130,7 @@ def positive_int(text: str) -> int:
 
 def byte_size(text: str) -> int:
     """The type of options that give an amount of memory, in bytes: a number with its unit."""
-    matched = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text, re.IGNORECASE)
+    matched = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B", text, re.IGNORECASE)
     if not matched:
         raise argparse.ArgumentTypeError(f"should be a size such as 4GB, 3500MB or 3.5GiB, is {text!r}")
     number, prefix, binary = matched.groups()
@@ -190,7 +190,7 @@ def load_model(chosen: ChosenModel, lengths: Lengths, reference: bool = False) -
     if max_ram is not None:
         lacking = least_memory(weights) - room
         if lacking > 0:
-            least = math.ceil((max_ram + lacking) / 1e7) / 100  # GB
+            least = math.ceil((max_ram + lacking + 5_000_000) / 1e7) / 100  # GB; the next run may begin a bit larger
             raise UserError(f"{checkpoint.source}: --max-ram is too little; the least is --max-ram {least:.2f}GB")
         ops = read_ahead(ops, weights, room)
     return Model(checkpoint.params, weights, tokenizer), ops, f"{folder.path} ({folder.why}) on {device}"
