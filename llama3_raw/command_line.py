@@ -191,7 +191,10 @@ def load_model(chosen: ChosenModel, lengths: Lengths, reference: bool = False) -
         lacking = least_memory(weights) - room
         if lacking > 0:
             least = math.ceil((max_ram + lacking + 5_000_000) / 1e7) / 100  # GB; the next run may begin a bit larger
-            raise UserError(f"{checkpoint.source}: --max-ram is too little; the least is --max-ram {least:.2f}GB")
+            raise UserError(
+                f"{checkpoint.source}: --max-ram is too little; the least is --max-ram {least:.2f}GB, or less for a "
+                "shorter text"
+            )
         ops = read_ahead(ops, weights, room)
     return Model(checkpoint.params, weights, tokenizer), ops, f"{folder.path} ({folder.why}) on {device}"
 
