@@ -10,6 +10,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,13 +30,12 @@ from .command_line import (
     warn_of_base_model,
 )
 from .dialog import Message, encode_dialog
-from .errors import ArgumentParser, UserError, command_line_tool
+from .errors import ArgumentParser, UserError, command_line_tool, not_empty
 from .generation import StopReason, generate
 from .lookup import LookupPolicy
 from .memory import Lengths
-from .model import REFERENCE
 from .tokenizer import Tokenizer
-from .weights import Model
+from .weights import Model, save_quantized
 
 
 def build_parser() -> ArgumentParser:
@@ -78,6 +78,12 @@ def build_parser() -> ArgumentParser:
     add_lookup_option(group)
     add_sampling_options(parser)
     add_model_options(parser)
+    parser.add_argument(
+        "--save-quantized",
+        type=not_empty,
+        metavar="FOLDER",
+        help="write the model with its matrices in int8 into a new folder, from where it is mapped, and end",
+    )
     group = parser.add_argument_group("looking on")
     group.add_argument("--reference", action="store_true", help="the exact operations, bit for bit Meta's, but slower")
     group.add_argument("--top", type=positive_int, metavar="N", help="show the N likeliest next tokens at each step")
@@ -101,6 +107,8 @@ def _with_plain_stats(arguments: Sequence[str]) -> list[str]:
 def main(arguments: Sequence[str]) -> int:
     """Runs the tool; -> exit status."""
     options = build_parser().parse_args(_with_plain_stats(arguments))
+    if options.save_quantized:
+        return _save_quantized(options)
     prompt = _read_prompt(options.prompt)
     if options.ids and options.stop:
         raise UserError("--stop needs text, and --ids has none; leave one of them out")
@@ -125,7 +133,8 @@ def main(arguments: Sequence[str]) -> int:
     elif tokenizer is not None and not options.ids:
         ids = tokenizer.encode(prompt, bos=True, allow_special=options.special)
     text_length = min(options.context or longest, len(ids) + options.max_new_tokens)
-    model, which = load_model(chosen, Lengths(prompt=len(ids), text=text_length, least=len(ids) + 1))
+    lengths = Lengths(prompt=len(ids), text=text_length, least=len(ids) + 1)
+    model, ops, which = load_model(chosen, lengths, options.reference)
     load_seconds = time.perf_counter() - load_start
 
     watch = _Watch(options.top, tokenizer, lookup)
@@ -137,7 +146,7 @@ def main(arguments: Sequence[str]) -> int:
         seed=options.seed,
         context=options.context,
         lookup=lookup,
-        ops=REFERENCE if options.reference else None,
+        ops=ops,
         tap=watch.tap if options.top else None,
     )
     print(f"llama3_raw: {which}", file=sys.stderr)
@@ -153,6 +162,21 @@ def main(arguments: Sequence[str]) -> int:
     if options.stats:
         _print_stats(options.stats, model, len(ids), watch, load_seconds)
     return 130 if interrupted else 0
+
+
+def _save_quantized(options: argparse.Namespace) -> int:
+    if options.prompt or options.max_ram:
+        raise UserError("--save-quantized only writes the model; leave the prompt and --max-ram out")
+    chosen = choose_model(options, needs_tokenizer=False)
+    if chosen.dtype is not None:
+        raise UserError("--save-quantized keeps the dtype of norms and embeddings; leave --dtype out")
+    tokenizer_file = chosen.tokenizer.path if chosen.tokenizer else None
+    save_quantized(chosen.folder.path, chosen.checkpoint, Path(options.save_quantized), tokenizer_file)
+    print(
+        f"llama3_raw: {options.save_quantized} is written; run it with --weights {options.save_quantized}",
+        file=sys.stderr,
+    )
+    return 0
 
 
 def _read_prompt(prompt: str | None) -> str:

@@ -45,6 +45,10 @@ def time_start(chosen: ChosenModel, prompt_length: int) -> Start:
     command = [sys.executable, "-m", "llama3_raw", "--ids", "--max-new-tokens=1", "--stats=json"]
     command += [f"--weights={chosen.folder.path}", f"--device={chosen.device}", f"--layers={params.n_layers}"]
     command += [f"--threads={torch.get_num_threads()}"]
+    if chosen.quantized:
+        command += ["--quantize=int8"]
+    if chosen.max_ram is not None:
+        command += [f"--max-ram={chosen.max_ram / 1e9}GB"]
     if chosen.dtype is not None:
         command += [f"--dtype={str(chosen.dtype).removeprefix('torch.')}"]
     command += [" ".join(str(token % params.vocab_size) for token in range(prompt_length))]
@@ -211,10 +215,12 @@ def main(arguments: Sequence[str]) -> int:
     longest = longest_text(prefill, contexts, options.new_tokens)
     lengths = Lengths(prompt=prefill[-1], text=longest, least=2)
     check_peers(chosen, lengths, options.vs)
-    model, which = load_model(chosen, lengths)
-    with open_peers(options.vs, model, options.gguf, longest) as peers:
+    model, ops, which = load_model(chosen, lengths)
+    with open_peers(options.vs, chosen, model, options.gguf, longest) as peers:
         print(f"llama3_raw: {which}", file=sys.stderr)
-        figures = measure(model, prefill, contexts, options.new_tokens, options.rounds, peers)
+        figures = measure(
+            model, prefill, contexts, options.new_tokens, options.rounds, peers, ops, options.max_ram is None
+        )
     show(figures, time_start(chosen, prefill[0]))
     if options.plot:
         dtype = str(model.weights.norm.dtype).removeprefix("torch.")

@@ -204,7 +204,7 @@ def main(arguments: Sequence[str]) -> int:
     longest = chosen.checkpoint.params.max_seq_len
     check_context(options.context, longest)
     window = options.context or min(DEFAULT_CONTEXT, longest)
-    model, which = load_model(chosen, Lengths(prompt=window, text=window, least=1))  # a question may fill the window
+    model, ops, which = load_model(chosen, Lengths(prompt=window, text=window, least=1))  # a question may fill it
     conversation = Conversation(
         model,
         system=options.system,
@@ -213,6 +213,7 @@ def main(arguments: Sequence[str]) -> int:
         sampling=sampling,
         seed=options.seed,
         lookup=options.lookup,
+        ops=ops,
     )
     _note(which)
     warn_of_base_model(model)

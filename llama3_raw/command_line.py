@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -13,9 +14,13 @@ import torch
 
 from .dialog import is_base_model
 from .errors import UserError, in_short, not_empty
+from .generation import suitable_ops
 from .lookup import MOST
 from .machine import default_threads, processors
-from .memory import Lengths, Plan, check_memory
+from .memory import Lengths, Plan, check_memory, memory_for_weights
+from .model import REFERENCE
+from .ops import Ops
+from .read_ahead import least_memory, read_ahead
 from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .weights import DTYPES, Checkpoint, Model, build_weights, find_tokenizer, first_layers, open_checkpoint
@@ -43,10 +48,12 @@ class ChosenModel(NamedTuple):
     tokenizer: Tokenizer | None
     device: torch.device
     dtype: torch.dtype | None  # None: as stored
+    max_ram: int | None  # bytes; None: what is free
+    quantized: bool  # round the matrices to int8
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --weights, --tokenizer, --device, --dtype, --layers, --threads and --debug."""
+    """Adds --weights, --tokenizer, --device, --dtype, --layers, --quantize, --max-ram, --threads and --debug."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--weights",
@@ -62,6 +69,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     group.add_argument("--dtype", choices=_DTYPES, help="compute in this (default: as the weights are stored)")
     group.add_argument("--layers", type=int, metavar="N", help="run only the first N layers")
+    group.add_argument(
+        "--quantize", choices=("int8",), help="round the matrices to int8 as they are loaded: half the memory and time"
+    )
+    group.add_argument(
+        "--max-ram",
+        type=byte_size,
+        metavar="SIZE",
+        help="run in this much memory, all included (4GB, 3500MB, 3.5GiB): weights that do not fit are read from the "
+        "disk for each token (CPU; default: what is free)",
+    )
     group.add_argument(
         "--threads",
         type=positive_int,
@@ -160,6 +177,15 @@ def parse_ids(text: str, source: str) -> list[int]:
     return [int(word) for word in words]
 
 
+def byte_size(text: str) -> int:
+    """The type of options that give an amount of memory, in bytes: a number with its unit."""
+    matched = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B", text, re.IGNORECASE)
+    if not matched:
+        raise argparse.ArgumentTypeError(f"should be a size such as 4GB, 3500MB or 3.5GiB, is {text!r}")
+    number, prefix, binary = matched.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(prefix.upper())))
+
+
 def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> ChosenModel:
     """The model that the options of `add_model_options` name, checked, but for its weights, which are not read yet.
 
@@ -168,8 +194,13 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> C
     """
     set_threads(options.threads)
     device = choose_device(options.device)
+    quantized = options.quantize is not None
+    if quantized and device.type != "cpu":
+        raise UserError(f"--quantize int8 is for the CPU so far; leave it out, or give --device cpu, not {device}")
     folder = find_model(options.weights)
     checkpoint = open_checkpoint(folder.path)
+    if quantized and checkpoint.scales:
+        raise UserError(f"--quantize int8: {folder.path} is in int8 already; leave it out")
     if options.layers is not None:
         checkpoint = first_layers(checkpoint, options.layers)
     try:
@@ -180,7 +211,7 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> C
         tokenizer = None
     if tokenizer is None and needs_tokenizer:
         raise UserError(f"{folder.path}: there is no tokenizer.model; give --tokenizer FILE, or token ids with --ids")
-    return ChosenModel(folder, checkpoint, tokenizer, device, _DTYPES.get(options.dtype))
+    return ChosenModel(folder, checkpoint, tokenizer, device, _DTYPES.get(options.dtype), options.max_ram, quantized)
 
 
 def set_threads(threads: int | None) -> None:
@@ -203,20 +234,33 @@ def check_context(context: int | None, longest: int) -> None:
         raise UserError(f"--context {context}: the model's own context is {longest} tokens")
 
 
-def load_model(chosen: ChosenModel, lengths: Lengths) -> tuple[Model, str]:
-    """Loads the model for texts of these lengths; -> the model, and a line that says which it is.
+def load_model(chosen: ChosenModel, lengths: Lengths, reference: bool = False) -> tuple[Model, Ops, str]:
+    """Loads the model for texts of these lengths; -> the model, the operations for it, a line that says which it is.
 
-    The tool prints the line once nothing can be wrong with the input any more, so that an error stays one line. A
-    warning is printed where the model is larger than the memory. Raises UserError where the run does not fit.
+    reference: take the exact operations, not the fastest ones. The tool prints the line once nothing can be wrong with
+    the input any more, so that an error stays one line. A warning is printed where the model is larger than the memory.
+    Raises UserError where the run does not fit.
     """
-    folder, checkpoint, tokenizer, device, dtype = chosen
-    warning = check_memory(Plan(checkpoint, device, dtype, lengths))
-    if warning:
+    folder, checkpoint, tokenizer, device, dtype, max_ram, quantized = chosen
+    plan = Plan(checkpoint, device, dtype, lengths, max_ram, quantized)
+    warning = check_memory(plan)
+    if warning and max_ram is None:
         print(f"llama3_raw: warning: {warning}", file=sys.stderr)
+    room = memory_for_weights(plan)  # asked before they are read in
     size = sum(part.nbytes for parts in checkpoint.parts.values() for part in parts)
     # what is larger than the memory is not read in beforehand: it would not stay
-    weights = build_weights(checkpoint, device, dtype, progress=size >= _PROGRESS_BAR_FROM and not warning)
-    return Model(checkpoint.params, weights, tokenizer), f"{folder.path} ({folder.why}) on {device}"
+    weights = build_weights(checkpoint, device, dtype, size >= _PROGRESS_BAR_FROM and not warning, quantized)
+    ops = REFERENCE if reference else suitable_ops(device)
+    if max_ram is not None:
+        lacking = least_memory(weights) - room
+        if lacking > 0:
+            least = math.ceil((max_ram + lacking + 5_000_000) / 1e7) / 100  # GB; the next run may begin a bit larger
+            raise UserError(
+                f"{checkpoint.source}: --max-ram is too little; the least is --max-ram {least:.2f}GB, or less for a "
+                "shorter text"
+            )
+        ops = read_ahead(ops, weights, room)
+    return Model(checkpoint.params, weights, tokenizer), ops, f"{folder.path} ({folder.why}) on {device}"
 
 
 def warn_of_base_model(model: Model) -> None:

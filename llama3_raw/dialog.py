@@ -16,6 +16,7 @@ from .errors import UserError
 from .generation import StopReason, generate
 from .lookup import LookupPolicy
 from .model import KVCache
+from .ops import Ops
 from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .weights import Model
@@ -99,8 +100,8 @@ class Conversation:
 
     system: the system message; "" is none. context: how many tokens the window holds; None takes what the model does,
     but at most 8,192. max_new_tokens: of an answer; None lets it fill the window. sampling, seed: how tokens are drawn;
-    the repetition penalty sees the tokens that the turn computes. lookup: as for `generate`; proposals come from the
-    whole dialog.
+    the repetition penalty sees the tokens that the turn computes. lookup, ops: as for `generate`; proposals come from
+    the whole dialog.
 
     `system` and `exchanges` may be changed between turns. Whatever has changed, a turn computes only the tokens behind
     the longest beginning that the dialog has in common with what the cache holds. `turn` tells of the last turn.
@@ -118,6 +119,7 @@ class Conversation:
         sampling: Sampling = Sampling(),
         seed: int | None = None,
         lookup: int = 0,
+        ops: Ops | None = None,
     ):
         if model.tokenizer is None:
             raise UserError("a conversation needs a tokenizer, and the model has none")
@@ -133,6 +135,7 @@ class Conversation:
         self.lookup = LookupPolicy(lookup)
         self._max_new_tokens = max_new_tokens
         self._sampling = sampling
+        self._ops = ops
         self._seeds = random.Random(seed)  # one for each call of generate, or every turn would draw alike
         try:
             self._cache = KVCache.allocate(model.params, max_seq_len=self.context, like=model.weights)
@@ -210,6 +213,7 @@ class Conversation:
                 start=start,
                 lookup=self.lookup,
                 earlier=wanted[:start],
+                ops=self._ops,
             )
             for token in tokens:
                 self._held += computing

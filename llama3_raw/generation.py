@@ -21,9 +21,8 @@ from .params import Params
 from .sampling import Sampling, sample
 from .weights import Model
 
-# Tokens of the prompt in one forward pass: enough for matrix products at full speed, few enough that the scores
-# [n_heads, chunk, S] of a long prompt stay small.
-PREFILL_CHUNK = 256
+PREFILL_CHUNK = 1024  # tokens of the prompt in one forward pass: from so many on, matrix products are hardly faster
+EXACT_PREFILL_CHUNK = 256  # with the exact operations, which have the scores [n_heads, chunk, S] in memory
 
 
 def suitable_ops(device: torch.device) -> Ops:
@@ -127,6 +126,7 @@ def generate(
     device = model.weights.tok_embeddings.device
     if ops is None:
         ops = suitable_ops(device)
+    prefill_chunk = EXACT_PREFILL_CHUNK if ops.attend is REFERENCE.attend else PREFILL_CHUNK
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)
 
@@ -153,8 +153,8 @@ def generate(
         new = prompt
         while left:
             begun = time.perf_counter()
-            for begin in range(0, len(new), PREFILL_CHUNK):
-                chunk = new[begin : begin + PREFILL_CHUNK]
+            for begin in range(0, len(new), prefill_chunk):
+                chunk = new[begin : begin + prefill_chunk]
                 logits = logits_behind(chunk + proposed, position, None if proposed else -1)
                 position += len(chunk)
             rows = logits.reshape(-1, logits.shape[-1])  # [1 + proposed, vocab]

@@ -1,8 +1,8 @@
 """Matrices in int8: half the bytes of bf16, and so about half the time to read them for each token.
 
 A matrix becomes whole numbers from -127 to 127, times a scale for each row (an output), times a scale for each column
-(an input). The columns' scales even out inputs with large weights, as in AWQ (Lin et al. 2023), but come from the weights
-alone. Norms and embeddings stay as they are.
+(an input). The columns' scales even out inputs with large weights, as in AWQ (Lin et al. 2023), but come from the
+weights alone. Norms and embeddings stay as they are.
 """
 
 from __future__ import annotations

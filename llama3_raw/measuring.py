@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from . import ops_cpu
-from .generation import generate
-from .model import KVCache
-from .peers import Engine, random_ids
+from .int8 import tensors_of
+from .ops import Ops
+from .peers import Engine, Own
 from .weights import Model
 
 _LONG = 1000  # tokens: half a minute's work on 8B, and done once
@@ -71,35 +71,6 @@ class Figures:
     vs: dict[str, PeerFigures]
 
 
-class Own:
-    """This engine, in the shape of the others. For `decode` the cache is full of random numbers."""
-
-    name = "llama3_raw"
-    version = ""
-
-    def __init__(self, model: Model, longest: int):
-        self._model = model
-        self._ids = random_ids(model, longest)
-        self._cache = KVCache.allocate(model.params, max_seq_len=longest, like=model.weights)
-        for tensor in (*self._cache.keys, *self._cache.values):
-            tensor.normal_()
-
-    def prefill(self, length: int) -> float:
-        tokens = generate(self._model, self._ids[:length], max_new_tokens=1, stop_ids=(), cache=self._cache)
-        start = time.perf_counter()
-        next(tokens)
-        return time.perf_counter() - start
-
-    def decode(self, context: int, count: int) -> float:
-        tokens = generate(
-            self._model, self._ids[:1], max_new_tokens=count, stop_ids=(), cache=self._cache, start=context
-        )
-        start = time.perf_counter()
-        for _ in tokens:
-            pass
-        return time.perf_counter() - start
-
-
 def longest_text(prefill: Sequence[int], contexts: Sequence[int], new_tokens: int) -> int:
     """The most tokens that any engine has in its cache."""
     return max(max(prefill), max(contexts) + new_tokens) + 1
@@ -112,21 +83,25 @@ def measure(
     new_tokens: int = 4,
     rounds: int = 5,
     peers: Sequence[Engine] = (),
+    ops: Ops | None = None,
+    read_loop: bool = True,
 ) -> Figures:
     """Measures the model where it is, each round a bit of everything in turn, so that a disturbance hits all alike.
 
     prefill: how many tokens at once. contexts: behind how many tokens to decode `new_tokens`. peers: other engines,
     each of which does everything right after ours. A prompt of more than 1,000 tokens is for the last round only, and
-    so are the tokens before a peer's new ones, since some peers compute them.
+    so are the tokens before a peer's new ones, since some peers compute them. ops: as for `generate`. read_loop: not
+    for weights that the memory is not to hold.
     """
     weights = model.weights
-    matrices = [tensor for layer in weights.layers for tensor in layer if tensor.dim() == 2] + [weights.output]
-    n_bytes = sum(matrix.nbytes for matrix in matrices)
+    matrices = [matrix for layer in weights.layers for matrix in layer if len(matrix.shape) == 2] + [weights.output]
+    tensors = [tensor for matrix in matrices for tensor in tensors_of(matrix)]
+    n_bytes = sum(tensor.nbytes for tensor in tensors)
     kernels = None
-    if weights.norm.device.type == "cpu":
+    if weights.norm.device.type == "cpu" and read_loop:
         with contextlib.suppress(ops_cpu.CannotBuild):
             kernels = ops_cpu.build_kernels()
-    own = Own(model, longest_text(prefill, contexts, new_tokens))
+    own = Own(model, longest_text(prefill, contexts, new_tokens), ops)
     engines: list[Engine] = [own, *peers]
     tasks = [Task("prefill", length) for length in sorted(prefill, reverse=True)]
     tasks += [Task("decode", context) for context in sorted(contexts)]
@@ -143,8 +118,8 @@ def measure(
     for number, task, engine in tqdm(steps, desc="measuring", leave=False):
         if kernels is not None and engine is own and task == shortest:
             start = time.perf_counter()
-            for matrix in matrices:
-                ops_cpu.read_loop(kernels, matrix)
+            for tensor in tensors:
+                ops_cpu.read_loop(kernels, tensor)
             read[number] = n_bytes / (time.perf_counter() - start) / 1e9
         if task.kind == "prefill":
             rate = task.tokens / engine.prefill(task.tokens)
@@ -163,7 +138,7 @@ def measure(
         read_loop_gb_per_second=statistics.median(read.values()) if read else None,
         decode_share_of_read_loop=statistics.median(pairs(rates[own.name][shortest], possible)) if read else None,
         weights_bytes_per_token=n_bytes,
-        cache_bytes_per_token=sum(t[0].nbytes for t in (*own._cache.keys, *own._cache.values)),
+        cache_bytes_per_token=sum(t[0].nbytes for t in (*own.cache.keys, *own.cache.values)),
         threads=torch.get_num_threads(),
         vs={peer.name: compare(peer, rates[own.name], rates[peer.name]) for peer in peers},
     )

@@ -8,17 +8,20 @@ makes on its way) has to fit, or the system kills the process.
 from __future__ import annotations
 
 import bisect
+import mmap
 from collections.abc import Callable
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from .errors import UserError
-from .generation import PREFILL_CHUNK
+from .generation import EXACT_PREFILL_CHUNK, PREFILL_CHUNK
 from .machine import free_memory
-from .weights import Checkpoint, first_layers
+from .weights import MATRICES, Checkpoint, first_layers
 
 _GPU_LIBRARIES = 500_000_000  # bytes that cuBLAS and the like take for themselves once they run
+_CPU_LIBRARIES = 100_000_000  # bytes that torch's take then (measured: 70e6 with a prompt of 256 tokens)
 
 
 class Lengths(NamedTuple):
@@ -31,12 +34,14 @@ class Lengths(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A run of a model, as far as its memory goes; dtype None: as stored."""
+    """A run of a model, as far as its memory goes."""
 
     checkpoint: Checkpoint
     device: torch.device
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None  # None: as stored
     lengths: Lengths
+    max_ram: int | None = None  # bytes that the process may take in all; None: what is free
+    quantized: bool = False  # matrices rounded to int8
 
 
 class Need(NamedTuple):
@@ -55,33 +60,55 @@ class Need(NamedTuple):
 
 def needed(plan: Plan) -> Need:
     """What the run of a plan takes."""
-    checkpoint, device, dtype, lengths = plan
+    checkpoint, device, dtype, lengths, _, quantized = plan
     params = checkpoint.params
-    mapped = copied = itemsize = 0
+    itemsize = (dtype or checkpoint.dtype).itemsize
+    mapped = copied = 0
+    if quantized and checkpoint.tied:  # output in int8, beside the embeddings
+        copied += params.vocab_size * params.dim
     for place, parts in checkpoint.parts.items():
-        itemsize = (dtype or parts[0].dtype).itemsize
-        n_bytes = torch.Size(place.shape).numel() * itemsize
-        if device.type != "cpu" or dtype not in (None, parts[0].dtype) or checkpoint.must_change(place):
+        stored = parts[0].dtype
+        to_int8 = quantized and place.field in MATRICES
+        is_int8 = to_int8 or place in checkpoint.scales
+        n_bytes = torch.Size(place.shape).numel() * (1 if is_int8 else (dtype or stored).itemsize)
+        changed = to_int8 or (not is_int8 and dtype not in (None, stored)) or checkpoint.must_change(place)
+        if device.type != "cpu" or changed:
             copied += n_bytes
         elif place.field != "tok_embeddings" or checkpoint.tied:  # else a prompt uses but a few of its rows
             mapped += n_bytes
     per_position = params.head_dim * itemsize
     cache = 2 * params.n_layers * lengths.text * params.n_kv_heads * per_position
-    chunk = min(PREFILL_CHUNK, lengths.prompt)
+    chunk = min(EXACT_PREFILL_CHUNK, lengths.prompt)
     score_bytes = 12 if itemsize == 4 else 24  # measured; another dtype than fp32 has each score in fp32 as well
     scores = max(chunk * lengths.prompt, lengths.text) * params.n_heads * score_bytes
     repeated = 4 * lengths.text * params.n_heads * per_position  # keys and values for every head, and in other order
-    hidden = 3 * chunk * params.hidden_dim * itemsize
+    hidden = 3 * min(PREFILL_CHUNK, lengths.prompt) * params.hidden_dim * itemsize
     logits = min(chunk, lengths.scored) * params.vocab_size * (itemsize + 4 + 4)  # as computed, fp32, logarithms of p
     work = scores + repeated + hidden + logits + (0 if device.type == "cpu" else _GPU_LIBRARIES)
     return Need(mapped, copied, cache, work)
 
 
+def available(plan: Plan, free: Callable[[torch.device], int] = free_memory) -> int:
+    """What a run may take beside what this process has, in bytes; less than 0 where that is more than `max_ram`."""
+    if plan.max_ram is None:
+        return free(plan.device)
+    page_tables = needed(plan).mapped * 8 // mmap.PAGESIZE  # which stay when the pages go
+    taken = int(psutil.Process().memory_info().rss) + page_tables + _CPU_LIBRARIES
+    return min(free(plan.device), plan.max_ram - taken)
+
+
+def memory_for_weights(plan: Plan) -> int:
+    """How many bytes the mapped weights of a plan may take at a time, beside all that the run has of its own."""
+    return available(plan) - needed(plan).own
+
+
 def check_memory(plan: Plan, free: Callable[[torch.device], int] = free_memory) -> str | None:
     """None where the plan fits; in words what is slow about it where its files are larger than the memory.
 
-    Raises UserError where it does not fit, saying what would.
+    Raises UserError where it does not fit, saying what would, and where a plan with a `max_ram` would copy weights.
     """
+    if plan.max_ram is not None:
+        _check_mapped(plan)
     has = free(plan.device)
     need = needed(plan)
     source = plan.checkpoint.source
@@ -93,19 +120,40 @@ def check_memory(plan: Plan, free: Callable[[torch.device], int] = free_memory) 
             f"for {plan.lengths.text} tokens {_gb(need.cache)}, to work in {_gb(need.work)}), {_gb(has)} are free; "
             + (f"what fits: {', or '.join(offers)}" if offers else "nothing of it fits, take a smaller model")
         )
+    has = available(plan, free)
     if need.mapped + need.own <= has:
         return None
-    offers = _offers(plan, lambda other: needed(other).mapped + needed(other).own <= free(other.device))
+    offers = _offers(plan, lambda other: needed(other).mapped + needed(other).own <= available(other, free))
     return (
         f"{source}: {_gb(need.mapped + need.own)} are needed, {_gb(has)} are free, so that each token reads weights "
         f"from the disk again; what fits: {', or '.join(offers) or 'a smaller model'}"
     )
 
 
+def _check_mapped(plan: Plan) -> None:
+    """Raises UserError where a weight would have memory of its own, which cannot be let go and read again."""
+    checkpoint, device, dtype, _, _, quantized = plan
+    if device.type != "cpu":
+        raise UserError(f"--max-ram is for weights on the CPU; leave it out, or give --device cpu, not {device}")
+    for place, parts in checkpoint.parts.items():
+        if quantized and place.field in MATRICES:
+            raise UserError("--max-ram leaves the weights in their file; write them in int8 first, by --save-quantized")
+        if dtype not in (None, parts[0].dtype) and place not in checkpoint.scales:
+            raise UserError(f"--max-ram leaves the weights in their file, as {parts[0].dtype}; leave --dtype out")
+        if checkpoint.must_change(place):
+            name, how = (place.hf_name, "in other order") if checkpoint.hf else (place.meta_name, "joined from shards")
+            raise UserError(
+                f"{checkpoint.source}: --max-ram leaves the weights in their file, but {name} would be copied, {how}; "
+                "get the model in Meta's format, in one file: python download.py --model NAME"
+            )
+
+
 def _offers(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
     """The options that turn the plan into one that fits, each by itself."""
     checkpoint, lengths = plan.checkpoint, plan.lengths
     offers = []
+    if not plan.quantized and not checkpoint.scales and fits(plan._replace(quantized=True)):
+        offers.append("--quantize int8")
     if plan.dtype and fits(plan._replace(dtype=None)):
         offers.append("no --dtype")
     elif fits(plan._replace(dtype=torch.bfloat16)):

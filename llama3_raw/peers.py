@@ -1,4 +1,4 @@
-"""Other engines on the same weights, to measure against: Hugging Face's transformers, and llama.cpp.
+"""Engines on the same weights, to measure: this one, Hugging Face's transformers, and llama.cpp.
 
 All of them have one shape, `Engine`. They run on the CPU, with as many threads as torch has, one after the other in
 the same minute; each is asked for no more than the one token that comes next.
@@ -22,13 +22,16 @@ from torch import Tensor
 
 from .command_line import ChosenModel
 from .errors import UserError, in_short, needed_package
+from .generation import generate
 from .gguf_file import is_gguf_of, write_gguf
 from .machine import free_memory
 from .memory import Lengths, Plan, needed
-from .weights import Model, first_layers, tensor_places, to_state_dict
+from .model import KVCache
+from .ops import Ops
+from .weights import Model, build_weights, first_layers, tensor_places, to_state_dict
 
-TRANSFORMERS, LLAMA_CPP = "transformers", "llama.cpp"
-PEERS = (TRANSFORMERS, LLAMA_CPP)
+TRANSFORMERS, LLAMA_CPP, STORED = "transformers", "llama.cpp", "stored"
+PEERS = (TRANSFORMERS, LLAMA_CPP, STORED)
 
 
 class Engine(Protocol):
@@ -47,6 +50,36 @@ class Engine(Protocol):
 def random_ids(model: Model, length: int) -> list[int]:
     """The prompt that all engines get: the speed does not depend on what it says."""
     return torch.randint(model.params.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+class Own:
+    """This engine, in the shape of the others. For `decode` the cache is full of random numbers."""
+
+    version = ""
+
+    def __init__(self, model: Model, longest: int, ops: Ops | None = None, name: str = "llama3_raw"):
+        self.name = name
+        self._model = model
+        self._ops = ops
+        self._ids = random_ids(model, longest)
+        self.cache = KVCache.allocate(model.params, max_seq_len=longest, like=model.weights)
+        for tensor in (*self.cache.keys, *self.cache.values):
+            tensor.normal_()
+
+    def prefill(self, length: int) -> float:
+        return self._seconds(self._ids[:length], 0, 1)
+
+    def decode(self, context: int, count: int) -> float:
+        return self._seconds(self._ids[:1], context, count)
+
+    def _seconds(self, ids: Sequence[int], start: int, count: int) -> float:
+        tokens = generate(
+            self._model, ids, max_new_tokens=count, stop_ids=(), cache=self.cache, start=start, ops=self._ops
+        )
+        begun = time.perf_counter()
+        for _ in tokens:
+            pass
+        return time.perf_counter() - begun
 
 
 class Transformers:
@@ -141,8 +174,8 @@ def _hf_config(transformers: Any, model: Model) -> Any:
 def _hf_state_dict(model: Model) -> dict[str, Tensor]:
     """The tensors by Hugging Face's names; copied are only wq and wk, half-split (see weights.interleave_pairs)."""
     params = model.params
-    by_meta_name = to_state_dict(params, model.weights)
-    tensors = {"lm_head.weight": model.weights.output}
+    by_meta_name: dict[str, Any] = dict(to_state_dict(params, model.weights))
+    tensors = {"lm_head.weight": by_meta_name.get("output.weight", model.weights.tok_embeddings)}
     for place in tensor_places(params, tied="output.weight" not in by_meta_name):
         tensor = by_meta_name[place.meta_name]
         if place.field in ("wq", "wk"):
@@ -237,7 +270,8 @@ def memory_together(plan: Plan, peers: Sequence[str]) -> int:
     weights = need.mapped + need.copied
     itemsize = (plan.dtype or next(iter(plan.checkpoint.parts.values()))[0].dtype).itemsize
     wq_and_wk = params.n_layers * (params.n_heads + params.n_kv_heads) * params.head_dim * params.dim * itemsize
-    weights_of = {TRANSFORMERS: wq_and_wk, LLAMA_CPP: weights}
+    stored = sum(needed(plan._replace(quantized=False))[:2])
+    weights_of = {TRANSFORMERS: wq_and_wk, LLAMA_CPP: stored, STORED: stored}
     return weights + sum(weights_of[peer] for peer in peers) + (1 + len(peers)) * (need.cache + need.work)
 
 
@@ -248,11 +282,16 @@ def check_peers(chosen: ChosenModel, lengths: Lengths, names: Sequence[str]) -> 
     if chosen.device.type != "cpu":
         raise UserError(f"--vs compares on the CPU, but the device is {chosen.device}; give --device cpu")
     checkpoint = chosen.checkpoint
+    if checkpoint.scales:
+        raise UserError("--vs takes the weights as others have them; give the original folder, with --quantize int8")
+    if STORED in names and not chosen.quantized:
+        raise UserError("--vs stored compares --quantize int8 with the weights as they are stored; give that too")
     free = free_memory(chosen.device) * 9 // 10  # the rest is for what else runs, or pages would come and go
 
     def together(layers: int) -> int:
         return memory_together(
-            Plan(first_layers(checkpoint, layers), chosen.device, chosen.dtype, lengths), list(dict.fromkeys(names))
+            Plan(first_layers(checkpoint, layers), chosen.device, chosen.dtype, lengths, quantized=chosen.quantized),
+            list(dict.fromkeys(names)),
         )
 
     most = checkpoint.params.n_layers
@@ -267,16 +306,25 @@ def check_peers(chosen: ChosenModel, lengths: Lengths, names: Sequence[str]) -> 
 
 
 @contextlib.contextmanager
-def open_peers(names: Sequence[str], model: Model, gguf: str | None, longest: int) -> Iterator[list[Engine]]:
-    """The peers of these names, ready to run the model. A GGUF file that has no name given goes in the end.
+def open_peers(
+    names: Sequence[str], chosen: ChosenModel, model: Model, gguf: str | None, longest: int
+) -> Iterator[list[Engine]]:
+    """The peers of these names, ready to run the model as it is stored, where ours is quantised.
+
+    A GGUF file that has no name given goes in the end.
 
     Raises UserError where a peer's package is missing, or the GGUF file is of another model or cannot be written.
     """
     with contextlib.ExitStack() as stack:
         engines: list[Engine] = []
+        if names and chosen.quantized:
+            model = model._replace(weights=build_weights(chosen.checkpoint, chosen.device, chosen.dtype))
         for name in dict.fromkeys(names):
             if name == TRANSFORMERS:
                 engines.append(Transformers(model, longest))
+                continue
+            if name == STORED:
+                engines.append(Own(model, longest, name=STORED))
                 continue
             folder = None if gguf else stack.enter_context(tempfile.TemporaryDirectory(prefix="llama3_raw-"))
             file = Path(gguf or f"{folder}/model.gguf")

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from .command_line import add_model_options, check_context, choose_model, load_model, parse_ids, positive_int, read_text
 from .errors import ArgumentParser, UserError, command_line_tool
-from .generation import PREFILL_CHUNK, check_ids, check_logits, suitable_ops
+from .generation import check_ids, check_logits, suitable_ops
 from .memory import Lengths
-from .model import REFERENCE, KVCache, forward
+from .model import KVCache, forward
 from .ops import Ops
 from .params import Params
 from .weights import Model
@@ -26,6 +26,8 @@ from .weights import Model
 DEFAULT_CONTEXT = (
     2048  # tokens, where the model's own context is longer: with more, each token costs more and gains little
 )
+
+_CHUNK = 256  # positions whose logits are in memory at a time
 
 
 class Score(NamedTuple):
@@ -133,7 +135,7 @@ def _losses(model: Model, window: Tensor, first: int, cache: KVCache, ops: Ops) 
     window: [T] ids.
     """
     last = len(window) - 1  # the last token is predicted, and predicts none
-    cuts = [*range(0, first - 1, PREFILL_CHUNK), *range(first - 1, last, PREFILL_CHUNK), last]
+    cuts = [*range(0, first - 1, _CHUNK), *range(first - 1, last, _CHUNK), last]
     for start, end in itertools.pairwise(cuts):
         is_scored = start >= first - 1
         logits = forward(
@@ -208,9 +210,9 @@ def main(arguments: Sequence[str]) -> int:
     ids = parse_ids(text, name) if tokenizer is None else tokenizer.encode(text, bos=True)
     context, stride = check_windows(params, ids, options.context, options.stride)
     length = min(context, len(ids))
-    model, which = load_model(chosen, Lengths(prompt=length, text=length, least=2, scored=PREFILL_CHUNK))
+    lengths = Lengths(prompt=length, text=length, least=2, scored=_CHUNK)
+    model, ops, which = load_model(chosen, lengths, options.reference)
     print(f"llama3_raw: {which}", file=sys.stderr)
-    ops = REFERENCE if options.reference else None
     score = perplexity(model, ids, context=context, stride=stride, ops=ops, progress=True)
     n_bytes = None
     if tokenizer is not None:

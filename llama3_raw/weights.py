@@ -10,38 +10,41 @@ import json
 import mmap
 import pickle
 import re
+import shutil
 import struct
 import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from .errors import UserError, in_short, read_beginning, read_small_file
+from .int8 import Int8, Matrix, quantize, tensors_of
 from .params import Params
 from .tokenizer import Tokenizer
 
 
 class LayerWeights(NamedTuple):
-    """The nine tensors of a layer, named as in Meta's checkpoint. A matrix is [out, in]."""
+    """The nine tensors of a layer, named as in Meta's checkpoint. A matrix is [out, in], a tensor unless quantised."""
 
     attention_norm: Tensor  # [dim]
-    wq: Tensor  # [n_heads * head_dim, dim]; the rows of a head in interleaved pairs (0, 1), (2, 3), …
-    wk: Tensor  # [n_kv_heads * head_dim, dim]; likewise
-    wv: Tensor  # [n_kv_heads * head_dim, dim]
-    wo: Tensor  # [dim, n_heads * head_dim]
+    wq: Matrix  # [n_heads * head_dim, dim]; the rows of a head in interleaved pairs (0, 1), (2, 3), …
+    wk: Matrix  # [n_kv_heads * head_dim, dim]; likewise
+    wv: Matrix  # [n_kv_heads * head_dim, dim]
+    wo: Matrix  # [dim, n_heads * head_dim]
     ffn_norm: Tensor  # [dim]
-    w1: Tensor  # [hidden_dim, dim]; the gate of SwiGLU
-    w2: Tensor  # [dim, hidden_dim]
-    w3: Tensor  # [hidden_dim, dim]
+    w1: Matrix  # [hidden_dim, dim]; the gate of SwiGLU
+    w2: Matrix  # [dim, hidden_dim]
+    w3: Matrix  # [hidden_dim, dim]
 
 
 class Weights(NamedTuple):
@@ -50,7 +53,7 @@ class Weights(NamedTuple):
     tok_embeddings: Tensor  # [vocab_size, dim]
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [dim]
-    output: Tensor  # [vocab_size, dim]
+    output: Matrix  # [vocab_size, dim]
 
 
 class Model(NamedTuple):
@@ -86,6 +89,10 @@ _SHARDED_DIMENSION = {
     **dict.fromkeys(("tok_embeddings", "output", "wq", "wk", "wv", "w1", "w3"), 0),
     **dict.fromkeys(("wo", "w2"), 1),
 }
+
+# the matrices, which are read for each token; a quantised one has its scales beside it, by these endings of its name
+MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")
+_SCALES = (".row_scales", ".column_scales")
 
 # how to go on where the tensors are others than they should be
 _ONE_MODEL = "; take params and weights of one model, and all of its shards"
@@ -130,11 +137,17 @@ class Checkpoint(NamedTuple):
     params: Params
     parts: dict[TensorPlace, list[Tensor]]  # one tensor each, or Meta's shards of it
     hf: bool  # whether the rows of wq and wk stand in Hugging Face's order
+    scales: dict[TensorPlace, tuple[Tensor, ...]]  # of the rows and of the columns of those that are in int8
 
     @property
     def tied(self) -> bool:
         """Whether `output` is `tok_embeddings`."""
         return all(place.field != "output" for place in self.parts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the first tensor is stored in, the embeddings, which are never quantised."""
+        return next(iter(self.parts.values()))[0].dtype
 
     def must_change(self, place: TensorPlace) -> bool:
         """Whether a tensor is other than its file has it, so that it takes memory of its own."""
@@ -164,12 +177,14 @@ def load(
     dtype: torch.dtype | None = None,
     layers: int | None = None,
     tokenizer: str | Path | Literal[False] | None = None,
+    quantized: bool = False,
     progress: bool = False,
 ) -> Model:
     """A folder with Meta's files, a Hugging Face folder, or a repository with Meta's files in original/ -> Model.
 
     dtype: None keeps the checkpoint's own. layers: only the first so many. tokenizer: a tokenizer.model elsewhere;
         None takes the one in the folder or in its original/, if there is one; False reads none.
+    quantized: round the matrices to int8; they take memory of their own. (What `save_quantized` wrote is mapped.)
     progress: read the weights into memory now, with a bar on stderr; otherwise the pages of a CPU model come in as the
         first forward pass uses them.
 
@@ -181,7 +196,7 @@ def load(
     checkpoint = open_checkpoint(folder)
     if layers is not None:
         checkpoint = first_layers(checkpoint, layers)
-    weights = build_weights(checkpoint, torch.device(device), dtype, progress)
+    weights = build_weights(checkpoint, torch.device(device), dtype, progress, quantized)
     params = checkpoint.params
     return Model(params, weights, None if tokenizer is False else find_tokenizer(folder, tokenizer, params))
 
@@ -193,16 +208,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     params_file, weight_files = find_files(folder)
     params = Params.from_file(params_file)
-    is_hf = weight_files[0].suffix == ".safetensors"
+    in_safetensors = weight_files[0].suffix == ".safetensors"
     found: dict[str, list[Tensor]] = {}
     for file in weight_files:
-        for name, tensor in (_map_safetensors if is_hf else _map_checkpoint)(file).items():
-            if is_hf and name in found:
+        for name, tensor in (_map_safetensors if in_safetensors else _map_checkpoint)(file).items():
+            if in_safetensors and name in found:
                 raise UserError(f"{file}: tensor {name} is in another file as well; keep the files of one model only")
             found.setdefault(name, []).append(tensor)
     # without an output matrix the embeddings are taken for it, unless the config knows better; params.json never says
     if (
-        is_hf
+        _is_hf(found)
         and "lm_head.weight" not in found
         and json.loads(params_file.read_bytes()).get("tie_word_embeddings") is False
     ):
@@ -236,6 +251,9 @@ def find_files(folder: Path) -> tuple[Path, list[Path]]:
                         f"{place}: consolidated.{number:02}.pth is missing, but {file.name} is there; download the rest"
                     )
             return place / "params.json", checkpoints
+    quantized = sorted(folder.glob("int8.*.safetensors"))
+    if quantized and (folder / "params.json").exists():
+        return folder / "params.json", quantized
     shards = sorted(folder.glob("*.safetensors"))
     index, config = folder / "model.safetensors.index.json", folder / "config.json"
     if config.exists() and index.exists():
@@ -370,7 +388,7 @@ def _map_safetensors(file: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        dtype = DTYPES.get(entry["dtype"])
+        dtype = torch.int8 if entry["dtype"] == "I8" else DTYPES.get(entry["dtype"])
         begin, end = entry["data_offsets"]
         if name.endswith(_IGNORED_ENDINGS):
             continue
@@ -386,51 +404,105 @@ def build_weights(
     device: torch.device = torch.device("cpu"),
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    quantized: bool = False,
 ) -> Weights:
     """The tensors of a checkpoint, in one dtype, moved to `device` one by one; the arguments are those of `load`.
 
     Raises UserError where the stored dtypes differ and none is given, or where the memory does not hold them.
     """
-    source, params, all_parts, hf = checkpoint
+    source, params, all_parts, hf, scales = checkpoint
     if dtype is None:
         common = next(iter(all_parts.values()))[0].dtype
         for place, parts in all_parts.items():
-            for other in {part.dtype for part in parts} - {common}:
+            for other in {part.dtype for part in parts if place not in scales} - {common}:
                 name = place.hf_name if hf else place.meta_name
                 raise UserError(
                     f"{source}: tensor {name} is {other}, should be {common} like the rest; --dtype makes them all one"
                 )
     total = sum(part.nbytes for parts in all_parts.values() for part in parts)
-    top: dict[str, Tensor] = {}
-    by_layer: list[dict[str, Tensor]] = [{} for _ in range(params.n_layers)]
+    top: dict[str, Any] = {}
+    by_layer: list[dict[str, Any]] = [{} for _ in range(params.n_layers)]
     with tqdm(
         total=total, unit="B", unit_scale=True, desc=f"loading {source}", disable=not progress, leave=False
     ) as bar:
         for place, parts in all_parts.items():
             try:
-                tensor = parts[0]
-                if len(parts) > 1 and place.field in _SHARDED_DIMENSION:
-                    tensor = torch.cat(parts, dim=_SHARDED_DIMENSION[place.field])
-                if hf and place.field in ("wq", "wk"):
-                    tensor = interleave_pairs(tensor, params.head_dim)
-                moved = tensor.to(device=device, dtype=dtype)
+                moved = _whole(checkpoint, place).to(device=device, dtype=None if place in scales else dtype)
+                matrix: Matrix = moved
+                if place in scales:
+                    matrix = Int8(moved, *(scale.to(device) for scale in scales[place]))
+                elif quantized and place.field in MATRICES:
+                    matrix = quantize(moved)
             except RuntimeError as error:  # torch's only word for memory that the CPU does not have
                 raise UserError(
                     f"{source}: {total / 1e9:.1f} GB of weights do not fit on {device}, from {place.meta_name} on; "
                     f"{'give' if device.type == 'cpu' else 'use --device cpu, or'} fewer --layers"
                 ) from error
             rows_only = place.field == "tok_embeddings" and not checkpoint.tied  # of which a prompt uses but a few rows
-            if progress and moved is parts[0] and moved.is_contiguous() and not rows_only:
+            if progress and tensors_of(matrix)[0] is parts[0] and moved.is_contiguous() and not rows_only:
                 _touch(moved, bar)
             else:
                 bar.update(sum(part.nbytes for part in parts))
-            (top if place.layer is None else by_layer[place.layer])[place.field] = moved
+            (top if place.layer is None else by_layer[place.layer])[place.field] = matrix
     return Weights(
         tok_embeddings=top["tok_embeddings"],
         layers=tuple(LayerWeights(**fields) for fields in by_layer),
         norm=top["norm"],
-        output=top["tok_embeddings" if checkpoint.tied else "output"],
+        output=top["output"] if not checkpoint.tied else _tied(top["tok_embeddings"], quantized),
     )
+
+
+def _tied(tok_embeddings: Tensor, quantized: bool) -> Matrix:
+    return quantize(tok_embeddings) if quantized else tok_embeddings
+
+
+def _whole(checkpoint: Checkpoint, place: TensorPlace) -> Tensor:
+    """A tensor as Meta has it in one file: shards joined, the rows of wq and wk in interleaved pairs."""
+    parts = checkpoint.parts[place]
+    tensor = parts[0]
+    if len(parts) > 1 and place.field in _SHARDED_DIMENSION:
+        tensor = torch.cat(parts, dim=_SHARDED_DIMENSION[place.field])
+    if checkpoint.hf and place.field in ("wq", "wk"):
+        tensor = interleave_pairs(tensor, checkpoint.params.head_dim)
+    return tensor
+
+
+def save_quantized(source: Path, checkpoint: Checkpoint, folder: Path, tokenizer_file: Path | None = None) -> None:
+    """Writes the checkpoint of the model folder `source` into another `folder`, its matrices in int8; `load` maps it.
+
+    A file of safetensors for each layer, which is all that is in memory at a time, by Meta's names, a matrix with its
+    scales beside it. The params come last: without them the folder is no model. Raises UserError where the folder is
+    not empty or cannot be written.
+    """
+    if checkpoint.scales:
+        raise UserError(f"{checkpoint.source}: is in int8 already; take it as it is")
+    params_file, _ = find_files(source)
+    n_layers = checkpoint.params.n_layers
+    embeddings = next(place for place in checkpoint.parts if place.field == "tok_embeddings")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"{folder}: is not empty; name another folder")
+        for number in tqdm(range(n_layers + 1), desc=str(folder), unit="layer", leave=False):
+            tensors: dict[str, Tensor] = {}
+            for place in tensor_places(checkpoint.params):
+                if place.layer != (number if number < n_layers else None):
+                    continue
+                tensor = _whole(checkpoint, place if place in checkpoint.parts else embeddings)  # where they are tied
+                if place.field in MATRICES:
+                    tensor, *scales = quantize(tensor)
+                    tensors |= {place.meta_name + end: scale for end, scale in zip(_SCALES, scales, strict=True)}
+                tensors[place.meta_name] = tensor.contiguous()
+            save_file(tensors, folder / f"int8.{number:03}.safetensors")
+        if tokenizer_file is not None:
+            shutil.copyfile(tokenizer_file, folder / "tokenizer.model")
+        shutil.copyfile(params_file, folder / params_file.name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be written: {in_short(error)}") from error
+
+
+def _is_hf(names: Iterable[str]) -> bool:
+    return any(name.startswith("model.") for name in names)
 
 
 def _checked(source: str, params: Params, found: Mapping[str, list[Tensor]]) -> Checkpoint:
@@ -438,7 +510,10 @@ def _checked(source: str, params: Params, found: Mapping[str, list[Tensor]]) -> 
 
     Raises UserError naming the first tensor that is too many, missing, or of another shape or dtype than it should be.
     """
-    hf = any(name.startswith("model.") for name in found)
+    hf = _is_hf(found)
+    in_int8 = {name for name, parts in found.items() if parts[0].dtype == torch.int8}
+    scales = {name: [found.get(name + end, [None])[0] for end in _SCALES] for name in in_int8}
+    found = {name: parts for name, parts in found.items() if not name.endswith(_SCALES)}
     tied = ("lm_head.weight" if hf else "output.weight") not in found
     wanted = {place.hf_name if hf else place.meta_name: place for place in tensor_places(params, tied)}
     for name in found:
@@ -456,12 +531,17 @@ def _checked(source: str, params: Params, found: Mapping[str, list[Tensor]]) -> 
             raise UserError(
                 f"{source}: tensor {name} is {has}, should be {list(place.shape)} by the params{_ONE_MODEL}"
             )
+        for scale, size in zip(scales.get(name, ()), place.shape, strict=False):
+            if scale is None or scale.shape != (size,) or scale.dtype != torch.float32 or place.field not in MATRICES:
+                raise UserError(f"{source}: tensor {name} is in int8, without the scales that belong to it{_ONE_MODEL}")
         for part in parts:
-            if part.dtype not in DTYPES.values():
+            if part.dtype not in DTYPES.values() and name not in in_int8:
                 raise UserError(f"{source}: tensor {name} is {part.dtype}; {_NOT_READ}")
         if place.field not in _SHARDED_DIMENSION and any(not torch.equal(part, parts[0]) for part in parts[1:]):
             raise UserError(f"{source}: the shards differ in {name}; keep the shards of one model only")
-    return Checkpoint(source, params, {place: found[name] for name, place in wanted.items()}, hf)
+    parts_of = {place: found[name] for name, place in wanted.items()}
+    scales_of = {wanted[name]: tuple(scale for scale in scales[name] if scale is not None) for name in in_int8}
+    return Checkpoint(source, params, parts_of, hf, scales_of)
 
 
 def _joined_shape(place: TensorPlace, parts: Sequence[Tensor]) -> tuple[int, ...] | None:
