@@ -60,6 +60,7 @@ class Tokenizer:
         """Reads a tokenizer.model. Raises UserError naming the line that is wrong, or what the file is instead."""
         ranks = _read_ranks(Path(path))
         self.special_tokens = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.path = Path(path)
         self.encoding = tiktoken.Encoding(
             name=Path(path).name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
         )
