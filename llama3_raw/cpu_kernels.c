@@ -403,25 +403,21 @@ static inline float *part_of(float *parts, const Shape *shape, int64_t chunks, i
     return parts + ((t * shape->n_heads + h) * chunks + chunk) * (shape->head_dim + 2);
 }
 
-/* The part of one chunk in the attention of one token, for a constant number of query heads that share a kv head.
-   queries [heads][size]: even values before odd ones in every 2 * WIDTH, as load_words and shifting give those of a key */
+/* The part of one chunk in the attention of one token, for a constant number of query heads that share a kv head. */
 static inline __attribute__((always_inline)) void attend_heads(
-    int heads, const float *queries, const bf16 *keys, const bf16 *values, float *part, int64_t part_stride, int count,
+    int heads, const bf16 *queries, const bf16 *keys, const bf16 *values, float *part, int64_t part_stride, int count,
     const Shape *shape) {
     int64_t size = shape->head_dim;
+    float scale = 1 / sqrtf((float)size);
     float weights[ROWS][CHUNK] __attribute__((aligned(64)));
     for (int s = 0; s < count; s++) {
         floats sums[ROWS];
         for (int h = 0; h < heads; h++) sums[h] = (floats){0};
         for (int64_t i = 0; i < size; i += 2 * WIDTH) {
-            words key = load_words(keys + s * shape->key_stride + i);
-            floats even = (floats)(key << 16), odd = (floats)(key & 0xffff0000u);
-            for (int h = 0; h < heads; h++) {
-                sums[h] += load_floats(queries + h * size + i) * even;
-                sums[h] += load_floats(queries + h * size + i + WIDTH) * odd;
-            }
+            pairs key = load_pairs(keys + s * shape->key_stride + i);
+            for (int h = 0; h < heads; h++) sums[h] = add_products(sums[h], load_pairs(queries + h * size + i), key);
         }
-        for (int h = 0; h < heads; h++) weights[h][s] = total(sums[h]);
+        for (int h = 0; h < heads; h++) weights[h][s] = total(sums[h]) * scale;
     }
     for (int h = 0; h < heads; h++) {
         float largest = -INFINITY;
@@ -457,10 +453,18 @@ static inline __attribute__((always_inline)) void attend_heads(
     }
 }
 
+/* Brings the keys or values of one chunk, of all heads, into the cache in the order in which they lie in memory: one head
+   alone has but a few bytes of each token, and would wait for most of them. */
+static void fetch(const Shape *shape, const bf16 *from, int64_t stride, int64_t chunk) {
+    int64_t first = chunk * CHUNK, end = shape->start + shape->n_tokens;
+    if (end > first + CHUNK) end = first + CHUNK;
+    for (int64_t s = first; s < end; s++)
+        for (int64_t i = 0; i < shape->n_kv_heads * shape->head_dim; i += 32) __builtin_prefetch(from + s * stride + i);
+}
+
 static void attend_chunk(const Shape *shape, const bf16 *q, const bf16 *keys, const bf16 *values, float *parts,
                          int64_t chunks, int64_t kv_head, int64_t chunk) {
     int64_t sharing = shape->n_heads / shape->n_kv_heads, size = shape->head_dim, first = chunk * CHUNK;
-    float scale = 1 / sqrtf((float)size), queries[ROWS * size];
     keys += first * shape->key_stride + kv_head * size;
     values += first * shape->value_stride + kv_head * size;
     for (int64_t t = 0; t < shape->n_tokens; t++) {
@@ -469,12 +473,7 @@ static void attend_chunk(const Shape *shape, const bf16 *q, const bf16 *keys, co
         int count = left < CHUNK ? (int)left : CHUNK;
         for (int64_t h = kv_head * sharing, end = h + sharing; h < end; h += ROWS) {
             int heads = end - h < ROWS ? (int)(end - h) : ROWS;
-            const bf16 *from = q + t * shape->q_stride + h * size;
-            for (int64_t i = 0; i < heads * size; i += 2 * WIDTH)
-                for (int j = 0; j < WIDTH; j++) {
-                    queries[i + j] = widen(from[i + 2 * j]) * scale;
-                    queries[i + WIDTH + j] = widen(from[i + 2 * j + 1]) * scale;
-                }
+            const bf16 *queries = q + t * shape->q_stride + h * size;
             float *part = part_of(parts, shape, chunks, t, h, chunk);
             int64_t stride = chunks * (size + 2);
             if (heads == 4) attend_heads(4, queries, keys, values, part, stride, count, shape);
@@ -492,9 +491,14 @@ int attend(const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *out, const
     float *parts = malloc(shape->n_tokens * shape->n_heads * chunks * (size + 2) * sizeof *parts);
     if (!parts) return 1;
 #pragma omp parallel for schedule(static) collapse(2)
-    for (int64_t kv_head = 0; kv_head < shape->n_kv_heads; kv_head++)
-        for (int64_t chunk = 0; chunk < chunks; chunk++)
+    for (int64_t chunk = 0; chunk < chunks; chunk++)
+        for (int64_t kv_head = 0; kv_head < shape->n_kv_heads; kv_head++) {
+            if (kv_head == 0) {
+                fetch(shape, keys, shape->key_stride, chunk);
+                fetch(shape, values, shape->value_stride, chunk);
+            }
             attend_chunk(shape, q, keys, values, parts, chunks, kv_head, chunk);
+        }
 #pragma omp parallel for schedule(static) collapse(2)
     for (int64_t t = 0; t < shape->n_tokens; t++)
         for (int64_t h = 0; h < shape->n_heads; h++) {
