@@ -32,6 +32,7 @@ from .command_line import (
 from .dialog import Message, encode_dialog
 from .errors import ArgumentParser, UserError, command_line_tool, not_empty
 from .generation import StopReason, generate
+from .int8 import Int8
 from .lookup import LookupPolicy
 from .memory import Lengths
 from .tokenizer import Tokenizer
@@ -167,9 +168,12 @@ def main(arguments: Sequence[str]) -> int:
 def _save_quantized(options: argparse.Namespace) -> int:
     if options.prompt or options.max_ram:
         raise UserError("--save-quantized only writes the model; leave the prompt and --max-ram out")
+    if options.layers is not None:
+        raise UserError("--save-quantized writes the whole model; leave --layers out")
+    options.quantize = "int8"
     chosen = choose_model(options, needs_tokenizer=False)
-    if chosen.dtype is not None:
-        raise UserError("--save-quantized keeps the dtype of norms and embeddings; leave --dtype out")
+    if chosen.dtype not in (None, chosen.checkpoint.dtype):
+        raise UserError(f"--save-quantized keeps norms and embeddings in {chosen.checkpoint.dtype}; leave --dtype out")
     tokenizer_file = chosen.tokenizer.path if chosen.tokenizer else None
     save_quantized(chosen.folder.path, chosen.checkpoint, Path(options.save_quantized), tokenizer_file)
     print(
@@ -288,6 +292,7 @@ def _print_stats(style: str, model: Model, prompt_tokens: int, watch: _Watch, lo
         "peak_ram_bytes": peak_memory(),
         "device": str(weights.norm.device),
         "dtype": str(weights.norm.dtype).removeprefix("torch."),
+        "matrices": "int8" if isinstance(weights.output, Int8) else str(weights.output.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
     if style == "json":

@@ -200,6 +200,7 @@ def main(arguments: Sequence[str]) -> int:
         options.system.encode()
     except UnicodeEncodeError as error:
         raise UserError("--system: not valid UTF-8; convert the text to UTF-8") from error
+    LookupPolicy(options.lookup)  # complains of what is out of range now, not after a long load
     chosen = choose_model(options)
     longest = chosen.checkpoint.params.max_seq_len
     check_context(options.context, longest)

@@ -201,6 +201,10 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> C
     checkpoint = open_checkpoint(folder.path)
     if quantized and checkpoint.scales:
         raise UserError(f"--quantize int8: {folder.path} is in int8 already; leave it out")
+    dtype = _DTYPES.get(options.dtype)
+    if (quantized or checkpoint.scales) and (dtype or checkpoint.dtype) != torch.bfloat16:
+        stored = str(dtype or checkpoint.dtype).removeprefix("torch.")
+        raise UserError(f"int8 matrices are fast in bfloat16 only, not in {stored}; give --dtype bfloat16")
     if options.layers is not None:
         checkpoint = first_layers(checkpoint, options.layers)
     try:
@@ -211,7 +215,7 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> C
         tokenizer = None
     if tokenizer is None and needs_tokenizer:
         raise UserError(f"{folder.path}: there is no tokenizer.model; give --tokenizer FILE, or token ids with --ids")
-    return ChosenModel(folder, checkpoint, tokenizer, device, _DTYPES.get(options.dtype), options.max_ram, quantized)
+    return ChosenModel(folder, checkpoint, tokenizer, device, dtype, options.max_ram, quantized)
 
 
 def set_threads(threads: int | None) -> None:

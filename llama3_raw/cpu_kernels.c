@@ -5,6 +5,7 @@
    terms in one fixed order, whose pieces do not depend on how many tokens or threads there are. */
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -96,16 +97,21 @@ static inline __attribute__((always_inline)) void product(
 }
 
 /* A matrix in int8 is whole numbers times a scale for each row and one for each column. The tokens that it is multiplied
-   with are rounded to 16 bits, after the scales of the columns, which leaves hardly an error. The product is then a whole
-   number and exact, and all processors agree. */
+   with are rounded to 16 bits, after the scales of the columns, which leaves hardly an error. The product of whole numbers
+   is exact, in whatever order it is made. */
 #define LARGEST (127 * 254 + 126) /* of a rounded value, which is 254 times one int8 and another */
 
 /* Rounds the values of a token times their scales to whole numbers times a scale for all, which it returns. */
 static float round_token(const bf16 *x, const float *column_scales, int16_t *rounded, int64_t length) {
-    float largest = 0;
+    float largest = 0, sum = 0;
     for (int64_t i = 0; i < length; i++) {
         float size = fabsf(widen(x[i]) * column_scales[i]);
         largest = size > largest ? size : largest;
+        sum += size;
+    }
+    if (!(sum < INFINITY)) { /* not a number, or no end: nor is the product */
+        memset(rounded, 0, length * sizeof *rounded);
+        return NAN;
     }
     float inverse = largest > 0 ? LARGEST / largest : 0;
     const float magic = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded to a whole number */
@@ -124,8 +130,13 @@ typedef struct {
 /* Matrix units (Intel AMX). A tile is 16 rows of up to 64 bytes, and one instruction multiplies two of them: 16 rows of
    the matrix, as they lie in memory, by up to 16 columns. For bf16 a column is a token. For int8 a token has two columns,
    since its values have 16 bits: the first takes 254ths of them, the second what is left. */
+#define WITH_TILES
+#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+/* GCC does not know that tiles are loaded from memory (its bug 114098), and would not write what nothing else reads. */
+#define SEEN(memory) __asm__ volatile("" : : "r"(memory) : "memory")
 
 #define COLUMNS 256 /* so many at a time, with a part of the matrix, stay in the cache next to the processor */
 #define PART 256    /* rows of the matrix that go with them; with few columns: */
@@ -155,12 +166,25 @@ static void shape_tiles(int width) {
         shapes.rows[tile] = 16;
         shapes.bytes[tile] = tile == 4 || tile == 5 ? 64 : 4 * width;
     }
+    SEEN(&shapes);
     _tile_loadconfig(&shapes);
 }
 
 static void pack(const Columns *columns, int64_t group, int member, const void *column) {
     int32_t *to = (int32_t *)(columns->packed + group * columns->row_bytes * columns->width) + member;
     for (int64_t i = 0; i < columns->row_bytes / 4; i++) memcpy(to + i * columns->width, (const char *)column + 4 * i, 4);
+}
+
+/* scores [16][ROWS] = 16 keys times ROWS queries, [length / 2][ROWS][2]; for tiles of that width */
+static inline void score(const int32_t *queries, const bf16 *keys, int64_t key_stride, int64_t length, float *scores) {
+    SEEN(queries);
+    _tile_zero(0);
+    for (int64_t i = 0; i < length; i += 32) {
+        _tile_loadd(4, keys + i, 2 * key_stride);
+        _tile_loadd(6, queries + i / 2 * ROWS, 4 * ROWS);
+        _tile_dpbf16ps(0, 4, 6);
+    }
+    _tile_stored(0, scores, 4 * ROWS);
 }
 
 /* Puts the tokens into the order that the matrix unit wants; for int8 also their scales. */
@@ -254,6 +278,7 @@ int linear_tiles(const bf16 *x, const bf16 *w, const Int8 *int8, bf16 *y, int64_
     int width = n_rows < 16 ? (int)n_rows : 16;
     int64_t row_bytes = int8 ? length : 2 * length, n_groups = (n_rows + width - 1) / width * (int8 ? 2 : 1);
     int64_t part = n_groups <= 2 ? PART_FOR_FEW : PART, together = COLUMNS / width / 2 * 2;
+    while (part > PART_FOR_FEW && n_outputs < part * omp_get_max_threads()) part /= 2; /* some for every thread */
     char *packed = calloc(n_groups * width, row_bytes + sizeof(float));
     if (!packed) return 1;
     float *scales = (float *)(packed + n_groups * width * row_bytes);
@@ -261,8 +286,8 @@ int linear_tiles(const bf16 *x, const bf16 *w, const Int8 *int8, bf16 *y, int64_
 #pragma omp parallel
     {
         union {
-            float floats[PART * COLUMNS];
-            int32_t integers[PART * COLUMNS];
+            float as_float[PART * COLUMNS];
+            int32_t as_int[PART * COLUMNS];
         } sums __attribute__((aligned(64)));
         pack_tokens(&columns, x, n_rows, int8, scales);
         shape_tiles(width);
@@ -285,9 +310,9 @@ int linear_tiles(const bf16 *x, const bf16 *w, const Int8 *int8, bf16 *y, int64_
                         int64_t place = (tile * 16 + o % 16) * width + t % width;
                         bf16 *to = y + t * n_outputs + first + o;
                         if (int8) {
-                            int64_t high = sums.integers[place], low = sums.integers[place + 16 * width];
+                            int64_t high = sums.as_int[place], low = sums.as_int[place + 16 * width];
                             *to = narrow((float)(254 * high + low) * (int8->row_scales[first + o] * scales[t]));
-                        } else *to = narrow(sums.floats[place]);
+                        } else *to = narrow(sums.as_float[place]);
                     }
             }
         }
@@ -300,7 +325,7 @@ int linear_tiles(const bf16 *x, const bf16 *w, const Int8 *int8, bf16 *y, int64_
 int has_tiles(void) { return 0; }
 #endif
 
-/* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length] in int8. -> 0, or 1 where there is no memory. */
+/* y [n_rows, n_outputs] = x [n_rows, length] w^T, at most 16 rows, w [n_outputs, length] in int8. -> 0, or 1 where there is no memory. */
 int linear_int8(const bf16 *x, const bf16 *unused, const Int8 *w, bf16 *y, int64_t n_rows, int64_t n_outputs,
                 int64_t length) {
     (void)unused;
@@ -362,10 +387,11 @@ int linear_bf16(const bf16 *x, const bf16 *w, const Int8 *unused, bf16 *y, int64
     return 0;
 }
 
-#define CHUNK 256 /* keys whose part of the sum is made at once; they are added up in order */
+#define CHUNK 128 /* keys whose part of the sum is made at once; they are added up in order */
 
 typedef struct {
     int64_t n_tokens, n_heads, n_kv_heads, head_dim, start; /* token t sees the positions up to start + t */
+    int64_t use_tiles; /* where ROWS divides the query heads that share a kv head */
     int64_t q_stride, key_stride, value_stride;             /* values from one token to the next */
 } Shape;
 
@@ -403,6 +429,13 @@ static inline float *part_of(float *parts, const Shape *shape, int64_t chunks, i
     return parts + ((t * shape->n_heads + h) * chunks + chunk) * (shape->head_dim + 2);
 }
 
+/* Brings rows into the cache, in the order in which they lie in memory and by loads: the processor reads ahead of those
+   with more requests at a time than it has for prefetch instructions. */
+static void fetch(const bf16 *rows, int64_t count, int64_t stride, int64_t length) {
+    for (int64_t s = 0; s < count; s++)
+        for (int64_t i = 0; i < length; i += 32) (void)*(volatile const bf16 *)(rows + s * stride + i);
+}
+
 /* The part of one chunk in the attention of one token, for a constant number of query heads that share a kv head. */
 static inline __attribute__((always_inline)) void attend_heads(
     int heads, const bf16 *queries, const bf16 *keys, const bf16 *values, float *part, int64_t part_stride, int count,
@@ -410,7 +443,21 @@ static inline __attribute__((always_inline)) void attend_heads(
     int64_t size = shape->head_dim;
     float scale = 1 / sqrtf((float)size);
     float weights[ROWS][CHUNK] __attribute__((aligned(64)));
-    for (int s = 0; s < count; s++) {
+    int s = 0;
+#ifdef WITH_TILES
+    if (shape->use_tiles) {
+        float scores[16 * ROWS];
+        int32_t packed[ROWS * size / 2];
+        for (int h = 0; h < heads; h++)
+            for (int64_t i = 0; i < size / 2; i++) memcpy(packed + i * heads + h, queries + h * size + 2 * i, 4);
+        for (; s + 16 <= count; s += 16) {
+            score(packed, keys + s * shape->key_stride, shape->key_stride, size, scores);
+            for (int i = 0; i < 16; i++)
+                for (int h = 0; h < heads; h++) weights[h][s + i] = scores[i * heads + h] * scale;
+        }
+    }
+#endif
+    for (; s < count; s++) {
         floats sums[ROWS];
         for (int h = 0; h < heads; h++) sums[h] = (floats){0};
         for (int64_t i = 0; i < size; i += 2 * WIDTH) {
@@ -453,18 +500,14 @@ static inline __attribute__((always_inline)) void attend_heads(
     }
 }
 
-/* Brings the keys or values of one chunk, of all heads, into the cache in the order in which they lie in memory: one head
-   alone has but a few bytes of each token, and would wait for most of them. */
-static void fetch(const Shape *shape, const bf16 *from, int64_t stride, int64_t chunk) {
-    int64_t first = chunk * CHUNK, end = shape->start + shape->n_tokens;
-    if (end > first + CHUNK) end = first + CHUNK;
-    for (int64_t s = first; s < end; s++)
-        for (int64_t i = 0; i < shape->n_kv_heads * shape->head_dim; i += 32) __builtin_prefetch(from + s * stride + i);
-}
-
 static void attend_chunk(const Shape *shape, const bf16 *q, const bf16 *keys, const bf16 *values, float *parts,
                          int64_t chunks, int64_t kv_head, int64_t chunk) {
     int64_t sharing = shape->n_heads / shape->n_kv_heads, size = shape->head_dim, first = chunk * CHUNK;
+    int64_t behind = shape->start + shape->n_tokens - first, rows = behind < CHUNK ? behind : CHUNK;
+    if (kv_head == 0) { /* one head alone has but a few bytes of each token, and would wait for most of them */
+        fetch(keys + first * shape->key_stride, rows, shape->key_stride, shape->n_kv_heads * size);
+        fetch(values + first * shape->value_stride, rows, shape->value_stride, shape->n_kv_heads * size);
+    }
     keys += first * shape->key_stride + kv_head * size;
     values += first * shape->value_stride + kv_head * size;
     for (int64_t t = 0; t < shape->n_tokens; t++) {
@@ -490,15 +533,19 @@ int attend(const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *out, const
     int64_t size = shape->head_dim, chunks = (shape->start + shape->n_tokens + CHUNK - 1) / CHUNK;
     float *parts = malloc(shape->n_tokens * shape->n_heads * chunks * (size + 2) * sizeof *parts);
     if (!parts) return 1;
-#pragma omp parallel for schedule(static) collapse(2)
-    for (int64_t chunk = 0; chunk < chunks; chunk++)
-        for (int64_t kv_head = 0; kv_head < shape->n_kv_heads; kv_head++) {
-            if (kv_head == 0) {
-                fetch(shape, keys, shape->key_stride, chunk);
-                fetch(shape, values, shape->value_stride, chunk);
-            }
-            attend_chunk(shape, q, keys, values, parts, chunks, kv_head, chunk);
-        }
+#pragma omp parallel
+    {
+#ifdef WITH_TILES
+        if (shape->use_tiles) shape_tiles(ROWS);
+#endif
+#pragma omp for schedule(static) collapse(2)
+        for (int64_t chunk = 0; chunk < chunks; chunk++)
+            for (int64_t kv_head = 0; kv_head < shape->n_kv_heads; kv_head++)
+                attend_chunk(shape, q, keys, values, parts, chunks, kv_head, chunk);
+#ifdef WITH_TILES
+        if (shape->use_tiles) _tile_release();
+#endif
+    }
 #pragma omp parallel for schedule(static) collapse(2)
     for (int64_t t = 0; t < shape->n_tokens; t++)
         for (int64_t h = 0; h < shape->n_heads; h++) {

@@ -75,6 +75,17 @@ def widen(matrix: Int8, dtype: torch.dtype) -> Tensor:
     return (matrix.values * matrix.row_scales.unsqueeze(-1) * matrix.column_scales).to(dtype)
 
 
-def linear(x: Tensor, weight: Matrix) -> Tensor:
-    """x [..., in], weight [out, in] -> [..., out] in x's dtype; an int8 matrix is widened first."""
-    return F.linear(x, widen(weight, x.dtype) if isinstance(weight, Int8) else weight)
+def linear(x: Tensor, weight: Matrix, dtype: torch.dtype | None = None) -> Tensor:
+    """x [..., in], weight [out, in] -> [..., out] in x's dtype; computed in `dtype`, which None leaves to x.
+
+    What has to be widened is so by some rows at a time.
+    """
+    dtype = dtype or x.dtype
+    if isinstance(weight, Int8):
+        rows = zip(weight.values.split(_ROWS), weight.row_scales.split(_ROWS), strict=True)
+        pieces = (widen(Int8(values, scales, weight.column_scales), dtype) for values, scales in rows)
+    elif weight.dtype == dtype:
+        return F.linear(x, weight)
+    else:
+        pieces = (piece.to(dtype) for piece in weight.split(_ROWS))
+    return torch.cat([F.linear(x.to(dtype), piece).to(x.dtype) for piece in pieces], dim=-1)

@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .int8 import Int8, Matrix, widen
+from .int8 import Int8, Matrix, linear
 from .ops import Ops, Tap
 
 FEW = 16  # tokens: up to so many are computed by the kernels on every processor, all with the same bits
 _MOST_BY_TILES = 256  # tokens: with more, torch is faster, which brings the matrix into another order first
+_LONGEST = 2**17  # values of a row; above that the sum of int8 products might overflow 32 bits
 _QUERIES = 128  # tokens that attend to earlier ones at a time, where there are more than a few
-_PIECE = 1024  # rows of a matrix that are widened at a time
 _SOURCE = Path(__file__).with_name("cpu_kernels.c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma")
 _FLAGS = ("-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC")
@@ -54,7 +54,10 @@ class CannotBuild(Exception):
 class _Shape(ctypes.Structure):
     _fields_ = [  # as ctypes wants it
         (name, ctypes.c_int64)
-        for name in ("n_tokens", "n_heads", "n_kv_heads", "head_dim", "start", "q_stride", "key_stride", "value_stride")
+        for name in (
+            *("n_tokens", "n_heads", "n_kv_heads", "head_dim", "start", "use_tiles"),
+            *("q_stride", "key_stride", "value_stride"),
+        )
     ]
 
 
@@ -112,12 +115,12 @@ def make_ops(kernels: ctypes.CDLL) -> Ops:
     """The operations with these kernels. A product that they do not do (fp32, say) is torch's."""
     has_tiles, c_attend = bool(kernels.has_tiles()), kernels.attend
 
-    def linear(x: Tensor, weight: Matrix) -> Tensor:
+    def fast_linear(x: Tensor, weight: Matrix) -> Tensor:
         """x [..., in], weight [out, in] -> [..., out]; few rows of bf16 at the speed of the memory."""
         outputs, length = weight.shape
         rows = x.numel() // length
         is_int8 = isinstance(weight, Int8)
-        by_tiles = has_tiles and outputs % 32 == 0 and length % (64 if is_int8 else 32) == 0
+        by_tiles = has_tiles and outputs % 32 == 0 and length % (64 if is_int8 else 32) == 0 and length <= _LONGEST
         most = FEW if not by_tiles else rows if is_int8 else _MOST_BY_TILES
         if not (0 < rows <= most and length % 32 == 0 and _is_plain_bf16(x)):
             return linear_by_torch(x, weight)
@@ -143,12 +146,14 @@ def make_ops(kernels: ctypes.CDLL) -> Ops:
             return attend_by_torch(q, keys, values, start)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         strides = (q.stride(0), keys.stride(0), values.stride(0))
-        shape = _Shape(n_tokens, n_heads, keys.shape[-2], head_dim, start, *strides)
+        n_kv_heads = keys.shape[-2]
+        use_tiles = has_tiles and n_heads // n_kv_heads % 4 == 0
+        shape = _Shape(n_tokens, n_heads, n_kv_heads, head_dim, start, use_tiles, *strides)
         if c_attend(*map(_pointer, (q, keys, values, out)), ctypes.byref(shape)):
             raise MemoryError(f"no memory to attend to {keys.shape[0]} tokens")
         return out
 
-    return Ops(embed=F.embedding, linear=linear, attend=attend, reduce=lambda x: x)
+    return Ops(embed=F.embedding, linear=fast_linear, attend=attend, reduce=lambda x: x)
 
 
 def read_loop(kernels: ctypes.CDLL, x: Tensor) -> None:
@@ -158,20 +163,10 @@ def read_loop(kernels: ctypes.CDLL, x: Tensor) -> None:
 
 
 def linear_by_torch(x: Tensor, weight: Matrix) -> Tensor:
-    """x [..., in], weight [out, in] -> [..., out]; in fp32 where the processor has no instructions for bf16.
-
-    What is widened, is so in pieces of some rows.
-    """
-    dtype = torch.float32 if x.dtype == torch.bfloat16 and fp32_is_faster() else x.dtype
-    if isinstance(weight, Int8):
-        rows = zip(weight.values.split(_PIECE), weight.row_scales.split(_PIECE), strict=True)
-        pieces = (widen(Int8(values, scales, weight.column_scales), dtype) for values, scales in rows)
-    elif weight.dtype == dtype:
-        return F.linear(x, weight)
-    else:
-        pieces = (piece.to(dtype) for piece in weight.split(_PIECE))
-    wide = x.to(dtype)
-    return torch.cat([F.linear(wide, piece).to(x.dtype) for piece in pieces], dim=-1)
+    """x [..., in], weight [out, in] -> [..., out]; in fp32 where the processor has no instructions for bf16."""
+    if x.dtype == torch.bfloat16 and fp32_is_faster():
+        return linear(x, weight, torch.float32)
+    return linear(x, weight)
 
 
 @functools.cache
@@ -181,7 +176,7 @@ def fp32_is_faster() -> bool:
     The difference is at least twofold in either direction on all processors that were tried, so that the answer (and
     with it the rounding) is always the same.
     """
-    x, matrix = torch.ones(64, 1024, dtype=torch.bfloat16), torch.ones(_PIECE, 1024, dtype=torch.bfloat16)
+    x, matrix = torch.ones(64, 1024, dtype=torch.bfloat16), torch.ones(512, 1024, dtype=torch.bfloat16)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(3):
         for in_fp32, times in seconds.items():

@@ -55,10 +55,11 @@ def random_ids(model: Model, length: int) -> list[int]:
 class Own:
     """This engine, in the shape of the others. For `decode` the cache is full of random numbers."""
 
-    version = ""
-
-    def __init__(self, model: Model, longest: int, ops: Ops | None = None, name: str = "llama3_raw"):
+    def __init__(
+        self, model: Model, longest: int, ops: Ops | None = None, name: str = "llama3_raw", version: str = ""
+    ):
         self.name = name
+        self.version = version
         self._model = model
         self._ops = ops
         self._ids = random_ids(model, longest)
@@ -271,7 +272,9 @@ def memory_together(plan: Plan, peers: Sequence[str]) -> int:
     itemsize = (plan.dtype or next(iter(plan.checkpoint.parts.values()))[0].dtype).itemsize
     wq_and_wk = params.n_layers * (params.n_heads + params.n_kv_heads) * params.head_dim * params.dim * itemsize
     stored = sum(needed(plan._replace(quantized=False))[:2])
-    weights_of = {TRANSFORMERS: wq_and_wk, LLAMA_CPP: stored, STORED: stored}
+    weights_of = {TRANSFORMERS: wq_and_wk, LLAMA_CPP: stored, STORED: 0}
+    if plan.quantized and (TRANSFORMERS in peers or STORED in peers):
+        weights += stored
     return weights + sum(weights_of[peer] for peer in peers) + (1 + len(peers)) * (need.cache + need.work)
 
 
@@ -284,6 +287,8 @@ def check_peers(chosen: ChosenModel, lengths: Lengths, names: Sequence[str]) -> 
     checkpoint = chosen.checkpoint
     if checkpoint.scales:
         raise UserError("--vs takes the weights as others have them; give the original folder, with --quantize int8")
+    if chosen.max_ram is not None:
+        raise UserError("--vs needs all weights in memory for the other engines; leave --max-ram out")
     if STORED in names and not chosen.quantized:
         raise UserError("--vs stored compares --quantize int8 with the weights as they are stored; give that too")
     free = free_memory(chosen.device) * 9 // 10  # the rest is for what else runs, or pages would come and go
@@ -324,7 +329,7 @@ def open_peers(
                 engines.append(Transformers(model, longest))
                 continue
             if name == STORED:
-                engines.append(Own(model, longest, name=STORED))
+                engines.append(Own(model, longest, name=STORED, version="the same, with the weights as they are stored"))
                 continue
             folder = None if gguf else stack.enter_context(tempfile.TemporaryDirectory(prefix="llama3_raw-"))
             file = Path(gguf or f"{folder}/model.gguf")
