@@ -57,13 +57,13 @@ def quantize(matrix: Tensor) -> Int8:
             even.div_(_not_zero(even.amax(dim=-1, keepdim=True)))
             largest = torch.maximum(largest, even.amax(dim=0))
         column_scales *= _not_zero(largest)
-    values, row_scales = [], []
-    for rows in matrix.split(_ROWS):
+    values = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
+    row_scales = torch.empty(matrix.shape[0], device=matrix.device)
+    for rows, rounded, scales in zip(matrix.split(_ROWS), values.split(_ROWS), row_scales.split(_ROWS), strict=True):
         even = rows.float() / column_scales
-        scales = _not_zero(even.abs().amax(dim=-1) / 127)  # [rows]
-        values.append(even.div_(scales.unsqueeze(-1)).round_().to(torch.int8))
-        row_scales.append(scales)
-    return Int8(torch.cat(values), torch.cat(row_scales), column_scales)
+        scales.copy_(_not_zero(even.abs().amax(dim=-1) / 127))  # [rows]
+        rounded.copy_(even.div_(scales.unsqueeze(-1)).round_())
+    return Int8(values, row_scales, column_scales)
 
 
 def _not_zero(scales: Tensor) -> Tensor:
