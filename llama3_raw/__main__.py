@@ -167,6 +167,8 @@ def main(arguments: Sequence[str]) -> int:
 def _save_quantized(options: argparse.Namespace) -> int:
     if options.prompt or options.max_ram:
         raise UserError("--save-quantized only writes the model; leave the prompt and --max-ram out")
+    if options.layers:
+        raise UserError("--save-quantized writes the whole model; leave --layers out")
     chosen = choose_model(options, needs_tokenizer=False)
     if chosen.dtype is not None:
         raise UserError("--save-quantized keeps the dtype of norms and embeddings; leave --dtype out")

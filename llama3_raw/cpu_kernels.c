@@ -100,18 +100,23 @@ static inline __attribute__((always_inline)) void product(
    number and exact, and all processors agree. */
 #define LARGEST (127 * 254 + 126) /* of a rounded value, which is 254 times one int8 and another */
 
-/* Rounds the values of a token times their scales to whole numbers times a scale for all, which it returns. */
+/* Rounds the values of a token times their scales to whole numbers times a scale for all, which it returns. If one of
+   them is infinite or NaN, that scale is NaN, and so is the whole product. */
 static float round_token(const bf16 *x, const float *column_scales, int16_t *rounded, int64_t length) {
-    float largest = 0;
-    for (int64_t i = 0; i < length; i++) {
-        float size = fabsf(widen(x[i]) * column_scales[i]);
-        largest = size > largest ? size : largest;
+    union { float value; uint32_t bits; } largest = {0};
+    for (int64_t i = 0; i < length; i++) { /* the bits of sizes stand in the order of the sizes, those of NaN above all */
+        union { float value; uint32_t bits; } size = {fabsf(widen(x[i]) * column_scales[i])};
+        largest.bits = size.bits > largest.bits ? size.bits : largest.bits;
     }
-    float inverse = largest > 0 ? LARGEST / largest : 0;
+    if (!isfinite(largest.value) || largest.value < 1e-30f) { /* so little that its inverse may be infinite is nothing */
+        memset(rounded, 0, length * sizeof *rounded);
+        return isfinite(largest.value) ? 0 : NAN;
+    }
+    float inverse = LARGEST / largest.value;
     const float magic = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded to a whole number */
     for (int64_t i = 0; i < length; i++)
         rounded[i] = (int16_t)(int)(widen(x[i]) * column_scales[i] * inverse + magic - magic);
-    return largest / LARGEST;
+    return largest.value / LARGEST;
 }
 
 typedef struct {

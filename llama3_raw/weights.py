@@ -162,12 +162,21 @@ def from_state_dict(params: Params, tensors: Mapping[str, Tensor]) -> Weights:
 
 
 def to_state_dict(params: Params, weights: Weights) -> dict[str, Tensor]:
-    """Weights -> tensors by Meta's names, as torch.save writes them into consolidated.00.pth."""
-    tied = weights.output is weights.tok_embeddings
-    return {
-        place.meta_name: getattr(weights if place.layer is None else weights.layers[place.layer], place.field)
-        for place in tensor_places(params, tied)
-    }
+    """Weights -> tensors by Meta's names, as torch.save writes them into consolidated.00.pth.
+
+    A matrix in int8 is three tensors, as `save_quantized` names them.
+    """
+    tensors: dict[str, Tensor] = {}
+    for place in tensor_places(params, tied=weights.output is weights.tok_embeddings):
+        matrix = getattr(weights if place.layer is None else weights.layers[place.layer], place.field)
+        tensors |= _by_name(place.meta_name, matrix)
+    return tensors
+
+
+def _by_name(name: str, matrix: Matrix) -> dict[str, Tensor]:
+    """A matrix by its name, the scales of a quantised one beside it."""
+    endings = ("", *_SCALES) if isinstance(matrix, Int8) else ("",)
+    return {name + ending: tensor for ending, tensor in zip(endings, tensors_of(matrix), strict=True)}
 
 
 def load(
@@ -489,10 +498,8 @@ def save_quantized(source: Path, checkpoint: Checkpoint, folder: Path, tokenizer
                 if place.layer != (number if number < n_layers else None):
                     continue
                 tensor = _whole(checkpoint, place if place in checkpoint.parts else embeddings)  # where they are tied
-                if place.field in MATRICES:
-                    tensor, *scales = quantize(tensor)
-                    tensors |= {place.meta_name + end: scale for end, scale in zip(_SCALES, scales, strict=True)}
-                tensors[place.meta_name] = tensor.contiguous()
+                matrix = quantize(tensor) if place.field in MATRICES else tensor.contiguous()
+                tensors |= _by_name(place.meta_name, matrix)
             save_file(tensors, folder / f"int8.{number:03}.safetensors")
         if tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, folder / "tokenizer.model")
@@ -513,7 +520,8 @@ def _checked(source: str, params: Params, found: Mapping[str, list[Tensor]]) -> 
     hf = _is_hf(found)
     in_int8 = {name for name, parts in found.items() if parts[0].dtype == torch.int8}
     scales = {name: [found.get(name + end, [None])[0] for end in _SCALES] for name in in_int8}
-    found = {name: parts for name, parts in found.items() if not name.endswith(_SCALES)}
+    beside = {name + end for name in in_int8 for end in _SCALES}
+    found = {name: parts for name, parts in found.items() if name not in beside}
     tied = ("lm_head.weight" if hf else "output.weight") not in found
     wanted = {place.hf_name if hf else place.meta_name: place for place in tensor_places(params, tied)}
     for name in found:
@@ -535,7 +543,7 @@ def _checked(source: str, params: Params, found: Mapping[str, list[Tensor]]) -> 
             if scale is None or scale.shape != (size,) or scale.dtype != torch.float32 or place.field not in MATRICES:
                 raise UserError(f"{source}: tensor {name} is in int8, without the scales that belong to it{_ONE_MODEL}")
         for part in parts:
-            if part.dtype not in DTYPES.values() and name not in in_int8:
+            if part.dtype not in ((torch.int8,) if name in in_int8 else DTYPES.values()):
                 raise UserError(f"{source}: tensor {name} is {part.dtype}; {_NOT_READ}")
         if place.field not in _SHARDED_DIMENSION and any(not torch.equal(part, parts[0]) for part in parts[1:]):
             raise UserError(f"{source}: the shards differ in {name}; keep the shards of one model only")
