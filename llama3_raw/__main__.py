@@ -172,10 +172,8 @@ def _save_quantized(options: argparse.Namespace) -> int:
         raise UserError("--save-quantized writes the whole model; leave --layers out")
     options.quantize = "int8"
     chosen = choose_model(options, needs_tokenizer=False)
-    if chosen.dtype not in (None, chosen.checkpoint.dtype):
-        raise UserError(f"--save-quantized keeps norms and embeddings in {chosen.checkpoint.dtype}; leave --dtype out")
     tokenizer_file = chosen.tokenizer.path if chosen.tokenizer else None
-    save_quantized(chosen.folder.path, chosen.checkpoint, Path(options.save_quantized), tokenizer_file)
+    save_quantized(chosen.folder.path, chosen.checkpoint, Path(options.save_quantized), tokenizer_file, chosen.dtype)
     print(
         f"llama3_raw: {options.save_quantized} is written; run it with --weights {options.save_quantized}",
         file=sys.stderr,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -51,13 +52,18 @@ def time_start(chosen: ChosenModel, prompt_length: int) -> Start:
         command += [f"--max-ram={chosen.max_ram / 1e9}GB"]
     if chosen.dtype is not None:
         command += [f"--dtype={str(chosen.dtype).removeprefix('torch.')}"]
-    command += [" ".join(str(token % params.vocab_size) for token in range(prompt_length))]
+    ids = " ".join(str(token % params.vocab_size) for token in range(prompt_length))
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.read(1)
-        seconds = time.perf_counter() - start
-        _, said = process.communicate()
+    with tempfile.TemporaryFile("w+") as prompt:  # as an argument a long one would be refused
+        prompt.write(ids)
+        prompt.seek(0)
+        with subprocess.Popen(
+            [*command, "-"], stdin=prompt, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.read(1)
+            seconds = time.perf_counter() - start
+            _, said = process.communicate()
     if process.returncode:
         raise UserError(f"a run of python -m llama3_raw fails: {in_short(said[-200:])}")
     stats = json.loads(next(line for line in said.splitlines() if line.startswith("{")))

@@ -26,6 +26,7 @@ from .command_line import (
 from .dialog import DEFAULT_CONTEXT, Conversation, read_dialog, write_dialog
 from .errors import ArgumentParser, UserError, command_line_tool
 from .generation import StopReason
+from .lookup import LookupPolicy
 from .memory import Lengths
 
 PROMPT = "> "

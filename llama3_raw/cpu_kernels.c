@@ -19,6 +19,7 @@ typedef uint16_t bf16; /* the upper half of a float */
 #else
 #define WIDTH 4
 #endif
+#define LITTLE (1 << 18) /* products, or bytes: so few are done before another thread is awake */
 #define ROWS 4     /* tokens at a time */
 #define OUTPUTS 8  /* rows of the matrix at a time: as many streams from memory, and sums that do not wait for each other */
 
@@ -101,23 +102,23 @@ static inline __attribute__((always_inline)) void product(
    is exact, in whatever order it is made. */
 #define LARGEST (127 * 254 + 126) /* of a rounded value, which is 254 times one int8 and another */
 
-/* Rounds the values of a token times their scales to whole numbers times a scale for all, which it returns. */
+/* Rounds the values of a token times their scales to whole numbers times a scale for all, which it returns. If one of
+   them is infinite or NaN, that scale is NaN, and so is the whole product. */
 static float round_token(const bf16 *x, const float *column_scales, int16_t *rounded, int64_t length) {
-    float largest = 0, sum = 0;
-    for (int64_t i = 0; i < length; i++) {
-        float size = fabsf(widen(x[i]) * column_scales[i]);
-        largest = size > largest ? size : largest;
-        sum += size;
+    union { float value; uint32_t bits; } largest = {0};
+    for (int64_t i = 0; i < length; i++) { /* the bits of sizes stand in the order of the sizes, those of NaN above all */
+        union { float value; uint32_t bits; } size = {fabsf(widen(x[i]) * column_scales[i])};
+        largest.bits = size.bits > largest.bits ? size.bits : largest.bits;
     }
-    if (!(sum < INFINITY)) { /* not a number, or no end: nor is the product */
+    if (!isfinite(largest.value) || largest.value < 1e-30f) { /* so little that its inverse may be infinite is nothing */
         memset(rounded, 0, length * sizeof *rounded);
-        return NAN;
+        return isfinite(largest.value) ? 0 : NAN;
     }
-    float inverse = largest > 0 ? LARGEST / largest : 0;
+    float inverse = LARGEST / largest.value;
     const float magic = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded to a whole number */
     for (int64_t i = 0; i < length; i++)
         rounded[i] = (int16_t)(int)(widen(x[i]) * column_scales[i] * inverse + magic - magic);
-    return largest / LARGEST;
+    return largest.value / LARGEST;
 }
 
 typedef struct {
@@ -283,7 +284,7 @@ int linear_tiles(const bf16 *x, const bf16 *w, const Int8 *int8, bf16 *y, int64_
     if (!packed) return 1;
     float *scales = (float *)(packed + n_groups * width * row_bytes);
     Columns columns = {row_bytes, width, n_groups, packed};
-#pragma omp parallel
+#pragma omp parallel if (n_groups * n_outputs * row_bytes > LITTLE)
     {
         union {
             float as_float[PART * COLUMNS];
@@ -334,7 +335,7 @@ int linear_int8(const bf16 *x, const bf16 *unused, const Int8 *w, bf16 *y, int64
     float scales[16];
     for (int64_t r = 0; r < n_rows; r++)
         scales[r] = round_token(x + r * length, w->column_scales, rounded + r * length, length);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n_rows * n_outputs * length > LITTLE)
     for (int64_t o = 0; o < n_outputs; o++)
         for (int64_t r = 0; r < n_rows; r++) {
             int64_t sum = 0;
@@ -360,7 +361,7 @@ int linear_bf16(const bf16 *x, const bf16 *w, const Int8 *unused, bf16 *y, int64
     /* The rows of w that are read together lie an eighth of it apart, so that each stream goes on through memory when
        its row ends. */
     int64_t step = n_outputs / OUTPUTS, stride = step * length;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n_rows * n_outputs * length > LITTLE)
     for (int64_t o = 0; o < step; o++)
         for (int64_t r = 0; r < n_rows; r += ROWS) {
             const bf16 *from = x + r * length, *matrix = w + o * length, *second = matrix + OUTPUTS / 2 * stride;
@@ -533,7 +534,7 @@ int attend(const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *out, const
     int64_t size = shape->head_dim, chunks = (shape->start + shape->n_tokens + CHUNK - 1) / CHUNK;
     float *parts = malloc(shape->n_tokens * shape->n_heads * chunks * (size + 2) * sizeof *parts);
     if (!parts) return 1;
-#pragma omp parallel
+#pragma omp parallel if (shape->n_tokens * shape->n_heads * shape->start * size > LITTLE)
     {
 #ifdef WITH_TILES
         if (shape->use_tiles) shape_tiles(ROWS);
@@ -546,7 +547,7 @@ int attend(const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *out, const
         if (shape->use_tiles) _tile_release();
 #endif
     }
-#pragma omp parallel for schedule(static) collapse(2)
+#pragma omp parallel for schedule(static) collapse(2) if (shape->n_tokens * shape->n_heads * chunks * size > LITTLE)
     for (int64_t t = 0; t < shape->n_tokens; t++)
         for (int64_t h = 0; h < shape->n_heads; h++) {
             int64_t seen = (shape->start + t) / CHUNK + 1; /* chunks that token t sees a part of */

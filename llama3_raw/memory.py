@@ -113,7 +113,7 @@ def check_memory(plan: Plan, free: Callable[[torch.device], int] = free_memory) 
     need = needed(plan)
     source = plan.checkpoint.source
     if need.own > has:
-        dtype = str(plan.dtype or next(iter(plan.checkpoint.parts.values()))[0].dtype).removeprefix("torch.")
+        dtype = "int8" if plan.quantized else str(plan.dtype or plan.checkpoint.dtype).removeprefix("torch.")
         offers = _offers(plan, lambda other: needed(other).own <= free(other.device))
         raise UserError(
             f"{source}: {_gb(need.own)} are needed on {plan.device} (weights in {dtype} {_gb(need.copied)}, a cache "
@@ -152,7 +152,8 @@ def _offers(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
     """The options that turn the plan into one that fits, each by itself."""
     checkpoint, lengths = plan.checkpoint, plan.lengths
     offers = []
-    if not plan.quantized and not checkpoint.scales and fits(plan._replace(quantized=True)):
+    can_quantize = plan.device.type == "cpu" and not plan.quantized and not checkpoint.scales
+    if can_quantize and fits(plan._replace(quantized=True)):
         offers.append("--quantize int8")
     if plan.dtype and fits(plan._replace(dtype=None)):
         offers.append("no --dtype")

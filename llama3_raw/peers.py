@@ -55,9 +55,7 @@ def random_ids(model: Model, length: int) -> list[int]:
 class Own:
     """This engine, in the shape of the others. For `decode` the cache is full of random numbers."""
 
-    def __init__(
-        self, model: Model, longest: int, ops: Ops | None = None, name: str = "llama3_raw", version: str = ""
-    ):
+    def __init__(self, model: Model, longest: int, ops: Ops | None = None, name: str = "llama3_raw", version: str = ""):
         self.name = name
         self.version = version
         self._model = model
@@ -329,7 +327,7 @@ def open_peers(
                 engines.append(Transformers(model, longest))
                 continue
             if name == STORED:
-                engines.append(Own(model, longest, name=STORED, version="the same, with the weights as they are stored"))
+                engines.append(Own(model, longest, name=STORED, version="with the weights as they are stored"))
                 continue
             folder = None if gguf else stack.enter_context(tempfile.TemporaryDirectory(prefix="llama3_raw-"))
             file = Path(gguf or f"{folder}/model.gguf")

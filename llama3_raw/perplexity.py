@@ -23,9 +23,7 @@ from .ops import Ops
 from .params import Params
 from .weights import Model
 
-DEFAULT_CONTEXT = (
-    2048  # tokens, where the model's own context is longer: with more, each token costs more and gains little
-)
+DEFAULT_CONTEXT = 2048  # tokens, where the model's own is longer: with more, each token costs more and gains little
 
 _CHUNK = 256  # positions whose logits are in memory at a time
 

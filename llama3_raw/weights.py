@@ -162,12 +162,21 @@ def from_state_dict(params: Params, tensors: Mapping[str, Tensor]) -> Weights:
 
 
 def to_state_dict(params: Params, weights: Weights) -> dict[str, Tensor]:
-    """Weights -> tensors by Meta's names, as torch.save writes them into consolidated.00.pth."""
-    tied = weights.output is weights.tok_embeddings
-    return {
-        place.meta_name: getattr(weights if place.layer is None else weights.layers[place.layer], place.field)
-        for place in tensor_places(params, tied)
-    }
+    """Weights -> tensors by Meta's names, as torch.save writes them into consolidated.00.pth.
+
+    A matrix in int8 is three tensors, as `save_quantized` names them.
+    """
+    tensors: dict[str, Tensor] = {}
+    for place in tensor_places(params, tied=weights.output is weights.tok_embeddings):
+        matrix = getattr(weights if place.layer is None else weights.layers[place.layer], place.field)
+        tensors |= _by_name(place.meta_name, matrix)
+    return tensors
+
+
+def _by_name(name: str, matrix: Matrix) -> dict[str, Tensor]:
+    """A matrix by its name, the scales of a quantised one beside it."""
+    endings = ("", *_SCALES) if isinstance(matrix, Int8) else ("",)
+    return {name + ending: tensor for ending, tensor in zip(endings, tensors_of(matrix), strict=True)}
 
 
 def load(
@@ -388,7 +397,8 @@ def _map_safetensors(file: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        dtype = torch.int8 if entry["dtype"] == "I8" else DTYPES.get(entry["dtype"])
+        has_scales = all(name + ending in header for ending in _SCALES)
+        dtype = torch.int8 if entry["dtype"] == "I8" and has_scales else DTYPES.get(entry["dtype"])
         begin, end = entry["data_offsets"]
         if name.endswith(_IGNORED_ENDINGS):
             continue
@@ -438,7 +448,8 @@ def build_weights(
                     f"{source}: {total / 1e9:.1f} GB of weights do not fit on {device}, from {place.meta_name} on; "
                     f"{'give' if device.type == 'cpu' else 'use --device cpu, or'} fewer --layers"
                 ) from error
-            rows_only = place.field == "tok_embeddings" and not checkpoint.tied  # of which a prompt uses but a few rows
+            # of which a prompt uses but a few rows
+            rows_only = place.field == "tok_embeddings" and (quantized or not checkpoint.tied)
             if progress and tensors_of(matrix)[0] is parts[0] and moved.is_contiguous() and not rows_only:
                 _touch(moved, bar)
             else:
@@ -467,38 +478,52 @@ def _whole(checkpoint: Checkpoint, place: TensorPlace) -> Tensor:
     return tensor
 
 
-def save_quantized(source: Path, checkpoint: Checkpoint, folder: Path, tokenizer_file: Path | None = None) -> None:
+def save_quantized(
+    source: Path,
+    checkpoint: Checkpoint,
+    folder: Path,
+    tokenizer_file: Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Writes the checkpoint of the model folder `source` into another `folder`, its matrices in int8; `load` maps it.
 
     A file of safetensors for each layer, which is all that is in memory at a time, by Meta's names, a matrix with its
-    scales beside it. The params come last: without them the folder is no model. Raises UserError where the folder is
-    not empty or cannot be written.
+    scales beside it. The other tensors are in `dtype`; None: as they are stored. The folder gets its name when all of
+    it is written. Raises UserError where there is one of that name, or it cannot be written.
     """
-    if checkpoint.scales:
-        raise UserError(f"{checkpoint.source}: is in int8 already; take it as it is")
     params_file, _ = find_files(source)
     n_layers = checkpoint.params.n_layers
     embeddings = next(place for place in checkpoint.parts if place.field == "tok_embeddings")
+    part = folder.with_name(f"{folder.name}.part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"{folder}: is not empty; name another folder")
+        if folder.exists():
+            raise UserError(f"{folder}: is there already; name another folder, or remove it first")
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was broken off
+        part.mkdir(parents=True)
+        n_values = sum(torch.Size(place.shape).numel() for place in tensor_places(checkpoint.params))
+        n_bytes = n_values + 4 * torch.Size(embeddings.shape).numel()  # at most: the embeddings are not in int8
+        free = shutil.disk_usage(part).free
+        if free < n_bytes:
+            raise UserError(f"{folder}: {n_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on that disk")
         for number in tqdm(range(n_layers + 1), desc=str(folder), unit="layer", leave=False):
             tensors: dict[str, Tensor] = {}
             for place in tensor_places(checkpoint.params):
                 if place.layer != (number if number < n_layers else None):
                     continue
                 tensor = _whole(checkpoint, place if place in checkpoint.parts else embeddings)  # where they are tied
-                if place.field in MATRICES:
-                    tensor, *scales = quantize(tensor)
-                    tensors |= {place.meta_name + end: scale for end, scale in zip(_SCALES, scales, strict=True)}
-                tensors[place.meta_name] = tensor.contiguous()
-            save_file(tensors, folder / f"int8.{number:03}.safetensors")
+                matrix = quantize(tensor) if place.field in MATRICES else tensor.to(dtype).contiguous()
+                tensors |= _by_name(place.meta_name, matrix)
+            file = part / f"int8.{number:03}.safetensors"
+            save_file(tensors, file)
+            file.chmod(params_file.stat().st_mode)  # otherwise nobody else could read it
         if tokenizer_file is not None:
-            shutil.copyfile(tokenizer_file, folder / "tokenizer.model")
-        shutil.copyfile(params_file, folder / params_file.name)
+            shutil.copyfile(tokenizer_file, part / "tokenizer.model")
+        shutil.copyfile(params_file, part / params_file.name)
+        part.rename(folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be written: {in_short(error)}") from error
+        raise UserError(f"{folder}: cannot be written: {in_short(error)}; name another folder") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _is_hf(names: Iterable[str]) -> bool:
@@ -513,7 +538,8 @@ def _checked(source: str, params: Params, found: Mapping[str, list[Tensor]]) -> 
     hf = _is_hf(found)
     in_int8 = {name for name, parts in found.items() if parts[0].dtype == torch.int8}
     scales = {name: [found.get(name + end, [None])[0] for end in _SCALES] for name in in_int8}
-    found = {name: parts for name, parts in found.items() if not name.endswith(_SCALES)}
+    beside = {name + end for name in in_int8 for end in _SCALES}
+    found = {name: parts for name, parts in found.items() if name not in beside}
     tied = ("lm_head.weight" if hf else "output.weight") not in found
     wanted = {place.hf_name if hf else place.meta_name: place for place in tensor_places(params, tied)}
     for name in found:
@@ -535,7 +561,7 @@ def _checked(source: str, params: Params, found: Mapping[str, list[Tensor]]) -> 
             if scale is None or scale.shape != (size,) or scale.dtype != torch.float32 or place.field not in MATRICES:
                 raise UserError(f"{source}: tensor {name} is in int8, without the scales that belong to it{_ONE_MODEL}")
         for part in parts:
-            if part.dtype not in DTYPES.values() and name not in in_int8:
+            if part.dtype not in ((torch.int8,) if name in in_int8 else DTYPES.values()):
                 raise UserError(f"{source}: tensor {name} is {part.dtype}; {_NOT_READ}")
         if place.field not in _SHARDED_DIMENSION and any(not torch.equal(part, parts[0]) for part in parts[1:]):
             raise UserError(f"{source}: the shards differ in {name}; keep the shards of one model only")

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama3_raw import KVCache, Model, Params, UserError, Weights, generation
-from llama3_raw.generation import PREFILL_CHUNK, StopReason, generate
+from llama3_raw import REFERENCE, KVCache, Model, Params, UserError, Weights, generation
+from llama3_raw.generation import EXACT_PREFILL_CHUNK, PREFILL_CHUNK, StopReason, generate
 
 VOCAB = 50
 PARAMS = Params.from_meta(
-    {"dim": 8, "n_layers": 1, "n_heads": 1, "vocab_size": VOCAB, "norm_eps": 1e-5, "max_seq_len": 1000}
+    {"dim": 8, "n_layers": 1, "n_heads": 1, "vocab_size": VOCAB, "norm_eps": 1e-5, "max_seq_len": 5000}
 )
 
 
@@ -102,6 +102,9 @@ def test_prefill_in_chunks(counter: Counter, model: Model) -> None:
     length = 2 * PREFILL_CHUNK + 5
     run(generate(model, [1] * length, max_new_tokens=1))
     assert counter.calls == [(0, PREFILL_CHUNK), (PREFILL_CHUNK, PREFILL_CHUNK), (2 * PREFILL_CHUNK, 5)]
+    counter.calls.clear()
+    run(generate(model, [1] * (EXACT_PREFILL_CHUNK + 1), max_new_tokens=1, ops=REFERENCE))
+    assert counter.calls == [(0, EXACT_PREFILL_CHUNK), (EXACT_PREFILL_CHUNK, 1)]
 
 
 def test_what_is_refused_before_the_first_token(counter: Counter, model: Model) -> None:

@@ -34,7 +34,7 @@ def checkpoint(
     parts = {
         place: [torch.empty(place.shape, dtype=dtype, device="meta")] * shards for place in tensor_places(params, tied)
     }
-    return Checkpoint(size, params, parts, hf)
+    return Checkpoint(size, params, parts, hf, {})
 
 
 def test_what_8b_needs() -> None:
@@ -66,16 +66,19 @@ def test_what_is_mapped_may_be_larger_than_the_memory() -> None:
     warning = check_memory(plan, lambda device: 10 * 10**9)
     assert warning is not None
     assert "15.06 GB are needed, 10.00 GB are free" in warning
-    assert re.search(r"what fits: --layers \d\d$", warning)
+    assert re.search(r"what fits: --quantize int8, or --layers \d\d$", warning)
 
 
 FREE = {CPU: 24 * 10**9, GPU: 12 * 10**9}
 REFUSED = {
-    "another dtype": (Plan(checkpoint(), CPU, torch.float32, Lengths(17, 273, 18)), ["no --dtype", "--layers 22"]),
+    "another dtype": (
+        Plan(checkpoint(), CPU, torch.float32, Lengths(17, 273, 18)),
+        ["--quantize int8", "no --dtype", "--layers 22"],
+    ),
     "a long cache": (Plan(checkpoint(), CPU, None, Lengths(17, 200_000, 18)), ["--context 145792", "--layers 21"]),
     "fp32 in two shards": (
         Plan(checkpoint(shards=2, dtype=torch.float32), CPU, None, Lengths(17, 273, 18)),
-        ["--dtype bfloat16", "--layers 22"],
+        ["--quantize int8", "--dtype bfloat16", "--layers 22"],
     ),
     "a GPU": (Plan(checkpoint(), GPU, None, Lengths(17, 273, 18)), ["--device cpu", "--layers 21"]),
     "1b in fp32 with a long cache on a GPU": (
@@ -105,6 +108,8 @@ def test_what_is_offered_fits_and_one_more_does_not(case: str) -> None:
             assert not fits(plan._replace(lengths=plan.lengths._replace(text=int(value) + 1)))
         elif option == "--device":
             assert fits(plan._replace(device=torch.device(value)))
+        elif option == "--quantize":
+            assert fits(plan._replace(quantized=True))
         else:
             assert fits(plan._replace(dtype=None if option == "no" else torch.bfloat16))
 
@@ -122,8 +127,9 @@ def test_the_offer_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     pretend(monkeypatch, 7_000_000)
     arguments = ["--weights", str(TINY), "--device", "cpu", "One", "--max-new-tokens", "3", "--dtype", "float32"]
     assert main(arguments) == 2
-    assert "what fits: no --dtype, or --layers 3\n" in capsys.readouterr().err
+    assert "what fits: --quantize int8, or no --dtype, or --layers 3\n" in capsys.readouterr().err
     assert main([*arguments, "--layers", "3"]) == 0
+    assert main([*arguments, "--quantize", "int8"]) == 0
     assert main(arguments[:-2]) == 0
 
 
@@ -139,7 +145,7 @@ def test_a_model_larger_than_the_memory_runs_with_one_warning(
     assert len(warnings) == 1
     assert "loading" not in err  # what would not stay in memory is not read in beforehand
     assert warnings[0].startswith(f"llama3_raw: warning: {TINY / 'consolidated.00.pth'}: 4.1 MB are needed, 3.0 MB are")
-    assert warnings[0].endswith("what fits: --layers 2")
+    assert warnings[0].endswith("what fits: --quantize int8, or --layers 2")
 
 
 MEASURE = """

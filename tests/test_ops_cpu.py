@@ -15,6 +15,7 @@ from references import cast
 from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, forward, generate, ops_cpu
+from llama3_raw.int8 import Int8, quantize, widen
 from llama3_raw.model import no_tap
 from llama3_raw.ops import Ops
 
@@ -23,20 +24,28 @@ ROOT = Path(__file__).parent.parent
 
 def runs_here(instruction_set: str) -> bool:
     """Whether this processor has the instructions, by what /proc/cpuinfo says of it."""
-    needed = {"avx512_bf16": "avx512_bf16", "avx512": "avx512bw", "avx2": "avx2"}.get(instruction_set)
+    needed = {"amx": "amx_bf16 amx_int8", "avx512_bf16": "avx512_bf16", "avx512": "avx512bw", "avx2": "avx2"}
     cpuinfo = Path("/proc/cpuinfo")
-    return needed is None or (cpuinfo.exists() and f" {needed} " in cpuinfo.read_text().replace("\n", " \n"))
+    has = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return set(needed.get(instruction_set, "").split()) <= has
+
+
+def built_for(instruction_set: str) -> Ops:
+    if not runs_here(instruction_set):
+        pytest.skip(f"this processor has no {instruction_set}")
+    try:
+        kernels = ops_cpu.build_kernels(instruction_set)
+    except ops_cpu.CannotBuild as reason:
+        pytest.skip(f"cannot be built here: {reason}")
+    if instruction_set == "amx" and not kernels.has_tiles():
+        pytest.skip("the system does not let this process use tiles")
+    return ops_cpu.make_ops(kernels)
 
 
 @pytest.fixture(scope="module", params=list(ops_cpu.INSTRUCTION_SETS))
 def ops(request: pytest.FixtureRequest) -> Ops:
     """The operations built for each kind of processor that this one can be."""
-    if not runs_here(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    try:
-        return ops_cpu.make_ops(ops_cpu.build_kernels(request.param))
-    except ops_cpu.CannotBuild as reason:
-        pytest.skip(f"cannot be built here: {reason}")
+    return built_for(request.param)
 
 
 def rms_error(x: Tensor, exact: Tensor) -> float:
@@ -58,6 +67,122 @@ def test_products_are_as_exact_as_torchs(ops: Ops, outputs: int, length: int) ->
     assert torch.equal(ops.linear(x[3], w), together[3])
 
 
+# outputs and length: several parts of the matrix of 256 and a rest, and rows of several steps and a rest; what tiles do
+# not do, for outputs and for length; a rest of 32 bytes in int8
+MANY = [(544, 2112), (288, 64), (130, 128), (96, 96)]
+
+
+@pytest.mark.parametrize(("outputs", "length"), MANY)
+def test_many_rows(ops: Ops, outputs: int, length: int) -> None:
+    """By torch, or by tiles: there a row has the same bits among all numbers of rows up to 256."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(300, length, generator=generator).bfloat16()
+    w = torch.randn(outputs, length, generator=generator).bfloat16()
+    exact = x.double() @ w.double().T
+    theirs = rms_error(torch.nn.functional.linear(x, w), exact)
+    for rows in (17, 33, 256, 257, 300):
+        assert rms_error(ops.linear(x[:rows], w), exact[:rows]) <= 1.01 * theirs
+
+
+@pytest.mark.parametrize(("outputs", "length"), [MANY[0], MANY[1]])
+def test_by_tiles_a_row_has_the_same_bits_among_any_number(outputs: int, length: int) -> None:
+    ops = built_for("amx")
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(256, length, generator=generator).bfloat16()
+    w = torch.randn(outputs, length, generator=generator).bfloat16()
+    together = ops.linear(x, w)
+    for rows in (1, 2, 15, 16, 17, 31, 33, 129, 255):
+        assert torch.equal(ops.linear(x[-rows:], w), together[-rows:])
+
+
+def random_int8(outputs: int, length: int, generator: torch.Generator) -> Int8:
+    """A matrix whose rows and columns are of different sizes."""
+    sizes = torch.rand(length, generator=generator) + 0.1
+    matrix = torch.randn(outputs, length, generator=generator) * sizes
+    return quantize((matrix * (torch.rand(outputs, 1, generator=generator) + 0.1)).bfloat16())
+
+
+@pytest.mark.parametrize(("outputs", "length"), [*MANY, (1, 32), (7, 4096), (32, 14336)])
+def test_int8_products(ops: Ops, outputs: int, length: int) -> None:
+    """As exact as the rounding of the results to bf16 leaves them, and with the same bits alone and among others."""
+    generator = torch.Generator().manual_seed(7)
+    w = random_int8(outputs, length, generator)
+    x = torch.randn(300, length, generator=generator).bfloat16()
+    exact = x.double() @ widen(w, torch.float64).T
+    together = ops.linear(x[:16], w)
+    for rows in (1, 2, 3, 15, 16, 17, 33, 256, 257, 300):
+        y = ops.linear(x[:rows], w)
+        rounding = rms_error(exact[:rows].bfloat16(), exact[:rows])
+        if rows <= 16:
+            assert rms_error(y, exact[:rows]) <= 1.05 * rounding
+            assert torch.equal(y, together[:rows])
+            assert torch.equal(ops.linear(x[rows - 1], w), together[rows - 1])
+        else:  # without tiles torch does it, where the matrix is rounded to bf16 too
+            assert rms_error(y, exact[:rows]) <= 2 * rounding
+
+
+def test_int8_by_tiles() -> None:
+    """All numbers of rows by the same sums, which are whole numbers and thus those of any other processor."""
+    ops = built_for("amx")
+    generator = torch.Generator().manual_seed(8)
+    for outputs, length in MANY[:2]:
+        w = random_int8(outputs, length, generator)
+        x = torch.randn(300, length, generator=generator).bfloat16()
+        together = ops.linear(x, w)
+        exact = x.double() @ widen(w, torch.float64).T
+        assert rms_error(together, exact) <= 1.01 * rms_error(exact.bfloat16(), exact)
+        for rows in (1, 2, 15, 16, 17, 31, 33, 129, 256, 257):
+            assert torch.equal(ops.linear(x[-rows:], w), together[-rows:])
+
+
+def test_int8_products_are_the_same_on_all_processors() -> None:
+    """With fused multiply-add, that is: without it the tokens are rounded a little differently."""
+    fused = [name for name in ("amx", "avx512_bf16", "avx512", "avx2") if runs_here(name)]
+    if len(fused) < 2:
+        pytest.skip("this processor has only one kind of instructions with fused multiply-add")
+    generator = torch.Generator().manual_seed(9)
+    w = random_int8(544, 1152, generator)
+    x = torch.randn(16, 1152, generator=generator).bfloat16()
+    results = [built_for(name).linear(x, w) for name in fused]
+    for other in results[1:]:
+        assert torch.equal(other, results[0])
+
+
+def test_int8_products_of_odd_tokens(ops: Ops) -> None:
+    """Zeros, values too small to count, one that outweighs all others, and what is no number, each in its own row."""
+    w = random_int8(64, 128, torch.Generator().manual_seed(10))
+    x = torch.randn(8, 128, generator=torch.Generator().manual_seed(11)).bfloat16()
+    before = ops.linear(x, w)
+    x[1] = 0
+    x[2] = 1e-36
+    x[3, 77] = 1e6
+    x[4, 5], x[5, 5], x[6, 127] = torch.inf, -torch.inf, torch.nan
+    y = ops.linear(x, w)
+    assert torch.equal(y[[0, 7]], before[[0, 7]])
+    assert not y[1:3].any()
+    outlier = 1e6 * widen(w, torch.float64)[:, 77]
+    assert ((y[3] - outlier).abs() <= 2**-8 * outlier.abs() + 4 * 1e6 / 32384 * float(w.row_scales.max())).all()
+    assert y[4:7].isnan().all()
+    for row in (4, 5, 6):
+        assert ops.linear(x[row], w).isnan().all()
+
+
+@pytest.mark.parametrize("in_fp32", [True, False])
+def test_products_that_torch_widens(monkeypatch: pytest.MonkeyPatch, in_fp32: bool) -> None:
+    """In pieces, where the processor has no instructions for bf16, and of int8: as exact, in the dtype that came in."""
+    monkeypatch.setattr(ops_cpu, "fp32_is_faster", lambda: in_fp32)
+    monkeypatch.setattr(ops_cpu, "_PIECE", 32)
+    generator = torch.Generator().manual_seed(12)
+    x = torch.randn(2, 20, 96, generator=generator).bfloat16()
+    w = torch.randn(70, 96, generator=generator).bfloat16()
+    for matrix, wide in ((w, w.double()), (int8 := quantize(w), widen(int8, torch.float64))):
+        exact = x.double() @ wide.T
+        y = ops_cpu.linear_by_torch(x, matrix)
+        assert (y.dtype, y.shape) == (torch.bfloat16, exact.shape)
+        assert rms_error(y, exact) <= 1.01 * rms_error(REFERENCE.linear(x, matrix), exact)
+        assert rms_error(ops_cpu.linear_by_torch(x.float(), matrix if matrix is int8 else w.float()), exact) < 1e-4
+
+
 @pytest.mark.parametrize("case", ["float32", "odd length", "many rows", "not contiguous", "with gradient"])
 def test_products_that_torch_does(ops: Ops, case: str) -> None:
     x, w = torch.randn(3, 64).bfloat16(), torch.randn(8, 64).bfloat16()
@@ -65,7 +190,7 @@ def test_products_that_torch_does(ops: Ops, case: str) -> None:
         x, w = x.float(), w.float()
     elif case == "odd length":
         x, w = x[:, :33], w[:, :33]
-    elif case == "many rows":
+    elif case == "many rows":  # and few outputs, which tiles do not do
         x = torch.randn(17, 64).bfloat16()
     elif case == "not contiguous":
         w = torch.randn(64, 64).bfloat16().t()
@@ -96,6 +221,37 @@ def test_attention_is_as_exact_as_the_reference(ops: Ops, shape: tuple[int, int,
     assert rms_error(many, exact) <= rms_error(reference, exact)
 
 
+@pytest.mark.parametrize("in_fp32", [True, False])
+@pytest.mark.parametrize("starts", [None, (), (2,)], ids=["int", "tensor", "batch"])
+def test_attention_of_many_tokens_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, in_fp32: bool, starts: tuple[int, ...] | None
+) -> None:
+    """Never more scores at once than a block's: what a mask of all of them would take is the square of the length."""
+    monkeypatch.setattr(ops_cpu, "fp32_is_faster", lambda: in_fp32)
+    masks = []
+    by_torch = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*tensors: Tensor, attn_mask: Tensor) -> Tensor:
+        masks.append(attn_mask.shape)
+        return by_torch(*tensors, attn_mask=attn_mask)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    generator = torch.Generator().manual_seed(13)
+    batch = starts or ()
+    q = 3 * torch.randn(*batch, 300, 6, 32, generator=generator).bfloat16()
+    keys, values = (torch.randn(*batch, 350, 2, 32, generator=generator).bfloat16() for _ in "kv")
+    start: int | Tensor = 40 if starts is None else torch.tensor([40, 50] if starts else 40)
+    if starts is None:
+        keys, values = keys[:340], values[:340]
+    exact = REFERENCE.attend(q.double(), keys.double(), values.double(), start, no_tap, "")
+    reference = REFERENCE.attend(q, keys, values, start, no_tap, "")
+    blocks = ops_cpu.attend_by_torch(q, keys, values, start)
+    assert (blocks.dtype, blocks.shape) == (torch.bfloat16, q.shape)
+    assert rms_error(blocks, exact) <= rms_error(reference, exact)
+    assert max(shape[-2] for shape in masks) == 3 * ops_cpu._QUERIES  # of the three heads that share keys
+    assert len(masks) == 3
+
+
 def test_attention_to_far_away_scores(ops: Ops) -> None:
     """Weights that vanish and one that is all, and a head that sees itself alone."""
     q = torch.zeros(2, 1, 32).bfloat16()
@@ -107,18 +263,19 @@ def test_attention_to_far_away_scores(ops: Ops) -> None:
 
 
 def test_the_threads_do_not_change_the_bits(ops: Ops) -> None:
-    x, w = torch.randn(5, 512).bfloat16(), torch.randn(1000, 512).bfloat16()
+    x, w = torch.randn(5, 512).bfloat16(), torch.randn(992, 512).bfloat16()
+    int8 = quantize(w)
     q, keys, values = (torch.randn(length, 4, 64).bfloat16() for length in (5, 900, 900))
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append((ops.linear(x, w), ops.attend(q, keys, values, 895, no_tap, "")))
+            products = [ops.linear(x, w), ops.linear(x[:, :480], w[:, :480].contiguous()), ops.linear(x, int8)]
+            results.append([*products, ops.attend(q, keys, values, 895, no_tap, "")])
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+    assert all(map(torch.equal, *results))
 
 
 def logits_in_pieces(model: Model, ops: Ops, ids: Tensor, sizes: list[int]) -> Tensor:
