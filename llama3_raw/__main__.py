@@ -173,7 +173,7 @@ def _save_quantized(options: argparse.Namespace) -> int:
     if chosen.dtype is not None:
         raise UserError("--save-quantized keeps the dtype of norms and embeddings; leave --dtype out")
     tokenizer_file = chosen.tokenizer.path if chosen.tokenizer else None
-    save_quantized(chosen.folder.path, chosen.checkpoint, Path(options.save_quantized), tokenizer_file)
+    save_quantized(chosen.folder.path, chosen.checkpoint, Path(options.save_quantized), tokenizer_file, progress=True)
     print(
         f"llama3_raw: {options.save_quantized} is written; run it with --weights {options.save_quantized}",
         file=sys.stderr,

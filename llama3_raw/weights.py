@@ -476,12 +476,18 @@ def _whole(checkpoint: Checkpoint, place: TensorPlace) -> Tensor:
     return tensor
 
 
-def save_quantized(source: Path, checkpoint: Checkpoint, folder: Path, tokenizer_file: Path | None = None) -> None:
+def save_quantized(
+    source: Path,
+    checkpoint: Checkpoint,
+    folder: Path,
+    tokenizer_file: Path | None = None,
+    progress: bool = False,
+) -> None:
     """Writes the checkpoint of the model folder `source` into another `folder`, its matrices in int8; `load` maps it.
 
     A file of safetensors for each layer, which is all that is in memory at a time, by Meta's names, a matrix with its
-    scales beside it. The params come last: without them the folder is no model. Raises UserError where the folder is
-    not empty or cannot be written.
+    scales beside it. The params come last: without them the folder is no model. progress: shows a bar on stderr. Raises
+    UserError where the folder is not empty or cannot be written.
     """
     if checkpoint.scales:
         raise UserError(f"{checkpoint.source}: is in int8 already; take it as it is")
@@ -492,7 +498,8 @@ def save_quantized(source: Path, checkpoint: Checkpoint, folder: Path, tokenizer
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError(f"{folder}: is not empty; name another folder")
-        for number in tqdm(range(n_layers + 1), desc=str(folder), unit="layer", leave=False):
+        numbers = range(n_layers + 1)
+        for number in tqdm(numbers, desc=f"writing {folder}", unit="layer", disable=not progress, leave=False):
             tensors: dict[str, Tensor] = {}
             for place in tensor_places(checkpoint.params):
                 if place.layer != (number if number < n_layers else None):
