@@ -173,7 +173,8 @@ def _save_quantized(options: argparse.Namespace) -> int:
     options.quantize = "int8"
     chosen = choose_model(options, needs_tokenizer=False)
     tokenizer_file = chosen.tokenizer.path if chosen.tokenizer else None
-    save_quantized(chosen.folder.path, chosen.checkpoint, Path(options.save_quantized), tokenizer_file, chosen.dtype)
+    folder = Path(options.save_quantized)
+    save_quantized(chosen.folder.path, chosen.checkpoint, folder, tokenizer_file, chosen.dtype, progress=True)
     print(
         f"llama3_raw: {options.save_quantized} is written; run it with --weights {options.save_quantized}",
         file=sys.stderr,

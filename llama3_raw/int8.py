@@ -46,8 +46,9 @@ def quantize(matrix: Tensor) -> Int8:
     """[out, in] in any floating dtype -> the nearest whole numbers, for scales that make rows and columns alike.
 
     A column's scale is its largest value, each taken as a part of the largest in its row; a row's is then its largest
-    over the columns' scales. (Finding them again from each other, as Sinkhorn & Knopp 1967 do with sums, gains nothing:
-    the error of SmolLM2's matrices falls by less than a ten-millionth part.)
+    over the columns' scales. (On SmolLM2's matrices the error is 0.94 of that with scales for rows alone. To find
+    them again from each other gains nothing there, and scales by the columns' mean squares, with a yet smaller error,
+    cost ten times as much in perplexity.)
     """
     largest = torch.zeros(matrix.shape[1], device=matrix.device)
     for rows in matrix.split(_ROWS):

@@ -13,6 +13,7 @@ import re
 import shutil
 import struct
 import sys
+import tempfile
 import warnings
 import zipfile
 import zlib
@@ -484,28 +485,32 @@ def save_quantized(
     folder: Path,
     tokenizer_file: Path | None = None,
     dtype: torch.dtype | None = None,
+    progress: bool = False,
 ) -> None:
     """Writes the checkpoint of the model folder `source` into another `folder`, its matrices in int8; `load` maps it.
 
     A file of safetensors for each layer, which is all that is in memory at a time, by Meta's names, a matrix with its
     scales beside it. The other tensors are in `dtype`; None: as they are stored. The folder gets its name when all of
-    it is written. Raises UserError where there is one of that name, or it cannot be written.
+    it is written. progress: shows a bar on stderr. Raises UserError where there is one of that name, or it cannot be
+    written.
     """
     params_file, _ = find_files(source)
     n_layers = checkpoint.params.n_layers
     embeddings = next(place for place in checkpoint.parts if place.field == "tok_embeddings")
-    part = folder.with_name(f"{folder.name}.part")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already, and is not empty; name another folder, or remove it first")
+    part = None
     try:
-        if folder.exists():
-            raise UserError(f"{folder}: is there already; name another folder, or remove it first")
-        shutil.rmtree(part, ignore_errors=True)  # of a run that was broken off
-        part.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", suffix=".part", dir=folder.parent))
+        part.chmod(folder.parent.stat().st_mode)
         n_values = sum(torch.Size(place.shape).numel() for place in tensor_places(checkpoint.params))
         n_bytes = n_values + 4 * torch.Size(embeddings.shape).numel()  # at most: the embeddings are not in int8
         free = shutil.disk_usage(part).free
         if free < n_bytes:
             raise UserError(f"{folder}: {n_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on that disk")
-        for number in tqdm(range(n_layers + 1), desc=str(folder), unit="layer", leave=False):
+        numbers = range(n_layers + 1)
+        for number in tqdm(numbers, desc=f"writing {folder}", unit="layer", disable=not progress, leave=False):
             tensors: dict[str, Tensor] = {}
             for place in tensor_places(checkpoint.params):
                 if place.layer != (number if number < n_layers else None):
@@ -523,7 +528,8 @@ def save_quantized(
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written: {in_short(error)}; name another folder") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _is_hf(names: Iterable[str]) -> bool:

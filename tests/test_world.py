@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ import llama3_raw
 from llama3_raw import Params, Tokenizer, UserError, bench, chat, machine, perplexity
 from llama3_raw.__main__ import main
 from llama3_raw.errors import command_line_tool
-from llama3_raw.weights import tensor_places, to_state_dict
+from llama3_raw.weights import open_checkpoint, save_quantized, tensor_places, to_state_dict
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "weights" / "tiny"
@@ -90,6 +91,13 @@ def write_hf(folder: Path) -> None:
     weight_map = {name: file for file, content in files.items() for name in content}
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(SMALL_HF))
+
+
+def write_int8(folder: Path) -> None:
+    """The small model with its matrices in int8."""
+    with tempfile.TemporaryDirectory() as original:
+        write_small(Path(original))
+        save_quantized(Path(original), open_checkpoint(Path(original)), folder)
 
 
 def copy_tiny(folder: Path) -> None:
@@ -398,6 +406,16 @@ THE_CHECKPOINT = {
     "a shard too many": Case(
         ("model: tensor", "is [4608, 192], should be [2304, 192]", ONE_MODEL), save(dict, number=1)
     ),
+    "int8: a missing file": Case(
+        ("tensor layers.0.attention_norm.weight is missing", ONE_MODEL),
+        remove("int8.000.safetensors"),
+        start=write_int8,
+    ),
+    "int8: cut by 1 byte": Case(
+        ("int8.000.safetensors: damaged", AGAIN),
+        cut("int8.000.safetensors", lambda length: length - 1),
+        start=write_int8,
+    ),
     "weights of one model with params of another": Case(
         (CHECKPOINT, "unexpected tensor layers.1", "the params describe a model without it", ONE_MODEL),
         write("params.json", json.dumps(SMALL | {"vocab_size": 2304})),
@@ -634,6 +652,28 @@ USE = {
     "perplexity: --context of one token": Case(
         ("--context 1: should be 2 or more",), arguments=("-", "--context", "1"), stdin=b"Once", tool=perplexity.main
     ),
+    "--quantize": Case(("--quantize", "int8"), arguments=("x", "--quantize", "int3")),
+    "--quantize: with --max-ram": Case(
+        ("--max-ram leaves the weights in their file", "by --save-quantized"),
+        arguments=("x", "--quantize", "int8", "--max-ram", "9GB"),
+    ),
+    "--quantize: in int8 already": Case(
+        ("--quantize int8: ", "model is in int8 already; leave it out"),
+        arguments=("x", "--quantize", "int8"),
+        start=write_int8,
+    ),
+    "--save-quantized: nothing": Case(("--save-quantized: should not be empty",), arguments=("--save-quantized", "")),
+    "--save-quantized: the model's own folder": Case(
+        ("model: is not empty", "name another folder"), arguments=("--save-quantized", "{folder}")
+    ),
+    "--save-quantized: below a file": Case(
+        ("params.json/new: cannot be written: ", "Not a directory"),
+        arguments=("--save-quantized", "{folder}/params.json/new"),
+    ),
+    "--save-quantized: a part of the layers": Case(
+        ("--save-quantized writes the whole model", "leave --layers out"),
+        arguments=("--save-quantized", "{folder}/new", "--layers", "2"),
+    ),
     "unknown option": Case(("--nonsense", "--help"), arguments=("x", "--nonsense")),
     "half an option": Case(("--deb", "--help"), arguments=("x", "--deb")),
 }
@@ -643,7 +683,7 @@ MACHINE = {
         (
             CHECKPOINT,
             "MB are needed on cpu (weights in float32",
-            "7.0 MB are free; what fits: no --dtype, or --layers 2",
+            "7.0 MB are free; what fits: --quantize int8, or no --dtype, or --layers 2",
         ),
         arguments=("x", "--dtype", "float32"),
         free={"RAM": 7_000_000},
@@ -652,7 +692,7 @@ MACHINE = {
         (
             CHECKPOINT,
             "MB are needed on cpu (weights in float32",
-            "7.0 MB are free; what fits: no --dtype, or --layers 2",
+            "7.0 MB are free; what fits: --quantize int8, or no --dtype, or --layers 2",
         ),
         arguments=("x", "--dtype", "float32"),
         free={"RAM": 10**10, "container": 7_000_000},
@@ -675,7 +715,7 @@ MACHINE = {
         tool=chat.main,
     ),
     "too little RAM for the logits of a text to score": Case(
-        (CHECKPOINT, "a cache for 512 tokens 0.5 MB, to work in 26.3 MB", "15.0 MB are free; what fits: --context 238"),
+        (CHECKPOINT, "a cache for 512 tokens 0.5 MB, to work in 27.1 MB", "15.0 MB are free; what fits: --context 238"),
         arguments=("-",),
         stdin=b"Once upon a time " * 200,
         free={"RAM": 15_000_000},
