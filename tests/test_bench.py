@@ -165,7 +165,8 @@ def test_a_llama_bench_on_the_path_is_taken(tmp_path: Path, monkeypatch: pytest.
     program.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/asked\necho '{json.dumps(answer)}'\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    with open_peers(["llama.cpp"], tiny, None, longest=64) as (engine,):
+    chosen = choose_model(build_parser().parse_args(QUICK), needs_tokenizer=False)
+    with open_peers(["llama.cpp"], chosen, tiny, None, longest=64) as (engine,):
         assert isinstance(engine, LlamaBench)
         assert engine.decode(30, 4) == 2.0
         assert engine.version == "llama-bench, build 7 (abc)"
@@ -177,6 +178,23 @@ def test_a_llama_bench_on_the_path_is_taken(tmp_path: Path, monkeypatch: pytest.
     program.write_text("#!/bin/sh\necho no such model >&2\nexit 1\n")
     with pytest.raises(UserError, match="status 1: no such model"):
         LlamaBench(str(program), file, threads=2).prefill(17)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_int8_beside_the_stored_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quantized: bool
+) -> None:
+    """The peers get the weights as they are stored; without int8 there is nothing to compare."""
+    weights = []
+    monkeypatch.setattr(peers, "Own", lambda model, longest, name: weights.append(model.weights) or Clock(name))
+    extra = ["--quantize", "int8"] if quantized else []
+    assert main([*QUICK, "--vs", "stored", *extra]) == (0 if quantized else 2)
+    out, err = capsys.readouterr()
+    if quantized:
+        assert isinstance(weights[0].layers[0].wq, torch.Tensor)
+        assert json.loads(out.splitlines()[-1])
+    else:
+        assert "--vs stored compares --quantize int8 with the weights as they are stored" in err
 
 
 def test_a_gguf_file_of_another_model(tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:

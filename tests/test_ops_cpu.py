@@ -167,6 +167,13 @@ def test_int8_products_of_odd_tokens(ops: Ops) -> None:
         assert ops.linear(x[row], w).isnan().all()
 
 
+def test_the_largest_sums_of_an_int8_product(ops: Ops) -> None:
+    """All values the largest there are: the sum has 36 bits."""
+    w = quantize(torch.ones(32, 14336))
+    y = ops.linear(torch.ones(2, 14336).bfloat16(), w)
+    assert torch.equal(y, torch.full((2, 32), 14336.0).bfloat16())
+
+
 @pytest.mark.parametrize("in_fp32", [True, False])
 def test_products_that_torch_widens(monkeypatch: pytest.MonkeyPatch, in_fp32: bool) -> None:
     """In pieces, where the processor has no instructions for bf16, and of int8: as exact, in the dtype that came in."""
