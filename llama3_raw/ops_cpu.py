@@ -30,7 +30,7 @@ from .int8 import Int8, Matrix, linear
 from .ops import Ops, Tap
 
 FEW = 16  # tokens: up to so many are computed by the kernels on every processor, all with the same bits
-_MOST_BY_TILES = 256  # tokens: with more, torch is faster, which brings the matrix into another order first
+_MOST_BY_TILES = 128  # tokens: with more, torch is faster, which brings the matrix into another order first
 _LONGEST = 2**17  # values of a row; above that the sum of int8 products might overflow 32 bits
 _QUERIES = 128  # tokens that attend to earlier ones at a time, where there are more than a few
 _SOURCE = Path(__file__).with_name("cpu_kernels.c")
@@ -141,16 +141,18 @@ def make_ops(kernels: ctypes.CDLL) -> Ops:
     def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor:
         """As model.attend, but there are no scores to tap."""
         n_tokens, n_heads, head_dim = q.shape[-3:]
+        n_kv_heads = keys.shape[-2]
         lone = all(_is_plain_bf16(x) and x.dim() == 3 and x.stride()[1:] == (head_dim, 1) for x in (q, keys, values))
-        if not lone or n_tokens > FEW or not isinstance(start, int) or head_dim % 32:
+        use_tiles = has_tiles and n_heads // n_kv_heads % 4 == 0
+        if not lone or not isinstance(start, int) or head_dim % 32 or (n_tokens > FEW and not use_tiles):
             return attend_by_torch(q, keys, values, start)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         strides = (q.stride(0), keys.stride(0), values.stride(0))
-        n_kv_heads = keys.shape[-2]
-        use_tiles = has_tiles and n_heads // n_kv_heads % 4 == 0
-        shape = _Shape(n_tokens, n_heads, n_kv_heads, head_dim, start, use_tiles, *strides)
-        if c_attend(*map(_pointer, (q, keys, values, out)), ctypes.byref(shape)):
-            raise MemoryError(f"no memory to attend to {keys.shape[0]} tokens")
+        for first in range(0, n_tokens, FEW):  # so that what is made on the way stays small
+            few, to = q[first : first + FEW], out[first : first + FEW]
+            shape = _Shape(len(few), n_heads, n_kv_heads, head_dim, start + first, use_tiles, *strides)
+            if c_attend(*map(_pointer, (few, keys, values, to)), ctypes.byref(shape)):
+                raise MemoryError(f"no memory to attend to {keys.shape[0]} tokens")
         return out
 
     return Ops(embed=F.embedding, linear=fast_linear, attend=attend, reduce=lambda x: x)
@@ -227,9 +229,22 @@ def _pointer(x: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.data_ptr())
 
 
+def _keep_freed_memory() -> None:
+    """Has the C library keep what is freed, instead of giving it back to the system and asking again, page by page.
+
+    The tensors that a prompt of 256 tokens makes on its way cost a tenth of its time otherwise.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # glibc's; by the numbers of its malloc.h
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+
+
 @functools.cache
 def fast_ops() -> Ops:
     """The fast operations for this machine's CPU; one line on stderr says what is lost where there is no compiler."""
+    _keep_freed_memory()
     try:
         return make_ops(build_kernels())
     except CannotBuild as reason:

@@ -74,7 +74,7 @@ MANY = [(544, 2112), (288, 64), (130, 128), (96, 96)]
 
 @pytest.mark.parametrize(("outputs", "length"), MANY)
 def test_many_rows(ops: Ops, outputs: int, length: int) -> None:
-    """By torch, or by tiles: there a row has the same bits among all numbers of rows up to 256."""
+    """By torch, or by tiles: there a row has the same bits among all numbers of rows up to 128."""
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(300, length, generator=generator).bfloat16()
     w = torch.randn(outputs, length, generator=generator).bfloat16()
@@ -88,10 +88,10 @@ def test_many_rows(ops: Ops, outputs: int, length: int) -> None:
 def test_by_tiles_a_row_has_the_same_bits_among_any_number(outputs: int, length: int) -> None:
     ops = built_for("amx")
     generator = torch.Generator().manual_seed(6)
-    x = torch.randn(256, length, generator=generator).bfloat16()
+    x = torch.randn(128, length, generator=generator).bfloat16()
     w = torch.randn(outputs, length, generator=generator).bfloat16()
     together = ops.linear(x, w)
-    for rows in (1, 2, 15, 16, 17, 31, 33, 129, 255):
+    for rows in (1, 2, 15, 16, 17, 31, 33, 127):
         assert torch.equal(ops.linear(x[-rows:], w), together[-rows:])
 
 
