@@ -1,6 +1,6 @@
 """Fast operations for the CPU: few tokens at a time at the speed of the memory, many at that of the matrix units.
 
-The C source, cpu_kernels.c, is compiled when it is first needed, in about a second, for the processor at hand, and kept
+The C source, cpu_kernels.c, is compiled when it is first needed, in some seconds, for the processor at hand, and kept
 in the user's cache folder. It is called by ctypes: that costs 2 µs a call and no start-up, where
 torch.utils.cpp_extension compiles for half a minute and torch.compile in every process anew.
 """

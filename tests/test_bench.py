@@ -186,7 +186,9 @@ def test_int8_beside_the_stored_weights(
 ) -> None:
     """The peers get the weights as they are stored; without int8 there is nothing to compare."""
     weights = []
-    monkeypatch.setattr(peers, "Own", lambda model, longest, name: weights.append(model.weights) or Clock(name))
+    monkeypatch.setattr(
+        peers, "Own", lambda model, longest, name, version: weights.append(model.weights) or Clock(name)
+    )
     extra = ["--quantize", "int8"] if quantized else []
     assert main([*QUICK, "--vs", "stored", *extra]) == (0 if quantized else 2)
     out, err = capsys.readouterr()

@@ -206,13 +206,16 @@ def test_the_tool_writes_what_it_runs(saved_tiny: Path, capsys: pytest.CaptureFi
 
 
 REFUSED = {
-    "a folder that is not empty": (["--save-quantized", "{tiny}"], "tiny: is not empty; name another folder"),
+    "a folder that is not empty": (
+        ["--save-quantized", "{tiny}"],
+        "tiny: is there already, and is not empty",
+    ),
     "a folder below a file": (["--save-quantized", "{tiny}/params.json/new"], "cannot be written: "),
     "in int8 already": (["--weights", "{int8}", "--save-quantized", "{new}"], "in int8 already"),
     "in int8 already, to run": (["x", "--weights", "{int8}", "--quantize", "int8"], "in int8 already; leave it out"),
     "a prompt": (["x", "--save-quantized", "{new}"], "leave the prompt and --max-ram out"),
     "--max-ram": (["--max-ram", "1GB", "--save-quantized", "{new}"], "leave the prompt and --max-ram out"),
-    "--dtype": (["--dtype", "float32", "--save-quantized", "{new}"], "leave --dtype out"),
+    "--dtype": (["--dtype", "float32", "--save-quantized", "{new}"], "give --dtype bfloat16"),
     "--layers": (["--layers", "2", "--save-quantized", "{new}"], "leave --layers out"),
     "made at load with --max-ram": (["x", "--quantize", "int8", "--max-ram", "1GB"], "by --save-quantized"),
 }
@@ -249,7 +252,7 @@ def change(number: int, edit: Callable[[dict[str, Tensor]], object]) -> Callable
 
 NORM, EMBEDDINGS = "norm.weight", "tok_embeddings.weight"
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no scales": (change(0, lambda t: t.pop(f"{WQ}.row_scales")), f"{WQ} is in int8, without the scales"),
+    "no scales": (change(0, lambda t: t.pop(f"{WQ}.row_scales")), f"{WQ} is [192, 192] I8; only"),
     "scales of another shape": (
         change(0, lambda t: t.update({f"{WQ}.column_scales": torch.ones(5)})),
         f"{WQ} is in int8, without the scales",
@@ -263,7 +266,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         f"unexpected tensor {WQ}.",
     ),
     "a matrix of another shape": (change(0, lambda t: t.update({WQ: t[WQ][:5].clone()})), f"{WQ} is [5, 192], should"),
-    "a norm in int8": (change(4, lambda t: t.update({NORM: t[NORM].to(torch.int8)})), f"{NORM} is in int8, without"),
+    "a norm in int8": (change(4, lambda t: t.update({NORM: t[NORM].to(torch.int8)})), f"{NORM} is [192] I8; only"),
     "embeddings in int8": (
         change(
             4,

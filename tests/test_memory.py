@@ -73,12 +73,12 @@ FREE = {CPU: 24 * 10**9, GPU: 12 * 10**9}
 REFUSED = {
     "another dtype": (
         Plan(checkpoint(), CPU, torch.float32, Lengths(17, 273, 18)),
-        ["--quantize int8", "no --dtype", "--layers 22"],
+        ["no --dtype", "--layers 22"],
     ),
     "a long cache": (Plan(checkpoint(), CPU, None, Lengths(17, 200_000, 18)), ["--context 145792", "--layers 21"]),
     "fp32 in two shards": (
         Plan(checkpoint(shards=2, dtype=torch.float32), CPU, None, Lengths(17, 273, 18)),
-        ["--quantize int8", "--dtype bfloat16", "--layers 22"],
+        ["--dtype bfloat16", "--layers 22"],
     ),
     "a GPU": (Plan(checkpoint(), GPU, None, Lengths(17, 273, 18)), ["--device cpu", "--layers 21"]),
     "1b in fp32 with a long cache on a GPU": (
@@ -127,9 +127,8 @@ def test_the_offer_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     pretend(monkeypatch, 7_000_000)
     arguments = ["--weights", str(TINY), "--device", "cpu", "One", "--max-new-tokens", "3", "--dtype", "float32"]
     assert main(arguments) == 2
-    assert "what fits: --quantize int8, or no --dtype, or --layers 3\n" in capsys.readouterr().err
+    assert "what fits: no --dtype, or --layers 3\n" in capsys.readouterr().err
     assert main([*arguments, "--layers", "3"]) == 0
-    assert main([*arguments, "--quantize", "int8"]) == 0
     assert main(arguments[:-2]) == 0
 
 

@@ -178,7 +178,7 @@ def test_the_largest_sums_of_an_int8_product(ops: Ops) -> None:
 def test_products_that_torch_widens(monkeypatch: pytest.MonkeyPatch, in_fp32: bool) -> None:
     """In pieces, where the processor has no instructions for bf16, and of int8: as exact, in the dtype that came in."""
     monkeypatch.setattr(ops_cpu, "fp32_is_faster", lambda: in_fp32)
-    monkeypatch.setattr(ops_cpu, "_PIECE", 32)
+    monkeypatch.setattr("llama3_raw.int8._ROWS", 32)
     generator = torch.Generator().manual_seed(12)
     x = torch.randn(2, 20, 96, generator=generator).bfloat16()
     w = torch.randn(70, 96, generator=generator).bfloat16()

@@ -664,10 +664,10 @@ USE = {
     ),
     "--save-quantized: nothing": Case(("--save-quantized: should not be empty",), arguments=("--save-quantized", "")),
     "--save-quantized: the model's own folder": Case(
-        ("model: is not empty", "name another folder"), arguments=("--save-quantized", "{folder}")
+        ("model: is there already, and is not empty", "name another folder"), arguments=("--save-quantized", "{folder}")
     ),
     "--save-quantized: below a file": Case(
-        ("params.json/new: cannot be written: ", "Not a directory"),
+        ("params.json/new: cannot be written: ", "name another folder"),
         arguments=("--save-quantized", "{folder}/params.json/new"),
     ),
     "--save-quantized: a part of the layers": Case(
