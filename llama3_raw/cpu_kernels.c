@@ -326,7 +326,8 @@ int linear_tiles(const bf16 *x, const bf16 *w, const Int8 *int8, bf16 *y, int64_
 int has_tiles(void) { return 0; }
 #endif
 
-/* y [n_rows, n_outputs] = x [n_rows, length] w^T, at most 16 rows, w [n_outputs, length] in int8. -> 0, or 1 where there is no memory. */
+/* y [n_rows, n_outputs] = x [n_rows, length] w^T, at most 16 rows, w [n_outputs, length] in int8. -> 0, or 1 where there
+   is no memory. */
 int linear_int8(const bf16 *x, const bf16 *unused, const Int8 *w, bf16 *y, int64_t n_rows, int64_t n_outputs,
                 int64_t length) {
     (void)unused;

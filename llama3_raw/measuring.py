@@ -89,7 +89,7 @@ def measure(
     """Measures the model where it is, each round a bit of everything in turn, so that a disturbance hits all alike.
 
     prefill: how many tokens at once. contexts: behind how many tokens to decode `new_tokens`. peers: other engines,
-    each of which does everything right after ours. A prompt of more than 1,000 tokens is for the last round only, and
+    each of which does everything in turn with ours. A prompt of more than 1,000 tokens is for the last round only, and
     so are the tokens before a peer's new ones, since some peers compute them. ops: as for `generate`. read_loop: not
     for weights that the memory is not to hold.
     """
@@ -112,7 +112,7 @@ def measure(
         (number, task, engine)
         for number in range(rounds + 1)
         for task in tasks
-        for engine in engines
+        for engine in engines[number % len(engines) :] + engines[: number % len(engines)]  # each comes first in turn
         if number == rounds or not task.is_long or (task.kind == "decode" and engine is own)
     ]
     for number, task, engine in tqdm(steps, desc="measuring", leave=False):

@@ -683,7 +683,7 @@ MACHINE = {
         (
             CHECKPOINT,
             "MB are needed on cpu (weights in float32",
-            "7.0 MB are free; what fits: --quantize int8, or no --dtype, or --layers 2",
+            "7.0 MB are free; what fits: no --dtype, or --layers 2",
         ),
         arguments=("x", "--dtype", "float32"),
         free={"RAM": 7_000_000},
@@ -692,7 +692,7 @@ MACHINE = {
         (
             CHECKPOINT,
             "MB are needed on cpu (weights in float32",
-            "7.0 MB are free; what fits: --quantize int8, or no --dtype, or --layers 2",
+            "7.0 MB are free; what fits: no --dtype, or --layers 2",
         ),
         arguments=("x", "--dtype", "float32"),
         free={"RAM": 10**10, "container": 7_000_000},
