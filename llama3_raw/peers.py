@@ -267,7 +267,7 @@ def memory_together(plan: Plan, peers: Sequence[str]) -> int:
     """The bytes that a plan and these peers fill at the same time, so that none pushes another out of the memory."""
     need, params = needed(plan), plan.checkpoint.params
     weights = need.mapped + need.copied
-    itemsize = (plan.dtype or next(iter(plan.checkpoint.parts.values()))[0].dtype).itemsize
+    itemsize = (plan.dtype or plan.checkpoint.dtype).itemsize
     wq_and_wk = params.n_layers * (params.n_heads + params.n_kv_heads) * params.head_dim * params.dim * itemsize
     stored = sum(needed(plan._replace(quantized=False))[:2])
     weights_of = {TRANSFORMERS: wq_and_wk, LLAMA_CPP: stored, STORED: 0}

@@ -423,7 +423,7 @@ def build_weights(
     """
     source, params, all_parts, hf, scales = checkpoint
     if dtype is None:
-        common = next(iter(all_parts.values()))[0].dtype
+        common = checkpoint.dtype
         for place, parts in all_parts.items():
             for other in {part.dtype for part in parts if place not in scales} - {common}:
                 name = place.hf_name if hf else place.meta_name
@@ -456,16 +456,14 @@ def build_weights(
             else:
                 bar.update(sum(part.nbytes for part in parts))
             (top if place.layer is None else by_layer[place.layer])[place.field] = matrix
+    if checkpoint.tied:
+        top["output"] = quantize(top["tok_embeddings"]) if quantized else top["tok_embeddings"]
     return Weights(
         tok_embeddings=top["tok_embeddings"],
         layers=tuple(LayerWeights(**fields) for fields in by_layer),
         norm=top["norm"],
-        output=top["output"] if not checkpoint.tied else _tied(top["tok_embeddings"], quantized),
+        output=top["output"],
     )
-
-
-def _tied(tok_embeddings: Tensor, quantized: bool) -> Matrix:
-    return quantize(tok_embeddings) if quantized else tok_embeddings
 
 
 def _whole(checkpoint: Checkpoint, place: TensorPlace) -> Tensor:
