@@ -7,13 +7,14 @@ import io
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama3_raw import LayerWeights, Params, Weights
+from llama3_raw.generation import StopReason
 from llama3_raw.params import RopeScaling
 from llama3_raw.weights import from_state_dict, tensor_places, to_state_dict
 
@@ -143,3 +144,13 @@ def hf_model(params: Params, weights: Weights) -> Any:
     state_dict.setdefault("lm_head.weight", weights.output)
     model.load_state_dict(state_dict)
     return model
+
+
+def run(tokens: Generator[int, None, StopReason]) -> tuple[list[int], StopReason]:
+    """All that `generate` yields, and why it ended."""
+    got = []
+    while True:
+        try:
+            got.append(next(tokens))
+        except StopIteration as end:
+            return got, end.value

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from references import run
 from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, Params, UserError, Weights, generation
@@ -41,15 +41,6 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
 def model() -> Model:
     nothing = torch.zeros(1)
     return Model(PARAMS, Weights(nothing, (), nothing, nothing), None)
-
-
-def run(tokens: Generator[int, None, StopReason]) -> tuple[list[int], StopReason]:
-    got = []
-    while True:
-        try:
-            got.append(next(tokens))
-        except StopIteration as end:
-            return got, end.value
 
 
 def test_budget(counter: Counter, model: Model) -> None:

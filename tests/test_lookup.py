@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from references import random_weights
+from references import random_weights, run
 
 from llama3_raw import KVCache, Model, Params, UserError, dialog, ops_cpu
 from llama3_raw import __main__ as command
@@ -114,15 +114,6 @@ def test_fewer_passes(small: Model) -> None:
     assert policy.passes == len(rows) - 1
     assert policy.proposed == sum(rows) - len(rows)
     assert policy.accepted == 80 - len(rows)
-
-
-def run(tokens: Any) -> tuple[list[int], StopReason]:
-    got = []
-    while True:
-        try:
-            got.append(next(tokens))
-        except StopIteration as end:
-            return got, end.value
 
 
 def test_where_it_ends(small: Model) -> None:
