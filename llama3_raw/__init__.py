@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .model import REFERENCE, KVCache, forward
     from .params import Params
     from .tokenizer import Tokenizer
+    from .tracing import Trace, chain, load_trace, patch, trace
     from .weights import LayerWeights, Model, Weights, load
 
 __all__ = [
@@ -19,13 +20,18 @@ __all__ = [
     "Params",
     "StopReason",
     "Tokenizer",
+    "Trace",
     "UserError",
     "Weights",
+    "chain",
     "forward",
     "generate",
     "load",
+    "load_trace",
+    "patch",
+    "trace",
 ]
-_ROOMS = ("errors", "params", "tokenizer", "sampling", "weights", "ops", "model", "generation", "machine")
+_ROOMS = ("errors", "params", "tokenizer", "sampling", "weights", "ops", "model", "generation", "machine", "tracing")
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ from .command_line import (
     parse_ids,
     peak_memory,
     positive_int,
-    read_text,
+    read_prompt,
     warn_of_base_model,
 )
 from .dialog import Message, encode_dialog
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> int:
     options = build_parser().parse_args(_with_plain_stats(arguments))
     if options.save_quantized:
         return _save_quantized(options)
-    prompt = _read_prompt(options.prompt)
+    prompt = read_prompt(options.prompt, "python -m llama3_raw")
     if options.ids and options.stop:
         raise UserError("--stop needs text, and --ids has none; leave one of them out")
     if options.chat and (options.ids or options.special):
@@ -180,16 +180,6 @@ def _save_quantized(options: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
-
-
-def _read_prompt(prompt: str | None) -> str:
-    if prompt is None:
-        raise UserError('give a prompt: python -m llama3_raw "Once upon a time", or - to read it from stdin')
-    if prompt == "-":
-        prompt = read_text("-").removesuffix("\n").removesuffix("\r")  # the line end that echo and editors add
-    if not prompt:
-        raise UserError("the prompt is empty; give at least one character")
-    return prompt
 
 
 class _Watch:

@@ -14,7 +14,7 @@ import torch
 
 from .dialog import is_base_model
 from .errors import UserError, in_short, not_empty
-from .generation import suitable_ops
+from .generation import check_ids, suitable_ops
 from .lookup import MOST
 from .machine import default_threads, processors
 from .memory import Lengths, Plan, check_memory, memory_for_weights
@@ -30,7 +30,7 @@ BUILT_IN_MODEL = "tiny"
 _PROGRESS_BAR_FROM = 1_000_000_000  # bytes of weights; smaller models load before a bar could be read
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # which torch obeys by itself
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+DTYPES_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
 class ModelFolder(NamedTuple):
@@ -67,7 +67,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", type=not_empty, metavar="FILE", help="a tokenizer.model (default: the one beside the weights)"
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
-    group.add_argument("--dtype", choices=_DTYPES, help="compute in this (default: as the weights are stored)")
+    group.add_argument("--dtype", choices=DTYPES_BY_NAME, help="compute in this (default: as the weights are stored)")
     group.add_argument("--layers", type=int, metavar="N", help="run only the first N layers")
     group.add_argument(
         "--quantize", choices=("int8",), help="round the matrices to int8 as they are loaded: half the memory and time"
@@ -87,6 +87,52 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "affinity and its container's quota)",
     )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the prompt, --ids and --special, for tools that look at one pass over it."""
+    parser.add_argument("prompt", nargs="?", help="the text; - reads it from stdin")
+    group = parser.add_argument_group("text")
+    group.add_argument("--ids", action="store_true", help="the prompt is token ids; needs no tokenizer")
+    group.add_argument(
+        "--special", action="store_true", help="names such as <|eot_id|> in the prompt are special tokens"
+    )
+
+
+def read_prompt(prompt: str | None, tool: str) -> str:
+    """The prompt of a tool's command line; "-" reads it from stdin. Raises UserError where there is none."""
+    if prompt is None:
+        raise UserError(f'give a prompt: {tool} "Once upon a time", or - to read it from stdin')
+    if prompt == "-":
+        prompt = read_text("-").removesuffix("\n").removesuffix("\r")  # the line end that echo and editors add
+    if not prompt:
+        raise UserError("the prompt is empty; give at least one character")
+    return prompt
+
+
+def chosen_ids(options: argparse.Namespace, prompt: str, chosen: ChosenModel) -> list[int]:
+    """The tokens of a prompt, by the options of `add_prompt_options`. Raises UserError for those no model can take."""
+    if options.ids:
+        ids = parse_ids(prompt, "--ids")
+    else:
+        assert chosen.tokenizer is not None  # choose_model has seen to it
+        ids = chosen.tokenizer.encode(prompt, bos=True, allow_special=options.special)
+    params = chosen.checkpoint.params
+    check_ids(ids, params)
+    if len(ids) > params.max_seq_len:
+        raise UserError(f"the prompt has {len(ids)} tokens, the model's context is {params.max_seq_len}; shorten it")
+    return ids
+
+
+def check_output(option: str, name: str) -> None:
+    """Raises UserError, before the work is done, where a file of this name could not be written."""
+    file = Path(name)
+    if file.is_dir():
+        raise UserError(f"{option} {name}: is a folder; give the name of a file")
+    if not file.parent.is_dir():
+        raise UserError(f"{option} {name}: there is no folder {file.parent}; make it first")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(f"{option} {name}: you may not write there; choose another place")
 
 
 def add_lookup_option(group: argparse._ArgumentGroup) -> None:
@@ -201,7 +247,7 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> C
     checkpoint = open_checkpoint(folder.path)
     if quantized and checkpoint.scales:
         raise UserError(f"--quantize int8: {folder.path} is in int8 already; leave it out")
-    dtype = _DTYPES.get(options.dtype)
+    dtype = DTYPES_BY_NAME.get(options.dtype)
     if (quantized or checkpoint.scales) and (dtype or checkpoint.dtype) != torch.bfloat16:
         stored = str(dtype or checkpoint.dtype).removeprefix("torch.")
         raise UserError(f"int8 matrices are fast in bfloat16 only, not in {stored}; give --dtype bfloat16")

@@ -141,7 +141,7 @@ def generate(
                 start=position,
                 logits_at=logits_at,
                 ops=ops,
-                tap=tap or no_tap,
+                tap=no_tap if tap is None else tap,  # an empty Trace is false
             )
 
     def tokens() -> Generator[int, None, StopReason]:
