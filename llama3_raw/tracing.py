@@ -434,7 +434,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.output:
         check_output("-o", options.output)
     chosen = choose_model(options, needs_tokenizer=not options.ids)
-    ids = chosen_ids(options, prompt, chosen)
+    ids = chosen_ids(chosen, prompt, are_ids=options.ids, special=options.special)
     names = options.names or ["*"]
     how: dict[str, Any] = {"dtype": DTYPES_BY_NAME.get(options.keep_dtype), "last_position": options.last_position}
     ops = suitable_ops(chosen.device) if options.fast else REFERENCE
