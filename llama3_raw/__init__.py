@@ -31,7 +31,19 @@ __all__ = [
     "patch",
     "trace",
 ]
-_ROOMS = ("errors", "params", "tokenizer", "sampling", "weights", "ops", "model", "generation", "machine", "tracing")
+_ROOMS = (
+    "errors",
+    "params",
+    "tokenizer",
+    "sampling",
+    "weights",
+    "ops",
+    "model",
+    "generation",
+    "machine",
+    "tracing",
+    "plots",
+)
 
 
 def __getattr__(name: str) -> Any:

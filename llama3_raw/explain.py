@@ -133,7 +133,9 @@ def svg(figure: Any, name: str, alternative: str) -> Any:
 
     ink = "#010203"  # a colour that no picture uses, for what should have that of the text
     written = io.StringIO()
+    figure.patch.set_alpha(0)
     for axes in figure.axes:
+        axes.patch.set_alpha(0)
         axes.tick_params(color=ink, labelcolor=ink)
         axes.title.set_color(ink)
         for part in (axes.xaxis.label, axes.yaxis.label, *axes.texts):
@@ -266,6 +268,11 @@ def sources() -> dict[str, Source]:
     }
 
 
+def likeliest(logits: Tensor) -> list[int]:
+    """Logits [vocab] -> the ten likeliest tokens; of equal ones the first, as `sample` takes it."""
+    return logits.sort(descending=True, stable=True).indices[:_TOP].tolist()
+
+
 def pictures(kept: Trace, model: Model, at: str, before: str, layer: int, head: int) -> dict[str, Any]:
     """The figures of the page as SVG, by name, each with what it shows in words.
 
@@ -282,8 +289,8 @@ def pictures(kept: Trace, model: Model, at: str, before: str, layer: int, head: 
     def by_head(name: str) -> dict[str, Tensor]:
         return {f"head {i}": row for i, row in enumerate(kept[f"{at}attention.{name}"][-1])}
 
-    likeliest = kept["logits"][-1].softmax(dim=-1).topk(min(_TOP, params.vocab_size))
-    names = [plots.token_text(tokenizer, token) for token in likeliest.indices.tolist()]
+    top_ids = likeliest(kept["logits"][-1])
+    probs = kept["logits"][-1].softmax(dim=-1)[top_ids].tolist()
     figures = {
         "embeddings": (plots.vectors(by_token("tok_embeddings")), "The embedding of each token, as colours."),
         "before": (plots.vectors(by_token(before), title="before"), "Each token's row before the norm, as colours."),
@@ -312,7 +319,7 @@ def pictures(kept: Trace, model: Model, at: str, before: str, layer: int, head: 
             "The root mean square of each token's row over the layers; the table has that of the last token.",
         ),
         "next": (
-            plots.next_tokens(names, likeliest.values.tolist()),
+            plots.next_tokens([plots.token_text(tokenizer, token) for token in top_ids], probs),
             "The likeliest next tokens as bars; the table has the numbers.",
         ),
     }
@@ -372,7 +379,7 @@ def build_page(
         pairs=plots.shown_pairs(params),
         hidden_units=kept[f"{at}feed_forward.hidden"][-1].float().abs().topk(5).indices.tolist(),
         lens=lens,
-        top_ids=kept["logits"][-1].topk(min(_TOP, params.vocab_size)).indices.tolist(),
+        top_ids=likeliest(kept["logits"][-1]),
         stop_ids=tokenizer.stop_ids,
         heads=heads_data(kept, params),
         sources=sources(),

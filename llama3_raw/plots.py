@@ -6,6 +6,7 @@ do on white and on black. Needs matplotlib: pip install -e '.[explain]'.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -33,6 +34,15 @@ _SHARE = LinearSegmentedColormap.from_list("share", [(BLUE, 0.0), (BLUE, 1.0)])
 _BY_POSITION = LinearSegmentedColormap.from_list("position", [ORANGE, BLUE])
 _MOST_COLUMNS = 64  # of a picture of vectors; more would be thinner than a pixel
 _MOST_LINES_NAMED = 12
+
+
+class Picture(Figure):
+    """A figure that a notebook shows at the end of a cell, though pyplot knows nothing of it."""
+
+    def _repr_png_(self) -> bytes:
+        written = io.BytesIO()
+        self.savefig(written, format="png", dpi=120)
+        return written.getvalue()
 
 
 def token_text(tokenizer: Tokenizer | None, token: int) -> str:
@@ -63,11 +73,11 @@ def attention(trace: Trace, layer: int, head: int, *, tokenizer: Tokenizer | Non
     texts = token_texts(trace, tokenizer)
     size = 1.5 + 0.3 * len(texts)
     figure, axes = _figure(size + 0.8, size)
-    image = axes.imshow(probs[head].float(), cmap=_SHARE, vmin=0, vmax=1)
+    image = axes.imshow(probs[head].float().numpy(), cmap=_SHARE, vmin=0, vmax=1)
     _name_ticks(axes, "y", texts)
     _name_ticks(axes, "x", texts)
     axes.set(title=f"layer {layer}, head {head}", xlabel="looks at", ylabel="token")
-    figure.colorbar(image, label="probability", shrink=0.8)
+    figure.colorbar(image, label="probability", pad=0.02)
     return figure
 
 
@@ -80,7 +90,7 @@ def residual_norms(trace: Trace, *, tokenizer: Tokenizer | None = None) -> Figur
     texts = token_texts(trace, tokenizer)
     figure, axes = _figure(5.2, 3.2)
     axes.set_prop_cycle(color=_BY_POSITION(torch.linspace(0, 1, len(texts)).numpy()))
-    lines = axes.plot(range(-1, len(rms) - 1), rms, linewidth=1.5)
+    lines = axes.plot(range(-1, len(rms) - 1), rms.numpy(), linewidth=1.5)
     named = range(0, len(texts), math.ceil(len(texts) / _MOST_LINES_NAMED))
     legend = figure.legend(
         [lines[i] for i in named], [""] * len(named), loc="outside right upper", frameon=False, title="token"
@@ -133,8 +143,8 @@ def logit_lens(trace: Trace, model: Model) -> Figure:
     lens = read_logit_lens(trace, model, top=1)
     texts = token_texts(trace, model.tokenizer)
     probs = lens.probs[..., 0]  # [stages, T]
-    figure, axes = _figure(2.4 + 0.75 * len(texts), 1.2 + 0.28 * len(lens.stages))
-    image = axes.imshow(probs, cmap=_SHARE, vmin=0, vmax=1, aspect="auto", origin="lower")
+    figure, axes = _figure(2.4 + 0.75 * len(texts), 2.2 + 0.28 * len(lens.stages))
+    image = axes.imshow(probs.numpy(), cmap=_SHARE, vmin=0, vmax=1, aspect="auto", origin="lower")
     for stage, row in enumerate(lens.ids[..., 0].tolist()):
         for position, token in enumerate(row):
             axes.text(
@@ -149,7 +159,7 @@ def logit_lens(trace: Trace, model: Model) -> Figure:
     _name_ticks(axes, "x", texts)
     axes.set_yticks(range(len(lens.stages)), ["embedding", *(f"layer {i}" for i in range(len(lens.stages) - 1))])
     axes.set(xlabel="after the token")
-    figure.colorbar(image, label="probability", shrink=0.8)
+    figure.colorbar(image, label="probability", pad=0.02)
     return figure
 
 
@@ -158,7 +168,7 @@ def vectors(rows: Mapping[str, Tensor], *, title: str = "") -> Figure:
     values = torch.stack([row.float()[:_MOST_COLUMNS] for row in rows.values()]).cpu()  # [rows, columns]
     limit = float(values.abs().max())
     figure, axes = _figure(5.2, 0.9 + 0.24 * len(rows))
-    image = axes.imshow(values, cmap=_SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    image = axes.imshow(values.numpy(), cmap=_SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     _name_ticks(axes, "y", list(rows))
     length = next(iter(rows.values())).shape[0]
     of = f" (the first {_MOST_COLUMNS} of {length:,})" if length > _MOST_COLUMNS else ""
@@ -182,7 +192,7 @@ def rope_turns(trace: Trace, params: Params, layer: int, head: int) -> Figure:
     for axes, pair in zip(all_axes, pairs, strict=True):
         radius = float(before[pair].norm())
         turn = torch.linspace(0, 2 * math.pi, 100)
-        axes.plot(radius * turn.cos(), radius * turn.sin(), color="0.5", linewidth=0.5)
+        axes.plot((radius * turn.cos()).numpy(), (radius * turn.sin()).numpy(), color="0.5", linewidth=0.5)
         for (x, y), colour, name in ((before[pair].tolist(), BLUE, "q"), (after[pair].tolist(), ORANGE, "q_rope")):
             axes.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 1.8})
             axes.plot(x, y, "o", color=colour, markersize=4, label=name)
@@ -204,7 +214,7 @@ def rope_wavelengths(params: Params, length: int) -> Figure:
     """How many tokens it takes each pair of a head to turn once; the line is the length of the prompt."""
     wavelengths = 2 * math.pi / rope_frequencies(params, torch.device("cpu"))  # [head_dim/2]
     figure, axes = _figure(5.2, 2.4)
-    axes.plot(wavelengths, ".-", color=BLUE, markersize=4)
+    axes.plot(wavelengths.numpy(), ".-", color=BLUE, markersize=4)
     axes.axhline(length, color=ORANGE, linewidth=1)
     end = (len(wavelengths) - 1, length)
     axes.annotate(
@@ -220,8 +230,15 @@ def gates(trace: Trace, layer: int) -> Figure:
     limit = max(4.0, float(gate.abs().max()))
     x = torch.linspace(-limit, limit, 200)
     figure, axes = _figure(5.2, 2.6)
-    axes.plot(x, F.silu(x), color="0.5", linewidth=1)
-    axes.plot(gate, F.silu(gate), "|", color=ORANGE, alpha=min(1.0, 200 / len(gate)), markersize=9)
+    axes.plot(x.numpy(), F.silu(x).numpy(), color="0.5", linewidth=1)
+    axes.plot(
+        gate.numpy(),
+        F.silu(gate).numpy(),
+        "|",
+        color=ORANGE,
+        alpha=max(0.1, min(1.0, 200 / len(gate))),
+        rasterized=True,
+    )
     axes.set(xlabel=f"gate (each of the {len(gate):,} units a mark)", ylabel="silu(gate)")
     return figure
 
@@ -239,12 +256,10 @@ def next_tokens(names: Sequence[str], probs: Sequence[float]) -> Figure:
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
     """A figure of so many inches, and its axes: one, or an array of `columns`."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Picture(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, columns)
     for each in [axes] if columns == 1 else axes:
         each.spines[["top", "right"]].set_visible(False)
-        each.patch.set_alpha(0)
-    figure.patch.set_alpha(0)
     return figure, axes
 
 
