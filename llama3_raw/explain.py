@@ -385,7 +385,7 @@ def build_page(
         sources=sources(),
         figures=pictures(kept, model, at, before, layer, head),
         style=(_FOLDER / "style.css").read_text(encoding="utf-8") + syntax_colours(),
-        script=(_FOLDER / "heads.js").read_text(encoding="utf-8"),
+        script=(_FOLDER / "page.js").read_text(encoding="utf-8"),
     )
 
 

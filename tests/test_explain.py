@@ -315,6 +315,15 @@ def test_the_keyboard_is_enough(browser: Any, file: Path, kept: Trace) -> None:
     assert page.evaluate("[...document.querySelectorAll('.scroll, pre')].every((part) => part.tabIndex === 0)")
 
 
+def test_a_tapped_number_tells_its_python(browser: Any, file: Path, kept: Trace) -> None:
+    page = Opened(browser, file, has_touch=True, viewport={"width": 375, "height": 800}).page
+    page.locator("section[aria-labelledby=next] td data").first.tap()
+    python, value = page.inner_text("#python").split(" = ")
+    assert float(value) == float(eval(python, {"trace": kept}))
+    page.locator("h1").tap()
+    assert not page.locator("#python").is_visible()
+
+
 def test_without_javascript_a_head_is_there(browser: Any, file: Path, kept: Trace) -> None:
     opened = Opened(browser, file, java_script_enabled=False)
     rows = [row.inner_text().split("\t")[1:] for row in opened.page.locator("#heatmap tbody tr").all()]

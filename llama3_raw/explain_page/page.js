@@ -1,4 +1,5 @@
-// The head picker: fills the heatmap with the numbers of any layer and head, from the data beside it.
+// The head picker: fills the heatmap with the numbers of any layer and head, from the data beside it. And on a touch
+// screen, where one cannot point at a number, a tap shows the Python behind it.
 "use strict";
 
 const data = JSON.parse(document.getElementById("heads-data").textContent);
@@ -81,3 +82,10 @@ for (const control of [layerList, headList, ...document.querySelectorAll("input[
   control.addEventListener("change", show);
 }
 show();
+
+const told = document.getElementById("python");
+document.addEventListener("click", (event) => {
+  const number = event.target.closest("data[title]");
+  told.hidden = number === null;
+  told.textContent = number === null ? "" : `${number.title} = ${number.value}`;
+});
