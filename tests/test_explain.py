@@ -111,26 +111,40 @@ def test_every_number_is_what_its_python_yields(tiny: Model, prompt: str, layer:
         assert any(re.sub(r"\d+", "N", f'trace["{name}"]') in python for python in told), name
 
 
-def test_the_steps_add_up_as_the_page_says(tiny: Model, html: str) -> None:
-    values = {python: value for python, value, _ in Page(html).numbers}
+def test_the_steps_add_up_as_the_page_says(tiny: Model) -> None:
+    values = {python: value for python, value, _ in Page(build_page(tiny, "tiny", PROMPT, layer=2, head=4)).numbers}
+
+    def value(name: str, *indices: str) -> float:
+        return values[f'trace["{name}"]' + "".join(f"[{index}]" for index in indices)]
+
+    def near(expected: float) -> Any:
+        return pytest.approx(expected, rel=0.02, abs=0.01)  # of bfloat16
+
+    x = "layers.1.residual"
+    (root,) = (value for python, value in values.items() if python.startswith(f'torch.rsqrt(trace["{x}"]'))
     for i in range(5):
-        x, out, residual = (
-            values[f'trace["{name}"][4][{i}]']
-            for name in ("tok_embeddings", "layers.0.attention.out", "layers.0.attention.residual")
-        )
-        assert residual == pytest.approx(x + out, abs=2**-8)
-    before, after = (
-        [values[f'trace["layers.0.attention.{name}"][4, 0, {i}]'] for i in (0, 1)] for name in ("q", "q_rope")
-    )
+        weight = values[f"weights.layers[2].attention_norm[{i}]"]
+        assert value("layers.2.attention_norm", "4", f"{i}") == near(value(x, "4", f"{i}") * root * weight)
+        attended = value(x, "4", f"{i}") + value("layers.2.attention.out", "4", f"{i}")
+        assert value("layers.2.attention.residual", "4", f"{i}") == near(attended)
+        fed = attended + value("layers.2.feed_forward.out", "4", f"{i}")
+        assert value("layers.2.residual", "4", f"{i}") == near(fed)
     angle = values['(4 * rope_frequencies(params, torch.device("cpu")))[0]']
-    turned = complex(*before) * complex(math.cos(angle), math.sin(angle))
-    assert complex(*after) == pytest.approx(turned, abs=0.02)
-    probs = [values[f'trace["layers.0.attention.probs"][0, 4, {i}]'] for i in range(5)]
-    v = [values[f'trace["layers.0.attention.v"][{i}, 0][0]'] for i in range(5)]
-    head = values['trace["layers.0.attention.heads"][4, 0][0]']
-    assert head == pytest.approx(sum(p * value for p, value in zip(probs, v, strict=True)), abs=0.005)
-    scores = [values[f'trace["layers.0.attention.scores"][0, 4, {i}]'] for i in range(5)]
-    assert probs == pytest.approx(torch.tensor(scores).softmax(0).tolist(), abs=0.005)
+    before, after = (
+        complex(value(f"layers.2.attention.{name}", "4, 4, 0"), value(f"layers.2.attention.{name}", "4, 4, 1"))
+        for name in ("q", "q_rope")
+    )
+    assert after == near(before * complex(math.cos(angle), math.sin(angle)))
+    probs, scores = (
+        [value(f"layers.2.attention.{name}", f"4, 4, {i}") for i in range(5)] for name in ("probs", "scores")
+    )
+    assert probs == near(torch.tensor(scores).softmax(0).tolist())
+    v = [value("layers.2.attention.v", f"{i}, 1", "0") for i in range(5)]  # head 4 shares kv head 1
+    assert value("layers.2.attention.heads", "4, 4", "0") == near(sum(p * v for p, v in zip(probs, v, strict=True)))
+    units = [re.search(r"hidden\"\]\[4, (\d+)\]", python) for python in values]
+    for unit in (found[1] for found in units if found):
+        gate, up, hidden = (value(f"layers.2.feed_forward.{name}", f"4, {unit}") for name in ("gate", "up", "hidden"))
+        assert hidden == near(gate / (1 + math.exp(-gate)) * up)
 
 
 def test_the_page_stands_alone_and_has_words_for_its_pictures(html: str) -> None:
