@@ -179,6 +179,7 @@ def test_a_terminal() -> None:
     assert b"1006" in said
     assert said.count(b"here q;") == 2
     assert b"Traceback" not in said
+    assert b"," in said.rpartition(b"(Pdb) ")[2]  # the one new token, kept until pdb is done
     assert b"stopped by q in the debugger after 1 new token" in said
     assert process.returncode == 130
 
