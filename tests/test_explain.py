@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from references import cast
 from torch import Tensor
 
-from llama3_raw import REFERENCE, Model, Tokenizer, Trace, explain, forward, generate, plots, trace
-from llama3_raw.explain import build_page, main, merges_of, pieces_of
+from llama3_raw import REFERENCE, Model, Tokenizer, Trace, forward, generate, page, plots, trace
+from llama3_raw.explain import main
 from llama3_raw.model import rope_frequencies
+from llama3_raw.page import build_page, merges_of, pieces_of
 
 TINY = str(Path(__file__).parent.parent / "weights" / "tiny")
 PROMPT = "Once upon a time"  # README's
@@ -196,7 +197,6 @@ def test_a_whole_piece_that_no_merges_lead_to(tmp_path: Path) -> None:
     file.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)))
     (piece,) = pieces_of(Tokenizer(file), "abc")
     assert piece.ids == [256]
-    assert piece.is_token
     assert [merge.parts for merge in piece.merges] == [[b"a", b"b", b"c"]]
     assert len(merges_of(Tokenizer(file), b"<|eot_id|>")) == 1  # the name of a special token is text
 
@@ -350,7 +350,7 @@ def test_without_javascript_a_head_is_there(browser: Any, file: Path, kept: Trac
 def test_layers_beyond_the_size_of_a_page_keep_their_thumbnails(
     browser: Any, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(explain, "_MOST_HEAD_BYTES", 1000)  # of which a layer takes 480
+    monkeypatch.setattr(page, "_MOST_HEAD_BYTES", 1000)  # of which a layer takes 480
     file = tmp_path / "page.html"
     file.write_text(build_page(tiny, "tiny", PROMPT), encoding="utf-8")
     opened = Opened(browser, file)
