@@ -142,11 +142,11 @@ def svg(figure: Figure, name: str, alternative: str) -> Markup:
             text.set_color(ink)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}):
         figure.savefig(written, format="svg", metadata={"Date": None})
-    text = written.getvalue()
-    text = text[text.index("<svg") :].replace(ink, "currentColor")
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    image = written.getvalue()
+    image = image[image.index("<svg") :].replace(ink, "currentColor")
+    image = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", image)
     label = escape(alternative)
-    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
+    return Markup(image.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
 
 
 def thumbnails(probs: Tensor) -> str:
