@@ -46,6 +46,13 @@ _THUMBNAIL = 32  # pixels: larger heatmaps are pooled to this
 _TOP = 10  # next tokens
 _LENS = 5  # next tokens behind each layer
 _SHOWN = 5  # values of a vector that the tables have
+_INK = "#010203"  # for what should have the colour of the page's text; no picture has it otherwise
+_ON_A_PAGE: dict[Any, Any] = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+    "svg.fonttype": "none",  # text, to be found and read aloud
+    "font.size": 9,
+}
 _PARTS = Path(__file__).parent / "page_parts"
 
 
@@ -124,29 +131,14 @@ class Numbers:
 
 
 def svg(figure: Figure, name: str, alternative: str) -> Markup:
-    """A figure as part of a page: its text stays text, black becomes the page's own colour, ids do not collide."""
-    ink = "#010203"  # a colour that no picture uses, for what should have that of the text
+    """A figure, made with `_ON_A_PAGE`, as part of a page: its text stays text, and its ids do not collide."""
     written = io.StringIO()
-    figure.patch.set_alpha(0)
-    for axes in figure.axes:
-        axes.patch.set_alpha(0)
-        axes.tick_params(color=ink, labelcolor=ink)
-        axes.title.set_color(ink)
-        for part in (axes.xaxis.label, axes.yaxis.label, *axes.texts):
-            if part.get_color() == "black":
-                part.set_color(ink)
-        for spine in axes.spines.values():
-            spine.set_edgecolor(ink)
-    for legend in figure.legends:
-        for text in (legend.get_title(), *legend.get_texts()):
-            text.set_color(ink)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}):
+    with rc_context(_ON_A_PAGE | {"svg.hashsalt": name}):
         figure.savefig(written, format="svg", metadata={"Date": None})
     image = written.getvalue()
-    image = image[image.index("<svg") :].replace(ink, "currentColor")
+    image = image[image.index("<svg") :].replace(_INK, "currentColor")
     image = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", image)
-    label = escape(alternative)
-    return Markup(image.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
+    return Markup(image.replace("<svg", f'<svg role="img" aria-label="{escape(alternative)}"', 1))
 
 
 def thumbnails(probs: Tensor) -> str:
@@ -251,7 +243,8 @@ def likeliest(logits: Tensor) -> list[int]:
     return logits.sort(descending=True, stable=True).indices[:_TOP].tolist()
 
 
-def pictures(kept: Trace, model: Model, at: str, before: str, layer: int, head: int) -> dict[str, Markup]:
+@rc_context(_ON_A_PAGE)
+def _pictures(kept: Trace, model: Model, at: str, before: str, layer: int, head: int) -> dict[str, Markup]:
     """The figures of the page as SVG, by name, each with what it shows in words.
 
     at: what the names of the layer begin with. before: the name of what comes into it.
@@ -355,7 +348,7 @@ def build_page(
         stop_ids=tokenizer.stop_ids,
         heads=heads_data(kept, params),
         sources=sources(),
-        figures=pictures(kept, model, at, before, layer, head),
+        figures=_pictures(kept, model, at, before, layer, head),
         style=(_PARTS / "style.css").read_text(encoding="utf-8") + syntax_colours(),
         script=(_PARTS / "page.js").read_text(encoding="utf-8"),
     )
