@@ -108,6 +108,9 @@ def show_taps(figures: TapFigures) -> None:
         each = " ".join(f"{ratio:.3f}" for ratio in cost.ratios)
         print(f"{name:<30}{cost.ratio:.4f} times as long as {cost.plain_seconds:.4f} s without  ({each})")
     print(f"copies of them                {figures.trace_bytes / 1e6:.1f} MB")
+    print(
+        f"all calls of the default tap  {figures.default_tap_seconds * 1e6:.0f} microseconds in a pass over one token"
+    )
     print(json.dumps(asdict(figures)))
 
 

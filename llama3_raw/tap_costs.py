@@ -22,6 +22,7 @@ from .tracing import trace
 from .weights import Model
 
 LENGTH = 17  # tokens of the prompt
+_PASSES = 200  # without work, of a few milliseconds each
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class TapFigures:
 
     default_tap_prompt: Cost  # the default tap, against no call of a tap at all
     default_tap_token: Cost  # the same for one token behind the prompt
+    default_tap_seconds: float  # what its calls take in such a pass, found where there is nothing else to do
     trace: Cost  # a trace of every tensor of the prompt, against the pass alone, by the exact operations
     trace_bytes: int
     threads: int
@@ -78,7 +80,7 @@ def measure_taps(model: Model, ops: Ops, rounds: int) -> TapFigures:
     def over_the_prompt(forward: Callable[..., Tensor]) -> Tensor:
         return forward(weights, params, prompt, cache=cache, logits_at=-1, ops=ops)
 
-    def over_the_token(forward: Callable[..., Tensor]) -> Tensor:
+    def over_the_token(forward: Callable[..., Tensor], ops: Ops = ops) -> Tensor:
         return forward(weights, params, token, cache=cache, start=LENGTH, logits_at=-1, ops=ops)
 
     # each with what it is compared with
@@ -93,13 +95,42 @@ def measure_taps(model: Model, ops: Ops, rounds: int) -> TapFigures:
             assert torch.equal(watched(), plain()), "to look on should change nothing"
         for number in tqdm(range(rounds), desc="measuring", leave=False):
             for (watched, plain), times in zip(pairs, seconds, strict=True):
-                if number % 2:
-                    plain_took, took = _seconds(plain), _seconds(watched)
-                else:
-                    took, plain_took = _seconds(watched), _seconds(plain)
-                times.append((took, plain_took))
+                times.append(_in_turn(watched, plain, number))
+        no_work = _no_work(model)
+        alone = [
+            _in_turn(lambda: over_the_token(forward, no_work), lambda: over_the_token(forward_without_taps, no_work), i)
+            for i in range(_PASSES)
+        ]
     at_the_prompt, at_the_token, traced = map(_cost, seconds)
-    return TapFigures(at_the_prompt, at_the_token, traced, kept.nbytes, torch.get_num_threads())
+    return TapFigures(
+        default_tap_prompt=at_the_prompt,
+        default_tap_token=at_the_token,
+        default_tap_seconds=statistics.median(took - plain_took for took, plain_took in alone),
+        trace=traced,
+        trace_bytes=kept.nbytes,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _no_work(model: Model) -> Ops:
+    """Operations for one token that compute nothing, so that the rest of a pass shows."""
+    params = model.params
+    zeros = model.weights.norm.new_zeros(1, max(params.vocab_size, params.hidden_dim, params.dim))
+    return Ops(
+        embed=lambda tokens, table: zeros[:, : params.dim],
+        linear=lambda x, weight: zeros[:, : weight.shape[0]],
+        attend=lambda q, keys, values, start, tap, name: q,
+        reduce=lambda x: x,
+    )
+
+
+def _in_turn(watched: Callable[[], Tensor], plain: Callable[[], Tensor], number: int) -> tuple[float, float]:
+    """The seconds of both, of which either comes first in turn."""
+    if number % 2:
+        plain_took, took = _seconds(plain), _seconds(watched)
+    else:
+        took, plain_took = _seconds(watched), _seconds(plain)
+    return took, plain_took
 
 
 def _seconds(compute: Callable[[], Tensor]) -> float:

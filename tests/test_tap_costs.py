@@ -41,7 +41,7 @@ def test_the_table(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--weights", TINY, "--taps", "--rounds", "3"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     figures = json.loads(last)
-    assert len(table) == 4
+    assert len(table) == 5
     names = ("default_tap_prompt", "default_tap_token", "trace")
     for line, cost in zip(table, (figures[name] for name in names), strict=False):
         assert len(cost["ratios"]) == 3
@@ -49,6 +49,7 @@ def test_the_table(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
         assert 0 < cost["plain_seconds"] < 60
         assert f"{cost['ratio']:.4f} times as long as {cost['plain_seconds']:.4f} s" in line
     assert figures["trace_bytes"] == trace(tiny, random_ids(tiny, 17)).nbytes
+    assert abs(figures["default_tap_seconds"]) < 0.1
     assert figures["threads"] == torch.get_num_threads()
 
 
