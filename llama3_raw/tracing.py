@@ -14,7 +14,7 @@ import pdb
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -439,20 +439,29 @@ def check_names(params: Params, *patterns: str) -> None:
 
 
 def _pass_without_content(params: Params, dtype: torch.dtype, length: int, ops: Ops, tap: Tap) -> None:
+    """Has the tap see what it would see in a pass of `length` tokens: all names, shapes and dtypes, without content."""
+    fields = {
+        (place.layer, place.field): torch.empty(place.shape, dtype=dtype, device="meta")
+        for place in tensor_places(replace(params, n_layers=1))
+    }
+    layer = LayerWeights(*(fields[0, field] for field in LayerWeights._fields))
+    weights = Weights(fields[None, "tok_embeddings"], (layer,), fields[None, "norm"], fields[None, "output"])
     # the kernels that read weights cannot do without; what tensors there are is up to `attend` alone
     ops = ops._replace(embed=REFERENCE.embed, linear=REFERENCE.linear)
-    tokens = torch.zeros(length, dtype=torch.long, device="meta")
-    forward(_weights_without_content(params, dtype), params, tokens, ops=ops, tap=tap)
+    seen: list[tuple[str, Tensor]] = []
 
+    def see(name: str, tensor: Tensor) -> Tensor:
+        seen.append((name, tensor))
+        return tensor
 
-def _weights_without_content(params: Params, dtype: torch.dtype) -> Weights:
-    tensors = {
-        (place.layer, place.field): torch.empty(place.shape, dtype=dtype, device="meta")
-        for place in tensor_places(params)
-    }
-    layers = [LayerWeights(*(tensors[i, field] for field in LayerWeights._fields)) for i in range(params.n_layers)]
-    tok_embeddings, norm, output = (tensors[None, field] for field in ("tok_embeddings", "norm", "output"))
-    return Weights(tok_embeddings, tuple(layers), norm, output)
+    forward(weights, params, torch.zeros(length, dtype=torch.long, device="meta"), ops=ops, tap=see)
+    first, *in_layer, norm, logits = seen
+    tap(*first)
+    for i in range(params.n_layers):  # all alike; to compute each takes milliseconds
+        for name, tensor in in_layer:
+            tap(name.replace("layers.0.", f"layers.{i}."), tensor)
+    tap(*norm)
+    tap(*logits)
 
 
 class Statistics(NamedTuple):
