@@ -97,14 +97,17 @@ def not_empty(text: str) -> str:
     return text
 
 
-def needed_package(name: str, needed_by: str) -> ModuleType:
-    """The package, which is none of those that llama3_raw always brings. Raises UserError where it is missing."""
+def needed_package(name: str, needed_by: str, extra: str = "bench") -> ModuleType:
+    """The package, which is none of those that llama3_raw always brings, but one of an extra. (See pyproject.toml)
+
+    Raises UserError where it is missing.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"{needed_by} needs the package {name} ({in_short(error)}); pip install {name}, or all that bench can use: "
-            "pip install -e '.[bench]'"
+            f"{needed_by} needs the package {name} ({in_short(error)}); pip install {name}, or all that {extra} can "
+            f"use: pip install -e '.[{extra}]'"
         ) from error
 
 
