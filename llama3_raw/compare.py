@@ -12,6 +12,7 @@ import math
 import re
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,6 +162,7 @@ class Step(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
+    their_shape: tuple[int, ...]
     whole: Difference  # where each run goes on with its own tensors
     rounding_in_all: float
     own: Difference  # where the other run's tensors went into the step
@@ -236,43 +238,55 @@ class Comparison(NamedTuple):
         return not self.parted and self.worst.whole.relative <= self.worst.rounding_in_all
 
     def verdict(self, other: str = "the other run") -> str:
-        """Where the two part ways, in a sentence or two; `other` is what the other run is called."""
-        worst, parted, rounding = self.worst, self.parted, f"rounding in {in_words(self.dtype)}"
-        if all(step.whole.relative == 0 for step in self.steps) and not parted:
+        """Where the two part ways, in a few lines; `other` is what the other run is called."""
+        if not self.parted and all(step.whole.relative == 0 for step in self.steps):
             return f"They are the same: all {len(self.steps)} tensors, value by value."
-        together = f"the runs are {worst.whole.relative:.2g} of its size apart at {worst.name}"
-        if worst.whole.unlike:
-            together = f"the runs cannot be compared at {worst.name}, where {worst.whole.unlike}"
-        if self.tolerance is not None:
-            together += f" ({'within' if self.agree else 'more than'} --tolerance {self.tolerance:g})"
-        else:
-            together += f", where {rounding} explains {worst.rounding_in_all:.2g}"
-        if not parted:
-            which = "They agree" if self.agree else "They drift apart"
-            return f"{which}: no step by itself differs by more than {rounding} explains; at most {together}."
-        if self.agree:
-            return f"They agree: at most {together}. By itself, the first step to differ: {self._place(parted, other)}"
-        return f"They part ways first at {self._place(parted, other)}"
-
-    def _place(self, parted: Sequence[Step], other: str) -> str:
-        first = parted[0]
-        made = self.made[first.name]
-        if first.own.unlike:
-            differs = f"what comes out cannot be compared: in {other}, {first.own.unlike}"
-        else:
-            differs = (
-                f"what comes out differs by {first.own.relative:.2g} of its size (at most {first.own.absolute:.2g}), "
-                f"where rounding in {in_words(self.dtype)} explains {first.rounding:.2g}"
+        worst, rounding = self.worst, f"rounding in {in_words(self.dtype)} explains"
+        at_worst = f"{worst.whole.relative:.2g} of its size at {worst.name}"
+        if self.tolerance is not None and self.agree:
+            text = f"They agree within a tolerance of {self.tolerance:g}: the runs differ by at most {at_worst}."
+            if self.parted:
+                text += f"\nBy itself, the first step to differ is {self._first_place(other)}"
+        elif self.parted:
+            text = f"They part ways first at {self._first_place(other)}"
+        elif self.agree:
+            text = (
+                f"They agree: no step by itself differs by more than {rounding}, nor do the runs to the end: by "
+                f"{at_worst}, where {worst.rounding_in_all:.2g} is explained, and elsewhere by less."
             )
+        else:
+            allowed = f"{worst.rounding_in_all:.2g} is explained"
+            if self.tolerance is not None:
+                allowed = f"{self.tolerance:g} is the tolerance"
+            text = (
+                f"They drift apart: no step by itself differs by more than {rounding}, but it adds up to {at_worst}, "
+                f"where {allowed}."
+            )
+        return text
+
+    def _first_place(self, other: str) -> str:
+        first, *others = self.parted
+        made = self.made[first.name]
+        check = made.check
+        if first.own.unlike:
+            differs = f"but what comes out cannot be compared: in {other}, {first.own.unlike}"
+            if first.shape != first.their_shape:
+                check = "its layout, which should be that of model.py"
+        else:
+            size, most = f"{first.own.relative:.2g}", f"{first.own.absolute:.2g}"
+            differs = (
+                f"but what comes out differs by {size} of its size (at most {most}), where rounding in "
+                f"{in_words(self.dtype)} explains {first.rounding:.2g}"
+            )
+        text = f"{first.name} (model.py: {made.by}).\nWhat goes in is the same, {differs}.\nLook at: {check}."
         unseen = [name for name in self.made if name in self._unseen_before(first.name)]
         if unseen:
             where = unseen[0] if len(unseen) == 1 else f"{unseen[0]} … {unseen[-1]}"
-            differs += f". It may as well come from {where}, which {other} does not have"
-        text = f"{first.name} (model.py: {made.by}): what goes in is the same, {differs}. Look at: {made.check}."
-        others = [step.name for step in parted[1:]]
-        if others:
-            text += f" Then, by themselves, at {len(others)} more: {', '.join(others[:4])}"
-            text += ", …" if len(others) > 4 else "."
+            text += f"\nIt may as well come from {where}, which {other} does not have."
+        places = Counter(_of_any_layer(step.name) for step in others)
+        if places:
+            listed = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in places.items())
+            text += f"\nBy themselves, these differ too: {listed}."
         return text
 
     def _unseen_before(self, name: str) -> set[str]:
@@ -338,7 +352,8 @@ def compare(
     made = how_it_is_made(params)
     shared = _shared(other, made)
     dtype = rounding or max((model.weights.norm.dtype, *(shared[name].dtype for name in shared)), key=_eps)
-    check_trace(params, model.weights.norm.dtype, 2 * len(ids), LAST, ops=ops)
+    # two rows take as much memory as somewhat more tokens, since scores grow with the square
+    check_trace(params, model.weights.norm.dtype, math.ceil(1.5 * len(ids)), LAST, ops=ops)
     shapes: dict[str, tuple[int, ...]] = {}
     whole: dict[str, Difference] = {}
     own: dict[str, Difference] = {}
@@ -372,7 +387,15 @@ def compare(
         run(_rounding(fed, _eps(dtype), levels), rows=2)
         explained.append({name: times * level for name, level in levels.items()})
     steps = tuple(
-        Step(name, shapes[name], whole[name], _TIMES_IN_ALL * explained[1][name], own[name], explained[0][name])
+        Step(
+            name,
+            shapes[name],
+            tuple(shared[name].shape),
+            whole[name],
+            _TIMES_IN_ALL * explained[1][name],
+            own[name],
+            explained[0][name],
+        )
         for name in made
         if name in shared
     )
@@ -498,7 +521,7 @@ def show(comparison: Comparison, other: str, patterns: Sequence[str] = ()) -> No
     wanted = Patterns(patterns)
     names = {name for name in comparison.made if wanted.matching(name)}
     lines = [[step] for step in comparison.steps if step.name in names] if patterns else _by_layer(comparison.steps)
-    width = max(9, *(len(steps[0].name) for steps in lines)) if patterns else 9
+    width = max([9, *(len(steps[0].name) for steps in lines)]) if patterns else 9
     at = 2 if patterns else 21
     print(f"{'':{width}}{'both runs, to the end':>27}{'':{at}}{'each step by itself':>22}")
     figures, place = f"{'relative':>9}{'rounding':>9}", "" if patterns else f"  {'at':<19}"
@@ -530,6 +553,10 @@ def _at(step: Step, place: str) -> str:
     return f"  {short:<{len(place) - 2}}" if place else ""
 
 
+def _of_any_layer(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
 def _layer_of(name: str) -> str:
     if name.startswith("layers."):
         return f"layer {name.split('.')[1]}"
@@ -550,7 +577,7 @@ def _left_out(comparison: Comparison, other: str) -> Iterator[str]:
         yield f"{other}: no tensor of a pass is named {in_short(name)!r}; the nearest are {', '.join(near)}; left out"
     if len(comparison.unknown) > 5:
         yield f"{other}: and {len(comparison.unknown) - 5} more names that no pass has"
-    missing = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in comparison.missing)
+    missing = dict.fromkeys(map(_of_any_layer, comparison.missing))
     if missing:
         names = ", ".join(list(missing)[:3]) + (", …" if len(missing) > 3 else "")
         yield f"{other} does not have {names}: what differs there shows at the next one that it has"
