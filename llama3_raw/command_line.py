@@ -235,18 +235,18 @@ def byte_size(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(prefix.upper())))
 
 
-def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True) -> ChosenModel:
+def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, named_by: str = "--weights") -> ChosenModel:
     """The model that the options of `add_model_options` name, checked, but for its weights, which are not read yet.
 
-    Unless the tool `needs_tokenizer`, one in the folder that is missing or does not fit is no obstacle. Raises
-    UserError.
+    Unless the tool `needs_tokenizer`, one in the folder that is missing or does not fit is no obstacle. named_by: the
+    option that options.weights came from. Raises UserError.
     """
     set_threads(options.threads)
     device = choose_device(options.device)
     quantized = options.quantize is not None
     if quantized and device.type != "cpu":
         raise UserError(f"--quantize int8 is for the CPU so far; leave it out, or give --device cpu, not {device}")
-    folder = find_model(options.weights)
+    folder = find_model(options.weights, named_by)
     checkpoint = open_checkpoint(folder.path)
     if quantized and checkpoint.scales:
         raise UserError(f"--quantize int8: {folder.path} is in int8 already; leave it out")
@@ -343,10 +343,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def find_model(weights: str | None = None) -> ModelFolder:
+def find_model(weights: str | None = None, named_by: str = "--weights") -> ModelFolder:
     """--weights -> the folder it means; None -> the default. Raises UserError naming what there is."""
     if weights:
-        return ModelFolder(_find_named(weights, "--weights"), "--weights")
+        return ModelFolder(_find_named(weights, named_by), named_by)
     from_environment = os.environ.get("LLAMA3_RAW_WEIGHTS")
     if from_environment:
         return ModelFolder(_find_named(from_environment, "$LLAMA3_RAW_WEIGHTS"), "$LLAMA3_RAW_WEIGHTS")

@@ -98,16 +98,16 @@ def not_empty(text: str) -> str:
 
 
 def needed_package(name: str, needed_by: str, extra: str = "bench") -> ModuleType:
-    """The package, which is none of those that llama3_raw always brings. Raises UserError where it is missing.
+    """The package, which is none of those that llama3_raw always brings, but one of an extra. (See pyproject.toml)
 
-    extra: the one of pyproject.toml that brings it, with what else is needed for the like.
+    Raises UserError where it is missing.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"{needed_by} needs the package {name} ({in_short(error)}); pip install {name}, or all for {extra}: "
-            f"pip install -e '.[{extra}]'"
+            f"{needed_by} needs the package {name} ({in_short(error)}); pip install {name}, or all that {extra} can "
+            f"use: pip install -e '.[{extra}]'"
         ) from error
 
 

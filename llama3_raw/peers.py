@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from .command_line import ChosenModel
 from .errors import UserError, in_short, needed_package
 from .generation import generate
 from .gguf_file import is_gguf_of, write_gguf
+from .implementations import hf_model
 from .machine import free_memory
 from .memory import Lengths, Plan, needed
 from .model import KVCache
 from .ops import Ops
-from .weights import Model, build_weights, first_layers, tensor_places, to_state_dict
+from .weights import Model, build_weights, first_layers
 
 TRANSFORMERS, LLAMA_CPP, STORED = "transformers", "llama.cpp", "stored"
 PEERS = (TRANSFORMERS, LLAMA_CPP, STORED)
@@ -92,17 +92,11 @@ class Transformers:
     name = TRANSFORMERS
 
     def __init__(self, model: Model, longest: int):
-        self._transformers: Any = needed_package("transformers", "--vs transformers")
+        self._transformers: Any = needed_package(TRANSFORMERS, "--vs transformers")
         self.version = f"transformers {self._transformers.__version__}"
         self._model = model
         self._ids = random_ids(model, longest)
-        config = _hf_config(self._transformers, model)
-        with torch.device("meta"):
-            self._peer = self._transformers.LlamaForCausalLM(config).eval()
-            rotary = type(self._peer.model.rotary_emb)
-        self._peer.load_state_dict(_hf_state_dict(model), assign=True)
-        # its table of frequencies belongs to no checkpoint, and is still without content
-        self._peer.model.rotary_emb = rotary(config).to(model.weights.norm.device)
+        self._peer = hf_model(model, "sdpa")
 
     def prefill(self, length: int) -> float:
         cache = self._cache(length)
@@ -140,48 +134,6 @@ class Transformers:
         tokens = torch.tensor([ids], device=self._model.weights.norm.device)
         logits = self._peer(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # [1, 1, vocab]
         return int(logits[0, -1].argmax())
-
-
-def _hf_config(transformers: Any, model: Model) -> Any:
-    """The params as a LlamaConfig."""
-    params, weights = model.params, model.weights
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": params.rope_theta}
-    if params.rope_scaling:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": params.rope_scaling.factor,
-            "low_freq_factor": params.rope_scaling.low_freq_factor,
-            "high_freq_factor": params.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": params.rope_scaling.original_max_seq_len,
-        }
-    return transformers.LlamaConfig(
-        hidden_size=params.dim,
-        num_hidden_layers=params.n_layers,
-        num_attention_heads=params.n_heads,
-        num_key_value_heads=params.n_kv_heads,
-        head_dim=params.head_dim,
-        vocab_size=params.vocab_size,
-        intermediate_size=params.hidden_dim,
-        rms_norm_eps=params.norm_eps,
-        max_position_embeddings=params.max_seq_len,
-        rope_parameters=rope,
-        tie_word_embeddings=weights.output is weights.tok_embeddings,
-        attn_implementation="sdpa",
-    )
-
-
-def _hf_state_dict(model: Model) -> dict[str, Tensor]:
-    """The tensors by Hugging Face's names; copied are only wq and wk, half-split (see weights.interleave_pairs)."""
-    params = model.params
-    by_meta_name: dict[str, Any] = dict(to_state_dict(params, model.weights))
-    tensors = {"lm_head.weight": by_meta_name.get("output.weight", model.weights.tok_embeddings)}
-    for place in tensor_places(params, tied="output.weight" not in by_meta_name):
-        tensor = by_meta_name[place.meta_name]
-        if place.field in ("wq", "wk"):
-            pairs = tensor.view(-1, params.head_dim // 2, 2, params.dim)  # [heads, head_dim/2, 2, dim]
-            tensor = pairs.transpose(1, 2).reshape(tensor.shape)
-        tensors[place.hf_name] = tensor
-    return tensors
 
 
 class LlamaBench:

@@ -6,6 +6,7 @@ several see the same pass.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
@@ -217,6 +218,14 @@ class _Debugger(pdb.Pdb):
         return self.do_continue("")
 
 
+def not_alike(params: Params, others: Params) -> str | None:
+    """The first number by which the tensors of a model have other shapes than another's, in words; None: all alike."""
+    for field in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
+        if getattr(params, field) != getattr(others, field):
+            return f"{field} {getattr(params, field)}, not {getattr(others, field)}"
+    return None
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a trace is of."""
@@ -241,10 +250,8 @@ class Origin:
         How eps and RoPE are set may differ: that is what a comparison is to find.
         """
         own = Origin.of(model, ids)
-        for field in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
-            is_, should_be = getattr(self.params, field), getattr(own.params, field)
-            if is_ != should_be:
-                raise UserError(f"{source}: is of another model, with {field} {is_}, not {should_be}; trace it anew")
+        if not_alike(self.params, own.params):
+            raise UserError(f"{source}: is of another model, with {not_alike(self.params, own.params)}; trace it anew")
         if self.weights != own.weights:
             raise UserError(f"{source}: is of a model of the same shape with other weights; trace it anew")
         if self.ids != own.ids:
@@ -387,18 +394,22 @@ def trace(
     check_trace(model.params, model.weights.norm.dtype, len(ids), *patterns, **options, ops=ops)
     kept = Trace(*patterns, **options)
     kept.origin = Origin.of(model, ids)
-    with (
-        tqdm(total=model.params.n_layers, desc="layers", leave=False, delay=1, disable=not progress) as bar,
-        torch.no_grad(),
-    ):
+    with count_layers(model.params, progress) as count, torch.no_grad():
+        tokens = torch.tensor(ids, device=model.weights.tok_embeddings.device)
+        forward(model.weights, model.params, tokens, ops=ops, tap=chain(tap, kept, count))
+    return kept
 
-        def count_layers(name: str, tensor: Tensor) -> Tensor:
+
+@contextlib.contextmanager
+def count_layers(params: Params, progress: bool = True) -> Iterator[Tap]:
+    """A bar on stderr that shows how far a pass is, if it takes longer than a second; -> the tap that moves it."""
+    with tqdm(total=params.n_layers, desc="layers", leave=False, delay=1, disable=not progress) as bar:
+
+        def count(name: str, tensor: Tensor) -> Tensor:
             bar.update(name.endswith(".ffn_norm"))
             return tensor
 
-        tokens = torch.tensor(ids, device=model.weights.tok_embeddings.device)
-        forward(model.weights, model.params, tokens, ops=ops, tap=chain(tap, kept, count_layers))
-    return kept
+        yield count
 
 
 def check_trace(
