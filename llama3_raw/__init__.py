@@ -8,8 +8,10 @@ if TYPE_CHECKING:
     from .generation import StopReason, generate
     from .model import REFERENCE, KVCache, forward
     from .params import Params
+    from .stepping import break_at
+    from .taps import chain, patch
     from .tokenizer import Tokenizer
-    from .tracing import Trace, break_at, chain, load_trace, patch, trace
+    from .tracing import Trace, load_trace, trace
     from .weights import LayerWeights, Model, Weights, load
 
 __all__ = [
@@ -42,6 +44,8 @@ _ROOMS = (
     "model",
     "generation",
     "machine",
+    "taps",
+    "stepping",
     "tracing",
     "plots",
 )

@@ -37,8 +37,9 @@ from .int8 import Int8
 from .lookup import LookupPolicy
 from .memory import Lengths
 from .ops import Tap
+from .stepping import break_at
+from .taps import chain, check_names
 from .tokenizer import Tokenizer
-from .tracing import break_at, chain, check_names
 from .weights import Model, save_quantized
 
 

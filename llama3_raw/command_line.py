@@ -6,7 +6,10 @@ import argparse
 import math
 import os
 import re
+import stat
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,14 +131,34 @@ def chosen_ids(chosen: ChosenModel, prompt: str, *, are_ids: bool = False, speci
 
 
 def check_output(option: str, name: str) -> None:
-    """Raises UserError, before the work is done, where a file of this name could not be written."""
-    file = Path(name)
-    if file.is_dir():
-        raise UserError(f"{option} {name}: is a folder; give the name of a file")
+    """Raises UserError, before the work is done, where `write_whole` could not write a file of this name."""
+    file = Path(name).resolve()
+    if file.exists() and not file.is_file():
+        raise UserError(f"{option} {name}: is no file; give the name of one, there or not")
     if not file.parent.is_dir():
         raise UserError(f"{option} {name}: there is no folder {file.parent}; make it first")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise UserError(f"{option} {name}: you may not write there; choose another place")
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{option} {name}: you may not write in {file.parent}; choose another place")
+
+
+def write_whole(name: str | Path, write: Callable[[Path], object]) -> None:
+    """Has `write` fill a file, which takes the name once it is whole; what was there before stays until then.
+
+    Raises UserError where it cannot be written, and leaves nothing behind then.
+    """
+    file = Path(name).resolve()  # behind a link, the file itself
+    try:
+        if file.exists() and not file.is_file():
+            raise UserError(f"{name}: is no file; give the name of one, there or not")
+        with tempfile.TemporaryDirectory(prefix=".llama3_raw-", dir=file.parent) as folder:
+            part = Path(folder, file.name)
+            part.touch()
+            mode = (file if file.exists() else part).stat().st_mode
+            write(part)
+            part.chmod(stat.S_IMODE(mode))
+            part.replace(file)
+    except OSError as error:
+        raise UserError(f"{name}: cannot be written ({error.strerror or error}); choose another place") from error
 
 
 def add_lookup_option(group: argparse._ArgumentGroup) -> None:

@@ -38,19 +38,8 @@ from .memory import Lengths
 from .model import REFERENCE, forward
 from .ops import Ops, Tap
 from .params import Params
-from .tracing import (
-    FIRST,
-    LAST,
-    Patterns,
-    Trace,
-    chain,
-    check_trace,
-    count_layers,
-    in_words,
-    load_trace,
-    not_alike,
-    trace,
-)
+from .taps import FIRST, LAST, Patterns, chain, in_words
+from .tracing import Trace, check_trace, count_layers, load_trace, not_alike, trace
 from .weights import Model
 
 TOP_K = 10  # the likeliest tokens whose overlap is told
@@ -639,7 +628,7 @@ def main(arguments: Sequence[str]) -> int:
     options = build_parser().parse_args(arguments)
     prompt = read_prompt(options.prompt, "python -m llama3_raw.compare --with B")
     chosen = choose_model(options, needs_tokenizer=not options.ids)
-    ids = chosen_ids(options, prompt, chosen)
+    ids = chosen_ids(chosen, prompt, are_ids=options.ids, special=options.special)
     names = options.names or []
     check_trace(chosen.checkpoint.params, chosen.dtype or chosen.checkpoint.dtype, len(ids), *(names or [LAST]))
     other = choose_other(options, chosen, ids)

@@ -7,9 +7,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from .command_line import add_model_options, check_output, choose_model, chosen_ids, load_model, read_prompt
+from .command_line import (
+    add_model_options,
+    check_output,
+    choose_model,
+    chosen_ids,
+    load_model,
+    read_prompt,
+    write_whole,
+)
 from .errors import ArgumentParser, UserError, command_line_tool, needed_package, not_empty
 from .memory import Lengths
 from .tracing import check_trace
@@ -55,12 +62,15 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"the prompt has {len(ids)} tokens, a page shows {MOST_TOKENS} at most; give a shorter one")
     check_trace(params, chosen.dtype or chosen.checkpoint.dtype, len(ids))
     lengths = Lengths(prompt=len(ids), text=len(ids), least=len(ids), scored=len(ids))
-    model, _, which = load_model(chosen, lengths, reference=True)
+    model, ops, which = load_model(chosen, lengths, reference=True)
     print(f"llama3_raw: {which}", file=sys.stderr)
-    name = chosen.folder.path.resolve().name
-    page = build_page(model, name, prompt, options.layer, options.head, progress=True)
-    Path(options.output).write_text(page, encoding="utf-8")
-    print(f"llama3_raw: {options.output}: {len(page.encode()) / 1e6:.1f} MB; open it in a browser", file=sys.stderr)
+    folder = chosen.folder.path.resolve()
+    if folder.parent.name == "snapshots":  # of the Hugging Face cache: models--org--repo/snapshots/HASH
+        folder = folder.parent.parent
+    html = build_page(model, folder.name, prompt, options.layer, options.head, ops=ops, progress=True)
+    page = html.encode()
+    write_whole(options.output, lambda part: part.write_bytes(page))
+    print(f"llama3_raw: {options.output}: {len(page) / 1e6:.1f} MB; open it in a browser", file=sys.stderr)
     return 0
 
 

@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import UserError, needed_package
 from .params import Params, RopeScaling
-from .tracing import Trace, chain, check_trace, count_layers
+from .taps import chain
+from .tracing import Trace, check_trace, count_layers
 from .weights import Model, tensor_places, to_state_dict
 
 

@@ -13,6 +13,7 @@ import itertools
 import math
 import re
 import textwrap
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,11 +34,15 @@ from pygments.lexers import PythonLexer
 from torch import Tensor
 
 from . import plots
-from .model import attend, attention, forward, layer, rms_norm, rope, rope_frequencies, swiglu
+from .errors import UserError
+from .int8 import Int8
+from .model import REFERENCE, attend, attention, forward, layer, rms_norm, rope, rope_frequencies, swiglu
+from .ops import Ops
 from .params import Params
 from .sampling import sample
+from .taps import in_words
 from .tokenizer import SPLIT_PATTERN, Tokenizer
-from .tracing import Trace, in_words, trace
+from .tracing import Trace, trace
 from .weights import Model, tensor_places
 
 MOST_TOKENS = 128  # more would fill the page with tables that nobody reads
@@ -67,7 +72,7 @@ class Piece(NamedTuple):
     """A piece that the pattern cuts from the text, and how its bytes become tokens."""
 
     text: str
-    merges: list[Merge]
+    merges: list[Merge]  # none for a piece of more than 32 bytes: each has all the parts
     ids: list[int]  # one, where the whole piece is a token: tiktoken looks that up before it merges anything
 
 
@@ -100,7 +105,10 @@ def merges_of(tokenizer: Tokenizer, piece: bytes) -> list[Merge]:
 def pieces_of(tokenizer: Tokenizer, text: str) -> list[Piece]:
     """The pieces of a text, in order."""
     cuts = regex.findall(SPLIT_PATTERN, text)
-    return [Piece(cut, merges_of(tokenizer, cut.encode()), tokenizer.encode(cut)) for cut in cuts]
+    return [
+        Piece(cut, merges_of(tokenizer, cut.encode()) if len(cut.encode()) <= 32 else [], tokenizer.encode(cut))
+        for cut in cuts
+    ]
 
 
 class Numbers:
@@ -133,7 +141,8 @@ class Numbers:
 def svg(figure: Figure, name: str, alternative: str) -> Markup:
     """A figure, made with `_ON_A_PAGE`, as part of a page: its text stays text, and its ids do not collide."""
     written = io.StringIO()
-    with rc_context(_ON_A_PAGE | {"svg.hashsalt": name}):
+    with rc_context(_ON_A_PAGE | {"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser draws the text, with its own fonts
         figure.savefig(written, format="svg", metadata={"Date": None})
     image = written.getvalue()
     image = image[image.index("<svg") :].replace(_INK, "currentColor")
@@ -166,15 +175,21 @@ def lower_triangles(tensor: Tensor) -> str:
     return base64.b64encode(values.float().numpy().astype("<f4").tobytes()).decode()
 
 
-def heads_data(kept: Trace, params: Params) -> dict[str, Any]:
-    """What the head picker of the page shows: thumbnails of all heads, and the numbers of all, or of some layers."""
+def heads_data(kept: Trace, params: Params, layer: int) -> dict[str, Any]:
+    """What the head picker of the page shows: thumbnails of all heads, and the numbers of all, or of some layers.
+
+    layer: one that is among them in any case.
+    """
     dtype = kept["layers.0.attention.probs"].dtype
     length = kept["tok_embeddings"].shape[-2]
     itemsize = 2 if dtype == torch.bfloat16 else 4
     per_layer = 2 * params.n_heads * length * (length + 1) // 2 * itemsize * 4 // 3
     fitting = max(1, min(params.n_layers, _MOST_HEAD_BYTES // per_layer))
-    # evenly from the first layer to the last
+    # evenly from the first layer to the last, but for the one
     whole = {round(i * (params.n_layers - 1) / max(1, fitting - 1)) for i in range(fitting)}
+    if layer not in whole:
+        whole.remove(min(whole, key=lambda i: abs(i - layer)))
+        whole.add(layer)
     layers = []
     for i in range(params.n_layers):
         scores, probs = kept[f"layers.{i}.attention.scores"], kept[f"layers.{i}.attention.probs"]
@@ -216,6 +231,14 @@ def syntax_colours() -> str:
     return f"{style('default')}\n@media (prefers-color-scheme: dark) {{\n{style('github-dark')}\n}}"
 
 
+def _extremes(rows: dict[str, Tensor]) -> str:
+    """What a picture of rows [n] shows first, in words."""
+    values = torch.stack([row.float() for row in rows.values()])
+    row, dimension = divmod(int(values.abs().argmax()), values.shape[1])
+    low, high = values.aminmax()
+    return f"From {low:.3g} to {high:.3g}; the strongest value is that of {list(rows)[row]}, dimension {dimension}."
+
+
 def sources() -> dict[str, Source]:
     """What the page shows of the code, by the name that it has there."""
     return {
@@ -238,11 +261,6 @@ def sources() -> dict[str, Source]:
     }
 
 
-def likeliest(logits: Tensor) -> list[int]:
-    """Logits [vocab] -> the ten likeliest tokens; of equal ones the first, as `sample` takes it."""
-    return logits.sort(descending=True, stable=True).indices[:_TOP].tolist()
-
-
 @rc_context(_ON_A_PAGE)
 def _pictures(kept: Trace, model: Model, at: str, before: str, layer: int, head: int) -> dict[str, Markup]:
     """The figures of the page as SVG, by name, each with what it shows in words.
@@ -250,7 +268,7 @@ def _pictures(kept: Trace, model: Model, at: str, before: str, layer: int, head:
     at: what the names of the layer begin with. before: the name of what comes into it.
     """
     params, tokenizer = model.params, model.tokenizer
-    texts = plots.token_texts(kept, tokenizer)
+    texts = plots.token_texts(kept, tokenizer, len(kept["tok_embeddings"]))
 
     def by_token(name: str) -> dict[str, Tensor]:
         return {f"{i} {text}": row for (i, text), row in zip(enumerate(texts), kept[name], strict=True)}
@@ -258,19 +276,22 @@ def _pictures(kept: Trace, model: Model, at: str, before: str, layer: int, head:
     def by_head(name: str) -> dict[str, Tensor]:
         return {f"head {i}": row for i, row in enumerate(kept[f"{at}attention.{name}"][-1])}
 
-    top_ids = likeliest(kept["logits"][-1])
+    top_ids = plots.likeliest(kept["logits"][-1], _TOP).tolist()
     probs = kept["logits"][-1].softmax(dim=-1)[top_ids].tolist()
     figures = {
-        "embeddings": (plots.vectors(by_token("tok_embeddings")), "The embedding of each token, as colours."),
+        "embeddings": (
+            plots.vectors(by_token("tok_embeddings")),
+            f"The embedding of each token, as colours. {_extremes(by_token('tok_embeddings'))}",
+        ),
         "before": (plots.vectors(by_token(before), title="before"), "Each token's row before the norm, as colours."),
         "after": (
             plots.vectors(by_token(f"{at}attention_norm"), title="after"),
-            "Each token's row after the norm: the colours of all rows are about as strong.",
+            "Each token's row after the norm, as colours.",
         ),
         **{
             part: (
                 plots.vectors(by_head(part), title=f"{part} of the last token"),
-                f"{part} of the last token as colours, a row for each head.",
+                f"{part} of the last token as colours, a row for each head. {_extremes(by_head(part))}",
             )
             for part in ("q", "k", "v")
         },
@@ -295,18 +316,38 @@ def _pictures(kept: Trace, model: Model, at: str, before: str, layer: int, head:
     return {name: svg(figure, name, words) for name, (figure, words) in figures.items()}
 
 
-def build_page(
-    model: Model, model_name: str, prompt: str, layer: int = 0, head: int = 0, *, progress: bool = False
-) -> str:
-    """The page for a prompt, as HTML. The layer and head are those whose steps are shown one by one.
+def _check_finite(kept: Trace) -> None:
+    for name, tensor in kept.items():
+        broken = ~tensor.isfinite()
+        if name.endswith(".scores"):
+            broken &= tensor != -torch.inf  # the mask
+        if broken.any():
+            raise UserError(
+                f"{name}: {int(broken.sum()):,} of {broken.numel():,} values are not finite: the weights are damaged "
+                "(see download.py --verify), or their dtype is too small for them"
+            )
 
-    Raises UserError for what `trace` refuses.
+
+def build_page(
+    model: Model,
+    model_name: str,
+    prompt: str,
+    layer: int = 0,
+    head: int = 0,
+    *,
+    ops: Ops = REFERENCE,
+    progress: bool = False,
+) -> str:
+    """The page for a prompt, as HTML. The layer and head, which the model has, are those whose steps are shown.
+
+    ops: must have attention scores. Raises UserError for what `trace` refuses, and where a tensor is not finite.
     """
     params, weights, tokenizer = model.params, model.weights, model.tokenizer
     assert tokenizer is not None
     ids = tokenizer.encode(prompt, bos=True)
-    kept = trace(model, ids, device="cpu", progress=progress)
-    lens = plots.read_logit_lens(kept, model, top=_LENS, progress=progress)
+    kept = trace(model, ids, device="cpu", ops=ops, progress=progress)
+    _check_finite(kept)
+    lens = plots.read_logit_lens(kept, model, top=_LENS, ops=ops, progress=progress)
     at = f"layers.{layer}."
     before = "tok_embeddings" if layer == 0 else f"layers.{layer - 1}.residual"
     sharing = params.n_heads // params.n_kv_heads
@@ -328,9 +369,11 @@ def build_page(
         prompt=prompt,
         pieces=pieces_of(tokenizer, prompt),
         ids=ids,
-        texts=plots.token_texts(kept, tokenizer),
+        texts=plots.token_texts(kept, tokenizer, len(ids)),
         token_bytes=[None if token >= tokenizer.bos_id else tokenizer.token_bytes(token) for token in ids],
         token_text=lambda token: plots.token_text(tokenizer, token),
+        visible=plots.visible,
+        matrices="int8" if isinstance(weights.output, Int8) else "",
         kept=kept,
         n=Numbers(kept, model, lens),
         layer=layer,
@@ -344,9 +387,9 @@ def build_page(
         pairs=plots.shown_pairs(params),
         hidden_units=kept[f"{at}feed_forward.hidden"][-1].float().abs().topk(5).indices.tolist(),
         lens=lens,
-        top_ids=likeliest(kept["logits"][-1]),
+        top_ids=plots.likeliest(kept["logits"][-1], _TOP).tolist(),
         stop_ids=tokenizer.stop_ids,
-        heads=heads_data(kept, params),
+        heads=heads_data(kept, params, layer),
         sources=sources(),
         figures=_pictures(kept, model, at, before, layer, head),
         style=(_PARTS / "style.css").read_text(encoding="utf-8") + syntax_colours(),

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .errors import UserError, needed_package
 from .model import REFERENCE, rms_norm, rope_frequencies
+from .ops import Ops
 from .params import Params
 from .tokenizer import Tokenizer
 from .tracing import Trace
@@ -29,7 +30,9 @@ from matplotlib.colors import LinearSegmentedColormap  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 BLUE, ORANGE = "#3b7dd8", "#e8731a"  # to be told apart by the colour-blind, and on either background
-_SIGNED = LinearSegmentedColormap.from_list("signed", [(BLUE, 1.0), (BLUE, 0.0), (ORANGE, 0.0), (ORANGE, 1.0)])
+_SIGNED = LinearSegmentedColormap.from_list(
+    "signed", [(0.0, (BLUE, 1.0)), (0.5, (BLUE, 0.0)), (0.5, (ORANGE, 0.0)), (1.0, (ORANGE, 1.0))]
+)
 _SHARE = LinearSegmentedColormap.from_list("share", [(BLUE, 0.0), (BLUE, 1.0)])
 _BY_POSITION = LinearSegmentedColormap.from_list("position", [ORANGE, BLUE])
 _MOST_COLUMNS = 64  # of a picture of vectors; more would be thinner than a pixel
@@ -45,21 +48,29 @@ class Picture(Figure):
         return written.getvalue()
 
 
-def token_text(tokenizer: Tokenizer | None, token: int) -> str:
-    """A token in visible signs: a space is ␣, a line end ↵, a byte that is no text \\xNN; without tokenizer its id."""
-    if tokenizer is None:
-        return str(token)
-    text = tokenizer.token_bytes(token).decode("utf-8", errors="backslashreplace")
-    text = text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+def visible(text: str) -> str:
+    """Text whose signs are all to be seen: a line end is ↵, a tab ⇥, what has no shape of its own is escaped."""
+    text = text.replace("\n", "↵").replace("\t", "⇥")
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
-def token_texts(trace: Trace, tokenizer: Tokenizer | None) -> list[str]:
-    """The tokens that the trace is of, in words; their positions where it does not know them."""
-    if trace.origin is None:
-        length = next(iter(trace.values())).shape[-2]
+def token_text(tokenizer: Tokenizer | None, token: int) -> str:
+    """A token as `visible` shows it, a space as ␣, a byte that is no text as \\xNN; without tokenizer its id."""
+    if tokenizer is None:
+        return str(token)
+    return visible(tokenizer.token_bytes(token).decode("utf-8", errors="backslashreplace")).replace(" ", "␣")
+
+
+def token_texts(trace: Trace, tokenizer: Tokenizer | None, length: int) -> list[str]:
+    """The `length` tokens that the trace is of, in words; their positions where it does not know them."""
+    if trace.origin is None or len(trace.origin.ids) != length:
         return [str(position) for position in range(length)]
     return [token_text(tokenizer, token) for token in trace.origin.ids]
+
+
+def likeliest(logits: Tensor, top: int) -> Tensor:
+    """Logits [..., vocab] -> the likeliest tokens [..., top]; of equal ones the first, as `sample` takes it."""
+    return logits.sort(dim=-1, descending=True, stable=True).indices[..., :top]
 
 
 def attention(trace: Trace, layer: int, head: int, *, tokenizer: Tokenizer | None = None) -> Figure:
@@ -67,10 +78,10 @@ def attention(trace: Trace, layer: int, head: int, *, tokenizer: Tokenizer | Non
 
     Raises UserError where the trace lacks it, or the model has no such head.
     """
-    probs = _tensor(trace, f"layers.{layer}.attention.probs")
+    probs = _tensor(trace, f"layers.{layer}.attention.probs", 3)  # [n_heads, T, T]
     if not 0 <= head < len(probs):
         raise UserError(f"head {head}: the layer has heads 0 to {len(probs) - 1}")
-    texts = token_texts(trace, tokenizer)
+    texts = token_texts(trace, tokenizer, probs.shape[-2])
     size = 1.5 + 0.3 * len(texts)
     figure, axes = _figure(size + 0.8, size)
     image = axes.imshow(probs[head].float().numpy(), cmap=_SHARE, vmin=0, vmax=1)
@@ -87,7 +98,7 @@ def residual_norms(trace: Trace, *, tokenizer: Tokenizer | None = None) -> Figur
     Takes tok_embeddings and layers.*.residual, each [T, dim]. Raises UserError where the trace lacks them.
     """
     rms = residual_rms(trace)  # [layers + 1, T]
-    texts = token_texts(trace, tokenizer)
+    texts = token_texts(trace, tokenizer, rms.shape[-1])
     figure, axes = _figure(5.2, 3.2)
     axes.set_prop_cycle(color=_BY_POSITION(torch.linspace(0, 1, len(texts)).numpy()))
     lines = axes.plot(range(-1, len(rms) - 1), rms.numpy(), linewidth=1.5)
@@ -104,7 +115,7 @@ def residual_norms(trace: Trace, *, tokenizer: Tokenizer | None = None) -> Figur
 
 def residual_rms(trace: Trace) -> Tensor:
     """-> [layers + 1, T] fp32: the root mean square of tok_embeddings and of each layers.N.residual, by token."""
-    rows = [_tensor(trace, name) for name in residual_names(trace)]
+    rows = [_tensor(trace, name, 2) for name in residual_names(trace)]
     return torch.stack([row.float().square().mean(-1).sqrt() for row in rows])
 
 
@@ -121,7 +132,9 @@ class LogitLens(NamedTuple):
     probs: Tensor  # [stages, T, top] fp32
 
 
-def read_logit_lens(trace: Trace, model: Model, *, top: int = 5, progress: bool = False) -> LogitLens:
+def read_logit_lens(
+    trace: Trace, model: Model, *, top: int = 5, ops: Ops = REFERENCE, progress: bool = False
+) -> LogitLens:
     """The final norm and the output matrix, applied to the residual stream everywhere. (nostalgebraist 2020)
 
     Takes tok_embeddings and layers.*.residual, each [T, dim]. Raises UserError where the trace lacks them.
@@ -130,19 +143,18 @@ def read_logit_lens(trace: Trace, model: Model, *, top: int = 5, progress: bool 
     stages = residual_names(trace)
     with torch.no_grad():
         for name in tqdm(stages, desc="logit lens", leave=False, delay=1, disable=not progress):
-            x = _tensor(trace, name).to(weights.norm.device, weights.norm.dtype)
-            logits = REFERENCE.linear(rms_norm(x, weights.norm, model.params.norm_eps), weights.output).float()
-            likeliest = logits.softmax(dim=-1).topk(top, dim=-1)
-            probs.append(likeliest.values.cpu())
-            ids.append(likeliest.indices.cpu())
+            x = _tensor(trace, name, 2).to(weights.norm.device, weights.norm.dtype)
+            logits = ops.linear(rms_norm(x, weights.norm, model.params.norm_eps), weights.output).float()
+            ids.append(likeliest(logits, top).cpu())  # [T, top]
+            probs.append(logits.softmax(dim=-1).cpu().gather(-1, ids[-1]))
     return LogitLens(stages, torch.stack(ids), torch.stack(probs))
 
 
 def logit_lens(trace: Trace, model: Model) -> Figure:
     """The likeliest next token at each position, if the model ended behind each layer; as `read_logit_lens`."""
     lens = read_logit_lens(trace, model, top=1)
-    texts = token_texts(trace, model.tokenizer)
     probs = lens.probs[..., 0]  # [stages, T]
+    texts = token_texts(trace, model.tokenizer, probs.shape[-1])
     figure, axes = _figure(2.4 + 0.75 * len(texts), 2.2 + 0.28 * len(lens.stages))
     image = axes.imshow(probs.numpy(), cmap=_SHARE, vmin=0, vmax=1, aspect="auto", origin="lower")
     for stage, row in enumerate(lens.ids[..., 0].tolist()):
@@ -184,7 +196,7 @@ def rope_turns(trace: Trace, params: Params, layer: int, head: int) -> Figure:
     lacks them.
     """
     before, after = (
-        _tensor(trace, f"layers.{layer}.attention.{name}")[-1, head].float().unflatten(-1, (-1, 2))
+        _tensor(trace, f"layers.{layer}.attention.{name}", 3)[-1, head].float().unflatten(-1, (-1, 2))
         for name in ("q", "q_rope")
     )  # [head_dim/2, 2]
     pairs = shown_pairs(params)
@@ -217,16 +229,14 @@ def rope_wavelengths(params: Params, length: int) -> Figure:
     axes.plot(wavelengths.numpy(), ".-", color=BLUE, markersize=4)
     axes.axhline(length, color=ORANGE, linewidth=1)
     end = (len(wavelengths) - 1, length)
-    axes.annotate(
-        f"the prompt: {length} tokens", end, xytext=(0, 4), textcoords="offset points", color=ORANGE, ha="right"
-    )
+    axes.annotate(f"the prompt: {length} tokens", end, xytext=(0, 4), textcoords="offset points", ha="right")
     axes.set(yscale="log", xlabel="pair", ylabel="tokens for a full turn")
     return figure
 
 
 def gates(trace: Trace, layer: int) -> Figure:
     """silu, and where the gates [hidden_dim] of the last token lie on it: feed_forward.gate of a layer."""
-    gate = _tensor(trace, f"layers.{layer}.feed_forward.gate")[-1].float().cpu()
+    gate = _tensor(trace, f"layers.{layer}.feed_forward.gate", 2)[-1].float()
     limit = max(4.0, float(gate.abs().max()))
     x = torch.linspace(-limit, limit, 200)
     figure, axes = _figure(5.2, 2.6)
@@ -269,7 +279,11 @@ def _name_ticks(axes: Axes, which: str, names: Sequence[str]) -> None:
     axis.set_ticks(range(len(names)), names, parse_math=False, rotation=90 if which == "x" else 0)
 
 
-def _tensor(trace: Trace, name: str) -> Tensor:
+def _tensor(trace: Trace, name: str, dimensions: int) -> Tensor:
+    """A tensor of a whole, lone prompt."""
     if name not in trace:
         raise UserError(f"the trace lacks {name!r}; trace it too, by name or without patterns")
-    return trace[name].cpu()
+    tensor = trace[name].cpu()
+    if tensor.dim() != dimensions:
+        raise UserError(f"{name} is {list(tensor.shape)}; take a trace of one prompt, with all its positions")
+    return tensor

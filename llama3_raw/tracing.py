@@ -1,7 +1,6 @@
 """python -m llama3_raw.tracing: the tensors of one forward pass by name, as a table or a file.
 
-And the taps that do it, for Python: `Trace` keeps copies, `patch` replaces, `break_at` stops in a debugger, `chain` has
-several see the same pass.
+`Trace` is the tap that keeps copies, `trace` a pass with it.
 """
 
 from __future__ import annotations
@@ -10,15 +9,12 @@ import contextlib
 import difflib
 import json
 import math
-import os
-import pdb
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +32,7 @@ from .command_line import (
     chosen_ids,
     load_model,
     read_prompt,
+    write_whole,
 )
 from .errors import ArgumentParser, UserError, command_line_tool, in_short, not_empty, read_beginning
 from .generation import check_ids, suitable_ops
@@ -44,178 +41,11 @@ from .memory import Lengths
 from .model import REFERENCE, forward, no_tap
 from .ops import Ops, Tap
 from .params import Params, RopeScaling
-from .weights import LayerWeights, Model, Weights, tensor_places
+from .taps import FIRST, LAST, Patterns, chain, in_words, pass_without_content
+from .weights import Model
 
-_UNFUSED = ("scores", "probs")  # those within `attend`
-FIRST, LAST = "tok_embeddings", "logits"  # the names with which every pass begins and ends
 _BYTES_TO_WORK = 12  # the largest tensor of a pass is made so many times over (as measured for memory.py)
 _BY_HEAD = {f"attention.{name}" for name in ("q", "k", "v", "q_rope", "k_rope", "heads")}
-
-
-class Patterns:
-    """Names as a user gives them, in which `*`, `?` and `[0-9]` stand for text as in a shell.
-
-    A `*` at either end of a pattern stands for any text, one in between for text without a dot: "layers.0.*" is all of
-    layer 0, "layers.*.residual" the output of each layer, "*.residual" that of its attention too.
-    """
-
-    def __init__(self, patterns: Sequence[str]):
-        self._regexes = {pattern: re.compile(_regex(pattern)) for pattern in patterns}
-        self._unmet = dict.fromkeys(patterns)
-        self._seen: dict[str, None] = {}
-
-    def matching(self, name: str) -> list[str]:
-        """The patterns that mean this name of a pass, in the order in which they were given.
-
-        Raises UserError at the end of a pass in which one of them meant nothing, with the names nearest to it.
-        """
-        matching = [pattern for pattern, regex in self._regexes.items() if regex.fullmatch(name)]
-        for pattern in matching:
-            self._unmet.pop(pattern, None)
-        self._seen[name] = None
-        if name == LAST and self._unmet:
-            raise UserError(_unknown(next(iter(self._unmet)), list(self._seen)))
-        return matching
-
-
-def _regex(pattern: str) -> str:
-    parts = re.split(r"(\*+|\?|\[[^\]]+\])", pattern)
-    for i, part in enumerate(parts):
-        if part.startswith("*"):
-            at_an_end = not any(parts[:i]) or not any(parts[i + 1 :])
-            parts[i] = ".*" if at_an_end else r"[^.]*"
-        elif part == "?":
-            parts[i] = r"[^.]"
-        elif not (part.startswith("[") and part.endswith("]")):
-            parts[i] = re.escape(part)
-    return "".join(parts)
-
-
-def _unknown(pattern: str, names: Sequence[str]) -> str:
-    """What to say of a pattern that means none of the names that a pass had."""
-    layers = [int(name.split(".")[1]) for name in names if name.startswith("layers.")]
-    for hidden in (f"layers.{layer}.attention.{name}" for layer in dict.fromkeys(layers) for name in _UNFUSED):
-        if hidden not in names and re.fullmatch(_regex(pattern), hidden):
-            return f"{pattern!r}: the fast attention makes no scores; take ops=llama3_raw.REFERENCE (leave --fast out)"
-    every_layer = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
-    near = difflib.get_close_matches(pattern, every_layer if "*" in pattern else names, n=3, cutoff=0)
-    return f"no tensor is named {pattern!r} in a pass of layers 0 to {max(layers)}; the nearest are {', '.join(near)}"
-
-
-def chain(*taps: Tap) -> Tap:
-    """One tap out of several: each gets the tensor that the one before it returned."""
-
-    def chained(name: str, tensor: Tensor) -> Tensor:
-        for tap in taps:
-            tensor = tap(name, tensor)
-        return tensor
-
-    return chained
-
-
-def patch(replacements: Mapping[str, Callable[[Tensor], Tensor]]) -> Tap:
-    """A tap that puts function(tensor) in the place of each tensor that a name or pattern means.
-
-    The pass goes on with it: for activation patching, ablating a head, steering. The shapes are those that model.py
-    states. Where several patterns mean a name, their functions are applied one after the other.
-
-    The tap raises UserError for a result that is no tensor of the same shape, dtype and device, and at the end of the
-    pass for a pattern that means nothing.
-    """
-    patterns = Patterns(list(replacements))
-
-    def patching(name: str, tensor: Tensor) -> Tensor:
-        for pattern in patterns.matching(name):
-            result = replacements[pattern](tensor)
-            if not isinstance(result, Tensor) or _kind(result) != _kind(tensor):
-                got = _kind(result) if isinstance(result, Tensor) else type(result).__name__
-                raise UserError(f"the patch of {name} should return a tensor {_kind(tensor)}, returns {got}")
-            tensor = result
-        return tensor
-
-    return patching
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} in {in_words(tensor.dtype)} on {tensor.device}"
-
-
-def in_words(dtype: torch.dtype) -> str:
-    """bfloat16, say."""
-    return str(dtype).removeprefix("torch.")
-
-
-def break_at(*patterns: str) -> Tap:
-    """A tap that stops in pdb where a tensor that one of the patterns means was just made, in the frame of model.py.
-
-    There it is a local, or `__return__` where a function returns it, and its neighbours are locals. Another debugger,
-    which $PYTHONBREAKPOINT or sys.breakpointhook names, is called in its place and stops in this tap, whose caller is
-    the frame of model.py. Input that is no terminal and ends makes the run go on without a stop.
-
-    The tap raises bdb.BdbQuit, as pdb does, where the user quits, and UserError at the end of a pass in which a pattern
-    means nothing.
-    """
-    wanted = Patterns(patterns)
-    debugger = _Debugger()
-
-    def breaking(name: str, tensor: Tensor) -> Tensor:
-        if wanted.matching(name):
-            if os.environ.get("PYTHONBREAKPOINT") or sys.breakpointhook is not sys.__breakpointhook__:
-                sys.breakpointhook()
-            else:
-                debugger.stop(name, tensor)
-        return tensor
-
-    return breaking
-
-
-class _Debugger(pdb.Pdb):
-    """One pdb for all stops of a run, so that what the user sets at one holds at the next."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            stdout=None if sys.stdout.isatty() else sys.stderr,  # stdout is for the text alone
-            nosigint=True,  # Ctrl-C is up to the tool
-            skip=("bdb", __name__),  # not to be stepped into: how a stop is set up, and the taps
-        )
-        self._to_show: tuple[str, Tensor] | None = None
-        self._input_ended = False
-
-    def stop(self, name: str, tensor: Tensor) -> None:
-        """Has pdb stop in the frame of model.py that called the tap: at its next line, or where it returns."""
-        if self._input_ended:
-            return
-        frame: FrameType | None = sys._getframe()
-        while frame is not None and frame.f_code.co_filename != forward.__code__.co_filename:
-            frame = frame.f_back
-        assert frame is not None, "break_at is a tap for model.forward"
-        self._to_show = name, tensor
-        sys.settrace(None)  # a step that was under way ends here
-        self.set_trace(frame)
-        self.set_next(frame)  # not in a tap behind this one
-
-    def set_stepinstr(self) -> None:
-        """What set_trace calls from Python 3.13 on, to stop at once; but only the next line has the tensor by name."""
-        self.set_step()
-
-    def interaction(self, frame: FrameType | None, traceback: TracebackType | None) -> None:
-        """Says at a stop which tensor it is for."""
-        if self._to_show is not None and frame is not None:
-            name, tensor = self._to_show
-            self._to_show = None
-            bound = next((f", here {local}" for local, value in frame.f_locals.items() if value is tensor), "")
-            what = f"{list(tensor.shape)} in {in_words(tensor.dtype)}"
-            self.message(f"llama3_raw: {name} {what}{bound}; c goes on, q ends")
-        super().interaction(frame, traceback)
-
-    def do_EOF(self, arg: str) -> bool | None:
-        """Ends as q does in a terminal (Ctrl-D); at the end of other input the run goes on and stops no more."""
-        if sys.stdin.isatty():
-            return super().do_EOF(arg)
-        self.message("\nllama3_raw: no more commands for pdb; it goes on without it")
-        self._input_ended = True
-        self.clear_all_breaks()
-        return self.do_continue("")
 
 
 def not_alike(params: Params, others: Params) -> str | None:
@@ -232,7 +62,7 @@ class Origin:
 
     params: Params
     ids: list[int]
-    weights: str  # a digest of the norms, which are the same in every dtype and in int8
+    weights: str  # a digest of the norms, which are the same in every dtype and in int8; matrices are not looked at
 
     @staticmethod
     def of(model: Model, ids: Sequence[int]) -> Origin:
@@ -292,6 +122,7 @@ class Trace(Mapping[str, Tensor]):
         """Keeps a copy of it, if it is meant; -> the tensor itself. The tap of `forward`."""
         if name == FIRST:
             self._dimensions = tensor.dim()
+            self._tensors.clear()  # of an earlier pass
         if self._patterns.matching(name):
             kept = self._last(name, tensor) if self._last_position else tensor
             # one copy, even where device and dtype are the same
@@ -313,7 +144,7 @@ class Trace(Mapping[str, Tensor]):
         try:
             return self._tensors[name]
         except KeyError:
-            near = difflib.get_close_matches(name, self._tensors, n=3, cutoff=0)
+            near = difflib.get_close_matches(str(name), self._tensors, n=3, cutoff=0)
             raise KeyError(
                 f"no {name!r} in this trace; the nearest are {', '.join(near) or 'none, it is empty'}"
             ) from None
@@ -333,16 +164,19 @@ class Trace(Mapping[str, Tensor]):
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def save(self, file: str | Path) -> None:
-        """Writes safetensors, whose metadata hold the order of the names and the origin. A file there is replaced."""
+        """Writes safetensors, whose metadata hold the order of the names and the origin. A file there is replaced.
+
+        Raises UserError where it cannot be written.
+        """
         about = {"names": list(self), "origin": self.origin and asdict(self.origin)}
-        partial = Path(f"{file}.part")  # so that what was there stays whole until the end
-        try:
-            save_file(dict(self), partial, metadata={"llama3_raw": json.dumps(about)})
-            partial.replace(file)
-        except SafetensorError as error:
-            raise UserError(f"{file}: cannot be written ({in_short(error)}); choose another place with -o") from error
-        finally:
-            partial.unlink(missing_ok=True)
+
+        def write(part: Path) -> None:
+            try:
+                save_file(dict(self), part, metadata={"llama3_raw": json.dumps(about)})
+            except SafetensorError as error:
+                raise OSError(in_short(error)) from error
+
+        write_whole(file, write)
 
 
 def load_trace(file: str | Path) -> Trace:
@@ -351,6 +185,8 @@ def load_trace(file: str | Path) -> Trace:
     Raises UserError where the file is missing, or no safetensors.
     """
     file = Path(file)
+    if file.is_dir():
+        raise UserError(f"{file}: is a folder; give the file that a trace was saved in")
     read_beginning(file)
     loaded = Trace()
     try:
@@ -362,8 +198,9 @@ def load_trace(file: str | Path) -> Trace:
             params = dict(about["origin"]["params"])
             if params["rope_scaling"]:
                 params["rope_scaling"] = RopeScaling(**params["rope_scaling"])
-            loaded.origin = Origin(Params(**params), list(about["origin"]["ids"]), str(about["origin"]["weights"]))
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+            ids = [int(token) for token in about["origin"]["ids"]]
+            loaded.origin = Origin(Params(**params), ids, str(about["origin"]["weights"]))
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: is no trace that can be read ({in_short(error)}); write it anew") from error
     return loaded
 
@@ -386,17 +223,23 @@ def trace(
     Raises UserError, before anything is computed, for patterns that mean nothing, ids outside the vocabulary, and what
     the memory does not hold; and what `tap` raises.
     """
-    ids = [int(token) for token in ids]
-    if not ids:
+    try:
+        tokens = torch.as_tensor(ids, dtype=torch.long)
+    except (TypeError, ValueError, RuntimeError):
+        tokens = torch.zeros(0, 0)
+    if tokens.dim() != 1:
+        raise UserError("ids should be the tokens of one prompt, as tokenizer.encode gives them")
+    if not len(tokens):
         raise UserError("the prompt is empty; give at least one token")
+    ids = tokens.tolist()
     check_ids(ids, model.params)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "last_position": last_position}
-    check_trace(model.params, model.weights.norm.dtype, len(ids), *patterns, **options, ops=ops)
+    norm = model.weights.norm
+    check_trace(model.params, norm.dtype, len(ids), *patterns, **options, ops=ops, model_device=norm.device)
     kept = Trace(*patterns, **options)
     kept.origin = Origin.of(model, ids)
     with count_layers(model.params, progress) as count, torch.no_grad():
-        tokens = torch.tensor(ids, device=model.weights.tok_embeddings.device)
-        forward(model.weights, model.params, tokens, ops=ops, tap=chain(tap, kept, count))
+        forward(model.weights, model.params, tokens.to(norm.device), ops=ops, tap=chain(tap, kept, count))
     return kept
 
 
@@ -421,6 +264,7 @@ def check_trace(
     dtype: torch.dtype | None = None,
     last_position: bool = False,
     ops: Ops = REFERENCE,
+    model_device: torch.device = torch.device("cpu"),
 ) -> None:
     """Raises UserError where a trace of `length` tokens does not fit into the free memory, or a pattern means nothing.
 
@@ -434,45 +278,17 @@ def check_trace(
         largest = max(largest, tensor.nbytes)
         return tensor
 
-    _pass_without_content(params, compute_dtype, length, ops, chain(planned, note_size))
-    free = free_memory(torch.device(device or "cpu"))
-    if planned.nbytes + _BYTES_TO_WORK * largest > free:
-        raise UserError(
-            f"the trace takes {planned.nbytes / 1e9:.2f} GB, and the pass {_BYTES_TO_WORK * largest / 1e9:.2f} GB to "
-            f"work in, but {free / 1e9:.2f} GB are free; name fewer tensors, keep the last position only, or shorten "
-            "the prompt"
-        )
-
-
-def check_names(params: Params, *patterns: str) -> None:
-    """Raises UserError where a pattern means nothing in a pass of such a model by the exact operations."""
-    _pass_without_content(params, torch.bfloat16, 1, REFERENCE, Trace(*patterns, device="meta"))
-
-
-def _pass_without_content(params: Params, dtype: torch.dtype, length: int, ops: Ops, tap: Tap) -> None:
-    """Has the tap see what it would see in a pass of `length` tokens: all names, shapes and dtypes, without content."""
-    fields = {
-        (place.layer, place.field): torch.empty(place.shape, dtype=dtype, device="meta")
-        for place in tensor_places(replace(params, n_layers=1))
-    }
-    layer = LayerWeights(*(fields[0, field] for field in LayerWeights._fields))
-    weights = Weights(fields[None, "tok_embeddings"], (layer,), fields[None, "norm"], fields[None, "output"])
-    # the kernels that read weights cannot do without; what tensors there are is up to `attend` alone
-    ops = ops._replace(embed=REFERENCE.embed, linear=REFERENCE.linear)
-    seen: list[tuple[str, Tensor]] = []
-
-    def see(name: str, tensor: Tensor) -> Tensor:
-        seen.append((name, tensor))
-        return tensor
-
-    forward(weights, params, torch.zeros(length, dtype=torch.long, device="meta"), ops=ops, tap=see)
-    first, *in_layer, norm, logits = seen
-    tap(*first)
-    for i in range(params.n_layers):  # all alike; to compute each takes milliseconds
-        for name, tensor in in_layer:
-            tap(name.replace("layers.0.", f"layers.{i}."), tensor)
-    tap(*norm)
-    tap(*logits)
+    pass_without_content(params, compute_dtype, length, ops, chain(planned, note_size))
+    needed = Counter({model_device: _BYTES_TO_WORK * largest})
+    needed[torch.device(device or model_device)] += planned.nbytes
+    for place, n_bytes in needed.items():
+        free = free_memory(place)
+        if n_bytes > free:
+            raise UserError(
+                f"a trace of {planned.nbytes / 1e9:.2f} GB, and {needed[model_device] / 1e9:.2f} GB in all on "
+                f"{model_device}, do not fit: {free / 1e9:.2f} GB are free on {place}; name fewer tensors, keep the "
+                "last position only, or shorten the prompt"
+            )
 
 
 class Statistics(NamedTuple):
@@ -553,7 +369,7 @@ def main(arguments: Sequence[str]) -> int:
         show(kept)
     if options.output:
         kept.save(options.output)
-        print(f"llama3_raw: {options.output}: {len(kept)} tensors, {kept.nbytes / 1e6:,.1f} MB", file=sys.stderr)
+        print(f"llama3_raw: {options.output}: {len(kept)} tensors, {kept.nbytes:,} bytes", file=sys.stderr)
     return 0
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from references import cast
 from torch import Tensor
 
-from llama3_raw import REFERENCE, Model, Tokenizer, Trace, forward, generate, page, plots, trace
+from llama3_raw import REFERENCE, Model, Tokenizer, Trace, UserError, forward, generate, page, plots, trace
 from llama3_raw.explain import main
 from llama3_raw.model import rope_frequencies
 from llama3_raw.page import build_page, merges_of, pieces_of
@@ -201,6 +201,27 @@ def test_a_whole_piece_that_no_merges_lead_to(tmp_path: Path) -> None:
     assert len(merges_of(Tokenizer(file), b"<|eot_id|>")) == 1  # the name of a special token is text
 
 
+def test_a_prompt_cannot_rearrange_the_page(tiny: Model) -> None:
+    page = build_page(tiny, "<b>tiny</b>", "Tom\u202eabc </script><script>alert(1)</script> had")
+    assert "\u202e" not in page
+    assert page.count("</script>") == 2  # its own
+    assert "<b>tiny" not in page
+
+
+def test_long_pieces_stay_small(tiny: Model) -> None:
+    page = build_page(tiny, "tiny", "=" * 100)
+    assert "More than 32 bytes" in Page(page).text
+    assert len(page) < 3_000_000
+
+
+def test_damaged_weights_are_named(tiny: Model) -> None:
+    layer = tiny.weights.layers[1]
+    broken = layer._replace(ffn_norm=layer.ffn_norm * torch.nan)
+    layers = (tiny.weights.layers[0], broken, *tiny.weights.layers[2:])
+    with pytest.raises(UserError, match=r"layers\.1\.ffn_norm: 960 of 960 values are not finite"):
+        build_page(tiny._replace(weights=tiny.weights._replace(layers=layers)), "tiny", PROMPT)
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -352,9 +373,10 @@ def test_layers_beyond_the_size_of_a_page_keep_their_thumbnails(
 ) -> None:
     monkeypatch.setattr(page, "_MOST_HEAD_BYTES", 1000)  # of which a layer takes 480
     file = tmp_path / "page.html"
-    file.write_text(build_page(tiny, "tiny", PROMPT), encoding="utf-8")
+    file.write_text(build_page(tiny, "tiny", PROMPT, layer=2), encoding="utf-8")
     opened = Opened(browser, file)
-    opened.page.select_option("#layer", "3")
+    assert opened.page.locator("#heatmap tbody").is_visible()  # the one that the steps show
+    opened.page.select_option("#layer", "0")
     assert not opened.page.locator(".thumbnail.large").is_visible()
     opened.page.select_option("#layer", "1")
     assert opened.page.locator(".thumbnail.large").is_visible()

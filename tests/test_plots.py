@@ -40,20 +40,27 @@ def test_residual_norms_draws_the_root_mean_square_of_each_token(tiny: Model, ke
 def test_the_logit_lens_ends_with_what_the_model_says(tiny: Model, kept: Trace) -> None:
     lens = read_logit_lens(kept, tiny, top=3)
     probs = kept["logits"].softmax(-1)
-    assert torch.equal(lens.ids[-1], probs.topk(3).indices)
     assert torch.equal(lens.probs[-1], probs.topk(3).values)
+    assert torch.equal(lens.ids[-1, :, 0], probs.argmax(-1))
     # behind layer 1: as if the model had two layers
     assert kept.origin is not None
     short = tiny.weights._replace(layers=tiny.weights.layers[:2])
     with torch.no_grad():
         logits = forward(short, tiny.params, torch.tensor(kept.origin.ids))
     assert lens.stages[2] == "layers.1.residual"
-    assert torch.equal(lens.ids[2], logits.topk(3).indices)
+    assert torch.equal(lens.ids[2, :, 0], logits.argmax(-1))
     assert torch.equal(lens.probs[2], logits.softmax(-1).topk(3).values)
     texts = [text.get_text() for text in plots.logit_lens(kept, tiny).axes[0].texts]
     assert texts == [
         token_text(tiny.tokenizer, token) for token in read_logit_lens(kept, tiny, top=1).ids.flatten().tolist()
     ]
+
+
+def test_of_equally_likely_tokens_the_first_comes_first() -> None:
+    logits = torch.zeros(3, 5000)
+    logits[1, [700, 4000]] = 1
+    assert plots.likeliest(logits, 3).tolist() == [[0, 1, 2], [700, 4000, 0], [0, 1, 2]]
+    assert plots.likeliest(logits, 1)[:, 0].tolist() == logits.argmax(-1).tolist()
 
 
 def test_the_other_pictures_draw(tiny: Model, kept: Trace, tmp_path: Path) -> None:
@@ -72,6 +79,28 @@ def test_the_other_pictures_draw(tiny: Model, kept: Trace, tmp_path: Path) -> No
         plots.next_tokens(["$", "_"], [0.5, 0.25]),
     ):
         figure.savefig(io.BytesIO(), format="png")
+
+
+def test_small_values_have_a_colour_too() -> None:
+    axes = plots.vectors({"row": torch.tensor([-1.0, -0.1, 0.0, 0.1, 1.0])}).axes[0]
+    image = axes.images[0]
+    alpha = image.to_rgba(image.get_array())[0, :, 3]
+    assert alpha.tolist() == pytest.approx([1, 0.1, 0, 0.1, 1], abs=0.02)
+
+
+def test_traces_of_other_shapes_are_refused(tiny: Model, kept: Trace) -> None:
+    assert kept.origin is not None
+    last = trace(tiny, kept.origin.ids, last_position=True)
+    batch = Trace()
+    forward(tiny.weights, tiny.params, torch.tensor([kept.origin.ids] * 2), tap=batch)
+    for odd in (last, batch):
+        for draw in (plots.residual_norms, lambda x: plots.attention(x, 0, 0), lambda x: plots.logit_lens(x, tiny)):
+            with pytest.raises(UserError, match="take a trace of one prompt"):
+                draw(odd)
+    only = Trace("layers.0.attention.*")  # knows not of what it is
+    forward(tiny.weights, tiny.params, torch.tensor(kept.origin.ids[:3]), tap=only)
+    labels = plots.attention(only, 0, 0, tokenizer=tiny.tokenizer).axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["0", "1", "2"]
 
 
 def test_what_a_trace_lacks_is_named(tiny: Model, kept: Trace) -> None:

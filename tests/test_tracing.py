@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from references import cast
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 import llama3_raw
 from llama3_raw import REFERENCE, Model, Trace, UserError, chain, forward, load_trace, patch, trace
 from llama3_raw.ops_cpu import fast_ops
-from llama3_raw.tracing import Origin, Statistics, main
+from llama3_raw.tracing import Origin, Statistics, check_trace, main
 
 TINY = str(Path(__file__).parent.parent / "weights" / "tiny")
 LAYERS = range(4)
@@ -68,6 +71,8 @@ def test_a_trace_has_every_tensor_in_the_order_of_the_pass(tiny: Model, ids: lis
         ("*norm*", "*norm*"),
         ("layers.[12].attention.?", "layers.[12].attention.[qkv]"),
         ("layers.*.attention.q*", "layers.[0-9].attention.q*"),
+        ("layers.[!0].residual", "layers.[!0].residual"),
+        ("layers.**.out", "layers.[0-9].*.out"),
         ("logits", "logits"),
     ],
 )
@@ -77,6 +82,14 @@ def test_patterns_mean_what_a_shell_would_take_them_for(
     expected = fnmatch.filter(list(whole), shell)
     assert expected
     assert list(trace(tiny, ids, pattern)) == expected
+
+
+@pytest.mark.parametrize("pattern", ["", "[", "[[]", "[a&&b]", "[\\\\]", "layers.[9-0].residual", "layers.[]x].norm"])
+def test_patterns_that_mean_nothing_are_answered(tiny: Model, ids: list[int], pattern: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserError, match="nearest"):
+            trace(tiny, ids, pattern)
 
 
 def test_the_tap_of_forward_alone_gives_the_same(tiny: Model, ids: list[int], whole: Trace) -> None:
@@ -120,6 +133,20 @@ def test_the_last_position_only(tiny: Model, ids: list[int], whole: Trace) -> No
     kept = Trace("logits", last_position=True)  # of a pass that has the logits of one position anyway
     forward(tiny.weights, tiny.params, torch.tensor(ids), logits_at=-1, tap=kept)
     assert same(kept["logits"].detach(), whole["logits"][-1])
+
+
+def test_a_second_pass_leaves_nothing_of_the_first(tiny: Model, ids: list[int]) -> None:
+    kept = Trace()
+    for length, ops in ((len(ids), REFERENCE), (3, fast_ops())):
+        forward(tiny.weights, tiny.params, torch.tensor(ids[:length]), ops=ops, tap=kept)
+    assert "layers.0.attention.scores" not in kept
+    assert {tensor.shape[0] for tensor in kept.values()} == {3}
+
+
+def test_prompts_that_are_none(tiny: Model) -> None:
+    for wrong in ("Once", [[1, 2], [3, 4]], torch.zeros(1, 3, dtype=torch.long), [None], []):
+        with pytest.raises(UserError, match=r"ids should be|empty"):
+            trace(tiny, wrong)  # type: ignore[arg-type]
 
 
 def test_generate_leaves_the_last_pass(tiny: Model, ids: list[int]) -> None:
@@ -200,17 +227,23 @@ def test_scores_of_the_fast_attention_are_refused(tiny: Model, ids: list[int]) -
 
 
 def test_the_memory_is_known_before_it_is_spent(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = 0
-    monkeypatch.setattr("llama3_raw.tracing.free_memory", lambda device: free)
-    monkeypatch.setattr("llama3_raw.tracing.Origin.of", None)  # what comes next is never reached
-    for free in (0, 300_000_000):
-        # 4 layers of [6, 512, 512] scores and probs in bf16, and more: 25 MB and 38 MB of scores to work in; fits twice
-        if free:
-            with pytest.raises(TypeError):
-                trace(tiny, [1] * 512)
-        else:
-            with pytest.raises(UserError, match=r"the trace takes 0\.0[3-9] GB"):
-                trace(tiny, [1] * 512)
+    kept = trace(tiny, [1] * 512, device="meta")
+    scores = kept["layers.0.attention.scores"].nbytes  # the largest of all, of which a pass makes several
+    assert kept.nbytes > 4 * 2 * scores  # and is as computed: scores and probs of four layers, and more
+    free = {"cpu": kept.nbytes, "meta": 0}
+    monkeypatch.setattr("llama3_raw.tracing.free_memory", lambda device: free[device.type])
+    check = functools.partial(check_trace, tiny.params, torch.bfloat16, 512)
+    with pytest.raises(UserError, match=r"a trace of 0\.04 GB, and 0\.\d\d GB in all on cpu, do not fit: 0\.04 GB are"):
+        check()
+    free["cpu"] = 20 * scores  # enough to work in
+    check("norm")
+    with pytest.raises(UserError, match="GB are free on meta"):
+        check(device="meta")
+    free["meta"] = kept.nbytes
+    check(device="meta")
+    free["cpu"] = 5 * scores
+    with pytest.raises(UserError, match="are free on cpu"):
+        check("norm")
 
 
 def test_a_saved_trace_comes_back_whole(tiny: Model, ids: list[int], whole: Trace, tmp_path: Path) -> None:
@@ -222,6 +255,35 @@ def test_a_saved_trace_comes_back_whole(tiny: Model, ids: list[int], whole: Trac
     loaded.origin.check(tiny, ids, "t")
     loaded.origin.check(tiny._replace(weights=cast(tiny.weights, torch.float32)), ids, "t")  # the same in another dtype
     assert [file.name for file in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+def test_what_was_there_stays_until_a_trace_is_whole(
+    whole: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, link = tmp_path / "t.safetensors", tmp_path / "link"
+    file.write_bytes(b"before")
+    file.chmod(0o640)
+    link.symlink_to(file)
+
+    def disk_full(tensors: dict[str, Tensor], part: Path, metadata: dict[str, str]) -> None:
+        Path(part).write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("llama3_raw.tracing.save_file", disk_full)
+        with pytest.raises(
+            UserError, match=r"link: cannot be written \(No space left on device\); choose another place"
+        ):
+            whole.save(link)
+    assert file.read_bytes() == b"before"
+    whole.save(link)  # through the link, with the rights that the file has
+    assert link.is_symlink()
+    assert len(load_trace(file)) == len(whole)
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "t.safetensors"]
+    with pytest.raises(UserError, match="is no file"):
+        whole.save("/dev/null")
+    assert Path("/dev/null").is_char_device()
 
 
 def test_a_trace_of_something_else_is_told_apart(tiny: Model, ids: list[int], stories15m: Model) -> None:
@@ -293,7 +355,8 @@ def test_the_tool_shows_and_writes(
         (["Hi", "--names", "layers.7.residual"], "layers 0 to 3; the nearest are"),
         (["Hi", "--names", "*.scores", "--fast"], "leave --fast out"),
         (["Hi", "-o", "/nowhere/t.safetensors"], "there is no folder /nowhere"),
-        (["Hi", "-o", "/"], "is a folder"),
+        (["Hi", "-o", "/"], "-o /: is no file"),
+        (["Hi", "-o", "/dev/null"], "-o /dev/null: is no file"),
         (["--ids", "1 99999"], "token id 99999"),
         (["Hi " * 2000], "the model's context is 512"),
     ],

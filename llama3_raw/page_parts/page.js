@@ -55,6 +55,7 @@ function show() {
   chosen.textContent = `layer ${layer}, head ${head}: ${what === "probs" ? "probabilities" : "scores"}`;
   if (packed === null) {
     chosen.textContent = `layer ${layer}, head ${head}: the picture only; numbers of so many heads would be too much for a page`;
+    large.setAttribute("aria-label", `probabilities of layer ${layer}, head ${head}, as a picture`);
     showThumbnail(large, layer, head);
     return;
   }
@@ -76,6 +77,7 @@ function show() {
 
 const large = document.createElement("span");
 large.className = "thumbnail large";
+large.setAttribute("role", "img");
 table.before(large);
 thumbnails.append(...Array.from({ length: heads }, (_, head) => thumbnailButton(head)));
 for (const control of [layerList, headList, ...document.querySelectorAll("input[name=what]")]) {
@@ -83,6 +85,9 @@ for (const control of [layerList, headList, ...document.querySelectorAll("input[
 }
 show();
 
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") told.hidden = true;
+});
 const told = document.getElementById("python");
 document.addEventListener("click", (event) => {
   const number = event.target.closest("data[title]");
