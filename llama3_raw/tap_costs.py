@@ -50,7 +50,7 @@ class _WithoutTaps(ast.NodeTransformer):
     """Makes x of every tap(name, x)."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        self.generic_visit(node)  # there are taps within
+        self.generic_visit(node)
         return node.args[1] if isinstance(node.func, ast.Name) and node.func.id == "tap" else node
 
 

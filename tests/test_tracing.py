@@ -17,6 +17,7 @@ from torch import Tensor
 import llama3_raw
 from llama3_raw import REFERENCE, Model, Trace, UserError, chain, forward, load_trace, patch, trace
 from llama3_raw.ops_cpu import fast_ops
+from llama3_raw.taps import pass_without_content
 from llama3_raw.tracing import Origin, Statistics, check_trace, main
 
 TINY = str(Path(__file__).parent.parent / "weights" / "tiny")
@@ -224,6 +225,15 @@ def test_scores_of_the_fast_attention_are_refused(tiny: Model, ids: list[int]) -
     with pytest.raises(UserError, match=r"llama3_raw\.REFERENCE"):
         forward(tiny.weights, tiny.params, torch.tensor(ids), ops=fast_ops(), tap=Trace("*.probs"))
     assert "layers.0.attention.heads" in trace(tiny, ids, "layers.0.*", ops=fast_ops())
+
+
+def test_the_plan_of_a_pass_is_what_comes(tiny: Model, ids: list[int], whole: Trace) -> None:
+    """One layer is planned for all of them."""
+    planned = Trace(device="meta")
+    pass_without_content(tiny.params, torch.bfloat16, len(ids), REFERENCE, planned)
+    assert [(name, x.shape, x.dtype) for name, x in planned.items()] == [
+        (name, x.shape, x.dtype) for name, x in whole.items()
+    ]
 
 
 def test_the_memory_is_known_before_it_is_spent(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
