@@ -278,7 +278,7 @@ class Comparison(NamedTuple):
                 f"but what comes out differs by {size} of its size (at most {most}), where rounding in "
                 f"{in_words(self.dtype)} explains {first.rounding:.2g}"
             )
-        text = f"{first.name} (model.py: {made.by}).\nWhat goes in is the same, {differs}.\nLook at: {check}."
+        text = f"{first.name} (in model.py, {made.by}).\nWhat goes in is the same, {differs}.\nLook at: {check}."
         unseen = [name for name in self.made if name in self._unseen_before(first.name)]
         if unseen:
             where = unseen[0] if len(unseen) == 1 else f"{unseen[0]} … {unseen[-1]}"
@@ -525,7 +525,7 @@ def show(comparison: Comparison, other: str, patterns: Sequence[str] = ()) -> No
     at = 2 if patterns else 21
     print(f"{'':{width}}{'both runs, to the end':>27}{'':{at}}{'each step by itself':>22}")
     figures, place = f"{'relative':>9}{'rounding':>9}", "" if patterns else f"  {'at':<19}"
-    print(f"{'':{width}}{'absolute':>9}{figures}{place}  {figures}{place}")
+    print(f"{'':{width}}{'absolute':>9}{figures}{place}  {figures}{place}".rstrip())
     for steps in lines:
         absolute = max(step.whole.absolute for step in steps)
         whole = max(steps, key=lambda step: step.whole.relative)

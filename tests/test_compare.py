@@ -158,7 +158,7 @@ def test_a_planted_bug_is_found_where_it_is(
     assert main([*OWN_WEIGHTS, "--dtype", str(dtype).removeprefix("torch."), "--with", str(file), PROMPT]) == 1
     figures, verdict = told(capsys)
     assert figures["first"] == name
-    assert verdict.startswith(f"They part ways first at {name} (model.py: ")
+    assert verdict.startswith(f"They part ways first at {name} (in model.py, ")
     assert made_by in figures["made_by"]
     # nothing that merely comes after it is blamed: a bug in one layer is one place, one in the code is one of each
     others = {".".join(place.split(".")[2:]) for place in figures["parted"]}
