@@ -41,6 +41,7 @@ from .params import Params
 from .tracing import (
     FIRST,
     LAST,
+    Origin,
     Patterns,
     Trace,
     chain,
@@ -467,6 +468,7 @@ class Other(NamedTuple):
 
     name: str
     run: Callable[[], Trace]
+    origin: Origin | None = None  # of a file; what is run now is of this prompt, and other weights are meant
 
 
 def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) -> Other:
@@ -476,7 +478,7 @@ def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) ->
     if file.is_file() or file.suffix == ".safetensors":
         loaded = load_trace(file)
         _shared(loaded, how_it_is_made(chosen.checkpoint.params))
-        return Other(name, lambda: loaded)
+        return Other(name, lambda: loaded, loaded.origin)
     if name in ("hf", "meta"):
         if chosen.checkpoint.scales:
             raise UserError(f"--with {name}: others know no such int8; give the folder with the weights as they were")
@@ -645,8 +647,8 @@ def main(arguments: Sequence[str]) -> int:
     other = choose_other(options, chosen, ids)
     tensors = other.run()  # its weights are let go before ours come
     model, ops, which = load_model(chosen, _lengths(ids), reference=True)
-    if tensors.origin:
-        tensors.origin.check(model, ids, other.name)
+    if other.origin:
+        other.origin.check(model, ids, other.name)
     print(f"llama3_raw: {which}, with {other.name}", file=sys.stderr)
     comparison = compare(
         model,

@@ -412,14 +412,28 @@ def test_other_models_and_prompts_are_refused(
         trace(origin_of, prompt, "norm").save(file)
         assert main([*OWN_WEIGHTS, "--with", file, PROMPT]) == 2
         assert complaint in capsys.readouterr().err
-    folder = tmp_path / "one-layer"
+    assert main([*OWN_WEIGHTS, "--with", str(random_folder(tmp_path / "one-layer", tiny, 1)), PROMPT]) == 2
+    assert f"--with {tmp_path}/one-layer: is another model, with n_layers 1, not 4" in capsys.readouterr().err
+
+
+def test_other_weights_of_the_same_shape_are_compared(
+    tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*OWN_WEIGHTS, "--with", str(random_folder(tmp_path / "other", tiny, 4)), PROMPT]) == 1
+    figures, _ = told(capsys)
+    assert figures["first"] == "tok_embeddings"
+    assert set(figures["parted"]) >= {f"layers.{i}.attention.{name}" for i in range(4) for name in ("q", "k", "v")}
+    assert not any("scores" in name or "hidden" in name for name in figures["parted"])  # which have no weights
+
+
+def random_folder(folder: Path, like: Model, n_layers: int) -> Path:
+    """Random weights, of the shapes of a model but for the number of layers."""
     folder.mkdir()
-    params = replace(tiny.params, n_layers=1)
+    params = replace(like.params, n_layers=n_layers)
     torch.save(to_state_dict(params, random_weights(params, torch.bfloat16, seed=0)), folder / "consolidated.00.pth")
-    numbers = {**json.loads((TINY / "params.json").read_text()), "n_layers": 1}
+    numbers = {**json.loads((TINY / "params.json").read_text()), "n_layers": n_layers}
     (folder / "params.json").write_text(json.dumps(numbers))
-    assert main([*OWN_WEIGHTS, "--with", str(folder), PROMPT]) == 2
-    assert f"--with {folder}: is another model, with n_layers 1, not 4" in capsys.readouterr().err
+    return folder
 
 
 @pytest.mark.parametrize(
