@@ -138,13 +138,14 @@ class Difference(NamedTuple):
 def difference(a: Tensor, b: Tensor) -> Difference:
     """How far a is from b, both [..., n], over the rows of the last dimension.
 
-    A row shorter than most of b's is measured by their median length: a few scores near zero are no tensor's size, nor
-    are the first token's values, which trained models let grow a thousandfold.
+    Each row counts by itself, since trained models let the first token's values grow a thousandfold, beside which all
+    others would be small. But one that is shorter than most is held against their median length: a few scores that
+    happen to be near zero say nothing about how large rounding is. Compared on the CPU, which has fp64 for the lengths.
     """
     if a.shape != b.shape:
         return Difference(math.inf, math.inf, f"its shape is {list(b.shape)}, not {list(a.shape)}")
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    a, b = a.to(dtype), b.to(a.device, dtype)
+    a, b = a.to("cpu", dtype), b.to("cpu", dtype)
     hidden = ((a == -torch.inf) & (b <= _HIDDEN)) | ((a <= _HIDDEN) & (b == -torch.inf))
     same = hidden | (a == b) | (a.isnan() & b.isnan())
     finite = a.isfinite() & b.isfinite() & ~hidden
@@ -153,7 +154,9 @@ def difference(a: Tensor, b: Tensor) -> Difference:
         what = f"{unlike:,} of its {a.numel():,} values are infinite or no number on one side only"
         return Difference(math.inf, math.inf, what)
     apart = torch.where(finite, a - b, 0.0)
-    lengths, sizes = vector_norm(apart, dim=-1), vector_norm(torch.where(finite, b, 0.0), dim=-1)  # [...]
+    # in fp64 the square of the most negative number of fp32, with which some hide scores, is still finite
+    lengths = vector_norm(apart, dim=-1, dtype=torch.float64)  # [...]
+    sizes = vector_norm(torch.where(finite, b, 0.0), dim=-1, dtype=torch.float64)
     relative = torch.where(lengths == 0, 0.0, lengths / sizes.clamp(min=sizes.median()))
     return Difference(float(apart.abs().max()), float(relative.max()))
 
@@ -280,7 +283,7 @@ class Comparison(NamedTuple):
                 f"{in_words(self.dtype)} explains {first.rounding:.2g}"
             )
         text = f"{first.name} (in model.py, {made.by}).\nWhat goes in is the same, {differs}.\nLook at: {check}."
-        unseen = [name for name in self.made if name in self._unseen_before(first.name)]
+        unseen = self._unseen_before(first.name)
         if unseen:
             where = unseen[0] if len(unseen) == 1 else f"{unseen[0]} … {unseen[-1]}"
             text += f"\nIt may as well come from {where}, which {other} does not have."
@@ -290,10 +293,15 @@ class Comparison(NamedTuple):
             text += f"\nBy themselves, these differ too: {listed}."
         return text
 
-    def _unseen_before(self, name: str) -> set[str]:
-        """The tensors between those that the other run has and this one."""
-        unseen = {it for it in self.made[name].of if it in self.missing}
-        return unseen.union(*(self._unseen_before(it) for it in unseen))
+    def _unseen_before(self, name: str) -> list[str]:
+        """The tensors between those that the other run has and this one, in the order of the pass."""
+        missing, waiting = set(self.missing), [name]
+        unseen: set[str] = set()
+        while waiting:
+            new = missing.intersection(self.made[waiting.pop()].of) - unseen
+            unseen |= new
+            waiting += new
+        return [it for it in self.made if it in unseen]
 
     def to_json(self) -> dict[str, Any]:
         """The figures to print as JSON; what is infinite is None."""
@@ -305,11 +313,11 @@ class Comparison(NamedTuple):
             "made_by": first and self.made[first.name].by,
             "relative": first and _finite(first.own.relative),
             "absolute": first and _finite(first.own.absolute),
-            "rounding": first and first.rounding,
+            "rounding": first and _finite(first.rounding),
             "parted": [step.name for step in self.parted],
             "worst": worst.name,
             "worst_relative": _finite(worst.whole.relative),
-            "worst_rounding": worst.rounding_in_all,
+            "worst_rounding": _finite(worst.rounding_in_all),
             "tolerance": self.tolerance,
             "dtype": in_words(self.dtype),
             "tensors": len(self.steps),
@@ -366,7 +374,7 @@ def compare(
             shared[name] = _in_our_layout(shared[name], tensor.shape)
             whole[name] = difference(tensor, shared[name])
             if name == LAST and shared[name].shape == tensor.shape:
-                logits.append(Logits.of(tensor, shared[name].to(tensor.device)))
+                logits.append(Logits.of(tensor.cpu(), shared[name].cpu()))
         return tensor
 
     def look_and_replace(name: str, tensor: Tensor) -> Tensor:

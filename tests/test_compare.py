@@ -290,6 +290,8 @@ def test_few_tensors_narrow_it_down(tiny: Model, ids: list[int], monkeypatch: py
     assert "from layers.2.attention_norm … layers.2.feed_forward.out, which my port does not have" in text
     assert found.unknown == ("layers.0.atention.q",)
     assert found.logits is None
+    only_logits = compare(fp32, ids, {"logits": whole["logits"]}, rounding=torch.float32)
+    assert "from tok_embeddings … norm, which" in only_logits.verdict()
     healthy = trace(fp32, ids)
     assert compare(fp32, ids, {name: healthy[name] for name in few}).agree
 
@@ -327,6 +329,8 @@ def test_the_length_of_a_row_is_the_measure() -> None:
     assert difference(b, torch.zeros_like(b)).relative == math.inf
     assert difference(torch.zeros(2, 2), torch.zeros(2, 2)) == (0.0, 0.0, None)
     assert difference(torch.tensor([[math.nan, 1.0]]), torch.tensor([[math.nan, 1.0]])).absolute == 0
+    most_negative = torch.finfo(torch.float32).min  # hides too much, without being infinite
+    assert difference(torch.tensor([[1.0, -math.inf]]), torch.full((1, 2), most_negative)).relative == 1
     for other in (math.nan, math.inf, 1.0):
         hidden, seen = torch.tensor([[-math.inf, 1.0]]), torch.tensor([[other, 1.0]])
         assert difference(hidden, seen).relative == math.inf
