@@ -255,15 +255,15 @@ class Comparison(NamedTuple):
             text = f"They part ways first at {self._first_place(other)}"
         elif self.agree:
             text = (
-                f"They agree: no step by itself differs by more than {rounding}, nor do the runs to the end: by "
-                f"{at_worst}, where {worst.rounding_in_all:.2g} is explained, and elsewhere by less."
+                f"They agree: no step by itself differs by more than {rounding}.\nTo the end, the runs come closest to "
+                f"it with {at_worst}, where {worst.rounding_in_all:.2g} is explained."
             )
         else:
             allowed = f"{worst.rounding_in_all:.2g} is explained"
             if self.tolerance is not None:
                 allowed = f"{self.tolerance:g} is the tolerance"
             text = (
-                f"They drift apart: no step by itself differs by more than {rounding}, but it adds up to {at_worst}, "
+                f"They drift apart: no step by itself differs by more than {rounding}.\nBut it adds up to {at_worst}, "
                 f"where {allowed}."
             )
         return text
@@ -273,16 +273,16 @@ class Comparison(NamedTuple):
         made = self.made[first.name]
         check = made.check
         if first.own.unlike:
-            differs = f"but what comes out cannot be compared: in {other}, {first.own.unlike}"
+            differs = f"cannot be compared: in {other}, {first.own.unlike}"
             if first.shape != first.their_shape:
                 check = "its layout, which should be that of model.py"
         else:
             size, most = f"{first.own.relative:.2g}", f"{first.own.absolute:.2g}"
             differs = (
-                f"but what comes out differs by {size} of its size (at most {most}), where rounding in "
-                f"{in_words(self.dtype)} explains {first.rounding:.2g}"
+                f"is {size} of its size off ({most} at most); rounding in {in_words(self.dtype)} explains "
+                f"{first.rounding:.2g}"
             )
-        text = f"{first.name} (in model.py, {made.by}).\nWhat goes in is the same, {differs}.\nLook at: {check}."
+        text = f"{first.name} (in model.py, {made.by}).\nFrom the same input, it {differs}.\nLook at: {check}."
         unseen = self._unseen_before(first.name)
         if unseen:
             where = unseen[0] if len(unseen) == 1 else f"{unseen[0]} … {unseen[-1]}"
