@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .model import REFERENCE, KVCache, forward
     from .params import Params
     from .tokenizer import Tokenizer
-    from .tracing import Trace, chain, load_trace, patch, trace
+    from .tracing import Trace, break_at, chain, load_trace, patch, trace
     from .weights import LayerWeights, Model, Weights, load
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Trace",
     "UserError",
     "Weights",
+    "break_at",
     "chain",
     "forward",
     "generate",
@@ -31,7 +32,19 @@ __all__ = [
     "patch",
     "trace",
 ]
-_ROOMS = ("errors", "params", "tokenizer", "sampling", "weights", "ops", "model", "generation", "machine", "tracing")
+_ROOMS = (
+    "errors",
+    "params",
+    "tokenizer",
+    "sampling",
+    "weights",
+    "ops",
+    "model",
+    "generation",
+    "machine",
+    "tracing",
+    "plots",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import time
+from bdb import BdbQuit
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -35,7 +36,9 @@ from .generation import StopReason, generate
 from .int8 import Int8
 from .lookup import LookupPolicy
 from .memory import Lengths
+from .ops import Tap
 from .tokenizer import Tokenizer
+from .tracing import break_at, chain, check_names
 from .weights import Model, save_quantized
 
 
@@ -87,6 +90,17 @@ def build_parser() -> ArgumentParser:
     )
     group = parser.add_argument_group("looking on")
     group.add_argument("--reference", action="store_true", help="the exact operations, bit for bit Meta's, but slower")
+    group.add_argument(
+        "--break",
+        dest="break_at",
+        action="append",
+        default=[],
+        type=not_empty,
+        metavar="NAME",
+        help="stop in pdb, in model.py, where the tensor of this name was just made: layers.0.attention.scores, say, "
+        "or with * ? [0-9] as in a shell (may be repeated; implies --reference). It stops at each pass, thus for each "
+        "token: --max-new-tokens 1 has it stop over the prompt only. $PYTHONBREAKPOINT names another debugger",
+    )
     group.add_argument("--top", type=positive_int, metavar="N", help="show the N likeliest next tokens at each step")
     group.add_argument(
         "--stats", choices=("text", "json"), help="speed and memory on stderr; --stats alone is --stats text"
@@ -110,6 +124,8 @@ def main(arguments: Sequence[str]) -> int:
     options = build_parser().parse_args(_with_plain_stats(arguments))
     if options.save_quantized:
         return _save_quantized(options)
+    if options.break_at and (options.prompt == "-" or sys.stdin is None):
+        raise UserError("--break: stdin is for the debugger; give the prompt as an argument, and leave stdin open")
     prompt = read_prompt(options.prompt, "python -m llama3_raw")
     if options.ids and options.stop:
         raise UserError("--stop needs text, and --ids has none; leave one of them out")
@@ -128,6 +144,8 @@ def main(arguments: Sequence[str]) -> int:
     chosen = choose_model(options, needs_tokenizer=not options.ids)
     tokenizer, longest = chosen.tokenizer, chosen.checkpoint.params.max_seq_len
     check_context(options.context, longest)
+    if options.break_at:
+        check_names(chosen.checkpoint.params, *options.break_at)
     if tokenizer is not None and options.chat:
         system = [Message("system", options.system)] if options.system else []
         ids = encode_dialog(tokenizer, [*system, Message("user", prompt)])
@@ -135,10 +153,14 @@ def main(arguments: Sequence[str]) -> int:
         ids = tokenizer.encode(prompt, bos=True, allow_special=options.special)
     text_length = min(options.context or longest, len(ids) + options.max_new_tokens)
     lengths = Lengths(prompt=len(ids), text=text_length, least=len(ids) + 1)
-    model, ops, which = load_model(chosen, lengths, options.reference)
+    model, ops, which = load_model(chosen, lengths, options.reference or bool(options.break_at))
     load_seconds = time.perf_counter() - load_start
 
     watch = _Watch(options.top, tokenizer, lookup)
+    tap: Tap | None = watch.tap if options.top else None
+    if options.break_at:
+        breaking = break_at(*options.break_at)
+        tap = chain(tap, breaking) if tap else breaking
     tokens = generate(
         model,
         ids,
@@ -148,7 +170,7 @@ def main(arguments: Sequence[str]) -> int:
         context=options.context,
         lookup=lookup,
         ops=ops,
-        tap=watch.tap if options.top else None,
+        tap=tap,
     )
     print(f"llama3_raw: {which}", file=sys.stderr)
     if options.chat:
@@ -158,11 +180,11 @@ def main(arguments: Sequence[str]) -> int:
         pieces: Iterator[str] = (f"{' ' if i else ''}{token}" for i, token in enumerate(generated))
     else:
         pieces = tokenizer.stream(generated, options.stop)
-    interrupted = _print_text(pieces, hold=bool(options.top) and sys.stdout.isatty())
-    print(f"llama3_raw: {_why_it_stopped(watch, options, interrupted)}", file=sys.stderr)
+    stopped_by = _print_text(pieces, options)
+    print(f"llama3_raw: {_why_it_stopped(watch, options, stopped_by)}", file=sys.stderr)
     if options.stats:
         _print_stats(options.stats, model, len(ids), watch, load_seconds)
-    return 130 if interrupted else 0
+    return 130 if stopped_by else 0
 
 
 def _save_quantized(options: argparse.Namespace) -> int:
@@ -231,27 +253,32 @@ class _Watch:
         print(f"{len(self.times):4d}  {taken:<16} <- {likeliest}", file=sys.stderr)
 
 
-def _print_text(pieces: Iterator[str], hold: bool) -> bool:
-    """Prints the pieces as they come, or all at the end if `hold`; -> whether Ctrl-C stopped it."""
+def _print_text(pieces: Iterator[str], options: argparse.Namespace) -> str | None:
+    """Prints the pieces as they come, or in the end where others would tear them; -> what the user stopped it by."""
+    hold = bool(options.top or options.break_at) and sys.stdout.isatty()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a "?"
     held: list[str] = []
-    interrupted = False
+    stopped_by = None
     try:
         for piece in pieces:
             held.append(piece)
             if not hold:
                 print(held.pop(), end="", flush=True)
     except KeyboardInterrupt:
-        interrupted = True
+        stopped_by = "Ctrl-C"
+    except BdbQuit:
+        if not options.break_at:
+            raise  # python -m pdb waits for it
+        stopped_by = "q in the debugger"
     print("".join(held), end="\n" if sys.stdout.isatty() else "", flush=True)
-    return interrupted
+    return stopped_by
 
 
-def _why_it_stopped(watch: _Watch, options: argparse.Namespace, interrupted: bool) -> str:
+def _why_it_stopped(watch: _Watch, options: argparse.Namespace, stopped_by: str | None) -> str:
     count = f"{len(watch.times)} new token{'s' if len(watch.times) != 1 else ''}"
-    if interrupted:
-        return f"stopped by Ctrl-C after {count}"
+    if stopped_by:
+        return f"stopped by {stopped_by} after {count}"
     if watch.reason is StopReason.MAX_NEW_TOKENS:
         return f"stopped after {count}, the most that --max-new-tokens allows"
     if watch.reason is StopReason.CONTEXT:

@@ -1,10 +1,11 @@
 """python -m llama3_raw.bench: how fast a model runs, against what the memory can do and against other engines.
 
---make-synthetic writes a checkpoint of true size with random weights.
+--make-synthetic writes a checkpoint of true size with random weights; --taps measures what seeing inside costs.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from .measuring import Figures, longest_text, measure
 from .memory import Lengths
 from .peers import LLAMA_CPP, PEERS, check_peers, open_peers
 from .synthetic import SYNTHETIC, make_synthetic
+from .tap_costs import LENGTH, TapFigures, measure_taps
 
 _PREFILL = (17, 256, 2048)
 _PLOTTED = (17, 256, 1024, 2048, 4096)
@@ -94,6 +96,22 @@ def show(figures: Figures, start: Start) -> None:
             ratios = _in_words(peer.decode_ratio[context], peer.decode_ratios[context])
             print(f"decode behind {context:>5}       {speed:10.2f} tokens/s   {ratios}")
     print(json.dumps(asdict(figures) | asdict(start)))
+
+
+def show_taps(figures: TapFigures) -> None:
+    """Prints a table, and the same as JSON in the last line."""
+    for name, cost in (
+        (f"the default tap, {LENGTH} tokens", figures.default_tap_prompt),
+        ("the default tap, one token", figures.default_tap_token),
+        (f"every tensor of {LENGTH} tokens", figures.trace),
+    ):
+        each = " ".join(f"{ratio:.3f}" for ratio in cost.ratios)
+        print(f"{name:<30}{cost.ratio:.4f} times as long as {cost.plain_seconds:.4f} s without  ({each})")
+    print(f"copies of them                {figures.trace_bytes / 1e6:.1f} MB")
+    print(
+        f"all calls of the default tap  {figures.default_tap_seconds * 1e6:.0f} microseconds in a pass over one token"
+    )
+    print(json.dumps(asdict(figures)))
 
 
 def _in_words(median: float, ratios: Sequence[float]) -> str:
@@ -183,6 +201,12 @@ def build_parser() -> ArgumentParser:
         metavar="FILE",
         help=f"for {LLAMA_CPP}: the weights in its format, written if they are not there (default: for this run only)",
     )
+    parser.add_argument(
+        "--taps",
+        action="store_true",
+        help="measure what seeing inside costs instead: the default tap beside no taps, for a prompt of "
+        f"{LENGTH} tokens and for one token, and a trace of every tensor",
+    )
     parser.add_argument("--plot", type=not_empty, metavar="FILE", help="draw tokens/s against the context (.png, .svg)")
     add_model_options(parser)
     return parser
@@ -210,6 +234,8 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"--make-synthetic {size}: there is no such size; choose from {', '.join(SYNTHETIC)}")
         make_synthetic(size, Path(folder), Path(options.tokenizer) if options.tokenizer else None, options.seed)
         return 0
+    if options.taps:
+        return _measure_taps(options)
     if options.plot:
         check_picture(Path(options.plot))
     chosen = choose_model(options, needs_tokenizer=False)
@@ -235,6 +261,17 @@ def main(arguments: Sequence[str]) -> int:
             Path(options.plot),
             f"{chosen.folder.path.name}, {model.params.n_layers} layers, {dtype}, {figures.threads} threads",
         )
+    return 0
+
+
+def _measure_taps(options: argparse.Namespace) -> int:
+    for option in ("prefill", "contexts", "vs", "gguf", "plot", "max_ram"):
+        if getattr(options, option):
+            raise UserError(f"--taps measures something else; leave --{option.replace('_', '-')} out")
+    chosen = choose_model(options, needs_tokenizer=False)
+    model, ops, which = load_model(chosen, Lengths(prompt=LENGTH, text=LENGTH + 1, least=2, scored=LENGTH))
+    print(f"llama3_raw: {which}", file=sys.stderr)
+    show_taps(measure_taps(model, ops, options.rounds))
     return 0
 
 

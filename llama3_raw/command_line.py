@@ -110,13 +110,16 @@ def read_prompt(prompt: str | None, tool: str) -> str:
     return prompt
 
 
-def chosen_ids(options: argparse.Namespace, prompt: str, chosen: ChosenModel) -> list[int]:
-    """The tokens of a prompt, by the options of `add_prompt_options`. Raises UserError for those no model can take."""
-    if options.ids:
+def chosen_ids(chosen: ChosenModel, prompt: str, *, are_ids: bool = False, special: bool = False) -> list[int]:
+    """The tokens of a prompt, for a tool that looks at one pass over it.
+
+    are_ids, special: the options of `add_prompt_options`. Raises UserError for tokens that the model cannot take.
+    """
+    if are_ids:
         ids = parse_ids(prompt, "--ids")
     else:
         assert chosen.tokenizer is not None  # choose_model has seen to it
-        ids = chosen.tokenizer.encode(prompt, bos=True, allow_special=options.special)
+        ids = chosen.tokenizer.encode(prompt, bos=True, allow_special=special)
     params = chosen.checkpoint.params
     check_ids(ids, params)
     if len(ids) > params.max_seq_len:

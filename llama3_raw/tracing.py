@@ -1,6 +1,7 @@
 """python -m llama3_raw.tracing: the tensors of one forward pass by name, as a table or a file.
 
-And the taps that do it, for Python: `Trace` keeps copies, `patch` replaces, `chain` has several see the same pass.
+And the taps that do it, for Python: `Trace` keeps copies, `patch` replaces, `break_at` stops in a debugger, `chain` has
+several see the same pass.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ import contextlib
 import difflib
 import json
 import math
+import os
+import pdb
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -139,6 +143,79 @@ def _kind(tensor: Tensor) -> str:
 def in_words(dtype: torch.dtype) -> str:
     """bfloat16, say."""
     return str(dtype).removeprefix("torch.")
+
+
+def break_at(*patterns: str) -> Tap:
+    """A tap that stops in pdb where a tensor that one of the patterns means was just made, in the frame of model.py.
+
+    There it is a local, or `__return__` where a function returns it, and its neighbours are locals. Another debugger,
+    which $PYTHONBREAKPOINT or sys.breakpointhook names, is called in its place and stops in this tap, whose caller is
+    the frame of model.py. Input that is no terminal and ends makes the run go on without a stop.
+
+    The tap raises bdb.BdbQuit, as pdb does, where the user quits, and UserError at the end of a pass in which a pattern
+    means nothing.
+    """
+    wanted = Patterns(patterns)
+    debugger = _Debugger()
+
+    def breaking(name: str, tensor: Tensor) -> Tensor:
+        if wanted.matching(name):
+            if os.environ.get("PYTHONBREAKPOINT") or sys.breakpointhook is not sys.__breakpointhook__:
+                sys.breakpointhook()
+            else:
+                debugger.stop(name, tensor)
+        return tensor
+
+    return breaking
+
+
+class _Debugger(pdb.Pdb):
+    """One pdb for all stops of a run, so that what the user sets at one holds at the next."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            stdout=None if sys.stdout.isatty() else sys.stderr,  # stdout is for the text alone
+            nosigint=True,  # Ctrl-C is up to the tool
+            skip=("bdb", __name__),  # not to be stepped into: how a stop is set up, and the taps
+        )
+        self._to_show: tuple[str, Tensor] | None = None
+        self._input_ended = False
+
+    def stop(self, name: str, tensor: Tensor) -> None:
+        """Has pdb stop in the frame of model.py that called the tap: at its next line, or where it returns."""
+        if self._input_ended:
+            return
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_code.co_filename != forward.__code__.co_filename:
+            frame = frame.f_back
+        assert frame is not None, "break_at is a tap for model.forward"
+        self._to_show = name, tensor
+        sys.settrace(None)  # a step that was under way ends here
+        self.set_trace(frame)
+        self.set_next(frame)  # not in a tap behind this one
+
+    def set_stepinstr(self) -> None:
+        """What set_trace calls from Python 3.13 on, to stop at once; but only the next line has the tensor by name."""
+        self.set_step()
+
+    def interaction(self, frame: FrameType | None, traceback: TracebackType | None) -> None:
+        """Says at a stop which tensor it is for."""
+        if self._to_show is not None and frame is not None:
+            name, tensor = self._to_show
+            self._to_show = None
+            bound = next((f", here {local}" for local, value in frame.f_locals.items() if value is tensor), "")
+            what = f"{list(tensor.shape)} in {in_words(tensor.dtype)}"
+            self.message(f"llama3_raw: {name} {what}{bound}; c goes on, q ends")
+        super().interaction(frame, traceback)
+
+    def do_EOF(self, arg: str) -> bool | None:
+        """Ends as q does in a terminal (Ctrl-D); at the end of other input the run goes on and stops no more."""
+        if sys.stdin.isatty():
+            return super().do_EOF(arg)
+        self.message("\nllama3_raw: no more commands for pdb; it goes on without it")
+        self._input_ended = True
+        self.clear_all_breaks()
+        return self.do_continue("")
 
 
 def not_alike(params: Params, others: Params) -> str | None:
@@ -349,7 +426,6 @@ def check_trace(
 
     It is found out by a pass without content (on torch's meta device), in a fraction of a second.
     """
-    weights = _weights_without_content(params, compute_dtype)
     planned = Trace(*patterns, device="meta", dtype=dtype, last_position=last_position)
     largest = 0
 
@@ -358,10 +434,7 @@ def check_trace(
         largest = max(largest, tensor.nbytes)
         return tensor
 
-    # the kernels that read weights cannot do without; what tensors there are is up to `attend` alone
-    ops = ops._replace(embed=REFERENCE.embed, linear=REFERENCE.linear)
-    tokens = torch.zeros(length, dtype=torch.long, device="meta")
-    forward(weights, params, tokens, ops=ops, tap=chain(planned, note_size))
+    _pass_without_content(params, compute_dtype, length, ops, chain(planned, note_size))
     free = free_memory(torch.device(device or "cpu"))
     if planned.nbytes + _BYTES_TO_WORK * largest > free:
         raise UserError(
@@ -371,14 +444,35 @@ def check_trace(
         )
 
 
-def _weights_without_content(params: Params, dtype: torch.dtype) -> Weights:
-    tensors = {
+def check_names(params: Params, *patterns: str) -> None:
+    """Raises UserError where a pattern means nothing in a pass of such a model by the exact operations."""
+    _pass_without_content(params, torch.bfloat16, 1, REFERENCE, Trace(*patterns, device="meta"))
+
+
+def _pass_without_content(params: Params, dtype: torch.dtype, length: int, ops: Ops, tap: Tap) -> None:
+    """Has the tap see what it would see in a pass of `length` tokens: all names, shapes and dtypes, without content."""
+    fields = {
         (place.layer, place.field): torch.empty(place.shape, dtype=dtype, device="meta")
-        for place in tensor_places(params)
+        for place in tensor_places(replace(params, n_layers=1))
     }
-    layers = [LayerWeights(*(tensors[i, field] for field in LayerWeights._fields)) for i in range(params.n_layers)]
-    tok_embeddings, norm, output = (tensors[None, field] for field in ("tok_embeddings", "norm", "output"))
-    return Weights(tok_embeddings, tuple(layers), norm, output)
+    layer = LayerWeights(*(fields[0, field] for field in LayerWeights._fields))
+    weights = Weights(fields[None, "tok_embeddings"], (layer,), fields[None, "norm"], fields[None, "output"])
+    # the kernels that read weights cannot do without; what tensors there are is up to `attend` alone
+    ops = ops._replace(embed=REFERENCE.embed, linear=REFERENCE.linear)
+    seen: list[tuple[str, Tensor]] = []
+
+    def see(name: str, tensor: Tensor) -> Tensor:
+        seen.append((name, tensor))
+        return tensor
+
+    forward(weights, params, torch.zeros(length, dtype=torch.long, device="meta"), ops=ops, tap=see)
+    first, *in_layer, norm, logits = seen
+    tap(*first)
+    for i in range(params.n_layers):  # all alike; to compute each takes milliseconds
+        for name, tensor in in_layer:
+            tap(name.replace("layers.0.", f"layers.{i}."), tensor)
+    tap(*norm)
+    tap(*logits)
 
 
 class Statistics(NamedTuple):
@@ -445,7 +539,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.output:
         check_output("-o", options.output)
     chosen = choose_model(options, needs_tokenizer=not options.ids)
-    ids = chosen_ids(options, prompt, chosen)
+    ids = chosen_ids(chosen, prompt, are_ids=options.ids, special=options.special)
     names = options.names or ["*"]
     how: dict[str, Any] = {"dtype": DTYPES_BY_NAME.get(options.keep_dtype), "last_position": options.last_position}
     ops = suitable_ops(chosen.device) if options.fast else REFERENCE

@@ -1,0 +1,68 @@
+"""python -m llama3_raw.explain: a page that goes with a prompt from its text to the next token, with the real numbers.
+
+One file of HTML that needs no network; page.py makes it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .command_line import add_model_options, check_output, choose_model, chosen_ids, load_model, read_prompt
+from .errors import ArgumentParser, UserError, command_line_tool, needed_package, not_empty
+from .memory import Lengths
+from .tracing import check_trace
+
+
+def build_parser() -> ArgumentParser:
+    """The options of `python -m llama3_raw.explain`."""
+    parser = ArgumentParser(
+        prog="python -m llama3_raw.explain",
+        description="Writes a page that goes with a prompt from its text to the next token, with all the numbers of "
+        "this run. One file, to open in any browser.",
+    )
+    parser.add_argument("prompt", nargs="?", help="the text; - reads it from stdin")
+    parser.add_argument(
+        "-o", "--output", type=not_empty, default="page.html", metavar="FILE", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--layer", type=int, default=0, metavar="N", help="whose steps are shown (default: %(default)s)"
+    )
+    parser.add_argument("--head", type=int, default=0, metavar="N", help="whose steps are shown (default: %(default)s)")
+    add_model_options(parser)
+    return parser
+
+
+@command_line_tool
+def main(arguments: Sequence[str]) -> int:
+    """Runs the tool; -> exit status."""
+    options = build_parser().parse_args(arguments)
+    prompt = read_prompt(options.prompt, "python -m llama3_raw.explain")
+    for package in ("jinja2", "matplotlib", "pygments", "regex"):
+        needed_package(package, "the page", "explain")
+    from .page import MOST_TOKENS, build_page  # which imports them
+
+    check_output("-o", options.output)
+    chosen = choose_model(options)
+    assert chosen.tokenizer is not None
+    params = chosen.checkpoint.params
+    for option, number, most in (("--layer", options.layer, params.n_layers), ("--head", options.head, params.n_heads)):
+        if not 0 <= number < most:
+            raise UserError(f"{option} {number}: the model has {most}, from 0 to {most - 1}")
+    ids = chosen_ids(chosen, prompt)
+    if len(ids) > MOST_TOKENS:
+        raise UserError(f"the prompt has {len(ids)} tokens, a page shows {MOST_TOKENS} at most; give a shorter one")
+    check_trace(params, chosen.dtype or chosen.checkpoint.dtype, len(ids))
+    lengths = Lengths(prompt=len(ids), text=len(ids), least=len(ids), scored=len(ids))
+    model, _, which = load_model(chosen, lengths, reference=True)
+    print(f"llama3_raw: {which}", file=sys.stderr)
+    name = chosen.folder.path.resolve().name
+    page = build_page(model, name, prompt, options.layer, options.head, progress=True)
+    Path(options.output).write_text(page, encoding="utf-8")
+    print(f"llama3_raw: {options.output}: {len(page.encode()) / 1e6:.1f} MB; open it in a browser", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

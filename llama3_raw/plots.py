@@ -1,0 +1,275 @@
+"""Pictures of what a trace holds, as matplotlib figures, for notebooks and for the page of explain.py.
+
+Each takes a `Trace` with the tensors that it names. Colours are transparent where there is little to see, so that they
+do on white and on black. Needs matplotlib: pip install -e '.[explain]'.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from .errors import UserError, needed_package
+from .model import REFERENCE, rms_norm, rope_frequencies
+from .params import Params
+from .tokenizer import Tokenizer
+from .tracing import Trace
+from .weights import Model
+
+needed_package("matplotlib", "llama3_raw.plots", "explain")
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.colors import LinearSegmentedColormap  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+BLUE, ORANGE = "#3b7dd8", "#e8731a"  # to be told apart by the colour-blind, and on either background
+_SIGNED = LinearSegmentedColormap.from_list("signed", [(BLUE, 1.0), (BLUE, 0.0), (ORANGE, 0.0), (ORANGE, 1.0)])
+_SHARE = LinearSegmentedColormap.from_list("share", [(BLUE, 0.0), (BLUE, 1.0)])
+_BY_POSITION = LinearSegmentedColormap.from_list("position", [ORANGE, BLUE])
+_MOST_COLUMNS = 64  # of a picture of vectors; more would be thinner than a pixel
+_MOST_LINES_NAMED = 12
+
+
+class Picture(Figure):
+    """A figure that a notebook shows at the end of a cell, though pyplot knows nothing of it."""
+
+    def _repr_png_(self) -> bytes:
+        written = io.BytesIO()
+        self.savefig(written, format="png", dpi=120)
+        return written.getvalue()
+
+
+def token_text(tokenizer: Tokenizer | None, token: int) -> str:
+    """A token in visible signs: a space is ␣, a line end ↵, a byte that is no text \\xNN; without tokenizer its id."""
+    if tokenizer is None:
+        return str(token)
+    text = tokenizer.token_bytes(token).decode("utf-8", errors="backslashreplace")
+    text = text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def token_texts(trace: Trace, tokenizer: Tokenizer | None) -> list[str]:
+    """The tokens that the trace is of, in words; their positions where it does not know them."""
+    if trace.origin is None:
+        length = next(iter(trace.values())).shape[-2]
+        return [str(position) for position in range(length)]
+    return [token_text(tokenizer, token) for token in trace.origin.ids]
+
+
+def attention(trace: Trace, layer: int, head: int, *, tokenizer: Tokenizer | None = None) -> Figure:
+    """How much each token (rows) looks at each one before it: attention.probs [n_heads, T, S] of a layer and head.
+
+    Raises UserError where the trace lacks it, or the model has no such head.
+    """
+    probs = _tensor(trace, f"layers.{layer}.attention.probs")
+    if not 0 <= head < len(probs):
+        raise UserError(f"head {head}: the layer has heads 0 to {len(probs) - 1}")
+    texts = token_texts(trace, tokenizer)
+    size = 1.5 + 0.3 * len(texts)
+    figure, axes = _figure(size + 0.8, size)
+    image = axes.imshow(probs[head].float().numpy(), cmap=_SHARE, vmin=0, vmax=1)
+    _name_ticks(axes, "y", texts)
+    _name_ticks(axes, "x", texts)
+    axes.set(title=f"layer {layer}, head {head}", xlabel="looks at", ylabel="token")
+    figure.colorbar(image, label="probability", pad=0.02)
+    return figure
+
+
+def residual_norms(trace: Trace, *, tokenizer: Tokenizer | None = None) -> Figure:
+    """How the residual stream grows: the root mean square of each token's row, behind the embedding and each layer.
+
+    Takes tok_embeddings and layers.*.residual, each [T, dim]. Raises UserError where the trace lacks them.
+    """
+    rms = residual_rms(trace)  # [layers + 1, T]
+    texts = token_texts(trace, tokenizer)
+    figure, axes = _figure(5.2, 3.2)
+    axes.set_prop_cycle(color=_BY_POSITION(torch.linspace(0, 1, len(texts)).numpy()))
+    lines = axes.plot(range(-1, len(rms) - 1), rms.numpy(), linewidth=1.5)
+    named = range(0, len(texts), math.ceil(len(texts) / _MOST_LINES_NAMED))
+    legend = figure.legend(
+        [lines[i] for i in named], [""] * len(named), loc="outside right upper", frameon=False, title="token"
+    )
+    for text, i in zip(legend.get_texts(), named, strict=True):
+        text.set_parse_math(False)
+        text.set_text(f"{i} {texts[i]}")
+    axes.set(yscale="log", xlabel="layer (-1: the embedding)", ylabel="root mean square")
+    return figure
+
+
+def residual_rms(trace: Trace) -> Tensor:
+    """-> [layers + 1, T] fp32: the root mean square of tok_embeddings and of each layers.N.residual, by token."""
+    rows = [_tensor(trace, name) for name in residual_names(trace)]
+    return torch.stack([row.float().square().mean(-1).sqrt() for row in rows])
+
+
+def residual_names(trace: Mapping[str, Tensor]) -> list[str]:
+    """The names of the residual stream, from the embedding through all layers that the trace has."""
+    return ["tok_embeddings", *(name for name in trace if name.split(".")[2:] == ["residual"])]
+
+
+class LogitLens(NamedTuple):
+    """What would come next if the model ended early: behind the embedding and each layer, at each position."""
+
+    stages: list[str]  # the names whose tensors are looked at
+    ids: Tensor  # [stages, T, top] int64, the likeliest first
+    probs: Tensor  # [stages, T, top] fp32
+
+
+def read_logit_lens(trace: Trace, model: Model, *, top: int = 5, progress: bool = False) -> LogitLens:
+    """The final norm and the output matrix, applied to the residual stream everywhere. (nostalgebraist 2020)
+
+    Takes tok_embeddings and layers.*.residual, each [T, dim]. Raises UserError where the trace lacks them.
+    """
+    weights, ids, probs = model.weights, [], []
+    stages = residual_names(trace)
+    with torch.no_grad():
+        for name in tqdm(stages, desc="logit lens", leave=False, delay=1, disable=not progress):
+            x = _tensor(trace, name).to(weights.norm.device, weights.norm.dtype)
+            logits = REFERENCE.linear(rms_norm(x, weights.norm, model.params.norm_eps), weights.output).float()
+            likeliest = logits.softmax(dim=-1).topk(top, dim=-1)
+            probs.append(likeliest.values.cpu())
+            ids.append(likeliest.indices.cpu())
+    return LogitLens(stages, torch.stack(ids), torch.stack(probs))
+
+
+def logit_lens(trace: Trace, model: Model) -> Figure:
+    """The likeliest next token at each position, if the model ended behind each layer; as `read_logit_lens`."""
+    lens = read_logit_lens(trace, model, top=1)
+    texts = token_texts(trace, model.tokenizer)
+    probs = lens.probs[..., 0]  # [stages, T]
+    figure, axes = _figure(2.4 + 0.75 * len(texts), 2.2 + 0.28 * len(lens.stages))
+    image = axes.imshow(probs.numpy(), cmap=_SHARE, vmin=0, vmax=1, aspect="auto", origin="lower")
+    for stage, row in enumerate(lens.ids[..., 0].tolist()):
+        for position, token in enumerate(row):
+            axes.text(
+                position,
+                stage,
+                token_text(model.tokenizer, token),
+                ha="center",
+                va="center",
+                fontsize=7,
+                parse_math=False,
+            )
+    _name_ticks(axes, "x", texts)
+    axes.set_yticks(range(len(lens.stages)), ["embedding", *(f"layer {i}" for i in range(len(lens.stages) - 1))])
+    axes.set(xlabel="after the token")
+    figure.colorbar(image, label="probability", pad=0.02)
+    return figure
+
+
+def vectors(rows: Mapping[str, Tensor], *, title: str = "") -> Figure:
+    """Vectors [n] by name, one above the other: their first values, blue below zero and orange above."""
+    values = torch.stack([row.float()[:_MOST_COLUMNS] for row in rows.values()]).cpu()  # [rows, columns]
+    limit = float(values.abs().max())
+    figure, axes = _figure(5.2, 0.9 + 0.24 * len(rows))
+    image = axes.imshow(values.numpy(), cmap=_SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    _name_ticks(axes, "y", list(rows))
+    length = next(iter(rows.values())).shape[0]
+    of = f" (the first {_MOST_COLUMNS} of {length:,})" if length > _MOST_COLUMNS else ""
+    axes.set(title=title, xlabel=f"dimension{of}")
+    figure.colorbar(image, pad=0.02)
+    return figure
+
+
+def rope_turns(trace: Trace, params: Params, layer: int, head: int) -> Figure:
+    """RoPE as it turns some pairs of a query of the last token, from attention.q to attention.q_rope.
+
+    Both are [T, n_heads, head_dim]. From the pair that turns fastest to the slowest. Raises UserError where the trace
+    lacks them.
+    """
+    before, after = (
+        _tensor(trace, f"layers.{layer}.attention.{name}")[-1, head].float().unflatten(-1, (-1, 2))
+        for name in ("q", "q_rope")
+    )  # [head_dim/2, 2]
+    pairs = shown_pairs(params)
+    figure, all_axes = _figure(5.2, 1.9, len(pairs))
+    for axes, pair in zip(all_axes, pairs, strict=True):
+        radius = float(before[pair].norm())
+        turn = torch.linspace(0, 2 * math.pi, 100)
+        axes.plot((radius * turn.cos()).numpy(), (radius * turn.sin()).numpy(), color="0.5", linewidth=0.5)
+        for (x, y), colour, name in ((before[pair].tolist(), BLUE, "q"), (after[pair].tolist(), ORANGE, "q_rope")):
+            axes.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 1.8})
+            axes.plot(x, y, "o", color=colour, markersize=4, label=name)
+        limit = 1.25 * max(radius, 1e-6)
+        axes.set(
+            title=f"pair {pair}", xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[0], yticks=[0]
+        )
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def shown_pairs(params: Params) -> list[int]:
+    """Four pairs of a head, evenly from the one that turns fastest to the slowest."""
+    pairs = params.head_dim // 2
+    return sorted({round(i * (pairs - 1) / 3) for i in range(4)})
+
+
+def rope_wavelengths(params: Params, length: int) -> Figure:
+    """How many tokens it takes each pair of a head to turn once; the line is the length of the prompt."""
+    wavelengths = 2 * math.pi / rope_frequencies(params, torch.device("cpu"))  # [head_dim/2]
+    figure, axes = _figure(5.2, 2.4)
+    axes.plot(wavelengths.numpy(), ".-", color=BLUE, markersize=4)
+    axes.axhline(length, color=ORANGE, linewidth=1)
+    end = (len(wavelengths) - 1, length)
+    axes.annotate(
+        f"the prompt: {length} tokens", end, xytext=(0, 4), textcoords="offset points", color=ORANGE, ha="right"
+    )
+    axes.set(yscale="log", xlabel="pair", ylabel="tokens for a full turn")
+    return figure
+
+
+def gates(trace: Trace, layer: int) -> Figure:
+    """silu, and where the gates [hidden_dim] of the last token lie on it: feed_forward.gate of a layer."""
+    gate = _tensor(trace, f"layers.{layer}.feed_forward.gate")[-1].float().cpu()
+    limit = max(4.0, float(gate.abs().max()))
+    x = torch.linspace(-limit, limit, 200)
+    figure, axes = _figure(5.2, 2.6)
+    axes.plot(x.numpy(), F.silu(x).numpy(), color="0.5", linewidth=1)
+    axes.plot(
+        gate.numpy(),
+        F.silu(gate).numpy(),
+        "|",
+        color=ORANGE,
+        alpha=max(0.1, min(1.0, 200 / len(gate))),
+        rasterized=True,
+    )
+    axes.set(xlabel=f"gate (each of the {len(gate):,} units a mark)", ylabel="silu(gate)")
+    return figure
+
+
+def next_tokens(names: Sequence[str], probs: Sequence[float]) -> Figure:
+    """Tokens and their probabilities, the likeliest on top."""
+    figure, axes = _figure(5.2, 0.7 + 0.26 * len(names))
+    bars = axes.barh(range(len(names)), probs, color=BLUE)
+    axes.bar_label(bars, [f"{p:.1%}" for p in probs], padding=3)
+    _name_ticks(axes, "y", names)
+    axes.set(xlim=(0, 1.12 * max(probs)), xlabel="probability")
+    axes.invert_yaxis()
+    return figure
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+    """A figure of so many inches, and its axes: one, or an array of `columns`."""
+    figure = Picture(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns)
+    for each in [axes] if columns == 1 else axes:
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _name_ticks(axes: Axes, which: str, names: Sequence[str]) -> None:
+    """Names on an axis, as they are: a $ begins no formula."""
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    axis.set_ticks(range(len(names)), names, parse_math=False, rotation=90 if which == "x" else 0)
+
+
+def _tensor(trace: Trace, name: str) -> Tensor:
+    if name not in trace:
+        raise UserError(f"the trace lacks {name!r}; trace it too, by name or without patterns")
+    return trace[name].cpu()
