@@ -39,7 +39,7 @@ from .model import REFERENCE, forward
 from .ops import Ops, Tap
 from .params import Params
 from .taps import FIRST, LAST, Patterns, chain, in_words
-from .tracing import Trace, check_trace, count_layers, load_trace, not_alike, trace
+from .tracing import Origin, Trace, check_trace, count_layers, load_trace, not_alike, trace
 from .weights import Model
 
 TOP_K = 10  # the likeliest tokens whose overlap is told
@@ -126,13 +126,14 @@ class Difference(NamedTuple):
 def difference(a: Tensor, b: Tensor) -> Difference:
     """How far a is from b, both [..., n], over the rows of the last dimension.
 
-    A row shorter than most of b's is measured by their median length: a few scores near zero are no tensor's size, nor
-    are the first token's values, which trained models let grow a thousandfold.
+    Each row counts by itself, since trained models let the first token's values grow a thousandfold, beside which all
+    others would be small. But one that is shorter than most is held against their median length: a few scores that
+    happen to be near zero say nothing about how large rounding is. Compared on the CPU, which has fp64 for the lengths.
     """
     if a.shape != b.shape:
         return Difference(math.inf, math.inf, f"its shape is {list(b.shape)}, not {list(a.shape)}")
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    a, b = a.to(dtype), b.to(a.device, dtype)
+    a, b = a.to("cpu", dtype), b.to("cpu", dtype)
     hidden = ((a == -torch.inf) & (b <= _HIDDEN)) | ((a <= _HIDDEN) & (b == -torch.inf))
     same = hidden | (a == b) | (a.isnan() & b.isnan())
     finite = a.isfinite() & b.isfinite() & ~hidden
@@ -141,7 +142,9 @@ def difference(a: Tensor, b: Tensor) -> Difference:
         what = f"{unlike:,} of its {a.numel():,} values are infinite or no number on one side only"
         return Difference(math.inf, math.inf, what)
     apart = torch.where(finite, a - b, 0.0)
-    lengths, sizes = vector_norm(apart, dim=-1), vector_norm(torch.where(finite, b, 0.0), dim=-1)  # [...]
+    # in fp64 the square of the most negative number of fp32, with which some hide scores, is still finite
+    lengths = vector_norm(apart, dim=-1, dtype=torch.float64)  # [...]
+    sizes = vector_norm(torch.where(finite, b, 0.0), dim=-1, dtype=torch.float64)
     relative = torch.where(lengths == 0, 0.0, lengths / sizes.clamp(min=sizes.median()))
     return Difference(float(apart.abs().max()), float(relative.max()))
 
@@ -240,15 +243,15 @@ class Comparison(NamedTuple):
             text = f"They part ways first at {self._first_place(other)}"
         elif self.agree:
             text = (
-                f"They agree: no step by itself differs by more than {rounding}, nor do the runs to the end: by "
-                f"{at_worst}, where {worst.rounding_in_all:.2g} is explained, and elsewhere by less."
+                f"They agree: no step by itself differs by more than {rounding}.\nTo the end, the runs come closest to "
+                f"it with {at_worst}, where {worst.rounding_in_all:.2g} is explained."
             )
         else:
             allowed = f"{worst.rounding_in_all:.2g} is explained"
             if self.tolerance is not None:
                 allowed = f"{self.tolerance:g} is the tolerance"
             text = (
-                f"They drift apart: no step by itself differs by more than {rounding}, but it adds up to {at_worst}, "
+                f"They drift apart: no step by itself differs by more than {rounding}.\nBut it adds up to {at_worst}, "
                 f"where {allowed}."
             )
         return text
@@ -258,17 +261,17 @@ class Comparison(NamedTuple):
         made = self.made[first.name]
         check = made.check
         if first.own.unlike:
-            differs = f"but what comes out cannot be compared: in {other}, {first.own.unlike}"
+            differs = f"cannot be compared: in {other}, {first.own.unlike}"
             if first.shape != first.their_shape:
                 check = "its layout, which should be that of model.py"
         else:
             size, most = f"{first.own.relative:.2g}", f"{first.own.absolute:.2g}"
             differs = (
-                f"but what comes out differs by {size} of its size (at most {most}), where rounding in "
-                f"{in_words(self.dtype)} explains {first.rounding:.2g}"
+                f"is {size} of its size off ({most} at most); rounding in {in_words(self.dtype)} explains "
+                f"{first.rounding:.2g}"
             )
-        text = f"{first.name} (model.py: {made.by}).\nWhat goes in is the same, {differs}.\nLook at: {check}."
-        unseen = [name for name in self.made if name in self._unseen_before(first.name)]
+        text = f"{first.name} (in model.py, {made.by}).\nFrom the same input, it {differs}.\nLook at: {check}."
+        unseen = self._unseen_before(first.name)
         if unseen:
             where = unseen[0] if len(unseen) == 1 else f"{unseen[0]} … {unseen[-1]}"
             text += f"\nIt may as well come from {where}, which {other} does not have."
@@ -278,10 +281,15 @@ class Comparison(NamedTuple):
             text += f"\nBy themselves, these differ too: {listed}."
         return text
 
-    def _unseen_before(self, name: str) -> set[str]:
-        """The tensors between those that the other run has and this one."""
-        unseen = {it for it in self.made[name].of if it in self.missing}
-        return unseen.union(*(self._unseen_before(it) for it in unseen))
+    def _unseen_before(self, name: str) -> list[str]:
+        """The tensors between those that the other run has and this one, in the order of the pass."""
+        missing, waiting = set(self.missing), [name]
+        unseen: set[str] = set()
+        while waiting:
+            new = missing.intersection(self.made[waiting.pop()].of) - unseen
+            unseen |= new
+            waiting += new
+        return [it for it in self.made if it in unseen]
 
     def to_json(self) -> dict[str, Any]:
         """The figures to print as JSON; what is infinite is None."""
@@ -293,11 +301,11 @@ class Comparison(NamedTuple):
             "made_by": first and self.made[first.name].by,
             "relative": first and _finite(first.own.relative),
             "absolute": first and _finite(first.own.absolute),
-            "rounding": first and first.rounding,
+            "rounding": first and _finite(first.rounding),
             "parted": [step.name for step in self.parted],
             "worst": worst.name,
             "worst_relative": _finite(worst.whole.relative),
-            "worst_rounding": worst.rounding_in_all,
+            "worst_rounding": _finite(worst.rounding_in_all),
             "tolerance": self.tolerance,
             "dtype": in_words(self.dtype),
             "tensors": len(self.steps),
@@ -354,7 +362,7 @@ def compare(
             shared[name] = _in_our_layout(shared[name], tensor.shape)
             whole[name] = difference(tensor, shared[name])
             if name == LAST and shared[name].shape == tensor.shape:
-                logits.append(Logits.of(tensor, shared[name].to(tensor.device)))
+                logits.append(Logits.of(tensor.cpu(), shared[name].cpu()))
         return tensor
 
     def look_and_replace(name: str, tensor: Tensor) -> Tensor:
@@ -456,6 +464,7 @@ class Other(NamedTuple):
 
     name: str
     run: Callable[[], Trace]
+    origin: Origin | None = None  # of a file; what is run now is of this prompt, and other weights are meant
 
 
 def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) -> Other:
@@ -465,7 +474,7 @@ def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) ->
     if file.is_file() or file.suffix == ".safetensors":
         loaded = load_trace(file)
         _shared(loaded, how_it_is_made(chosen.checkpoint.params))
-        return Other(name, lambda: loaded)
+        return Other(name, lambda: loaded, loaded.origin)
     if name in ("hf", "meta"):
         if chosen.checkpoint.scales:
             raise UserError(f"--with {name}: others know no such int8; give the folder with the weights as they were")
@@ -514,7 +523,7 @@ def show(comparison: Comparison, other: str, patterns: Sequence[str] = ()) -> No
     at = 2 if patterns else 21
     print(f"{'':{width}}{'both runs, to the end':>27}{'':{at}}{'each step by itself':>22}")
     figures, place = f"{'relative':>9}{'rounding':>9}", "" if patterns else f"  {'at':<19}"
-    print(f"{'':{width}}{'absolute':>9}{figures}{place}  {figures}{place}")
+    print(f"{'':{width}}{'absolute':>9}{figures}{place}  {figures}{place}".rstrip())
     for steps in lines:
         absolute = max(step.whole.absolute for step in steps)
         whole = max(steps, key=lambda step: step.whole.relative)
@@ -634,8 +643,8 @@ def main(arguments: Sequence[str]) -> int:
     other = choose_other(options, chosen, ids)
     tensors = other.run()  # its weights are let go before ours come
     model, ops, which = load_model(chosen, _lengths(ids), reference=True)
-    if tensors.origin:
-        tensors.origin.check(model, ids, other.name)
+    if other.origin:
+        other.origin.check(model, ids, other.name)
     print(f"llama3_raw: {which}, with {other.name}", file=sys.stderr)
     comparison = compare(
         model,

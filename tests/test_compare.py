@@ -158,7 +158,7 @@ def test_a_planted_bug_is_found_where_it_is(
     assert main([*OWN_WEIGHTS, "--dtype", str(dtype).removeprefix("torch."), "--with", str(file), PROMPT]) == 1
     figures, verdict = told(capsys)
     assert figures["first"] == name
-    assert verdict.startswith(f"They part ways first at {name} (model.py: ")
+    assert verdict.startswith(f"They part ways first at {name} (in model.py, ")
     assert made_by in figures["made_by"]
     # nothing that merely comes after it is blamed: a bug in one layer is one place, one in the code is one of each
     others = {".".join(place.split(".")[2:]) for place in figures["parted"]}
@@ -290,6 +290,8 @@ def test_few_tensors_narrow_it_down(tiny: Model, ids: list[int], monkeypatch: py
     assert "from layers.2.attention_norm … layers.2.feed_forward.out, which my port does not have" in text
     assert found.unknown == ("layers.0.atention.q",)
     assert found.logits is None
+    only_logits = compare(fp32, ids, {"logits": whole["logits"]}, rounding=torch.float32)
+    assert "from tok_embeddings … norm, which" in only_logits.verdict()
     healthy = trace(fp32, ids)
     assert compare(fp32, ids, {name: healthy[name] for name in few}).agree
 
@@ -327,6 +329,8 @@ def test_the_length_of_a_row_is_the_measure() -> None:
     assert difference(b, torch.zeros_like(b)).relative == math.inf
     assert difference(torch.zeros(2, 2), torch.zeros(2, 2)) == (0.0, 0.0, None)
     assert difference(torch.tensor([[math.nan, 1.0]]), torch.tensor([[math.nan, 1.0]])).absolute == 0
+    most_negative = torch.finfo(torch.float32).min  # hides too much, without being infinite
+    assert difference(torch.tensor([[1.0, -math.inf]]), torch.full((1, 2), most_negative)).relative == 1
     for other in (math.nan, math.inf, 1.0):
         hidden, seen = torch.tensor([[-math.inf, 1.0]]), torch.tensor([[other, 1.0]])
         assert difference(hidden, seen).relative == math.inf
@@ -412,14 +416,28 @@ def test_other_models_and_prompts_are_refused(
         trace(origin_of, prompt, "norm").save(file)
         assert main([*OWN_WEIGHTS, "--with", file, PROMPT]) == 2
         assert complaint in capsys.readouterr().err
-    folder = tmp_path / "one-layer"
+    assert main([*OWN_WEIGHTS, "--with", str(random_folder(tmp_path / "one-layer", tiny, 1)), PROMPT]) == 2
+    assert f"--with {tmp_path}/one-layer: is another model, with n_layers 1, not 4" in capsys.readouterr().err
+
+
+def test_other_weights_of_the_same_shape_are_compared(
+    tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*OWN_WEIGHTS, "--with", str(random_folder(tmp_path / "other", tiny, 4)), PROMPT]) == 1
+    figures, _ = told(capsys)
+    assert figures["first"] == "tok_embeddings"
+    assert set(figures["parted"]) >= {f"layers.{i}.attention.{name}" for i in range(4) for name in ("q", "k", "v")}
+    assert not any("scores" in name or "hidden" in name for name in figures["parted"])  # which have no weights
+
+
+def random_folder(folder: Path, like: Model, n_layers: int) -> Path:
+    """Random weights, of the shapes of a model but for the number of layers."""
     folder.mkdir()
-    params = replace(tiny.params, n_layers=1)
+    params = replace(like.params, n_layers=n_layers)
     torch.save(to_state_dict(params, random_weights(params, torch.bfloat16, seed=0)), folder / "consolidated.00.pth")
-    numbers = {**json.loads((TINY / "params.json").read_text()), "n_layers": 1}
+    numbers = {**json.loads((TINY / "params.json").read_text()), "n_layers": n_layers}
     (folder / "params.json").write_text(json.dumps(numbers))
-    assert main([*OWN_WEIGHTS, "--with", str(folder), PROMPT]) == 2
-    assert f"--with {folder}: is another model, with n_layers 1, not 4" in capsys.readouterr().err
+    return folder
 
 
 @pytest.mark.parametrize(
