@@ -45,6 +45,7 @@ from .tracing import (
     Patterns,
     Trace,
     chain,
+    check_names,
     check_trace,
     count_layers,
     in_words,
@@ -649,9 +650,9 @@ def main(arguments: Sequence[str]) -> int:
     options = build_parser().parse_args(arguments)
     prompt = read_prompt(options.prompt, "python -m llama3_raw.compare --with B")
     chosen = choose_model(options, needs_tokenizer=not options.ids)
-    ids = chosen_ids(options, prompt, chosen)
+    ids = chosen_ids(chosen, prompt, are_ids=options.ids, special=options.special)
     names = options.names or []
-    check_trace(chosen.checkpoint.params, chosen.dtype or chosen.checkpoint.dtype, len(ids), *(names or [LAST]))
+    check_names(chosen.checkpoint.params, *names)
     other = choose_other(options, chosen, ids)
     tensors = other.run()  # its weights are let go before ours come
     model, ops, which = load_model(chosen, _lengths(ids), reference=True)
