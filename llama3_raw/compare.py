@@ -38,7 +38,7 @@ from .memory import Lengths
 from .model import REFERENCE, forward
 from .ops import Ops, Tap
 from .params import Params
-from .taps import FIRST, LAST, Patterns, chain, in_words
+from .taps import FIRST, LAST, Patterns, chain, check_names, in_words
 from .tracing import Origin, Trace, check_trace, count_layers, load_trace, not_alike, trace
 from .weights import Model
 
@@ -639,7 +639,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = choose_model(options, needs_tokenizer=not options.ids)
     ids = chosen_ids(chosen, prompt, are_ids=options.ids, special=options.special)
     names = options.names or []
-    check_trace(chosen.checkpoint.params, chosen.dtype or chosen.checkpoint.dtype, len(ids), *(names or [LAST]))
+    check_names(chosen.checkpoint.params, *names)
     other = choose_other(options, chosen, ids)
     tensors = other.run()  # its weights are let go before ours come
     model, ops, which = load_model(chosen, _lengths(ids), reference=True)
