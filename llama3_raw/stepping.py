@@ -45,7 +45,8 @@ class _Debugger(pdb.Pdb):
         super().__init__(
             stdout=None if sys.stdout.isatty() else sys.stderr,  # stdout is for the text alone
             nosigint=True,  # Ctrl-C is up to the tool
-            skip=("bdb", __name__),  # not to be stepped into: how a stop is set up, and the taps
+            # not to be stepped into: how a stop is set up, and the taps
+            skip=("bdb", __name__, f"{__package__}.taps", f"{__package__}.tracing"),
         )
         self._to_show: tuple[str, Tensor] | None = None
         self._input_ended = False
