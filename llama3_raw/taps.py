@@ -9,19 +9,36 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .errors import UserError
-from .model import REFERENCE, forward
-from .ops import Ops, Tap
+from .model import REFERENCE
+from .ops import Attend, Ops, Tap
 from .params import Params
-from .weights import LayerWeights, Weights, tensor_places
 
 FIRST, LAST = "tok_embeddings", "logits"  # the names with which every pass begins and ends
-_UNFUSED = ("scores", "probs")  # those within `attend`
+SHAPES_IN_A_LAYER = {  # of a lone prompt of T tokens, in the order of the pass
+    "attention_norm": "T dim",
+    "attention.q": "T n_heads head_dim",
+    "attention.k": "T n_kv_heads head_dim",
+    "attention.v": "T n_kv_heads head_dim",
+    "attention.q_rope": "T n_heads head_dim",
+    "attention.k_rope": "T n_kv_heads head_dim",
+    "attention.scores": "n_heads T T",
+    "attention.probs": "n_heads T T",
+    "attention.heads": "T n_heads head_dim",
+    "attention.out": "T dim",
+    "attention.residual": "T dim",
+    "ffn_norm": "T dim",
+    "feed_forward.gate": "T hidden_dim",
+    "feed_forward.up": "T hidden_dim",
+    "feed_forward.hidden": "T hidden_dim",
+    "feed_forward.out": "T dim",
+    "residual": "T dim",
+}
+_UNFUSED = {"attention.scores", "attention.probs"}  # within `attend`; a fused one has none
 
 
 class Patterns:
@@ -67,7 +84,7 @@ def _regex(pattern: str) -> str:
 def _unknown(pattern: str, names: Sequence[str]) -> str:
     """What to say of a pattern that means none of the names that a pass had."""
     layers = [int(name.split(".")[1]) for name in names if name.startswith("layers.")]
-    for hidden in (f"layers.{layer}.attention.{name}" for layer in dict.fromkeys(layers) for name in _UNFUSED):
+    for hidden in (f"layers.{layer}.{name}" for layer in dict.fromkeys(layers) for name in _UNFUSED):
         if hidden not in names and re.fullmatch(_regex(pattern), hidden):
             return f"{pattern!r}: the fast attention makes no scores; take ops=llama3_raw.REFERENCE (leave --fast out)"
     every_layer = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
@@ -130,26 +147,36 @@ def check_names(params: Params, *patterns: str) -> None:
 
 
 def pass_without_content(params: Params, dtype: torch.dtype, length: int, ops: Ops, tap: Tap) -> None:
-    """Has the tap see what it would see in a pass of `length` tokens: all names, shapes and dtypes, without content."""
-    fields = {
-        (place.layer, place.field): torch.empty(place.shape, dtype=dtype, device="meta")
-        for place in tensor_places(replace(params, n_layers=1))
-    }
-    layer = LayerWeights(*(fields[0, field] for field in LayerWeights._fields))
-    weights = Weights(fields[None, "tok_embeddings"], (layer,), fields[None, "norm"], fields[None, "output"])
-    # the kernels that read weights cannot do without; what tensors there are is up to `attend` alone
-    ops = ops._replace(embed=REFERENCE.embed, linear=REFERENCE.linear)
-    seen: list[tuple[str, Tensor]] = []
+    """Has the tap see what it would see in a pass of `length` tokens: all names, shapes and dtypes, without content.
+
+    Not by running the model, where a breakpoint that is meant for the real pass would be met.
+    """
+    sizes = {"T": length, "n_heads": params.n_heads, "n_kv_heads": params.n_kv_heads, "head_dim": params.head_dim}
+    sizes |= {"dim": params.dim, "hidden_dim": params.hidden_dim, "vocab_size": params.vocab_size}
+
+    def see(name: str, shape: str, dtype: torch.dtype = dtype) -> None:
+        tap(name, torch.empty([sizes[size] for size in shape.split()], dtype=dtype, device="meta"))
+
+    lacking = _UNFUSED - _seen_within(ops.attend)
+    see(FIRST, "T dim")
+    for i in range(params.n_layers):
+        for name, shape in SHAPES_IN_A_LAYER.items():
+            if name not in lacking:
+                see(f"layers.{i}.{name}", shape)
+    see("norm", "T dim")
+    see(LAST, "T vocab_size", torch.float32)
+
+
+def _seen_within(attend: Attend) -> set[str]:
+    """The names that a tap sees within an attention of other operations."""
+    if attend is REFERENCE.attend:
+        return _UNFUSED
+    seen = set()
 
     def see(name: str, tensor: Tensor) -> Tensor:
-        seen.append((name, tensor))
+        seen.add(name)
         return tensor
 
-    forward(weights, params, torch.zeros(length, dtype=torch.long, device="meta"), ops=ops, tap=see)
-    first, *in_layer, norm, logits = seen
-    tap(*first)
-    for i in range(params.n_layers):  # all alike; to compute each takes milliseconds
-        for name, tensor in in_layer:
-            tap(name.replace("layers.0.", f"layers.{i}."), tensor)
-    tap(*norm)
-    tap(*logits)
+    q, keys, values = torch.empty(3, 1, 1, 16, device="meta")  # one token, one head
+    attend(q, keys, values, 0, see, "attention")
+    return seen

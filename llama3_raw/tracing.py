@@ -41,11 +41,10 @@ from .memory import Lengths
 from .model import REFERENCE, forward, no_tap
 from .ops import Ops, Tap
 from .params import Params, RopeScaling
-from .taps import FIRST, LAST, Patterns, chain, in_words, pass_without_content
+from .taps import FIRST, LAST, SHAPES_IN_A_LAYER, Patterns, chain, in_words, pass_without_content
 from .weights import Model
 
 _BYTES_TO_WORK = 12  # the largest tensor of a pass is made so many times over (as measured for memory.py)
-_BY_HEAD = {f"attention.{name}" for name in ("q", "k", "v", "q_rope", "k_rope", "heads")}
 
 
 def not_alike(params: Params, others: Params) -> str | None:
@@ -137,8 +136,8 @@ class Trace(Mapping[str, Tensor]):
     def _last(self, name: str, tensor: Tensor) -> Tensor:
         if name == LAST and tensor.dim() < self._dimensions:
             return tensor  # logits_at has chosen one already
-        by_head = ".".join(name.split(".")[-2:]) in _BY_HEAD  # [..., T, heads, head_dim]
-        return tensor.select(-3 if by_head else -2, -1)
+        shape = SHAPES_IN_A_LAYER.get(name.split(".", 2)[-1], "T dim").split()
+        return tensor.select(shape.index("T") - len(shape), -1)
 
     def __getitem__(self, name: str) -> Tensor:
         try:
@@ -268,7 +267,7 @@ def check_trace(
 ) -> None:
     """Raises UserError where a trace of `length` tokens does not fit into the free memory, or a pattern means nothing.
 
-    It is found out by a pass without content (on torch's meta device), in a fraction of a second.
+    No tensor is computed for it.
     """
     planned = Trace(*patterns, device="meta", dtype=dtype, last_position=last_position)
     largest = 0

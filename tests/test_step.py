@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bdb
+import contextlib
 import io
 import os
+import pdb
 import re
 import subprocess
 import sys
@@ -253,3 +256,16 @@ def test_what_cannot_be_done(
     assert out == ""
     assert complaint in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_breakpoint_in_the_model_is_met_by_the_real_pass_first(
+    tiny: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`trace` plans its memory before, without stepping on what is meant for the pass."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("c\np q.device\nq\n"))
+    debugger = pdb.Pdb(nosigint=True, readrc=False)
+    debugger.set_break(str(MODEL_FILE), line_of("scores = q @ keys"))
+    with contextlib.suppress(bdb.BdbQuit):
+        debugger.runcall(trace, tiny, ids, "logits")
+    debugger.clear_all_breaks()  # they would hold for every Pdb
+    assert "device(type='cpu')" in capsys.readouterr().out
