@@ -60,8 +60,9 @@ def load_stories15m(package: Path) -> Stories15M:
     for field in ORDER:
         for place in (place for place in places if place.field == field):
             count = torch.Size(place.shape).numel()
-            tensors[place.meta_name] = torch.frombuffer(content, dtype=torch.float32, count=count, offset=offset)
-            tensors[place.meta_name] = tensors[place.meta_name].view(place.shape)
+            in_file = torch.frombuffer(content, dtype=torch.float32, count=count, offset=offset).view(place.shape)
+            # a copy of its own begins at a multiple of 64 bytes, on which the last bit of a product may depend
+            tensors[place.meta_name] = in_file.clone()
             offset += 4 * count
     offset += 4 * max_seq_len * params.head_dim  # a RoPE table that llama2.c no longer reads
     return Stories15M(params, from_state_dict(params, tensors), _read_pieces(content, offset, vocab_size))
