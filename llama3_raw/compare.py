@@ -11,12 +11,13 @@ import json
 import math
 import re
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -32,17 +33,18 @@ from .command_line import (
     read_prompt,
 )
 from .errors import ArgumentParser, UserError, command_line_tool, in_short, not_empty
-from .generation import check_ids
 from .implementations import check_hf, check_meta, trace_hf, trace_meta
 from .memory import Lengths
 from .model import REFERENCE, forward
 from .ops import Ops, Tap
 from .params import Params
 from .taps import FIRST, LAST, Patterns, chain, check_names, in_words
-from .tracing import Origin, Trace, check_trace, count_layers, load_trace, not_alike, trace
+from .tracing import Origin, Trace, check_trace, count_layers, load_trace, not_alike, tokens_of_one_prompt, trace
 from .weights import Model
 
 TOP_K = 10  # the likeliest tokens whose overlap is told
+
+_COMPARABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Ports hide scores by -1e9 or the most negative number as often as by -inf; softmax makes 0 of all of them.
 _HIDDEN = -1e4
@@ -223,10 +225,17 @@ class Comparison(NamedTuple):
         return max(self.steps, key=lambda step: step.whole.relative / step.rounding_in_all)
 
     @property
+    def first_beyond_tolerance(self) -> Step | None:
+        """The first tensor in which the runs are further apart than the tolerance; None: there is no such, or none."""
+        if self.tolerance is None:
+            return None
+        return next((step for step in self.steps if step.whole.relative > self.tolerance), None)
+
+    @property
     def agree(self) -> bool:
         """Whether no tensor of the runs differs by more than the tolerance, or than rounding where there is none."""
         if self.tolerance is not None:
-            return self.worst.whole.relative <= self.tolerance
+            return self.first_beyond_tolerance is None
         return not self.parted and self.worst.whole.relative <= self.worst.rounding_in_all
 
     def verdict(self, other: str = "the other run") -> str:
@@ -246,26 +255,33 @@ class Comparison(NamedTuple):
                 f"They agree: no step by itself differs by more than {rounding}.\nTo the end, the runs come closest to "
                 f"it with {at_worst}, where {worst.rounding_in_all:.2g} is explained."
             )
+        elif self.tolerance is not None:
+            text = f"They differ by up to {at_worst}, but no step by itself by more than {rounding}."
         else:
-            allowed = f"{worst.rounding_in_all:.2g} is explained"
-            if self.tolerance is not None:
-                allowed = f"{self.tolerance:g} is the tolerance"
             text = (
                 f"They drift apart: no step by itself differs by more than {rounding}.\nBut it adds up to {at_worst}, "
-                f"where {allowed}."
+                f"where {worst.rounding_in_all:.2g} is explained."
             )
+        beyond = self.first_beyond_tolerance
+        if beyond is not None:
+            text += f"\nThe first beyond the tolerance of {self.tolerance:g} is {beyond.name}, "
+            text += f"{beyond.whole.relative:.2g} of its size off."
         return text
 
     def _first_place(self, other: str) -> str:
         first, *others = self.parted
         made = self.made[first.name]
-        check = made.check
+        check, most = made.check, f"{first.own.absolute:.2g}"
         if first.own.unlike:
             differs = f"cannot be compared: in {other}, {first.own.unlike}"
             if first.shape != first.their_shape:
                 check = "its layout, which should be that of model.py"
+                if first.name == FIRST and first.shape[1:] == first.their_shape[-1:]:
+                    check = "the tokens, of which one run has more (BOS?)"
+        elif math.isinf(first.own.relative):
+            differs = f"has rows that are all zeros in {other} and are not here ({most} at most)"
         else:
-            size, most = f"{first.own.relative:.2g}", f"{first.own.absolute:.2g}"
+            size = f"{first.own.relative:.2g}"
             differs = (
                 f"is {size} of its size off ({most} at most); rounding in {in_words(self.dtype)} explains "
                 f"{first.rounding:.2g}"
@@ -294,10 +310,11 @@ class Comparison(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         """The figures to print as JSON; what is infinite is None."""
         logits = self.logits and {key: _finite(value) for key, value in self.logits._asdict().items()}
-        first, worst = next(iter(self.parted), None), self.worst
+        first, beyond, worst = next(iter(self.parted), None), self.first_beyond_tolerance, self.worst
         return {
             "agree": self.agree,
             "first": first and first.name,
+            "first_beyond_tolerance": beyond and beyond.name,
             "made_by": first and self.made[first.name].by,
             "relative": first and _finite(first.own.relative),
             "absolute": first and _finite(first.own.absolute),
@@ -331,8 +348,9 @@ def compare(
 ) -> Comparison:
     """Where another run over the prompt, ids [T], parts ways with the model's own.
 
-    other: the tensors of that run, as many as there are, by the names of a tap and in its layout; a batch dimension of
-        1 and heads joined into one dimension are understood, and scores may be hidden by any large negative number.
+    other: the tensors of that run, or arrays, as many as there are, by the names of a tap and in its layout; a batch
+        dimension of 1 and heads joined into one dimension are understood, and scores may be hidden by any large
+        negative number.
     tolerance: how far apart, relatively, any tensor of the two runs may be; None: as far as rounding explains, and
         each step by itself too.
     rounding: the dtype whose rounding is to be expected; None: the coarsest of the model and the tensors.
@@ -341,11 +359,15 @@ def compare(
     The model runs two times and, for two rows each, two times more: alone; with the other's tensor put in the place of
     each that it has; and both with every tensor shaken by as much as rounding can do.
 
-    Raises UserError where no name is one of a pass, and for what `trace` raises it.
+    Raises UserError where no name is one of a pass, for tensors that are not of floats in 16 bits or more or of the
+    last position only, for a tolerance below 0, and for what `trace` raises it.
     """
     params = model.params
-    ids = [int(token) for token in ids]
-    check_ids(ids, params)
+    ids = tokens_of_one_prompt(ids, params)
+    if tolerance is not None and not tolerance >= 0:
+        raise UserError(f"the tolerance should be a number of 0 or more, such as 0.01, is {tolerance}")
+    if rounding is not None and rounding not in _COMPARABLE:
+        raise UserError(f"the rounding should be that of a dtype such as torch.bfloat16, is {rounding!r}")
     made = how_it_is_made(params)
     shared = _shared(other, made)
     dtype = rounding or max((model.weights.norm.dtype, *(shared[name].dtype for name in shared)), key=_eps)
@@ -409,17 +431,27 @@ def compare(
 
 def _shared(other: Mapping[str, Tensor], made: Mapping[str, Made]) -> dict[str, Tensor]:
     """Those of the other run's tensors that a pass has. Raises UserError where there is none, or one is no floats."""
-    shared = {name: other[name] for name in other if name in made}
+    if isinstance(other, Trace) and other.last_position:
+        raise UserError("the trace is of the last position only; trace all positions to compare (no --last-position)")
+    shared = {name: _as_floats(name, other[name]) for name in other if name in made}
     if not shared:
         names = ", ".join(in_short(name) for name in list(other)[:3])
         raise UserError(
             f"none of the {len(other)} tensors to compare with has a name of this pass ({names or 'there are none'}); "
             f"it has {FIRST}, layers.0.attention_norm, layers.0.attention.q, … {LAST}: see the README's list"
         )
-    for name, tensor in shared.items():
-        if not tensor.is_floating_point():
-            raise UserError(f"the tensor {name} to compare with is {in_words(tensor.dtype)}; save it as floats")
     return shared
+
+
+def _as_floats(name: str, given: Any) -> Tensor:
+    try:
+        tensor = given if isinstance(given, Tensor) else torch.tensor(numpy.asarray(given))
+    except (TypeError, ValueError):
+        tensor = None
+    if tensor is None or tensor.dtype not in _COMPARABLE:
+        kind = getattr(given, "dtype", type(given).__name__)
+        raise UserError(f"the tensor {name} to compare with is {kind}; it should be of floats in 16 or 32 bits")
+    return tensor
 
 
 def _eps(dtype: torch.dtype) -> float:
@@ -464,7 +496,8 @@ class Other(NamedTuple):
 
     name: str
     run: Callable[[], Trace]
-    origin: Origin | None = None  # of a file; what is run now is of this prompt, and other weights are meant
+    origin: Origin | None = None  # of a file, whose weights and prompt may be others by mistake
+    params: Params | None = None  # where they may be others than the model's
 
 
 def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) -> Other:
@@ -474,7 +507,7 @@ def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) ->
     if file.is_file() or file.suffix == ".safetensors":
         loaded = load_trace(file)
         _shared(loaded, how_it_is_made(chosen.checkpoint.params))
-        return Other(name, lambda: loaded, loaded.origin)
+        return Other(name, lambda: loaded, loaded.origin, loaded.origin.params if loaded.origin else None)
     if name in ("hf", "meta"):
         if chosen.checkpoint.scales:
             raise UserError(f"--with {name}: others know no such int8; give the folder with the weights as they were")
@@ -497,7 +530,7 @@ def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) ->
     unlike = not_alike(others.checkpoint.params, chosen.checkpoint.params)
     if unlike:
         raise UserError(f"--with {name}: is another model, with {unlike}; compare two of the same shape")
-    return Other(name, lambda: _run_own(others, ids, reference=name != "fast"))
+    return Other(name, lambda: _run_own(others, ids, reference=name != "fast"), params=others.checkpoint.params)
 
 
 def _run_own(chosen: ChosenModel, ids: Sequence[int], reference: bool) -> Trace:
@@ -568,6 +601,16 @@ def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
     return list(layers.values())
 
 
+def _other_numbers(model: Model, other: Other) -> Iterator[str]:
+    """Lines that say what the two params.json have not in common, though all shapes are the same."""
+    for field in ("norm_eps", "rope_theta", "rope_scaling"):
+        ours, theirs = getattr(model.params, field), getattr(other.params or model.params, field)
+        if ours != theirs:
+            hidden = " (16 bits may hide what it does; --dtype float32 does not)"
+            in_16_bits = model.weights.norm.dtype.itemsize == 2
+            yield f"{other.name} has {field} {theirs}, not {ours}{hidden if in_16_bits else ''}"
+
+
 def _left_out(comparison: Comparison, other: str) -> Iterator[str]:
     """Lines that say which names only one side has."""
     for name in comparison.unknown[:5]:
@@ -625,9 +668,12 @@ def build_parser() -> ArgumentParser:
 
 
 def _tolerance(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not value >= 0:
-        raise ValueError
+        raise ArgumentTypeError(f"should be a number of 0 or more, such as 0.01, is {text!r}")
     return value
 
 
@@ -655,7 +701,7 @@ def main(arguments: Sequence[str]) -> int:
         ops=ops,
         progress=True,
     )
-    for line in _left_out(comparison, other.name):
+    for line in (*_other_numbers(model, other), *_left_out(comparison, other.name)):
         print(f"llama3_raw: {line}", file=sys.stderr)
     show(comparison, other.name, names)
     return 0 if comparison.agree else 1

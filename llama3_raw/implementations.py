@@ -285,12 +285,12 @@ def _seeing(network: Any, code: _Code, params: Params, progress: bool) -> Iterat
         def see(name: str, tensor: Tensor) -> None:
             tap(layer + name, code.arranged(name, tensor, params).to(dtype))  # softmax is in fp32 on both sides
 
-        def hook(module: nn.Module, names: tuple[str | None, str | None]) -> None:
+        def hook(part: nn.Module, names: tuple[str | None, str | None]) -> None:
             before, after = names
             if before:
-                module.register_forward_pre_hook(lambda _, inputs: see(before, inputs[0]))
+                part.register_forward_pre_hook(lambda _, inputs: see(before, inputs[0]))
             if after:
-                module.register_forward_hook(lambda _, inputs, output: see(after, output))
+                part.register_forward_hook(lambda _, inputs, output: see(after, output))
 
         def rope_and_see(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             q, k = rope(*args, **kwargs)

@@ -58,6 +58,11 @@ class Need(NamedTuple):
         return self.copied + self.cache + self.work
 
 
+def score_bytes(itemsize: int) -> int:
+    """What an attention score of so many bytes takes in all until it is used, in bytes. (Measured)"""
+    return 12 if itemsize == 4 else 24  # another dtype than fp32 has each score in fp32 as well
+
+
 def needed(plan: Plan) -> Need:
     """What the run of a plan takes."""
     checkpoint, device, dtype, lengths, _, quantized = plan
@@ -79,8 +84,7 @@ def needed(plan: Plan) -> Need:
     per_position = params.head_dim * itemsize
     cache = 2 * params.n_layers * lengths.text * params.n_kv_heads * per_position
     chunk = min(EXACT_PREFILL_CHUNK, lengths.prompt)
-    score_bytes = 12 if itemsize == 4 else 24  # measured; another dtype than fp32 has each score in fp32 as well
-    scores = max(chunk * lengths.prompt, lengths.text) * params.n_heads * score_bytes
+    scores = max(chunk * lengths.prompt, lengths.text) * params.n_heads * score_bytes(itemsize)
     repeated = 4 * lengths.text * params.n_heads * per_position  # keys and values for every head, and in other order
     hidden = 3 * min(PREFILL_CHUNK, lengths.prompt) * params.hidden_dim * itemsize
     logits = min(chunk, lengths.scored) * params.vocab_size * (itemsize + 4 + 4)  # as computed, fp32, logarithms of p

@@ -30,12 +30,18 @@ def break_at(*patterns: str) -> Tap:
     def breaking(name: str, tensor: Tensor) -> Tensor:
         if wanted.matching(name):
             if os.environ.get("PYTHONBREAKPOINT") or sys.breakpointhook is not sys.__breakpointhook__:
+                if os.environ.get("PYTHONBREAKPOINT") != "0":  # which says not to stop
+                    print(f"llama3_raw: {_described(name, tensor)}, one frame up", file=sys.stderr)
                 sys.breakpointhook()
             else:
                 debugger.stop(name, tensor)
         return tensor
 
     return breaking
+
+
+def _described(name: str, tensor: Tensor) -> str:
+    return f"{name} {list(tensor.shape)} in {in_words(tensor.dtype)}"
 
 
 class _Debugger(pdb.Pdb):
@@ -74,9 +80,14 @@ class _Debugger(pdb.Pdb):
             name, tensor = self._to_show
             self._to_show = None
             bound = next((f", here {local}" for local, value in frame.f_locals.items() if value is tensor), "")
-            what = f"{list(tensor.shape)} in {in_words(tensor.dtype)}"
-            self.message(f"llama3_raw: {name} {what}{bound}; c goes on, q ends")
+            self.message(f"llama3_raw: {_described(name, tensor)}{bound}; c goes on, q ends")
         super().interaction(frame, traceback)
+
+    def do_run(self, arg: str) -> None:
+        """Says that a run cannot begin anew from within it; pdb would end it with a traceback."""
+        self.error("the run cannot begin anew from here; q ends it")
+
+    do_restart = do_run
 
     def do_EOF(self, arg: str) -> bool | None:
         """Ends as q does in a terminal (Ctrl-D); at the end of other input the run goes on and stops no more."""

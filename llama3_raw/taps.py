@@ -50,6 +50,13 @@ class Patterns:
     """
 
     def __init__(self, patterns: Sequence[str]):
+        """Raises UserError for what is no str."""
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                kind = type(pattern).__name__
+                raise UserError(
+                    f"a pattern should be a str such as 'layers.*.residual', is a {kind}; give each by itself"
+                )
         self._regexes = {pattern: re.compile(_regex(pattern)) for pattern in patterns}
         self._unmet = dict.fromkeys(patterns)
         self._seen: dict[str, None] = {}
@@ -86,7 +93,12 @@ def _unknown(pattern: str, names: Sequence[str]) -> str:
     layers = [int(name.split(".")[1]) for name in names if name.startswith("layers.")]
     for hidden in (f"layers.{layer}.{name}" for layer in dict.fromkeys(layers) for name in _UNFUSED):
         if hidden not in names and re.fullmatch(_regex(pattern), hidden):
-            return f"{pattern!r}: the fast attention makes no scores; take ops=llama3_raw.REFERENCE (leave --fast out)"
+            return (
+                f"{pattern!r}: a fast attention makes no scores; the exact operations do (leave --fast out; in Python, "
+                "ops=llama3_raw.REFERENCE)"
+            )
+    if pattern.rpartition("[")[2].find("]") < 0 and "[" in pattern:
+        return f"{pattern!r}: the [ has no ] behind it; [0-9] stands for a digit"
     every_layer = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
     near = difflib.get_close_matches(pattern, every_layer if "*" in pattern else names, n=3, cutoff=0)
     return f"no tensor is named {pattern!r} in a pass of layers 0 to {max(layers)}; the nearest are {', '.join(near)}"
@@ -149,7 +161,9 @@ def check_names(params: Params, *patterns: str) -> None:
 def pass_without_content(params: Params, dtype: torch.dtype, length: int, ops: Ops, tap: Tap) -> None:
     """Has the tap see what it would see in a pass of `length` tokens: all names, shapes and dtypes, without content.
 
-    Not by running the model, where a breakpoint that is meant for the real pass would be met.
+    Not by running the model, where a breakpoint that is meant for the real pass would be met. Only an `attend` that is
+    not the exact one is called, once, with tensors without content (device meta), to see whether it makes scores; one
+    that cannot take them is expected to.
     """
     sizes = {"T": length, "n_heads": params.n_heads, "n_kv_heads": params.n_kv_heads, "head_dim": params.head_dim}
     sizes |= {"dim": params.dim, "hidden_dim": params.hidden_dim, "vocab_size": params.vocab_size}
@@ -157,7 +171,7 @@ def pass_without_content(params: Params, dtype: torch.dtype, length: int, ops: O
     def see(name: str, shape: str, dtype: torch.dtype = dtype) -> None:
         tap(name, torch.empty([sizes[size] for size in shape.split()], dtype=dtype, device="meta"))
 
-    lacking = _UNFUSED - _seen_within(ops.attend)
+    lacking = _UNFUSED - _seen_within(ops.attend, params)
     see(FIRST, "T dim")
     for i in range(params.n_layers):
         for name, shape in SHAPES_IN_A_LAYER.items():
@@ -167,8 +181,8 @@ def pass_without_content(params: Params, dtype: torch.dtype, length: int, ops: O
     see(LAST, "T vocab_size", torch.float32)
 
 
-def _seen_within(attend: Attend) -> set[str]:
-    """The names that a tap sees within an attention of other operations."""
+def _seen_within(attend: Attend, params: Params) -> set[str]:
+    """The names that a tap sees within an attention."""
     if attend is REFERENCE.attend:
         return _UNFUSED
     seen = set()
@@ -177,6 +191,10 @@ def _seen_within(attend: Attend) -> set[str]:
         seen.add(name)
         return tensor
 
-    q, keys, values = torch.empty(3, 1, 1, 16, device="meta")  # one token, one head
-    attend(q, keys, values, 0, see, "attention")
+    q = torch.empty(1, params.n_heads, params.head_dim, device="meta")  # one token
+    keys = torch.empty(1, params.n_kv_heads, params.head_dim, device="meta")
+    try:
+        attend(q, keys, torch.empty_like(keys), 0, see, "attention")
+    except Exception:  # it looks at its input, say; the real pass will tell
+        return _UNFUSED
     return seen

@@ -37,14 +37,12 @@ from .command_line import (
 from .errors import ArgumentParser, UserError, command_line_tool, in_short, not_empty, read_beginning
 from .generation import check_ids, suitable_ops
 from .machine import free_memory
-from .memory import Lengths
+from .memory import Lengths, score_bytes
 from .model import REFERENCE, forward, no_tap
 from .ops import Ops, Tap
 from .params import Params, RopeScaling
 from .taps import FIRST, LAST, SHAPES_IN_A_LAYER, Patterns, chain, in_words, pass_without_content
 from .weights import Model
-
-_BYTES_TO_WORK = 12  # the largest tensor of a pass is made so many times over (as measured for memory.py)
 
 
 def not_alike(params: Params, others: Params) -> str | None:
@@ -93,13 +91,14 @@ class Trace(Mapping[str, Tensor]):
     """A tap that keeps a copy of every tensor that one of the patterns means; without patterns, of every tensor.
 
     A mapping from name to tensor, in the order of the forward pass. Of several passes (`generate` makes one for each
-    token) it has the tensors of the last. What it holds is detached and never changes with what the pass does later.
+    token) it has the tensors of the last; of one that broke off, those up to there. What it holds is detached and never
+    changes with what the pass does later.
 
     device, dtype: where and in what the copies are kept; None as the pass has them. last_position: of the last token
         only, without the dimension T.
     origin: what it is of, if that is known: `trace` says so, and `save` and `load_trace` keep it.
 
-    Raises UserError at the end of a pass in which a pattern means nothing.
+    Raises UserError for a dtype that is not of floats, and at the end of a pass in which a pattern means nothing.
     """
 
     def __init__(
@@ -109,10 +108,12 @@ class Trace(Mapping[str, Tensor]):
         dtype: torch.dtype | None = None,
         last_position: bool = False,
     ):
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise UserError(f"dtype should be one of floats, such as torch.float32, is {dtype!r}")
         self._patterns = Patterns(patterns or ("*",))
         self._device = device
         self._dtype = dtype
-        self._last_position = last_position
+        self.last_position = last_position
         self._dimensions = 0  # of the embeddings, thus of a tensor [..., T, something]
         self._tensors: dict[str, Tensor] = {}
         self.origin: Origin | None = None
@@ -123,7 +124,7 @@ class Trace(Mapping[str, Tensor]):
             self._dimensions = tensor.dim()
             self._tensors.clear()  # of an earlier pass
         if self._patterns.matching(name):
-            kept = self._last(name, tensor) if self._last_position else tensor
+            kept = self._last(name, tensor) if self.last_position else tensor
             # one copy, even where device and dtype are the same
             self._tensors[name] = torch.empty_like(
                 kept.detach(),
@@ -167,7 +168,8 @@ class Trace(Mapping[str, Tensor]):
 
         Raises UserError where it cannot be written.
         """
-        about = {"names": list(self), "origin": self.origin and asdict(self.origin)}
+        origin = self.origin and asdict(self.origin)
+        about = {"names": list(self), "origin": origin, "last_position": self.last_position}
 
         def write(part: Path) -> None:
             try:
@@ -193,6 +195,7 @@ def load_trace(file: str | Path) -> Trace:
             about = json.loads((opened.metadata() or {}).get("llama3_raw", "{}"))
             for name in about.get("names") or opened.keys():
                 loaded._tensors[name] = opened.get_tensor(name)
+            loaded.last_position = bool(about.get("last_position"))
         if about.get("origin"):
             params = dict(about["origin"]["params"])
             if params["rope_scaling"]:
@@ -222,24 +225,31 @@ def trace(
     Raises UserError, before anything is computed, for patterns that mean nothing, ids outside the vocabulary, and what
     the memory does not hold; and what `tap` raises.
     """
-    try:
-        tokens = torch.as_tensor(ids, dtype=torch.long)
-    except (TypeError, ValueError, RuntimeError):
-        tokens = torch.zeros(0, 0)
-    if tokens.dim() != 1:
-        raise UserError("ids should be the tokens of one prompt, as tokenizer.encode gives them")
-    if not len(tokens):
-        raise UserError("the prompt is empty; give at least one token")
-    ids = tokens.tolist()
-    check_ids(ids, model.params)
+    ids = tokens_of_one_prompt(ids, model.params)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "last_position": last_position}
     norm = model.weights.norm
     check_trace(model.params, norm.dtype, len(ids), *patterns, **options, ops=ops, model_device=norm.device)
     kept = Trace(*patterns, **options)
     kept.origin = Origin.of(model, ids)
     with count_layers(model.params, progress) as count, torch.no_grad():
-        forward(model.weights, model.params, tokens.to(norm.device), ops=ops, tap=chain(tap, kept, count))
+        tokens = torch.tensor(ids, device=norm.device)  # [T]
+        forward(model.weights, model.params, tokens, ops=ops, tap=chain(tap, kept, count))
     return kept
+
+
+def tokens_of_one_prompt(ids: Sequence[int] | Tensor, params: Params) -> list[int]:
+    """Ids [T] as a list. Raises UserError where they are no such, there is none, or one is not in the vocabulary."""
+    try:
+        tokens = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        tokens = torch.zeros(1, 1)
+    if tokens.dim() != 1 or (len(tokens) and (tokens.is_floating_point() or tokens.is_complex())):
+        raise UserError("ids should be the tokens of one prompt, as tokenizer.encode gives them")
+    if not len(tokens):
+        raise UserError("the prompt is empty; give at least one token")
+    checked: list[int] = tokens.tolist()
+    check_ids(checked, params)
+    return checked
 
 
 @contextlib.contextmanager
@@ -278,7 +288,8 @@ def check_trace(
         return tensor
 
     pass_without_content(params, compute_dtype, length, ops, chain(planned, note_size))
-    needed = Counter({model_device: _BYTES_TO_WORK * largest})
+    # as if the largest were the scores, which they are in a long prompt
+    needed = Counter({model_device: largest * score_bytes(compute_dtype.itemsize) // compute_dtype.itemsize})
     needed[torch.device(device or model_device)] += planned.nbytes
     for place, n_bytes in needed.items():
         free = free_memory(place)

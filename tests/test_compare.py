@@ -18,7 +18,7 @@ from references import cast, random_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llama3_raw import LayerWeights, Model, Trace, trace
+from llama3_raw import LayerWeights, Model, Trace, UserError, trace
 from llama3_raw.compare import Difference, Logits, compare, difference, how_it_is_made, main
 from llama3_raw.implementations import trace_hf, trace_meta
 from llama3_raw.model import REFERENCE, token_positions
@@ -201,6 +201,17 @@ def test_a_wrong_number_in_the_params_is_found(
     assert f"{folders[1]}" not in verdict  # what differs is ours to say, not where it lies
 
 
+def test_numbers_that_16_bits_may_hide_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in ("consolidated.00.pth", "tokenizer.model"):
+        (tmp_path / file).symlink_to(TINY / file)
+    params = json.loads((TINY / "params.json").read_text())
+    (tmp_path / "params.json").write_text(json.dumps({**params, "norm_eps": 1e-6}))
+    assert main([*OWN_WEIGHTS, "--with", str(tmp_path), PROMPT]) == 0
+    assert f"{tmp_path} has norm_eps 1e-06, not 1e-05 (16 bits may hide" in capsys.readouterr().err
+    assert main([*IN_FP32, "--with", str(tmp_path), PROMPT]) == 1
+    assert f"{tmp_path} has norm_eps 1e-06, not 1e-05\n" in capsys.readouterr().err
+
+
 def test_bugs_of_two_kinds_are_both_named(tiny: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     fp32 = in_dtype(tiny, torch.float32)
     transposed = with_layer(fp32, 2, lambda layer: layer._replace(wq=layer.wq.T.contiguous()))
@@ -280,6 +291,37 @@ def test_the_usual_layouts_of_ports_are_understood(tiny: Model, ids: list[int]) 
     assert "its shape is [1, 6, 14, 32], not [14, 6, 32]" in found.verdict()
 
 
+def test_arrays_are_understood(tiny: Model, ids: list[int]) -> None:
+    fp32 = in_dtype(tiny, torch.float32)
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in trace(fp32, ids).items()}
+    assert compare(fp32, ids, arrays).verdict().startswith("They are the same: all 71")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"ids": []}, "the prompt is empty"),
+        ({"ids": [1.5]}, "ids should be the tokens of one prompt"),
+        ({"tolerance": -1.0}, "the tolerance should be a number of 0 or more"),
+        ({"tolerance": math.nan}, "the tolerance should be a number of 0 or more"),
+        ({"rounding": torch.int8}, "the rounding should be that of a dtype"),
+        ({"other": {"norm": torch.zeros(14, 192, dtype=torch.float8_e4m3fn)}}, "norm to compare with is torch.float8"),
+        ({"other": {"norm": "zero"}}, "norm to compare with is str"),
+    ],
+)
+def test_what_python_may_get_wrong(tiny: Model, ids: list[int], change: dict[str, Any], complaint: str) -> None:
+    arguments = {"ids": ids, "other": {"norm": torch.zeros(14, 192)}, **change}
+    with pytest.raises(UserError, match=complaint):
+        compare(tiny, **arguments)
+
+
+def test_what_is_no_matter_of_a_layer_is_said_so(tiny: Model, ids: list[int]) -> None:
+    whole = trace(tiny, ids)
+    assert "Look at: the tokens, of which one run has more (BOS?)." in compare(tiny, ids[1:], whole).verdict()
+    without = {**whole, "norm": torch.zeros_like(whole["norm"])}
+    assert "it has rows that are all zeros in the other run" in compare(tiny, ids, without).verdict()
+
+
 def test_few_tensors_narrow_it_down(tiny: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     fp32 = in_dtype(tiny, torch.float32)
     whole = in_weights(2, "wq")(fp32, ids, monkeypatch)
@@ -308,7 +350,10 @@ def test_what_drifts_apart_without_a_bug(tiny: Model, ids: list[int]) -> None:
     drifting = trace(tiny, ids, tap=lambda name, x: x * 1.008 if "norm" in name else x)
     found = compare(in_dtype(tiny, torch.float32), ids, drifting, tolerance=0.01)
     assert not found.agree
-    assert "where 0.01 is the tolerance" in found.verdict()
+    assert found.first_beyond_tolerance == next(step for step in found.steps if step.whole.relative > 0.01)
+    assert f"beyond the tolerance of 0.01 is {found.first_beyond_tolerance.name}, " in found.verdict()
+    unexplained = tuple(step._replace(rounding_in_all=1e-9) for step in found.steps)
+    assert found._replace(tolerance=None, steps=unexplained).verdict().startswith("They drift apart")
 
 
 def test_the_tolerance_decides_the_exit_status(tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,7 +363,10 @@ def test_the_tolerance_decides_the_exit_status(tmp_path: Path, tiny: Model, caps
     assert main([*arguments, "--tolerance", "0.001"]) == 1
     figures, verdict = told(capsys)
     assert figures["tolerance"] == 0.001
-    assert verdict.startswith("They drift apart")
+    assert verdict.startswith("They differ by up to ")
+    # what comes before it is equal
+    assert figures["first_beyond_tolerance"] == "layers.0.attention_norm"
+    assert figures["first"] is None
 
 
 def test_the_length_of_a_row_is_the_measure() -> None:
@@ -390,7 +438,7 @@ def test_names_that_no_pass_has_get_the_nearest(
         (["--with", "nowhere", PROMPT], "--with nowhere: there is no such folder"),
         (["--with", "nowhere.safetensors", PROMPT], "nowhere.safetensors: cannot be read"),
         (["--with", "fast", "--names", "layers.9.residual", PROMPT], "the nearest are"),
-        (["--with", "fast", "--tolerance", "-1", PROMPT], "--tolerance"),
+        (["--with", "fast", "--tolerance", "-1", PROMPT], "--tolerance: should be a number of 0 or more"),
         (["--with", "int8", "--dtype", "float32", PROMPT], "int8 matrices are fast in bfloat16 only"),
         (["--with", "hf", "--max-ram", "4GB", PROMPT], "leave --max-ram out"),
     ],
@@ -416,6 +464,9 @@ def test_other_models_and_prompts_are_refused(
         trace(origin_of, prompt, "norm").save(file)
         assert main([*OWN_WEIGHTS, "--with", file, PROMPT]) == 2
         assert complaint in capsys.readouterr().err
+    trace(tiny, ids, last_position=True).save(file)
+    assert main([*OWN_WEIGHTS, "--with", file, PROMPT]) == 2
+    assert "is of the last position only; trace all positions" in capsys.readouterr().err
     assert main([*OWN_WEIGHTS, "--with", str(random_folder(tmp_path / "one-layer", tiny, 1)), PROMPT]) == 2
     assert f"--with {tmp_path}/one-layer: is another model, with n_layers 1, not 4" in capsys.readouterr().err
 

@@ -233,6 +233,11 @@ def test_another_debugger(
     monkeypatch.setitem(sys.modules, "other_debugger", SimpleNamespace(stop=stop))
     monkeypatch.setenv("PYTHONBREAKPOINT", "other_debugger.stop")
     assert pass_over_the_prompt() == ["layers.1.attention.scores", "logits"]
+    said = capsys.readouterr().err.splitlines()  # nothing in the tap's frame tells it at once
+    assert said[-2:] == [
+        "llama3_raw: layers.1.attention.scores [6, 5, 5] in bfloat16, one frame up",
+        "llama3_raw: logits [5, 2304] in float32, one frame up",
+    ]
     monkeypatch.setenv("PYTHONBREAKPOINT", "0")  # nobody
     assert pass_over_the_prompt() == []
     assert capsys.readouterr().err == ""

@@ -6,6 +6,7 @@ import fnmatch
 import functools
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_patterns_mean_what_a_shell_would_take_them_for(
 def test_patterns_that_mean_nothing_are_answered(tiny: Model, ids: list[int], pattern: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserError, match="nearest"):
+        with pytest.raises(UserError, match=r"nearest|the \[ has no \]"):
             trace(tiny, ids, pattern)
 
 
@@ -145,7 +146,7 @@ def test_a_second_pass_leaves_nothing_of_the_first(tiny: Model, ids: list[int]) 
 
 
 def test_prompts_that_are_none(tiny: Model) -> None:
-    for wrong in ("Once", [[1, 2], [3, 4]], torch.zeros(1, 3, dtype=torch.long), [None], []):
+    for wrong in ("Once", [[1, 2], [3, 4]], torch.zeros(1, 3, dtype=torch.long), [None], [1.5], []):
         with pytest.raises(UserError, match=r"ids should be|empty"):
             trace(tiny, wrong)  # type: ignore[arg-type]
 
@@ -215,6 +216,11 @@ def test_a_wrong_name_gets_the_nearest(tiny: Model, ids: list[int], whole: Trace
         forward(tiny.weights, tiny.params, torch.tensor(ids), tap=Trace("layers.4.residual"))
     with pytest.raises(UserError, match="nearest"):
         forward(tiny.weights, tiny.params, torch.tensor(ids), tap=patch({"layers.4.residual": lambda x: x}))
+    with pytest.raises(UserError, match=r"the \[ has no \] behind it"):
+        trace(tiny, ids, "layers.[0-2.residual")
+    for wrong in (["norm"], "norm", torch.int8):
+        with pytest.raises(UserError, match="should be"):
+            trace(tiny, ids, wrong) if isinstance(wrong, list) else Trace("norm", dtype=wrong)  # type: ignore[arg-type]
     with pytest.raises(KeyError, match=r"the nearest are layers\.1\.residual"):
         whole["layers.1.residua"]
 
@@ -225,6 +231,17 @@ def test_scores_of_the_fast_attention_are_refused(tiny: Model, ids: list[int]) -
     with pytest.raises(UserError, match=r"llama3_raw\.REFERENCE"):
         forward(tiny.weights, tiny.params, torch.tensor(ids), ops=fast_ops(), tap=Trace("*.probs"))
     assert "layers.0.attention.heads" in trace(tiny, ids, "layers.0.*", ops=fast_ops())
+
+
+def test_an_attention_of_ones_own_may_look_at_its_input(tiny: Model, ids: list[int], whole: Trace) -> None:
+    """What is planned beforehand has no values to look at."""
+
+    def attend(q: Tensor, *others: Any) -> Tensor:
+        assert float(q.abs().max()) > 0
+        return REFERENCE.attend(q, *others)
+
+    kept = trace(tiny, ids, "layers.*.attention.scores", "logits", ops=REFERENCE._replace(attend=attend))
+    assert same(kept["logits"], whole["logits"])
 
 
 def test_the_plan_of_a_pass_is_what_comes(tiny: Model, ids: list[int], whole: Trace) -> None:
@@ -254,6 +271,11 @@ def test_the_memory_is_known_before_it_is_spent(tiny: Model, monkeypatch: pytest
     free["cpu"] = 5 * scores
     with pytest.raises(UserError, match="are free on cpu"):
         check("norm")
+    free["cpu"] = 5 * 2 * scores  # in fp32 they are twice as large, but not made in two dtypes
+    check_trace(tiny.params, torch.float32, 512, "norm")
+    free["cpu"] = 2 * 2 * scores
+    with pytest.raises(UserError, match="are free on cpu"):
+        check_trace(tiny.params, torch.float32, 512, "norm")
 
 
 def test_a_saved_trace_comes_back_whole(tiny: Model, ids: list[int], whole: Trace, tmp_path: Path) -> None:
