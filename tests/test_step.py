@@ -196,6 +196,14 @@ def test_quitting_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert err.splitlines()[-1].endswith("llama3_raw: stopped by q in the debugger after 0 new tokens")
 
 
+def test_a_run_cannot_begin_anew() -> None:
+    """Where pdb would end it with a traceback."""
+    done = run([*COMMAND, "--break", "norm", "--max-new-tokens", "2"], ["run", "restart", "c"])
+    assert (done.stdout + done.stderr).count("the run cannot begin anew from here; q ends it") == 2
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.returncode == 0
+
+
 def test_plain_pdb() -> None:
     """Every line of model.py, from the outside; it ends as pdb does."""
     line = line_of("scores = q @ keys")
