@@ -135,6 +135,8 @@ def check_output(option: str, name: str) -> None:
     file = Path(name).resolve()
     if file.exists() and not file.is_file():
         raise UserError(f"{option} {name}: is no file; give the name of one, there or not")
+    if file.exists() and not os.access(file, os.W_OK):
+        raise UserError(f"{option} {name}: is read-only; choose another name, or remove it")
     if not file.parent.is_dir():
         raise UserError(f"{option} {name}: there is no folder {file.parent}; make it first")
     if not os.access(file.parent, os.W_OK):

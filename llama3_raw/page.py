@@ -228,15 +228,15 @@ def syntax_colours() -> str:
     def style(name: str) -> str:
         return str(HtmlFormatter(style=name, nobackground=True).get_style_defs(".source code"))
 
-    return f"{style('default')}\n@media (prefers-color-scheme: dark) {{\n{style('github-dark')}\n}}"
+    return f"{style('default')}\n@media screen and (prefers-color-scheme: dark) {{\n{style('github-dark')}\n}}"
 
 
 def _extremes(rows: dict[str, Tensor]) -> str:
-    """What a picture of rows [n] shows first, in words."""
-    values = torch.stack([row.float() for row in rows.values()])
+    """The limits of what a picture of rows [n] shows, in words."""
+    values = torch.stack([row.float()[: plots.MOST_COLUMNS] for row in rows.values()])
     row, dimension = divmod(int(values.abs().argmax()), values.shape[1])
     low, high = values.aminmax()
-    return f"From {low:.3g} to {high:.3g}; the strongest value is that of {list(rows)[row]}, dimension {dimension}."
+    return f"From {low:.3g} to {high:.3g}; the strongest value shown is of {list(rows)[row]}, dimension {dimension}."
 
 
 def sources() -> dict[str, Source]:

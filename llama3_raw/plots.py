@@ -1,7 +1,7 @@
 """Pictures of what a trace holds, as matplotlib figures, for notebooks and for the page of explain.py.
 
 Each takes a `Trace` with the tensors that it names. Colours are transparent where there is little to see, so that they
-do on white and on black. Needs matplotlib: pip install -e '.[explain]'.
+do on white and, in the page, on black. Needs matplotlib: pip install -e '.[explain]'.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SIGNED = LinearSegmentedColormap.from_list(
 )
 _SHARE = LinearSegmentedColormap.from_list("share", [(BLUE, 0.0), (BLUE, 1.0)])
 _BY_POSITION = LinearSegmentedColormap.from_list("position", [ORANGE, BLUE])
-_MOST_COLUMNS = 64  # of a picture of vectors; more would be thinner than a pixel
+MOST_COLUMNS = 64  # of a picture of vectors; more would be thinner than a pixel
 _MOST_LINES_NAMED = 12
 
 
@@ -79,8 +79,7 @@ def attention(trace: Trace, layer: int, head: int, *, tokenizer: Tokenizer | Non
     Raises UserError where the trace lacks it, or the model has no such head.
     """
     probs = _tensor(trace, f"layers.{layer}.attention.probs", 3)  # [n_heads, T, T]
-    if not 0 <= head < len(probs):
-        raise UserError(f"head {head}: the layer has heads 0 to {len(probs) - 1}")
+    _check_head(head, len(probs))
     texts = token_texts(trace, tokenizer, probs.shape[-2])
     size = 1.5 + 0.3 * len(texts)
     figure, axes = _figure(size + 0.8, size)
@@ -102,9 +101,14 @@ def residual_norms(trace: Trace, *, tokenizer: Tokenizer | None = None) -> Figur
     figure, axes = _figure(5.2, 3.2)
     axes.set_prop_cycle(color=_BY_POSITION(torch.linspace(0, 1, len(texts)).numpy()))
     lines = axes.plot(range(-1, len(rms) - 1), rms.numpy(), linewidth=1.5)
-    named = range(0, len(texts), math.ceil(len(texts) / _MOST_LINES_NAMED))
+    apart = math.ceil(len(texts) / _MOST_LINES_NAMED)
+    named = range(0, len(texts), apart)
     legend = figure.legend(
-        [lines[i] for i in named], [""] * len(named), loc="outside right upper", frameon=False, title="token"
+        [lines[i] for i in named],
+        [""] * len(named),
+        loc="outside right upper",
+        frameon=False,
+        title="token" if apart == 1 else f"every {apart}th token",
     )
     for text, i in zip(legend.get_texts(), named, strict=True):
         text.set_parse_math(False)
@@ -119,9 +123,14 @@ def residual_rms(trace: Trace) -> Tensor:
     return torch.stack([row.float().square().mean(-1).sqrt() for row in rows])
 
 
-def residual_names(trace: Mapping[str, Tensor]) -> list[str]:
-    """The names of the residual stream, from the embedding through all layers that the trace has."""
-    return ["tok_embeddings", *(name for name in trace if name.split(".")[2:] == ["residual"])]
+def residual_names(trace: Trace) -> list[str]:
+    """The names of the residual stream, from the embedding through all layers.
+
+    Where the trace does not know of what it is, up to the last one that it has.
+    """
+    last = max((int(name.split(".")[1]) for name in trace if name.split(".")[2:] == ["residual"]), default=0)
+    n_layers = last + 1 if trace.origin is None else trace.origin.params.n_layers
+    return ["tok_embeddings", *(f"layers.{i}.residual" for i in range(n_layers))]
 
 
 class LogitLens(NamedTuple):
@@ -137,7 +146,7 @@ def read_logit_lens(
 ) -> LogitLens:
     """The final norm and the output matrix, applied to the residual stream everywhere. (nostalgebraist 2020)
 
-    Takes tok_embeddings and layers.*.residual, each [T, dim]. Raises UserError where the trace lacks them.
+    Takes tok_embeddings and layers.*.residual, each [T, dim]. Raises UserError where the trace lacks one of them.
     """
     weights, ids, probs = model.weights, [], []
     stages = residual_names(trace)
@@ -177,13 +186,13 @@ def logit_lens(trace: Trace, model: Model) -> Figure:
 
 def vectors(rows: Mapping[str, Tensor], *, title: str = "") -> Figure:
     """Vectors [n] by name, one above the other: their first values, blue below zero and orange above."""
-    values = torch.stack([row.float()[:_MOST_COLUMNS] for row in rows.values()]).cpu()  # [rows, columns]
+    values = torch.stack([row.float()[:MOST_COLUMNS] for row in rows.values()]).cpu()  # [rows, columns]
     limit = float(values.abs().max())
     figure, axes = _figure(5.2, 0.9 + 0.24 * len(rows))
     image = axes.imshow(values.numpy(), cmap=_SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     _name_ticks(axes, "y", list(rows))
     length = next(iter(rows.values())).shape[0]
-    of = f" (the first {_MOST_COLUMNS} of {length:,})" if length > _MOST_COLUMNS else ""
+    of = f" (the first {MOST_COLUMNS} of {length:,})" if length > MOST_COLUMNS else ""
     axes.set(title=title, xlabel=f"dimension{of}")
     figure.colorbar(image, pad=0.02)
     return figure
@@ -193,12 +202,11 @@ def rope_turns(trace: Trace, params: Params, layer: int, head: int) -> Figure:
     """RoPE as it turns some pairs of a query of the last token, from attention.q to attention.q_rope.
 
     Both are [T, n_heads, head_dim]. From the pair that turns fastest to the slowest. Raises UserError where the trace
-    lacks them.
+    lacks them, or the model has no such head.
     """
-    before, after = (
-        _tensor(trace, f"layers.{layer}.attention.{name}", 3)[-1, head].float().unflatten(-1, (-1, 2))
-        for name in ("q", "q_rope")
-    )  # [head_dim/2, 2]
+    q, q_rope = (_tensor(trace, f"layers.{layer}.attention.{name}", 3)[-1] for name in ("q", "q_rope"))
+    _check_head(head, len(q))
+    before, after = (x[head].float().unflatten(-1, (-1, 2)) for x in (q, q_rope))  # [head_dim/2, 2]
     pairs = shown_pairs(params)
     figure, all_axes = _figure(5.2, 1.9, len(pairs))
     for axes, pair in zip(all_axes, pairs, strict=True):
@@ -235,7 +243,10 @@ def rope_wavelengths(params: Params, length: int) -> Figure:
 
 
 def gates(trace: Trace, layer: int) -> Figure:
-    """silu, and where the gates [hidden_dim] of the last token lie on it: feed_forward.gate of a layer."""
+    """silu, and where the gates [hidden_dim] of the last token lie on it: feed_forward.gate of a layer.
+
+    Raises UserError where the trace lacks it.
+    """
     gate = _tensor(trace, f"layers.{layer}.feed_forward.gate", 2)[-1].float()
     limit = max(4.0, float(gate.abs().max()))
     x = torch.linspace(-limit, limit, 200)
@@ -257,7 +268,7 @@ def next_tokens(names: Sequence[str], probs: Sequence[float]) -> Figure:
     """Tokens and their probabilities, the likeliest on top."""
     figure, axes = _figure(5.2, 0.7 + 0.26 * len(names))
     bars = axes.barh(range(len(names)), probs, color=BLUE)
-    axes.bar_label(bars, [f"{p:.1%}" for p in probs], padding=3)
+    axes.bar_label(bars, [f"{p:.1%}" if p >= 0.001 else "below 0.1%" for p in probs], padding=3)
     _name_ticks(axes, "y", names)
     axes.set(xlim=(0, 1.12 * max(probs)), xlabel="probability")
     axes.invert_yaxis()
@@ -279,8 +290,17 @@ def _name_ticks(axes: Axes, which: str, names: Sequence[str]) -> None:
     axis.set_ticks(range(len(names)), names, parse_math=False, rotation=90 if which == "x" else 0)
 
 
+def _check_head(head: int, n_heads: int) -> None:
+    if not 0 <= head < n_heads:
+        raise UserError(f"head {head}: the layer has heads 0 to {n_heads - 1}")
+
+
 def _tensor(trace: Trace, name: str, dimensions: int) -> Tensor:
     """A tensor of a whole, lone prompt."""
+    n_layers = trace.origin and trace.origin.params.n_layers
+    layer = int(name.split(".")[1]) if name.startswith("layers.") else 0
+    if n_layers and not 0 <= layer < n_layers:
+        raise UserError(f"layer {layer}: the model has layers 0 to {n_layers - 1}")
     if name not in trace:
         raise UserError(f"the trace lacks {name!r}; trace it too, by name or without patterns")
     tensor = trace[name].cpu()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama3_raw import LayerWeights, Params, Weights
+from llama3_raw import LayerWeights, Model, Params, Weights, forward
 from llama3_raw.generation import StopReason
 from llama3_raw.params import RopeScaling
 from llama3_raw.weights import from_state_dict, tensor_places, to_state_dict
@@ -50,6 +50,19 @@ def converted(weights: Weights, convert: Callable[[Tensor], Tensor]) -> Weights:
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
     """The same weights in another dtype."""
     return converted(weights, lambda tensor: tensor.to(dtype))
+
+
+def seen_by_hand(model: Model, ids: list[int]) -> dict[str, Tensor]:
+    """What the tap of a pass gets, copied before anything else can happen to it."""
+    seen: dict[str, Tensor] = {}
+
+    def tap(name: str, tensor: Tensor) -> Tensor:
+        seen[name] = tensor.clone()
+        return tensor
+
+    with torch.no_grad():
+        forward(model.weights, model.params, torch.tensor(ids), tap=tap)
+    return seen
 
 
 def meta_model(params: Params, weights: Weights, batch: int, length: int) -> Any:

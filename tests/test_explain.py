@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from references import cast
+from references import cast, seen_by_hand
 from torch import Tensor
 
-from llama3_raw import REFERENCE, Model, Tokenizer, Trace, UserError, forward, generate, page, plots, trace
+from llama3_raw import REFERENCE, Model, Tokenizer, Trace, UserError, generate, plots, trace
+from llama3_raw import page as page_room
 from llama3_raw.explain import main
 from llama3_raw.model import rope_frequencies
 from llama3_raw.page import build_page, merges_of, pieces_of
@@ -61,19 +62,6 @@ def html(tiny: Model) -> str:
     return build_page(tiny, "tiny", PROMPT)
 
 
-def by_hand(model: Model, ids: list[int]) -> dict[str, Tensor]:
-    """A pass of its own, with nothing but a function for a tap."""
-    seen: dict[str, Tensor] = {}
-
-    def tap(name: str, tensor: Tensor) -> Tensor:
-        seen[name] = tensor.clone()
-        return tensor
-
-    with torch.no_grad():
-        forward(model.weights, model.params, torch.tensor(ids), tap=tap)
-    return seen
-
-
 def lens_by_hand(model: Model, seen: dict[str, Tensor]) -> Tensor:
     """[stages, T, 5]: the five largest probabilities behind the embedding and each layer."""
     weights, stages = model.weights, []
@@ -89,7 +77,7 @@ def test_every_number_is_what_its_python_yields(tiny: Model, prompt: str, layer:
     assert tiny.tokenizer is not None
     page = Page(build_page(tiny, "tiny", prompt, layer, head))
     ids = tiny.tokenizer.encode(prompt, bos=True)
-    seen = by_hand(tiny, ids)
+    seen = seen_by_hand(tiny, ids)
     names = {
         "trace": seen,
         "params": tiny.params,
@@ -289,7 +277,9 @@ class Opened:
         """The heatmap's numbers, [T, T]."""
         rows = self.page.locator("#heatmap tbody tr").all()
         texts = [[cell.inner_text() for cell in row.locator("td").all()] for row in rows]
-        numbers = [[float(text.replace("−", "-").replace("∞", "inf")) for text in row] for row in texts]
+        # a probability that is masked has no number
+        signs = {"·": "0", "−∞": "-inf"}
+        numbers = [[float(signs.get(text, text).replace("−", "-")) for text in row] for row in texts]
         return torch.tensor(numbers)
 
 
@@ -350,6 +340,62 @@ def test_the_keyboard_is_enough(browser: Any, file: Path, kept: Trace) -> None:
     assert page.evaluate("[...document.querySelectorAll('.scroll, pre')].every((part) => part.tabIndex === 0)")
 
 
+def test_every_number_is_reached_by_keyboard(browser: Any, file: Path, kept: Trace) -> None:
+    page = Opened(browser, file).page
+
+    def told() -> tuple[str, float]:
+        python, value = page.inner_text("#python").split(" = ")
+        return python, float(value)
+
+    def python_of(row: int, column: int) -> str:
+        cell = page.locator("section[aria-labelledby=values] tbody tr").nth(row).locator("td").nth(column)
+        return str(cell.locator("data").get_attribute("title"))
+
+    page.locator("section[aria-labelledby=values] .scroll").focus()
+    page.keyboard.press("Tab")  # one number of the table is on the way of Tab, the arrows go on
+    assert told()[0] == python_of(0, 0)
+    for keys, row, column in (("ArrowRight", 0, 1), ("ArrowDown", 1, 1), ("ArrowUp", 0, 1), ("ArrowLeft", 0, 0)):
+        page.keyboard.press(keys)
+        assert told()[0] == python_of(row, column)
+        assert told()[1] == float(eval(told()[0], {"trace": kept}))
+    page.keyboard.press("ArrowUp")  # there is none
+    assert told()[0] == python_of(0, 0)
+    page.keyboard.press("Tab")
+    assert not page.locator("#python").is_visible()
+    page.locator("#heatmap").locator("xpath=..").focus()
+    page.keyboard.press("Tab")
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
+        page.keyboard.press(key)
+    assert told() == ('trace["layers.0.attention.probs"][0, 2, 1]', float(kept["layers.0.attention.probs"][0, 2, 1]))
+    # all are in a group that Tab reaches: as many stops as groups
+    assert page.evaluate("""() => [...document.querySelectorAll(NUMBERS)].every((number) =>
+        [...groupOf(number).querySelectorAll(NUMBERS)].filter((other) => other.tabIndex === 0).length >= 1)""")
+
+
+def test_alternatives_tell_what_is_shown(tiny: Model, html: str, kept: Trace) -> None:
+    """Of embeddings of 192 values the picture has the first 64."""
+    shown = kept["tok_embeddings"][:, : plots.MOST_COLUMNS].float()
+    row, dimension = divmod(int(shown.abs().argmax()), plots.MOST_COLUMNS)
+    (alternative,) = re.findall(r'aria-label="The embedding of each token, as colours\. ([^"]*)"', html)
+    assert alternative.startswith(f"From {shown.min():.3g} to {shown.max():.3g}; ")
+    assert f" of {row} " in alternative
+    assert alternative.endswith(f", dimension {dimension}.")
+
+
+def test_what_is_masked_is_told_from_what_is_small(browser: Any, file: Path) -> None:
+    rows = Opened(browser, file).page.locator("#heatmap tbody tr")
+    assert rows.nth(0).locator("td").nth(1).inner_text() == "·"
+    assert rows.nth(0).locator("td").nth(1).get_attribute("aria-label") == "masked"
+    assert rows.nth(3).locator("td").nth(2).inner_text() == "0.00"  # looked at, hardly
+
+
+def test_print_is_dark_on_white(browser: Any, file: Path) -> None:
+    page = Opened(browser, file, color_scheme="dark").page
+    on_screen = page.evaluate("getComputedStyle(document.body).color")
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(28, 36, 48)" != on_screen
+
+
 def test_a_tapped_number_tells_its_python(browser: Any, file: Path, kept: Trace) -> None:
     page = Opened(browser, file, has_touch=True, viewport={"width": 375, "height": 800}).page
     page.locator("section[aria-labelledby=next] td data").first.tap()
@@ -357,11 +403,16 @@ def test_a_tapped_number_tells_its_python(browser: Any, file: Path, kept: Trace)
     assert float(value) == float(eval(python, {"trace": kept}))
     page.locator("h1").tap()
     assert not page.locator("#python").is_visible()
+    page.locator("#heatmap tbody tr").nth(4).locator("td").nth(1).tap()
+    python, value = page.inner_text("#python").split(" = ")
+    assert python == 'trace["layers.0.attention.probs"][0, 4, 1]'
+    assert float(value) == float(kept["layers.0.attention.probs"][0, 4, 1])
 
 
 def test_without_javascript_a_head_is_there(browser: Any, file: Path, kept: Trace) -> None:
     opened = Opened(browser, file, java_script_enabled=False)
     rows = [row.inner_text().split("\t")[1:] for row in opened.page.locator("#heatmap tbody tr").all()]
+    assert rows[0] == ["1.00", "·", "·", "·", "·"]
     assert [float(cell) for cell in rows[4]] == pytest.approx(
         kept["layers.0.attention.probs"][0, 4].tolist(), abs=0.005
     )
@@ -371,7 +422,7 @@ def test_without_javascript_a_head_is_there(browser: Any, file: Path, kept: Trac
 def test_layers_beyond_the_size_of_a_page_keep_their_thumbnails(
     browser: Any, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "_MOST_HEAD_BYTES", 1000)  # of which a layer takes 480
+    monkeypatch.setattr(page_room, "_MOST_HEAD_BYTES", 1000)  # of which a layer takes 480
     file = tmp_path / "page.html"
     file.write_text(build_page(tiny, "tiny", PROMPT, layer=2), encoding="utf-8")
     opened = Opened(browser, file)

@@ -81,6 +81,11 @@ def test_the_other_pictures_draw(tiny: Model, kept: Trace, tmp_path: Path) -> No
         figure.savefig(io.BytesIO(), format="png")
 
 
+def test_a_notebook_shows_a_figure(kept: Trace) -> None:
+    image = plots.attention(kept, 0, 0)._repr_png_()  # type: ignore[attr-defined]
+    assert image.startswith(b"\x89PNG")
+
+
 def test_small_values_have_a_colour_too() -> None:
     axes = plots.vectors({"row": torch.tensor([-1.0, -0.1, 0.0, 0.1, 1.0])}).axes[0]
     image = axes.images[0]
@@ -104,11 +109,22 @@ def test_traces_of_other_shapes_are_refused(tiny: Model, kept: Trace) -> None:
 
 
 def test_what_a_trace_lacks_is_named(tiny: Model, kept: Trace) -> None:
-    with pytest.raises(UserError, match=r"the trace lacks 'layers\.9\.attention\.probs'"):
-        plots.attention(kept, 9, 0)
-    with pytest.raises(UserError, match="head 6: the layer has heads 0 to 5"):
-        plots.attention(kept, 0, 6)
+    for layer in (9, -1):
+        with pytest.raises(UserError, match=f"layer {layer}: the model has layers 0 to 3"):
+            plots.attention(kept, layer, 0)
+    for head in (6, -1):
+        with pytest.raises(UserError, match=f"head {head}: the layer has heads 0 to 5"):
+            plots.attention(kept, 0, head)
+        with pytest.raises(UserError, match=f"head {head}: the layer has heads 0 to 5"):
+            plots.rope_turns(kept, tiny.params, 0, head)
     assert kept.origin is not None
+    # a layer that is missing must not have its place taken by the next
+    some = trace(tiny, kept.origin.ids, "tok_embeddings", "layers.1.residual", "layers.3.residual")
+    for draw in (plots.residual_norms, lambda x: plots.logit_lens(x, tiny)):
+        with pytest.raises(UserError, match=r"the trace lacks 'layers\.0\.residual'"):
+            draw(some)
+        with pytest.raises(UserError, match=r"the trace lacks 'layers\.2\.residual'"):
+            draw(trace(tiny, kept.origin.ids, "tok_embeddings", "layers.[01].residual"))
     with pytest.raises(UserError, match="the trace lacks 'tok_embeddings'"):
         plots.residual_norms(trace(tiny, kept.origin.ids, "layers.*.residual"))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import cast
+from references import cast, seen_by_hand
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,19 +35,6 @@ def ids(tiny: Model) -> list[int]:
 def whole(tiny: Model, ids: list[int]) -> Trace:
     """Every tensor of a pass."""
     return trace(tiny, ids)
-
-
-def seen_by_hand(model: Model, ids: list[int]) -> dict[str, Tensor]:
-    """What the tap gets, copied before anything else can happen to it."""
-    seen: dict[str, Tensor] = {}
-
-    def tap(name: str, tensor: Tensor) -> Tensor:
-        seen[name] = tensor.clone()
-        return tensor
-
-    with torch.no_grad():
-        forward(model.weights, model.params, torch.tensor(ids), tap=tap)
-    return seen
 
 
 def same(first: Tensor, second: Tensor) -> bool:
