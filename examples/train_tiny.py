@@ -17,31 +17,30 @@ Needs the packages tokenizers and matplotlib: pip install -e '.[examples]'.
 from __future__ import annotations
 
 import argparse
-import base64
-import contextlib
 import hashlib
 import json
 import math
 import random
 import re
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from long_run import ctrl_c_noted, draw_losses
 from tell_stories import tell_stories
 from torch import Tensor
 from tqdm import tqdm
+from train_tokenizer import train_tokenizer
 
 from llama3_raw import Model, Params, Tokenizer, UserError, Weights, forward, generate
 from llama3_raw.command_line import positive_int, read_text, set_threads, write_whole
 from llama3_raw.command_line import seed as seed_type
 from llama3_raw.errors import ArgumentParser, command_line_tool, in_short, needed_package
 from llama3_raw.generation import suitable_ops
-from llama3_raw.tokenizer import N_SPECIAL_TOKENS, SPLIT_PATTERN
+from llama3_raw.tokenizer import N_SPECIAL_TOKENS
 from llama3_raw.weights import from_state_dict, tensor_places, to_state_dict
 
 PARAMS_JSON = {
@@ -86,39 +85,6 @@ def split_documents(documents: Sequence[str], seed: int) -> tuple[list[str], lis
     cuts = [len(document) - len(document) // HELD_OUT for document in documents]
     pairs = list(zip(documents, cuts, strict=True))
     return [document[:cut] for document, cut in pairs], [document[cut:] for document, cut in pairs]
-
-
-def train_tokenizer(texts: Sequence[str], n_ranks: int, file: Path) -> Tokenizer:
-    """Byte-pair merges learned from the texts, written in the format of Meta's tokenizer.model."""
-    needed_package("tokenizers", "training a tokenizer", "examples")
-    from tokenizers import Regex, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Trainable
-
-    trainable = Trainable(models.BPE())
-    trainable.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=n_ranks, initial_alphabet=alphabet, show_progress=True)
-    trainable.train_from_iterator(texts, trainer)
-    merged = sorted(trainable.get_vocab().items(), key=lambda entry: entry[1])
-    # ByteLevel writes byte b as a printable character: the printable bytes as themselves, the others from U+0100 on
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    to_byte = {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-    tokens = [bytes([byte]) for byte in range(256)]
-    tokens += [bytes(to_byte[character] for character in token) for token, _ in merged if len(token) > 1]
-    if len(tokens) < n_ranks:
-        raise UserError(
-            f"the text gives {len(tokens)} tokens, {n_ranks} are wanted; give more text, or --params with a "
-            "smaller vocab_size"
-        )
-    lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
-    write_whole(file, lambda part: part.write_bytes(lines))
-    return Tokenizer(file)
 
 
 def encode(documents: Sequence[str], tokenizer: Tokenizer) -> Text:
@@ -252,29 +218,12 @@ def train(
                 state.held_out.append((step + 1, bits))
                 said = say(Model(params, state.weights, tokenizer), max_new_tokens=60)
                 tqdm.write(f"step {step + 1:,}: {bits:.3f} bits per byte of held-out text; it says: {said}")
-                draw_losses(state, text, output / "loss.png")
+                to_bits = len(text.ids) / text.n_bytes / math.log(2)
+                draw_losses([to_bits * loss for loss in state.losses], state.held_out, output / "loss.png")
             if is_report or noted or (step + 1) % save_every == 0:
                 save_state(state, params, settings, output / STATE)
             if noted:
                 raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def ctrl_c_noted() -> Iterator[list[int]]:
-    """Within it Ctrl-C is only noted, in the list, so that a step is never left half done; a second one is as ever."""
-    noted: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        noted.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # in the background of a shell it is ignored, and stays so
-        signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def say(model: Model, max_new_tokens: int) -> str:
@@ -317,29 +266,6 @@ def load_state(params: Params, settings: dict[str, Any], file: Path) -> State:
     optimiser = make_optimiser(params, weights)
     optimiser.load_state_dict(content["optimiser"])
     return State(weights, optimiser, content["losses"], content["held_out"])
-
-
-def draw_losses(state: State, text: Text, file: Path) -> None:
-    """The loss curve as a picture: training and held-out text in bits per byte against the step."""
-    needed_package("matplotlib", "the loss curve", "examples")
-    from matplotlib.figure import Figure
-
-    to_bits = len(text.ids) / text.n_bytes / math.log(2)
-    losses = to_bits * torch.tensor(state.losses)
-    width = max(1, len(losses) // 100)  # a single batch tells little: the mean of so many
-    means = losses[: len(losses) // width * width].view(-1, width).mean(-1)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    at = width * torch.arange(1, len(means) + 1)
-    axes.plot(at.numpy(), means.numpy(), color="#3b7dd8", label=f"training (mean of {width} steps)")
-    axes.plot(*zip(*state.held_out, strict=True), "o-", color="#e8731a", markersize=4, label="held-out")
-    axes.set(xlabel="step", ylabel="bits per byte", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.grid(which="both", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    write_whole(file, lambda part: figure.savefig(part, format="png", dpi=120))
 
 
 def build_parser() -> ArgumentParser:
@@ -427,8 +353,8 @@ def run(options: argparse.Namespace) -> int:
     """Makes the model that the options ask for, or goes on making it; -> exit status."""
     output, context_length = options.output, options.context_length
     stride = options.stride or max(1, context_length // 2)
-    params_json = PARAMS_JSON if options.params is None else json.loads(read_text(str(options.params)))
-    params = Params.from_meta(params_json) if options.params is None else Params.from_file(options.params)
+    params = Params.from_meta(PARAMS_JSON) if options.params is None else Params.from_file(options.params)
+    params_json = PARAMS_JSON if options.params is None else json.loads(options.params.read_text())
     if not 0 < options.learning_rate < 1:
         raise UserError(f"--learning-rate {options.learning_rate}: should be above 0 and below 1")
     if stride > context_length:
