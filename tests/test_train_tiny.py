@@ -167,7 +167,7 @@ def test_gradients_are_those_of_the_exact_operations() -> None:
     params = Params.from_meta(SMALL)
     weights = train_tiny.random_weights(params, seed=0)
     named = to_state_dict(params, weights)
-    windows = torch.randint(params.vocab_size, (5, 25), generator=torch.Generator().manual_seed(0))
+    windows = torch.randint(params.vocab_size, (11, 25), generator=torch.Generator().manual_seed(0))
     logits = forward(weights, params, windows[:, :-1], ops=REFERENCE)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
     expected = torch.autograd.grad(loss, list(named.values()))
