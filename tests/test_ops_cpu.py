@@ -365,3 +365,14 @@ def test_there_is_one_pool_of_threads() -> None:
     code = "from llama3_raw.ops_cpu import build_kernels\nbuild_kernels()\nprint(open('/proc/self/maps').read())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(set(re.findall(r"\S+/lib[gi]?omp[^/\s]*", done.stdout))) == 1
+
+
+@pytest.mark.parametrize("start", [7, torch.tensor([7, 3])], ids=["int", "tensor"])
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["lone", "batch"])
+def test_torch_attends_by_blocks(batch: tuple[int, ...], start: int | torch.Tensor) -> None:
+    """A mask that is not of two or four dimensions has torch make all scores at once, at half the speed."""
+    if isinstance(start, torch.Tensor) and not batch:
+        start = start[0]
+    q, keys, values = (torch.ones(*batch, length, heads, 32) for length, heads in ((3, 4), (10, 2), (10, 2)))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        assert ops_cpu.attend_by_torch(q, keys, values, start).shape == q.shape  # raises where it cannot
