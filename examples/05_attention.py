@@ -1,0 +1,118 @@
+"""05: how does a token take in what stands before it?
+
+The question: "it" alone means nothing, so how does the row of a token come to hold what other tokens say? The idea:
+each token asks (a query), all before it answer as far as their keys fit, and the answers (values) are added up by that
+share. What to look at: four steps, each a few lines longer than the last.
+
+What came before: a recurrent encoder read a whole sentence into one hidden state, and its decoder had to write from
+that state alone; attention lets every word be looked at again (Bahdanau et al. 2014).
+
+    python examples/05_attention.py --picture attention.png
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from lesson import open_model, save, show, title
+from matplotlib.figure import Figure
+
+from llama3_raw import plots, trace
+from llama3_raw.model import rms_norm, rope, rope_rotation, token_positions
+
+model, tokenizer, picture = open_model(__doc__, draws=True)
+params, layer = model.params, model.weights.layers[0]
+ids = tokenizer.encode("The dog saw the cat and it", bos=True)
+length, head_dim = len(ids), params.head_dim
+words = [tokenizer.decode([token]) for token in ids]
+x = model.weights.tok_embeddings[torch.tensor(ids)]  # [T, dim]
+x = rms_norm(x, layer.attention_norm, params.norm_eps)  # [T, dim] (lesson 06)
+show("x", x)
+
+title("1. Plain attention: look at what is like you")
+scores = x @ x.T  # [T, T]: the dot product of each pair of tokens
+show("scores = x @ x.T", scores)
+probs = scores.float().softmax(dim=-1)  # [T, T]: each row sums to 1
+show("probs = softmax(scores)", probs)
+context = probs @ x.float()  # [T, T] @ [T, dim] -> [T, dim]
+show("context = probs @ x", context)
+by_loop = torch.zeros_like(context)
+for i in range(length):
+    for j in range(length):
+        by_loop[i] += probs[i, j] * x[j].float()
+assert torch.allclose(context, by_loop, rtol=1e-4, atol=1e-5)
+assert torch.allclose(probs.sum(dim=-1), torch.ones(length))
+print("a weighted mean of all rows; but each token is most like itself, and nothing here can be learned")
+
+title("2. Trainable: a token asks with one matrix, answers with two others")
+wq, wk, wv = layer.wq[:head_dim], layer.wk[:head_dim], layer.wv[:head_dim]  # those of head 0, each [head_dim, dim]
+q, k, v = x @ wq.T, x @ wk.T, x @ wv.T  # each [T, head_dim]
+for name, tensor in (("wq of head 0", wq), ("q = x @ wq.T", q), ("k = x @ wk.T", k), ("v = x @ wv.T", v)):
+    show(name, tensor)
+# marks positions (lesson 04); the 1 is the head
+rotation = rope_rotation(token_positions(0, length, x.device), params)
+q, k = rope(q.unsqueeze(1), *rotation).squeeze(1), rope(k.unsqueeze(1), *rotation).squeeze(1)
+scores = q @ k.T / math.sqrt(head_dim)  # [T, T]
+show("scores = q @ k.T / √head_dim", scores)
+wide = torch.randn(10_000, 2, head_dim, generator=torch.Generator().manual_seed(0))
+spread = (wide[:, 0] * wide[:, 1]).sum(-1).std()
+print(f"the root: dot products of {head_dim} random values spread by {spread:.1f} ≈ √{head_dim} = {head_dim**0.5:.1f};")
+print("undivided, softmax would give nearly all to the largest, and learn nothing more")
+
+title("3. Causal: nobody looks ahead, or there would be nothing left to foretell")
+future = torch.ones(length, length, dtype=torch.bool).triu(1)  # [T, T]: True above the diagonal
+masked = scores.masked_fill(future, -torch.inf)
+probs = F.softmax(masked.float(), dim=-1).to(q.dtype)  # in fp32, then back, as Meta does
+for word, row in zip(words, probs.tolist(), strict=True):
+    print(f"  {word!r:>20} " + " ".join(f"{p:.2f}" if p else "  · " for p in row))
+assert not probs[future].any()
+alone = F.softmax(masked[:3, :3].float(), dim=-1).to(q.dtype)
+assert torch.equal(alone, probs[:3, :3])
+print("and so a token's row stays what it is when others follow: that is why keys and values can be cached (lesson 08)")
+torch.manual_seed(0)
+dropped = F.dropout(probs.float(), p=0.5, training=True)
+left, all_shares = int((dropped > 0).sum()), int((probs > 0).sum())
+print(f"in training, dropout may hide some of them: {left} of {all_shares} are left here, doubled")
+print("(Llama is trained without it: nearly all of its text is seen only once)")
+assert torch.equal(F.dropout(probs, p=0.5, training=False), probs)
+
+title("4. Several heads: different questions at once; neighbouring query heads share a kv head")
+n_heads, n_kv_heads = params.n_heads, params.n_kv_heads
+sharing = n_heads // n_kv_heads
+print(f"  {n_heads} query heads, {n_kv_heads} kv heads: {sharing} share each (grouped-query; Ainslie et al. 2023)")
+heads = []
+for head in range(n_heads):
+    kv_head = head // sharing
+    wq = layer.wq[head * head_dim : (head + 1) * head_dim]  # [head_dim, dim]
+    wk = layer.wk[kv_head * head_dim : (kv_head + 1) * head_dim]
+    wv = layer.wv[kv_head * head_dim : (kv_head + 1) * head_dim]
+    q, k, v = x @ wq.T, x @ wk.T, x @ wv.T  # each [T, head_dim]
+    q, k = rope(q.unsqueeze(1), *rotation).squeeze(1), rope(k.unsqueeze(1), *rotation).squeeze(1)
+    masked = (q @ k.T / math.sqrt(head_dim)).masked_fill(future, -torch.inf)  # [T, T]
+    heads.append(F.softmax(masked.float(), dim=-1).to(q.dtype) @ v)  # [T, head_dim]
+joined = torch.cat(heads, dim=-1)  # [T, n_heads * head_dim]
+show("one head", heads[0])
+show("all heads, joined", joined)
+show("wo", layer.wo)
+out = joined @ layer.wo.T  # [T, n_heads * head_dim] @ [n_heads * head_dim, dim] -> [T, dim]
+show("out = joined @ wo.T", out)
+print(f"what has to be kept for each token: keys and values of {n_kv_heads} heads, not {n_heads}")
+
+title("The same as the engine's attention, to the last bit")
+seen = trace(model, ids, "layers.0.attention*")
+assert torch.equal(x, seen["layers.0.attention_norm"])
+assert torch.equal(torch.stack(heads, dim=1), seen["layers.0.attention.heads"])
+assert torch.equal(out, seen["layers.0.attention.out"])
+for name in ("layers.0.attention_norm", "layers.0.attention.heads", "layers.0.attention.out"):
+    show(name, seen[name])
+
+
+def draw() -> Figure:
+    """Where head 0 looks, as in step 3."""
+    return plots.attention(seen, 0, 0, tokenizer=tokenizer)
+
+
+if picture:
+    save(draw(), picture)

@@ -1,0 +1,133 @@
+"""06: what happens to a token's row besides attention?
+
+The question: what keeps 32 layers from blowing their numbers up, and what do they do besides attention? The idea: a
+norm gives every row the same size before it is used, while the residual stream itself is only added to; then each row
+goes alone through a wide layer in which one half gates the other. What to look at: RMSNorm and LayerNorm, SwiGLU and
+ReLU.
+
+    python examples/06_rmsnorm_swiglu.py --picture activations.png
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from lesson import open_model, save, show, title
+from matplotlib.figure import Figure
+
+from llama3_raw import REFERENCE, trace
+from llama3_raw.model import no_tap, rms_norm, swiglu
+from llama3_raw.plots import Picture
+
+model, tokenizer, picture = open_model(__doc__, draws=True)
+params, layers = model.params, model.weights.layers
+ids = tokenizer.encode("Once upon a time", bos=True)
+seen = trace(model, ids)
+
+title("Why a norm, and why before: the residual stream grows")
+x = seen["tok_embeddings"]  # [T, dim]
+for name in ("tok_embeddings", "layers.0.residual", f"layers.{len(layers) - 1}.residual"):
+    print(f"  {name:<24} root mean square of the last row: {seen[name][-1].float().square().mean().sqrt():8.3f}")
+for i in range(len(layers)):
+    before = seen["tok_embeddings" if i == 0 else f"layers.{i - 1}.residual"]
+    assert torch.equal(seen[f"layers.{i}.attention.residual"], before + seen[f"layers.{i}.attention.out"])
+print("every layer only adds to the stream, and reads a normed copy of it")
+# the other way, as the first Transformer did it: norm the sum; shown with 32 layers of random matrices
+dim, count = 1024, 32
+for order in ("after", "before"):
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(dim, generator=generator)  # [dim]: the embedding, as it were
+    stream, one = first, torch.ones(dim)
+    for _ in range(count):
+        matrix = torch.randn(dim, dim, generator=generator) / math.sqrt(dim)
+        if order == "after":
+            stream = rms_norm(stream + matrix @ stream, one, 1e-5)
+        else:
+            stream = stream + matrix @ rms_norm(stream, one, 1e-5)
+    kept = float(torch.cosine_similarity(stream, first, dim=0))
+    expected = 2 ** (-count / 2) if order == "after" else 1 / math.sqrt(1 + count)
+    print(f"  normed {order:<6} the sum: {count} layers later the stream has {kept:+.3f} of the embedding", end=" ")
+    print(f"(expected {expected:.5f}, by chance ±{1 / math.sqrt(dim):.3f})")
+    assert abs(kept - expected) < 4 / math.sqrt(dim)
+print(
+    "normed after, each layer divides by √2 what all before it said, and the gradient on its straight way back with it;"
+)
+print(
+    "normed before, every layer counts the same, and deep models can be trained without a warm-up (Xiong et al. 2020)"
+)
+
+title("RMSNorm by hand: each row over its root mean square, times a learned weight")
+weight = layers[0].attention_norm  # [dim]
+mean_square = x.float().square().mean(dim=-1, keepdim=True)  # [T, 1], in fp32
+show("mean square", mean_square)
+by_hand = (x.float() * torch.rsqrt(mean_square + params.norm_eps)).to(x.dtype) * weight  # [T, dim]
+show("normed", by_hand)
+assert torch.equal(by_hand, rms_norm(x, weight, params.norm_eps))
+assert torch.equal(by_hand, seen["layers.0.attention_norm"])
+print("equal to the engine's, to the last bit")
+
+title("LayerNorm also takes the mean away, and adds a bias; RMSNorm found that neither is needed")
+row = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+one = torch.ones(4)
+show("a row", row)
+show("LayerNorm", F.layer_norm(row, (4,), eps=0.0))
+show("RMSNorm", rms_norm(row, one, 0.0))
+centred = row - row.mean()
+show("RMSNorm of the centred row", rms_norm(centred, one, 0.0))
+assert torch.allclose(F.layer_norm(row, (4,), eps=0.0), rms_norm(centred, one, 0.0))
+assert torch.allclose(rms_norm(10 * row, one, 0.0), rms_norm(row, one, 0.0))
+print("of a row without mean they are the same; and ten times the row gives the same output, from either")
+means = x.float().mean(dim=-1).abs() / mean_square.squeeze(-1).sqrt()  # [T]
+print(f"the rows here have hardly a mean to take away: {means.mean():.2f} of their root mean square")
+
+title("Activations: ReLU cuts off, GELU and SiLU bend")
+points = torch.tensor([-3.0, -1.0, -0.1, 0.0, 0.1, 1.0, 3.0])
+print(f"  {'x':>6} " + " ".join(f"{value:7.2f}" for value in points.tolist()))
+for name, function in (("ReLU", F.relu), ("GELU", F.gelu), ("SiLU", F.silu)):
+    print(f"  {name:>6} " + " ".join(f"{value:7.3f}" for value in function(points).tolist()))
+assert torch.allclose(F.silu(points), points * torch.sigmoid(points))
+gelu = points * 0.5 * (1 + torch.erf(points / math.sqrt(2)))  # x times the share of a normal distribution below x
+assert torch.allclose(F.gelu(points), gelu, atol=1e-6)
+print("SiLU is x · sigmoid(x): smooth, with a gradient below 0 too")
+
+title("SwiGLU: one product says what, another how much of it (Shazeer 2020)")
+block = layers[0]
+normed = seen["layers.0.ffn_norm"]  # [T, dim]
+gate = normed @ block.w1.T  # [T, hidden_dim]
+up = normed @ block.w3.T  # [T, hidden_dim]
+hidden = F.silu(gate) * up  # [T, hidden_dim]
+out = hidden @ block.w2.T  # [T, dim]
+for name, tensor in (("gate = x @ w1.T", gate), ("up = x @ w3.T", up), ("silu(gate) * up", hidden), ("out", out)):
+    show(name, tensor)
+assert torch.equal(out, swiglu(normed, block, REFERENCE, no_tap, "layers.0.feed_forward"))
+assert torch.equal(out, seen["layers.0.feed_forward.out"])
+print("equal to the engine's, to the last bit")
+plain = F.relu(gate)
+print(f"ReLU alone would be 0 for {(plain == 0).float().mean():.0%} of these units, however large `up` says they are;")
+print(f"SwiGLU's gate lets {(hidden.abs() > 0.01).float().mean():.0%} through by more than 0.01, with either sign")
+three = 3 * params.dim * params.hidden_dim
+print(f"three matrices instead of two: {three:,} parameters, so hidden_dim is 2/3 of the usual 4 × dim, or near it")
+
+
+def draw() -> Figure:
+    """The three functions, and what SwiGLU makes of a gate; marks show where the gates of the last token lie."""
+    figure = Picture(figsize=(7, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    line = torch.linspace(-4, 4, 200)
+    for name, function, style in (("ReLU", F.relu, ":"), ("GELU", F.gelu, "--"), ("SiLU", F.silu, "-")):
+        left.plot(line.numpy(), function(line).numpy(), style, label=name)
+    left.legend(frameon=False)
+    left.set(title="activations", xlabel="x")
+    for value in (-1.0, 1.0, 2.0):
+        right.plot(line.numpy(), (F.silu(line) * value).numpy(), label=f"up = {value:+.0f}")
+    gates = gate[-1].float()  # [hidden_dim]
+    right.plot(gates.numpy(), [-2.6] * len(gates), "|", color="0.4", alpha=0.3)
+    right.legend(frameon=False)
+    right.set(title="silu(gate) · up", xlabel="gate (marks: those of the last token)")
+    return figure
+
+
+if picture:
+    save(draw(), picture)

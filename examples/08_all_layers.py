@@ -1,0 +1,99 @@
+"""08: from a prompt to the next token, and to the one after it.
+
+The question: how does the whole model run, and why is a second token cheaper than a first? The idea: the same layer
+again and again with other weights, one norm, one product with a table; and since a token never looks ahead, the keys
+and values of earlier tokens never change and can be kept. What to look at: the loop over the layers, and the two loops
+at the end.
+
+    python examples/08_all_layers.py
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from lesson import open_model, show, title
+
+from llama3_raw import REFERENCE, KVCache, forward
+from llama3_raw.model import layer, no_tap, rms_norm, rope_rotation, token_positions
+
+model, tokenizer, _ = open_model(__doc__)
+weights, params = model.weights, model.params
+PROMPTS = (
+    "the answer to the ultimate question of life, the universe, and everything is ",
+    "the color of the sun is?",
+    "Once upon a time",
+)
+
+for prompt in PROMPTS:
+    title(f"{prompt!r}, layer by layer")
+    tokens = torch.tensor(tokenizer.encode(prompt, bos=True))  # [T]
+    show("tokens", tokens)
+    rotation = rope_rotation(token_positions(0, len(tokens), tokens.device), params)  # the same for every layer
+    x = weights.tok_embeddings[tokens]  # [T, dim]
+    show("embedded", x)
+    for i, layer_weights in enumerate(weights.layers):
+        x = layer(x, layer_weights, params, rotation, None, 0, REFERENCE, no_tap, f"layers.{i}")  # [T, dim]
+        if i in (0, 1, len(weights.layers) - 1):
+            show(f"behind layer {i}", x)
+    x = rms_norm(x, weights.norm, params.norm_eps)  # [T, dim]
+    logits = (x @ weights.output.T).float()  # [T, dim] @ [dim, vocab_size] -> [T, vocab_size]
+    show("logits", logits)
+    assert torch.equal(logits, forward(weights, params, tokens))
+    next_token = int(logits[-1].argmax())  # the last row says what follows the whole prompt
+    share = float(logits[-1].softmax(-1)[next_token])
+    print(f"  the next token: {next_token}, {tokenizer.decode([next_token])!r}, with probability {share:.0%}")
+print(
+    "\n(the real Llama-3-8B goes on with 42; a model of two million parameters that read children's stories does not)"
+)
+
+title("The generation loop: each new token goes back in")
+start = tokenizer.encode("Once upon a time", bos=True)
+COUNT = 24
+
+
+def without_cache() -> list[int]:
+    """COUNT tokens, the whole text computed anew for each."""
+    ids = list(start)
+    for _ in range(COUNT):
+        logits = forward(weights, params, torch.tensor(ids), logits_at=-1)  # [vocab_size]
+        ids.append(int(logits.argmax()))
+    return ids
+
+
+def with_cache() -> list[int]:
+    """COUNT tokens; the prompt once, then one token at a time, which looks at the keys and values kept."""
+    ids = list(start)
+    cache = KVCache.allocate(params, max_seq_len=len(start) + COUNT, like=weights)
+    new, at = ids, 0
+    for _ in range(COUNT):
+        logits = forward(weights, params, torch.tensor(new), cache=cache, start=at, logits_at=-1)
+        at += len(new)
+        new = [int(logits.argmax())]
+        ids += new
+    return ids
+
+
+texts, seconds = [], []
+for name, loop in (("without a cache", without_cache), ("with a cache", with_cache)):
+    loop()  # once, so that neither pays for waking up
+    begin = time.perf_counter()
+    texts.append(loop())
+    seconds.append(time.perf_counter() - begin)
+    print(f"  {name:<16} {1000 * seconds[-1] / COUNT:7.1f} ms a token")
+print(f"  {tokenizer.decode(texts[1][1:])!r}")
+# in 16 bits the two may round to different tokens where two are equally likely; one product is not cut as the other
+same = next((i for i, pair in enumerate(zip(*texts, strict=True)) if pair[0] != pair[1]), len(texts[0]))
+print(f"the same text for {same - len(start)} of {COUNT} tokens, {seconds[0] / seconds[1]:.1f} × as fast")
+assert same > len(start)
+
+title("What the cache costs")
+cache = KVCache.allocate(params, max_seq_len=params.max_seq_len, like=weights)
+show("keys of one layer", cache.keys[0])
+size = sum(tensor.nbytes for tensors in cache for tensor in tensors)
+context = params.max_seq_len
+print(f"for the whole context of {context:,} tokens {size / 1e6:,.1f} MB, {size // context:,} bytes a token")
+assert (
+    size == 2 * len(weights.layers) * params.max_seq_len * params.n_kv_heads * params.head_dim * weights.norm.itemsize
+)

@@ -1,0 +1,124 @@
+"""Makes walkthrough.ipynb from the lessons, and runs it: the same road as one notebook, with pictures.
+
+    pip install -e '.[examples]' && python examples/make_walkthrough.py
+
+A lesson's docstring becomes text, each title a heading with a cell of code below it, and what --picture draws is shown.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from tqdm import tqdm
+
+from llama3_raw.command_line import write_whole
+from llama3_raw.errors import ArgumentParser, command_line_tool
+
+HERE = Path(__file__).parent
+NOTEBOOK = HERE / "walkthrough.ipynb"
+OPENING = """# Llama 3 from the first token to the next one
+
+The ten lessons of this folder, one after the other, on the small built-in model; for the real one, change the first
+cell. Made from the scripts by `make_walkthrough.py`."""
+OPEN_MODEL = """import llama3_raw
+
+model = llama3_raw.load("../weights/tiny")  # or "../weights/Meta-Llama-3-8B"
+tokenizer = model.tokenizer"""
+
+
+def is_call_of(statement: ast.stmt, function: str) -> bool:
+    """Whether a statement is a call of that function, its result taken or not."""
+    value = statement.value if isinstance(statement, (ast.Expr, ast.Assign)) else None
+    return isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == function
+
+
+def title_of(statement: ast.stmt) -> str | None:
+    """The text of a title("…"); None for other statements, and for a title that is not known before it is run."""
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call) and is_call_of(statement, "title"):
+        (text,) = statement.value.args
+        if isinstance(text, ast.Constant):
+            return str(text.value)
+    return None
+
+
+def cells_of(lesson: Path) -> list[NotebookNode]:
+    """A lesson as cells: its docstring, then each title with the code below it."""
+    source = lesson.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    tree = ast.parse(source)
+    heading, _, about = (ast.get_docstring(tree) or "").partition("\n\n")
+    cells = [new_markdown_cell(f"# {heading}\n\n{about}")]
+    code: list[str] = []
+
+    def end_cell() -> None:
+        text = "\n".join(code).strip()
+        if text:
+            cells.append(new_code_cell(text))
+        code.clear()
+
+    end = tree.body[0].end_lineno or 0  # of the docstring
+    for statement in tree.body[1:]:
+        last = statement.end_lineno or statement.lineno
+        code += lines[end : statement.lineno - 1]  # comments and blank lines before it
+        end = last
+        step = title_of(statement)
+        if step:
+            end_cell()
+            cells.append(new_markdown_cell(f"## {step}"))
+        elif isinstance(statement, ast.ImportFrom) and statement.module == "lesson":
+            replaced = {"open_model", "save"}
+            titles = [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and is_call_of(node, "title")]
+            if all(node in tree.body and title_of(node) for node in titles):
+                replaced |= {"title"}
+            names = [alias.name for alias in statement.names if alias.name not in replaced]
+            code += [f"from lesson import {', '.join(names)}"] if names else []
+        elif isinstance(statement, ast.If) and ast.unparse(statement.test) == "picture":
+            code.append("draw()")  # shown below the cell, where the script saves it
+        elif not (
+            is_call_of(statement, "open_model")
+            or (isinstance(statement, ast.ImportFrom) and statement.module == "__future__")
+        ):
+            code += lines[statement.lineno - 1 : last]
+    end_cell()
+    return cells
+
+
+def make_notebook() -> NotebookNode:
+    """All lessons as one notebook, not run yet."""
+    cells = [new_markdown_cell(OPENING), new_code_cell(OPEN_MODEL)]
+    for lesson in sorted(HERE.glob("[0-9][0-9]_*.py")):
+        cells += cells_of(lesson)
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"  # the same each time, so that a new run changes only what is new
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook: NotebookNode = new_notebook(cells=cells, metadata=metadata)
+    return notebook
+
+
+@command_line_tool
+def main(arguments: Sequence[str]) -> int:
+    """Runs it; -> exit status."""
+    ArgumentParser(description=__doc__).parse_args(arguments)
+    notebook = make_notebook()
+    client = NotebookClient(
+        notebook,
+        resources={"metadata": {"path": str(HERE)}},
+        record_timing=False,
+        extra_arguments=["--log-level=ERROR"],  # or it warns of its own port on this machine
+    )
+    with client.setup_kernel():
+        for number, cell in enumerate(tqdm(notebook.cells, desc="running the cells", unit="cell")):
+            client.execute_cell(cell, number)
+    write_whole(NOTEBOOK, lambda part: nbformat.write(notebook, part))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
