@@ -80,7 +80,7 @@ def every_outcome(words: list[tuple[str, ...]]) -> list[frozenset[str]]:
 outcomes = every_outcome(corpus)
 print(f"of {len(outcomes)} ways to break the ties, cd is made in {sum('cd' in made for made in outcomes)},", end=" ")
 print(f"de in {sum('de' in made for made in outcomes)}, both in {sum({'cd', 'de'} <= made for made in outcomes)}")
-print("(a table with both counts the pieces of words; it does not merge them)")
+print("(the well-known article's table has both: it counts neighbours in the words as they were, without merging)")
 assert not any({"cd", "de"} <= made for made in outcomes)
 
 title("Using it: the rank of a token is when it was learned; the lowest rank is joined first")
@@ -91,7 +91,7 @@ def encode_by_rank(piece: bytes, ranks: dict[bytes, int], shown: bool = False) -
     parts = [bytes([byte]) for byte in piece]
     while True:
         if shown:
-            print("  " + " · ".join(part.decode(errors="backslashreplace") for part in parts))
+            print("  " + " · ".join(part.decode(errors="backslashreplace").replace(" ", "␣") for part in parts))
         joined = [ranks.get(left + right) for left, right in itertools.pairwise(parts)]
         if all(rank is None for rank in joined):
             return [ranks[part] for part in parts]
@@ -114,9 +114,9 @@ by_merging = encode_by_rank(b"hugging", made_up)
 print(f"  by merging {[looked_up.decode([token]) for token in by_merging]}, by tiktoken {looked_up.encode('hugging')}")
 assert len(by_merging) == 4
 assert looked_up.encode("hugging") == [259]
-# Llama 3 has 588 such tokens, " việc" (100769) among them; its own encoding of hugging is two tokens, h and ugging.
 pieces = [tokenizer.decode([token]) for token in tokenizer.encode("hugging")]
-print(f"  and by this model's ranks: {pieces}")
+print(f"  by this model's ranks {pieces}: not whole, since none of them is hugging")
+print("  (in Llama 3 it is h, ugging; 588 of its other tokens are reached by the look-up alone, ' việc' among them)")
 
 title("Before that, a pattern cuts the text into words; nothing is merged across a cut")
 # as tiktoken_ext/openai_public.py has it
@@ -149,6 +149,7 @@ assert tokenizer.eos_id not in as_text
 title("There and back")
 for text in ("Once upon a time", "Zażółć gęślą jaźń", "🦙 says: 你好"):
     ids = tokenizer.encode(text, bos=True)
-    print(f"  {text!r}: {len(text)} characters, {len(text.encode())} bytes, {len(ids)} tokens {ids[:8]} …")
+    print(f"  {text!r}: {len(text)} characters, {len(text.encode())} bytes, {len(ids)} tokens", end=" ")
+    print(f"with begin-of-text: {ids[:8]}{' …' if len(ids) > 8 else ''}")
     assert ids[0] == tokenizer.bos_id
     assert tokenizer.decode(ids[1:]) == text

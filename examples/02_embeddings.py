@@ -2,7 +2,7 @@
 
 The question: an id is a mere name, token 998 is no more than token 3, so what does the model compute with? The idea:
 every id owns a row of a table, learned like all other weights; to look a token up is to take its row. What to look at:
-three ways to write that, all the same to the last bit, and which rows lie near each other.
+the ways to write that, all the same to the last bit, and which rows lie near each other.
 
     python examples/02_embeddings.py
 """
@@ -38,7 +38,8 @@ show("the engine's tok_embeddings", embedded)
 assert torch.equal(by_index, by_product)
 assert torch.equal(by_index, by_function)
 assert torch.equal(by_index, embedded)
-print("all four are equal to the last bit: a product with one 1 among 0s picks a row, at vocab_size times the work")
+print("the three and the engine's are equal to the last bit; to multiply with one 1 among 0s picks a row too,")
+print("at vocab_size times the work")
 
 title("An embedding layer is a linear layer without its arithmetic")
 layer = torch.nn.Embedding.from_pretrained(table)
@@ -53,8 +54,8 @@ twice = torch.tensor(tokenizer.encode(" red red", bos=False))
 assert torch.equal(table[twice][0], table[twice][1])
 show("' red red'", table[twice])
 
-title("Rows that are used alike lie near each other (by the angle between them)")
-ranks = table[: tokenizer.n_words - len(tokenizer.special_tokens)]  # special tokens were hardly trained
+title("Tokens that are used alike have rows that lie near each other (by the angle between them)")
+ranks = table[: tokenizer.n_words - len(tokenizer.special_tokens)]  # most special tokens never came in training
 lengths = ranks.norm(dim=-1)  # [ranks]
 for word in (" red", " girl", " mom", " happy"):
     (token,) = tokenizer.encode(word)

@@ -22,7 +22,7 @@ params, layer = model.params, model.weights.layers[0]
 generator = torch.Generator().manual_seed(0)
 by_head = (-1, params.head_dim)
 
-title("Without positions, attention cannot tell orders apart")
+title("Without positions, a layer's attention cannot tell orders apart")
 one_order = tokenizer.encode("The dog saw the cat", bos=True)
 other_order = [*reversed(one_order[:-1]), one_order[-1]]  # the same tokens before the same last one
 print(f"  {tokenizer.decode(one_order)!r}")
@@ -54,6 +54,9 @@ def difference(add: torch.Tensor | None = None, turned: bool = False) -> float:
 
 without = difference()
 print(f"the last token's attention differs by {without:.1e}: by rounding alone")
+print(
+    "(a second layer could, dimly: under the mask, the rows it reads have seen different beginnings; Haviv et al. 2022)"
+)
 assert without < 1e-5
 
 title("1. Learned absolute positions: a second table, one row per position (GPT-2)")
@@ -76,17 +79,31 @@ scaled = sinusoidal[: len(one_order)] * size
 print(f"the two orders differ by {difference(add=scaled):.2f}")
 assert difference(add=scaled) > 0.01
 
-title("3. Relative positions: a number for each distance, added to the scores (Shaw et al. 2018; T5)")
+title("3. Relative positions: a number for each distance, added to the scores (T5; Raffel et al. 2020)")
+# Shaw et al. (2018), who came first, add a learned vector for each distance to the keys; T5 has numbers, for each head
 length = len(one_order)
 distance = torch.arange(length)[:, None] - torch.arange(length)  # [T, T]: how far back each key lies
 by_distance = torch.randn(max_seq_len, generator=generator)  # learned in a real model
 bias = by_distance[distance.clamp(min=0)]  # [T, T]
 show("distance", distance)
-show("bias", bias)
+show("bias of the last token", bias[-1])
 assert torch.equal(bias.diagonal(-1), by_distance[1].expand(length - 1))  # all neighbours share one number
 print("the same number along each diagonal: what counts is how far back a token lies, not where it stands")
 
-title("4. RoPE: neighbouring values are points in a plane, turned by position × frequency (Su et al. 2021)")
+
+def gathered(ids: list[int]) -> torch.Tensor:
+    """[T] -> [head_dim]: what head 0 gathers for the last token, the bias added to its scores."""
+    normed = rms_norm(embed(ids), layer.attention_norm.float(), params.norm_eps)
+    q, k, v = (normed @ w[: params.head_dim].float().T for w in (layer.wq, layer.wk, layer.wv))  # [T, head_dim]
+    shares = (q[-1] @ k.T / params.head_dim**0.5 + bias[-1]).softmax(-1)  # [T]
+    return torch.matmul(shares, v)
+
+
+one, other = gathered(one_order), gathered(other_order)
+print(f"the two orders differ by {(one - other).norm() / one.norm():.2f}")
+assert (one - other).norm() > 0.01 * one.norm()
+
+title("4. RoPE: each two neighbouring values are a point in a plane, turned by position × frequency (Su et al. 2021)")
 pair_frequencies = rope_frequencies(params, torch.device("cpu"))  # [head_dim/2], in radians per position
 show("frequencies", pair_frequencies)
 turn = 2 * torch.pi / pair_frequencies
@@ -107,7 +124,7 @@ real_form = rope(q, *rope_rotation(positions, params))  # the engine's, from cos
 show("turned q", real_form)
 if params.head_dim % 16 == 0:  # as rope() says; every Llama is so
     assert torch.equal(complex_form, real_form)
-print("Meta's complex product and the engine's cos and sin give the same bits; a position costs no parameter")
+    print("Meta's complex product and the engine's cos and sin give the same bits; a position costs no parameter")
 assert torch.equal(real_form[0], q[0])  # position 0 is not turned
 assert torch.allclose(real_form.norm(dim=-1), q.norm(dim=-1))  # a turn changes no length
 
@@ -120,7 +137,7 @@ for query_at, key_at in ((3, 0), (13, 10), (203, 200), (13, 3)):
     turned_key = rope(key, *rope_rotation(torch.tensor([key_at]), params))
     scores.append(float((turned_query * turned_key).sum()))
     print(f"  {query_at:10} {key_at:8}   {scores[-1]:.5f}")
-assert max(abs(scores[0] - score) for score in scores[1:3]) < 1e-3  # of angles near 200 radians fp32 keeps 5 digits
+assert max(abs(scores[0] - score) for score in scores[1:3]) < 1e-3  # of angles near 200 radians fp32 keeps 5 decimals
 assert abs(scores[0] - scores[3]) > 0.01
 
 title("And the two orders are told apart, by the engine's own attention")

@@ -1,8 +1,8 @@
 """05: how does a token take in what stands before it?
 
 The question: "it" alone means nothing, so how does the row of a token come to hold what other tokens say? The idea:
-each token asks (a query), all before it answer as far as their keys fit, and the answers (values) are added up by that
-share. What to look at: four steps, each a few lines longer than the last.
+each token asks (a query), it and all before it answer as far as their keys fit, and the answers (values) are added up
+by that share. What to look at: four steps, each a few lines longer than the last.
 
 What came before: a recurrent encoder read a whole sentence into one hidden state, and its decoder had to write from
 that state alone; attention lets every word be looked at again (Bahdanau et al. 2014).
@@ -44,12 +44,19 @@ for i in range(length):
         by_loop[i] += probs[i, j] * x[j].float()
 assert torch.allclose(context, by_loop, rtol=1e-4, atol=1e-5)
 assert torch.allclose(probs.sum(dim=-1), torch.ones(length))
+assert torch.equal(probs.argmax(-1), torch.arange(length))
 print("a weighted mean of all rows; but each token is most like itself, and nothing here can be learned")
 
 title("2. Trainable: a token asks with one matrix, answers with two others")
-wq, wk, wv = layer.wq[:head_dim], layer.wk[:head_dim], layer.wv[:head_dim]  # those of head 0, each [head_dim, dim]
+seen = trace(model, ids, "layers.0.attention*")  # the engine's, to compare with
+animals = [words.index(" dog"), words.index(" cat")]
+# the head of layer 0 in which "it" looks most at the animals, and the kv head that it shares with others (step 4)
+chosen = int(seen["layers.0.attention.probs"][:, -1, animals].sum(-1).argmax())
+chosen_kv = chosen // (params.n_heads // params.n_kv_heads)
+wq = layer.wq.view(-1, head_dim, params.dim)[chosen]  # [head_dim, dim]
+wk, wv = (w.view(-1, head_dim, params.dim)[chosen_kv] for w in (layer.wk, layer.wv))  # each [head_dim, dim]
 q, k, v = x @ wq.T, x @ wk.T, x @ wv.T  # each [T, head_dim]
-for name, tensor in (("wq of head 0", wq), ("q = x @ wq.T", q), ("k = x @ wk.T", k), ("v = x @ wv.T", v)):
+for name, tensor in ((f"wq of head {chosen}", wq), ("q = x @ wq.T", q), ("k = x @ wk.T", k), ("v = x @ wv.T", v)):
     show(name, tensor)
 # marks positions (lesson 04); the 1 is the head
 rotation = rope_rotation(token_positions(0, length, x.device), params)
@@ -59,23 +66,27 @@ show("scores = q @ k.T / √head_dim", scores)
 wide = torch.randn(10_000, 2, head_dim, generator=torch.Generator().manual_seed(0))
 spread = (wide[:, 0] * wide[:, 1]).sum(-1).std()
 print(f"the root: dot products of {head_dim} random values spread by {spread:.1f} ≈ √{head_dim} = {head_dim**0.5:.1f};")
-print("undivided, softmax would give nearly all to the largest, and learn nothing more")
+print("undivided, softmax would give most to the largest, and its gradient, by which it learns, would be near 0")
 
-title("3. Causal: nobody looks ahead, or there would be nothing left to foretell")
+title("3. Causal: nobody looks ahead, or there would be nothing left to predict")
 future = torch.ones(length, length, dtype=torch.bool).triu(1)  # [T, T]: True above the diagonal
 masked = scores.masked_fill(future, -torch.inf)
 probs = F.softmax(masked.float(), dim=-1).to(q.dtype)  # in fp32, then back, as Meta does
 for word, row in zip(words, probs.tolist(), strict=True):
     print(f"  {word!r:>20} " + " ".join(f"{p:.2f}" if p else "  · " for p in row))
 assert not probs[future].any()
+assert torch.equal(probs, seen["layers.0.attention.probs"][chosen])
+share = float(probs[-1, animals].sum())
+print(f"the last row: 'it' gives {share:.0%} of its attention to the dog and the cat")
 alone = F.softmax(masked[:3, :3].float(), dim=-1).to(q.dtype)
 assert torch.equal(alone, probs[:3, :3])
 print("and so a token's row stays what it is when others follow: that is why keys and values can be cached (lesson 08)")
 torch.manual_seed(0)
 dropped = F.dropout(probs.float(), p=0.5, training=True)
 left, all_shares = int((dropped > 0).sum()), int((probs > 0).sum())
-print(f"in training, dropout may hide some of them: {left} of {all_shares} are left here, doubled")
-print("(Llama is trained without it: nearly all of its text is seen only once)")
+print(f"in training, dropout may set shares to 0: {left} of {all_shares} are left here,")
+print("doubled, so that the sum stays the same on average")
+print("(Meta's Llama code has none; it is a remedy for small texts that are read many times over)")
 assert torch.equal(F.dropout(probs, p=0.5, training=False), probs)
 
 title("4. Several heads: different questions at once; neighbouring query heads share a kv head")
@@ -98,10 +109,9 @@ show("all heads, joined", joined)
 show("wo", layer.wo)
 out = joined @ layer.wo.T  # [T, n_heads * head_dim] @ [n_heads * head_dim, dim] -> [T, dim]
 show("out = joined @ wo.T", out)
-print(f"what has to be kept for each token: keys and values of {n_kv_heads} heads, not {n_heads}")
+print(f"what has to be kept for each token, in every layer: keys and values of {n_kv_heads} heads, not {n_heads}")
 
 title("The same as the engine's attention, to the last bit")
-seen = trace(model, ids, "layers.0.attention*")
 assert torch.equal(x, seen["layers.0.attention_norm"])
 assert torch.equal(torch.stack(heads, dim=1), seen["layers.0.attention.heads"])
 assert torch.equal(out, seen["layers.0.attention.out"])
@@ -110,8 +120,8 @@ for name in ("layers.0.attention_norm", "layers.0.attention.heads", "layers.0.at
 
 
 def draw() -> Figure:
-    """Where head 0 looks, as in step 3."""
-    return plots.attention(seen, 0, 0, tokenizer=tokenizer)
+    """Where the head of step 3 looks."""
+    return plots.attention(seen, 0, chosen, tokenizer=tokenizer)
 
 
 if picture:

@@ -16,7 +16,7 @@ from llama3_raw import trace
 
 model, tokenizer, _ = open_model(__doc__)
 params = model.params
-# the tensors by the names they have in consolidated.00.pth
+# layer 0's nine tensors: wq is layers.0.attention.wq.weight in consolidated.00.pth, w1 layers.0.feed_forward.w1.weight
 weights = model.weights.layers[0]
 prompt = "the answer to the ultimate question of life, the universe, and everything is "
 tokens = tokenizer.encode(prompt, bos=True)
@@ -26,6 +26,9 @@ title("The prompt")
 print(f"  {len(tokens)} tokens: {[tokenizer.decode([token]) for token in tokens]}")
 token_embeddings = model.weights.tok_embeddings[torch.tensor(tokens)]  # [17, 4096]: [T, dim]
 show("token_embeddings", token_embeddings)
+print(f"  T = {len(tokens)}, dim = {params.dim}, head_dim = {params.head_dim}")
+print(f"  {params.n_heads} heads, {params.n_kv_heads} kv heads")
+print("  (beside each line of the code stand the shapes of Llama-3-8B, with its own tokenizer)")
 
 
 def rms_norm(tensor: torch.Tensor, norm_weights: torch.Tensor) -> torch.Tensor:
@@ -48,16 +51,16 @@ q_per_token = normed @ q_layer0_head0.T  # [17, 128]
 show("q_per_token", q_per_token)
 assert torch.equal(q_per_token, seen["layers.0.attention.q"][:, 0])
 
-title("RoPE: 64 pairs a token, each a complex number to be turned")
+title("RoPE: each pair of neighbouring values is a complex number to be turned")
 q_in_pairs = q_per_token.float().view(len(tokens), -1, 2)  # [17, 64, 2]
 show("q_in_pairs", q_in_pairs)
 exponents = torch.arange(0, params.head_dim, 2).float() / params.head_dim  # [64], from 0 to nearly 1
 freqs = 1.0 / params.rope_theta**exponents  # [64]
-show("freqs", freqs)
-if params.rope_scaling is not None:  # Llama 3.1 and later slow some of them down
+if params.rope_scaling is not None:  # Llama 3.1 and later slow some of them down; taken from the engine here
     from llama3_raw.model import rope_frequencies
 
     freqs = rope_frequencies(params, freqs.device)
+show("freqs", freqs)
 freqs_for_each_token = torch.outer(torch.arange(len(tokens)).float(), freqs)  # [17, 64]
 freqs_cis = torch.polar(torch.ones_like(freqs_for_each_token), freqs_for_each_token)  # [17, 64] complex
 show("angles of freqs_cis", freqs_cis.angle())
@@ -95,6 +98,7 @@ title("Values: what is added up by those shares")
 v_layer0 = weights.wv.view(params.n_kv_heads, params.head_dim, params.dim)  # [8, 128, 4096]
 show("v_layer0", v_layer0)
 v_per_token = normed @ v_layer0[0].T  # [17, 128]
+assert torch.equal(v_per_token, seen["layers.0.attention.v"][:, 0])
 qkv_attention = qk_after_softmax @ v_per_token  # [17, 128]
 show("qkv_attention", qkv_attention)
 assert torch.equal(qkv_attention, seen["layers.0.attention.heads"][:, 0])
@@ -115,6 +119,7 @@ assert torch.equal(stacked_qkv_attention, seen["layers.0.attention.heads"].flatt
 title("wo mixes the heads; the result is added to what came in")
 embedding_delta = stacked_qkv_attention @ weights.wo.T  # [17, 4096]
 show("embedding_delta", embedding_delta)
+assert torch.equal(embedding_delta, seen["layers.0.attention.out"])
 embedding_after_attention = token_embeddings + embedding_delta  # [17, 4096]
 show("embedding_after_attention", embedding_after_attention)
 assert torch.equal(embedding_after_attention, seen["layers.0.attention.residual"])
@@ -123,6 +128,8 @@ title("SwiGLU, and added again")
 normed = rms_norm(embedding_after_attention, weights.ffn_norm)  # [17, 4096]
 hidden = torch.nn.functional.silu(normed @ weights.w1.T) * (normed @ weights.w3.T)  # [17, 14336]
 show("hidden", hidden)
+assert torch.equal(normed, seen["layers.0.ffn_norm"])
+assert torch.equal(hidden, seen["layers.0.feed_forward.hidden"])
 layer_0_embedding = embedding_after_attention + hidden @ weights.w2.T  # [17, 4096]
 show("layer_0_embedding", layer_0_embedding)
 assert torch.equal(layer_0_embedding, seen["layers.0.residual"])

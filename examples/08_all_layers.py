@@ -36,17 +36,16 @@ for prompt in PROMPTS:
     for i, layer_weights in enumerate(weights.layers):
         x = layer(x, layer_weights, params, rotation, None, 0, REFERENCE, no_tap, f"layers.{i}")  # [T, dim]
         if i in (0, 1, len(weights.layers) - 1):
-            show(f"behind layer {i}", x)
+            show(f"behind layer {i}, last row", x[-1])
     x = rms_norm(x, weights.norm, params.norm_eps)  # [T, dim]
     logits = (x @ weights.output.T).float()  # [T, dim] @ [dim, vocab_size] -> [T, vocab_size]
-    show("logits", logits)
+    show("logits of the last row", logits[-1])
     assert torch.equal(logits, forward(weights, params, tokens))
     next_token = int(logits[-1].argmax())  # the last row says what follows the whole prompt
     share = float(logits[-1].softmax(-1)[next_token])
     print(f"  the next token: {next_token}, {tokenizer.decode([next_token])!r}, with probability {share:.0%}")
-print(
-    "\n(the real Llama-3-8B goes on with 42; a model of two million parameters that read children's stories does not)"
-)
+    if prompt == PROMPTS[0] and len(weights.layers) < 32:
+        print("  (Llama-3-8B says 42; this one, of two million parameters, has read children's stories only)")
 
 title("The generation loop: each new token goes back in")
 start = tokenizer.encode("Once upon a time", bos=True)
@@ -83,17 +82,16 @@ for name, loop in (("without a cache", without_cache), ("with a cache", with_cac
     seconds.append(time.perf_counter() - begin)
     print(f"  {name:<16} {1000 * seconds[-1] / COUNT:7.1f} ms a token")
 print(f"  {tokenizer.decode(texts[1][1:])!r}")
-# in 16 bits the two may round to different tokens where two are equally likely; one product is not cut as the other
+# In 16 bits the two round differently: a product over many rows is summed up in another order than one over a single
+# row. Where two tokens are nearly as likely, they may part.
 same = next((i for i, pair in enumerate(zip(*texts, strict=True)) if pair[0] != pair[1]), len(texts[0]))
-print(f"the same text for {same - len(start)} of {COUNT} tokens, {seconds[0] / seconds[1]:.1f} × as fast")
+print(f"the same text for {same - len(start)} of {COUNT} tokens, {seconds[0] / seconds[1]:.1f} times as fast")
 assert same > len(start)
 
 title("What the cache costs")
-cache = KVCache.allocate(params, max_seq_len=params.max_seq_len, like=weights)
-show("keys of one layer", cache.keys[0])
-size = sum(tensor.nbytes for tensors in cache for tensor in tensors)
-context = params.max_seq_len
-print(f"for the whole context of {context:,} tokens {size / 1e6:,.1f} MB, {size // context:,} bytes a token")
-assert (
-    size == 2 * len(weights.layers) * params.max_seq_len * params.n_kv_heads * params.head_dim * weights.norm.itemsize
-)
+cache = KVCache.allocate(params, max_seq_len=1, like=weights)
+show("keys of a token, one layer", cache.keys[0])
+per_token = sum(tensor.nbytes for tensors in cache for tensor in tensors)
+whole = per_token * params.max_seq_len / 1e6
+print(f"{per_token:,} bytes a token; {whole:,.1f} MB for the whole context of {params.max_seq_len:,}")
+assert per_token == 2 * len(weights.layers) * params.n_kv_heads * params.head_dim * weights.norm.itemsize

@@ -1,8 +1,9 @@
 """09: which token is taken?
 
 The question: the model gives a probability to every token, so which of them is written? The idea: always taking the
-likeliest soon goes in circles, drawing from all of them sooner or later draws nonsense, and so the distribution is
-made sharper or cut before it is drawn from. What to look at: one distribution, cut in four ways.
+likeliest is dull and, in longer texts, often goes in circles (Holtzman et al. 2020), drawing from all of them sooner
+or later draws nonsense, and so the distribution is made sharper or cut before it is drawn from. What to look at: one
+distribution, changed in four ways.
 
     python examples/09_sampling.py --picture sampling.png
 """
@@ -38,14 +39,18 @@ def show_bars(sampling: Sampling, name: str) -> torch.Tensor:
     return probs
 
 
-title(f"What comes after {prompt!r}?")
+title("The distribution: what comes after the prompt?")
+print(f"  {prompt!r}")
 plain = show_bars(Sampling(temperature=1.0), "as the model says")
-assert torch.allclose(plain, logits.softmax(-1))
+largest_at_0 = logits - logits.max()  # which changes no probability, and nothing overflows
+unscaled = largest_at_0.softmax(-1)
+assert torch.equal(plain, unscaled / unscaled.sum())
 
 title("Temperature divides the logits: below 1 the likely gain, above 1 the unlikely")
 cold = show_bars(Sampling(temperature=0.5), "temperature 0.5")
 hot = show_bars(Sampling(temperature=1.5), "temperature 1.5")
-assert torch.allclose(cold, (logits / 0.5).softmax(-1))
+scaled = (largest_at_0 / 0.5).softmax(-1)
+assert torch.equal(cold, scaled / scaled.sum())
 assert cold[order[0]] > plain[order[0]] > hot[order[0]]
 greedy = sample(logits, Sampling(temperature=0.0))
 assert greedy == order[0]
@@ -64,7 +69,7 @@ assert kept.sum() > 0.9 - 1e-4  # they reach it
 assert kept.sum() - kept.min() < 0.9 + 1e-4  # and without the last of them they would not; both up to rounding
 print(f"\n  these {len(kept):,} reach {kept.sum():.1%}; the surer the model is, the fewer")
 
-title("Min-p keeps what is at least so many times as likely as the likeliest (Nguyen et al. 2024)")
+title("Min-p keeps what has at least a given share of the likeliest's probability (Nguyen et al. 2024)")
 min_p = show_bars(Sampling(temperature=1.0, min_p=0.05), "min-p 0.05")
 assert torch.equal(min_p > 0, plain >= 0.05 * plain.max())
 
@@ -91,6 +96,8 @@ for settings in (Sampling(), Sampling(temperature=0.8, min_p=0.05), Sampling(tem
         )
     )
     print(f"  temperature {settings.temperature}, min-p {settings.min_p}: …{tokenizer.decode(told)!r}")
+print("  (uncut and hot, even tokens that no text has ever held are drawn)")
+print("  (several settings at once: temperature first, then top-k, top-p, min-p)")
 
 
 def draw() -> Figure:

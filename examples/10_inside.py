@@ -1,8 +1,8 @@
 """10: what goes on inside?
 
-The question: which layer knows the answer first, and which head does it need? The idea: every tensor of the pass has a
-name and can be kept, read as if it were the last one, or replaced on the way. What to look at: the first stage whose
-guess stays; where each head looks; which head's loss hurts most.
+The question: which layer knows the answer first, and which of the last layer's heads does it need? The idea: every
+tensor of the pass has a name and can be kept, read as if it were the last one, or replaced on the way. What to look
+at: the first stage whose guess stays; where each head looks; which head is missed most.
 
     python examples/10_inside.py --picture inside.png
 """
@@ -46,6 +46,8 @@ for name in ["tok_embeddings", *(f"layers.{i}.residual" for i in range(len(weigh
 answer = int(seen["logits"][-1].argmax())
 assert guesses[-1] == answer  # behind the last layer the lens is the model itself
 settled = next(stage for stage in range(len(guesses)) if set(guesses[stage:]) == {answer})
+if weights.output is weights.tok_embeddings:
+    print("(the embedding says the word itself: this model reads words out by the table that it reads them in by)")
 print(f"from {'the embedding' if settled == 0 else f'layer {settled - 1}'} on it is {tokenizer.decode([answer])!r}")
 
 title("Attention maps: where does the last token look?")
@@ -79,7 +81,7 @@ effects = {head: without(head) - whole for head in range(min(params.n_heads, 8))
 for head, effect in effects.items():
     print(f"  without layer {last} head {head}: {whole + effect:6.1%} ({100 * effect:+.1f} points)")
 most = max(effects, key=lambda head: abs(effects[head]))
-print(f"head {most} matters most here")
+print(f"of these, layer {last} head {most} matters most for this answer")
 itself = patch({f"layers.{last}.attention.heads": lambda heads: heads})
 assert torch.equal(forward(weights, params, tokens, tap=itself), seen["logits"])  # a patch that changes nothing
 
@@ -87,13 +89,17 @@ title("Steering: something is added to the stream on its way")
 (sad, happy) = (tokenizer.encode(word)[-1] for word in (" sad", " happy"))
 direction = weights.tok_embeddings[happy] - weights.tok_embeddings[sad]  # [dim]
 question = torch.tensor(tokenizer.encode("Tom lost his toy. Tom was very", bos=True))
+happy_shares = {}
 for strength in (0.0, 2.0, -2.0):
     kept = Trace("logits", last_position=True)
     added = strength * direction
-    steered = chain(patch({f"layers.{last}.residual": functools.partial(torch.add, added)}), kept)
+    steered = chain(patch({"layers.0.residual": functools.partial(torch.add, added)}), kept)
     forward(weights, params, question, tap=steered)
     said = kept["logits"].softmax(-1)  # [vocab_size]
+    happy_shares[strength] = float(said[happy])
     print(f"  {strength:+.0f} × (happy - sad): ' happy' {said[happy]:6.2%}, ' sad' {said[sad]:6.2%}")
+if weights.output is weights.tok_embeddings:  # else a difference of embeddings is no direction of the output
+    assert happy_shares[-2.0] < happy_shares[0.0] < happy_shares[2.0]
 
 
 def draw() -> Figure:
