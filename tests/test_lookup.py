@@ -266,7 +266,7 @@ def test_what_is_refused(small: Model, most: int, capsys: pytest.CaptureFixture[
 def test_on_the_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same text and --top, and what it took in --stats."""
     monkeypatch.setattr(command, "LookupPolicy", Eager)
-    prompt = "Lily had a dog. The dog was big. Lily had a dog. The dog"
+    prompt = "Once upon a time, there was a little girl named Lily. Once upon a time"  # and it goes on likewise
     ran = []
     for lookup in ("0", "6"):
         arguments = ["--weights", str(TINY), "--max-new-tokens", "60", "--top", "2", "--stats", "json"]
