@@ -281,7 +281,7 @@ def build_parser() -> ArgumentParser:
         metavar="FILE",
         help="where the stories are kept (%(default)s)",
     )
-    add("--count", type=positive_int, default=8192, metavar="N", help="how many stories (%(default)s)")
+    add("--count", type=positive_int, default=12000, metavar="N", help="how many stories (%(default)s)")
     add(
         "--output",
         type=Path,
@@ -292,7 +292,7 @@ def build_parser() -> ArgumentParser:
     add("--params", type=Path, metavar="FILE", help="a params.json for a model of another shape")
     add("--context-length", type=positive_int, default=256, metavar="N", help="tokens in a window (%(default)s)")
     add("--stride", type=positive_int, metavar="N", help="tokens from a window to the next (half of a window)")
-    add("--steps", type=positive_int, default=12000, metavar="N", help="steps of the optimiser (%(default)s)")
+    add("--steps", type=positive_int, default=6000, metavar="N", help="steps of the optimiser (%(default)s)")
     add("--batch-size", type=positive_int, default=8, metavar="N", help="windows in a step (%(default)s)")
     add("--learning-rate", type=float, default=3e-3, metavar="R", help="the highest (%(default)s)")
     add(
