@@ -40,7 +40,7 @@ from .ops import Tap
 from .stepping import break_at
 from .taps import chain, check_names
 from .tokenizer import Tokenizer
-from .weights import Model, save_quantized
+from .weights import Model, in_words, save_quantized
 
 
 def build_parser() -> ArgumentParser:
@@ -308,8 +308,8 @@ def _print_stats(style: str, model: Model, prompt_tokens: int, watch: _Watch, lo
         "weights_gb_per_second": seconds and round(watch.passes * per_pass / seconds / 1e9, 3),
         "peak_ram_bytes": peak_memory(),
         "device": str(weights.norm.device),
-        "dtype": str(weights.norm.dtype).removeprefix("torch."),
-        "matrices": "int8" if isinstance(weights.output, Int8) else str(weights.output.dtype).removeprefix("torch."),
+        "dtype": in_words(weights.norm.dtype),
+        "matrices": "int8" if isinstance(weights.output, Int8) else in_words(weights.output.dtype),
         "threads": torch.get_num_threads(),
     }
     if style == "json":

@@ -24,6 +24,7 @@ from .memory import Lengths
 from .peers import LLAMA_CPP, PEERS, check_peers, open_peers
 from .synthetic import SYNTHETIC, make_synthetic
 from .tap_costs import LENGTH, TapFigures, measure_taps
+from .weights import in_words
 
 _PREFILL = (17, 256, 2048)
 _PLOTTED = (17, 256, 1024, 2048, 4096)
@@ -255,7 +256,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     show(figures, time_start(chosen, prefill[0]))
     if options.plot:
-        dtype = str(model.weights.norm.dtype).removeprefix("torch.")
+        dtype = in_words(model.weights.norm.dtype)
         draw(
             figures,
             Path(options.plot),

@@ -26,14 +26,14 @@ from .ops import Ops
 from .read_ahead import least_memory, read_ahead
 from .sampling import Sampling
 from .tokenizer import Tokenizer
-from .weights import DTYPES, Checkpoint, Model, build_weights, find_tokenizer, first_layers, open_checkpoint
+from .weights import DTYPES, Checkpoint, Model, build_weights, find_tokenizer, first_layers, in_words, open_checkpoint
 
 DEFAULT_MODEL = "Meta-Llama-3-8B"
 BUILT_IN_MODEL = "tiny"
 _PROGRESS_BAR_FROM = 1_000_000_000  # bytes of weights; smaller models load before a bar could be read
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # which torch obeys by itself
 
-DTYPES_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+DTYPES_BY_NAME = {in_words(dtype): dtype for dtype in DTYPES.values()}
 
 
 class ModelFolder(NamedTuple):
@@ -277,7 +277,7 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
         raise UserError(f"--quantize int8: {folder.path} is in int8 already; leave it out")
     dtype = DTYPES_BY_NAME.get(options.dtype)
     if (quantized or checkpoint.scales) and (dtype or checkpoint.dtype) != torch.bfloat16:
-        stored = str(dtype or checkpoint.dtype).removeprefix("torch.")
+        stored = in_words(dtype or checkpoint.dtype)
         raise UserError(f"int8 matrices are fast in bfloat16 only, not in {stored}; give --dtype bfloat16")
     if options.layers is not None:
         checkpoint = first_layers(checkpoint, options.layers)

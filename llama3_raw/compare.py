@@ -38,9 +38,9 @@ from .memory import Lengths
 from .model import REFERENCE, forward
 from .ops import Ops, Tap
 from .params import Params
-from .taps import FIRST, LAST, Patterns, chain, check_names, in_words
+from .taps import FIRST, LAST, Patterns, chain, check_names
 from .tracing import Origin, Trace, check_trace, count_layers, load_trace, not_alike, tokens_of_one_prompt, trace
-from .weights import Model
+from .weights import Model, in_words
 
 TOP_K = 10  # the likeliest tokens whose overlap is told
 
@@ -534,17 +534,13 @@ def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) ->
 
 
 def _run_own(chosen: ChosenModel, ids: Sequence[int], reference: bool) -> Trace:
-    model, ops, _ = load_model(chosen, _lengths(ids), reference)
+    model, ops, _ = load_model(chosen, Lengths.of_one_pass(len(ids)), reference)
     return trace(model, ids, ops=ops, device="cpu", progress=True)
 
 
 def _run_implementation(trace_it: Callable[..., Trace], chosen: ChosenModel, ids: Sequence[int]) -> Trace:
-    model, _, _ = load_model(chosen._replace(quantized=False), _lengths(ids), reference=True)
+    model, _, _ = load_model(chosen._replace(quantized=False), Lengths.of_one_pass(len(ids)), reference=True)
     return trace_it(model, ids, progress=True)
-
-
-def _lengths(ids: Sequence[int]) -> Lengths:
-    return Lengths(prompt=len(ids), text=len(ids), least=len(ids), scored=len(ids))
 
 
 def show(comparison: Comparison, other: str, patterns: Sequence[str] = ()) -> None:
@@ -688,7 +684,7 @@ def main(arguments: Sequence[str]) -> int:
     check_names(chosen.checkpoint.params, *names)
     other = choose_other(options, chosen, ids)
     tensors = other.run()  # its weights are let go before ours come
-    model, ops, which = load_model(chosen, _lengths(ids), reference=True)
+    model, ops, which = load_model(chosen, Lengths.of_one_pass(len(ids)), reference=True)
     if other.origin:
         other.origin.check(model, ids, other.name)
     print(f"llama3_raw: {which}, with {other.name}", file=sys.stderr)

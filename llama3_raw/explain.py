@@ -61,8 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(ids) > MOST_TOKENS:
         raise UserError(f"the prompt has {len(ids)} tokens, a page shows {MOST_TOKENS} at most; give a shorter one")
     check_trace(params, chosen.dtype or chosen.checkpoint.dtype, len(ids))
-    lengths = Lengths(prompt=len(ids), text=len(ids), least=len(ids), scored=len(ids))
-    model, ops, which = load_model(chosen, lengths, reference=True)
+    model, ops, which = load_model(chosen, Lengths.of_one_pass(len(ids)), reference=True)
     print(f"llama3_raw: {which}", file=sys.stderr)
     folder = chosen.folder.path.resolve()
     if folder.parent.name == "snapshots":  # of the Hugging Face cache: models--org--repo/snapshots/HASH

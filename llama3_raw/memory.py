@@ -18,7 +18,7 @@ import torch
 from .errors import UserError
 from .generation import EXACT_PREFILL_CHUNK, PREFILL_CHUNK
 from .machine import free_memory
-from .weights import MATRICES, Checkpoint, first_layers
+from .weights import MATRICES, Checkpoint, first_layers, in_words
 
 _GPU_LIBRARIES = 500_000_000  # bytes that cuBLAS and the like take for themselves once they run
 _CPU_LIBRARIES = 100_000_000  # bytes that torch's take then (measured: 70e6 with a prompt of 256 tokens)
@@ -31,6 +31,11 @@ class Lengths(NamedTuple):
     text: int  # with all that may be generated
     least: int  # the shortest that would still do
     scored: int = 0  # the most whose logits are all in memory at once, to see how likely each was
+
+    @staticmethod
+    def of_one_pass(length: int) -> Lengths:
+        """A prompt that is looked at as a whole, in one pass, and nothing behind it."""
+        return Lengths(prompt=length, text=length, least=length, scored=length)
 
 
 class Plan(NamedTuple):
@@ -117,7 +122,7 @@ def check_memory(plan: Plan, free: Callable[[torch.device], int] = free_memory) 
     need = needed(plan)
     source = plan.checkpoint.source
     if need.own > has:
-        dtype = "int8" if plan.quantized else str(plan.dtype or plan.checkpoint.dtype).removeprefix("torch.")
+        dtype = "int8" if plan.quantized else in_words(plan.dtype or plan.checkpoint.dtype)
         offers = _offers(plan, lambda other: needed(other).own <= free(other.device))
         raise UserError(
             f"{source}: {_gb(need.own)} are needed on {plan.device} (weights in {dtype} {_gb(need.copied)}, a cache "

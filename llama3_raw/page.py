@@ -40,10 +40,9 @@ from .model import REFERENCE, attend, attention, forward, layer, rms_norm, rope,
 from .ops import Ops
 from .params import Params
 from .sampling import sample
-from .taps import in_words
 from .tokenizer import SPLIT_PATTERN, Tokenizer
 from .tracing import Trace, trace
-from .weights import Model, tensor_places
+from .weights import Model, in_words, tensor_places
 
 MOST_TOKENS = 128  # more would fill the page with tables that nobody reads
 _MOST_HEAD_BYTES = 5_000_000  # of scores and probabilities in base64; layers beyond it have thumbnails only

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .model import forward
 from .ops import Tap
-from .taps import Patterns, in_words
+from .taps import Patterns
+from .weights import in_words
 
 
 def break_at(*patterns: str) -> Tap:

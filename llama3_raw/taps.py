@@ -17,6 +17,7 @@ from .errors import UserError
 from .model import REFERENCE
 from .ops import Attend, Ops, Tap
 from .params import Params
+from .weights import in_words
 
 FIRST, LAST = "tok_embeddings", "logits"  # the names with which every pass begins and ends
 SHAPES_IN_A_LAYER = {  # of a lone prompt of T tokens, in the order of the pass
@@ -97,7 +98,7 @@ def _unknown(pattern: str, names: Sequence[str]) -> str:
                 f"{pattern!r}: a fast attention makes no scores; the exact operations do (leave --fast out; in Python, "
                 "ops=llama3_raw.REFERENCE)"
             )
-    if pattern.rpartition("[")[2].find("]") < 0 and "[" in pattern:
+    if "[" in pattern and "]" not in pattern.rpartition("[")[2]:
         return f"{pattern!r}: the [ has no ] behind it; [0-9] stands for a digit"
     every_layer = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
     near = difflib.get_close_matches(pattern, every_layer if "*" in pattern else names, n=3, cutoff=0)
@@ -140,11 +141,6 @@ def patch(replacements: Mapping[str, Callable[[Tensor], Tensor]]) -> Tap:
 
 def _kind(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} in {in_words(tensor.dtype)} on {tensor.device}"
-
-
-def in_words(dtype: torch.dtype) -> str:
-    """bfloat16, say."""
-    return str(dtype).removeprefix("torch.")
 
 
 def check_names(params: Params, *patterns: str) -> None:

@@ -41,8 +41,8 @@ from .memory import Lengths, score_bytes
 from .model import REFERENCE, forward, no_tap
 from .ops import Ops, Tap
 from .params import Params, RopeScaling
-from .taps import FIRST, LAST, SHAPES_IN_A_LAYER, Patterns, chain, in_words, pass_without_content
-from .weights import Model
+from .taps import FIRST, LAST, SHAPES_IN_A_LAYER, Patterns, chain, pass_without_content
+from .weights import Model, in_words
 
 
 def not_alike(params: Params, others: Params) -> str | None:
@@ -371,8 +371,7 @@ def main(arguments: Sequence[str]) -> int:
     ops = suitable_ops(chosen.device) if options.fast else REFERENCE
     # before the weights are read in, which may take a while
     check_trace(chosen.checkpoint.params, chosen.dtype or chosen.checkpoint.dtype, len(ids), *names, **how, ops=ops)
-    lengths = Lengths(prompt=len(ids), text=len(ids), least=len(ids), scored=len(ids))
-    model, ops, which = load_model(chosen, lengths, reference=not options.fast)
+    model, ops, which = load_model(chosen, Lengths.of_one_pass(len(ids)), reference=not options.fast)
     print(f"llama3_raw: {which}", file=sys.stderr)
     kept = trace(model, ids, *names, **how, ops=ops, device="cpu", progress=True)
     if options.stats or not options.output:

@@ -103,6 +103,11 @@ _NOT_READ = "only bfloat16, float16 and float32 are read; take the original, not
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
+def in_words(dtype: torch.dtype) -> str:
+    """bfloat16, say."""
+    return str(dtype).removeprefix("torch.")
+
+
 class TensorPlace(NamedTuple):
     """A tensor that a model must have: where it goes and what it is called in a file."""
 

@@ -15,7 +15,8 @@ import torch
 from references import random_weights
 from tiktoken_ext import openai_public
 
-from llama3_raw import Params
+from llama3_raw import Params, Tokenizer
+from llama3_raw.page import merges_of
 from llama3_raw.weights import to_state_dict
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -125,20 +126,12 @@ def test_the_pattern_of_gpt_4_is_as_tiktoken_has_it(monkeypatch: pytest.MonkeyPa
 
 def test_llama_3_has_588_tokens_that_no_merge_reaches(meta_tokenizer_file: Path) -> None:
     """As lesson 01 says of it."""
-    import base64
-
-    lines = meta_tokenizer_file.read_bytes().splitlines()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+    tokenizer = Tokenizer(meta_tokenizer_file)
 
     def is_reached(token: bytes) -> bool:
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 1:
-            rank, at = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
-            if rank == len(ranks):
-                return False
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        return True
+        return len(merges_of(tokenizer, token)[-1].parts) == 1
 
+    ranks = {tokenizer.token_bytes(rank): rank for rank in range(tokenizer.bos_id)}
     assert sum(not is_reached(token) for token in ranks) == 588
     assert not is_reached(" việc".encode())
     assert ranks[" việc".encode()] == 100769
