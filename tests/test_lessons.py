@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import make_walkthrough
@@ -69,9 +72,16 @@ def test_runs_on_the_built_in_model(lesson: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
-def test_runs_on_another_model(lesson: Path, with_llama_tokenizer: Path, tmp_path: Path) -> None:
-    done = run(lesson, "--weights", str(with_llama_tokenizer), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_runs_on_another_model(
+    lesson: Path, with_llama_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, which saves half of the time."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # how a lesson ends on a closed pipe is its own affair
+    monkeypatch.setattr(sys, "argv", [str(lesson), "--weights", str(with_llama_tokenizer)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runpy.run_path(str(lesson), run_name="__main__")
+    assert "llama" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
