@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .command_line import (
+    add_compile_option,
     add_lookup_option,
     add_model_options,
     add_sampling_options,
@@ -102,6 +103,7 @@ def build_parser() -> ArgumentParser:
         "or with * ? [0-9] as in a shell (may be repeated; implies --reference). It stops at each pass, thus for each "
         "token: --max-new-tokens 1 has it stop over the prompt only. $PYTHONBREAKPOINT names another debugger",
     )
+    add_compile_option(group)
     group.add_argument("--top", type=positive_int, metavar="N", help="show the N likeliest next tokens at each step")
     group.add_argument(
         "--stats", choices=("text", "json"), help="speed and memory on stderr; --stats alone is --stats text"
@@ -172,6 +174,7 @@ def main(arguments: Sequence[str]) -> int:
         lookup=lookup,
         ops=ops,
         tap=tap,
+        captured=not options.no_compile,
     )
     print(f"llama3_raw: {which}", file=sys.stderr)
     if options.chat:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from .command_line import (
+    add_compile_option,
     add_lookup_option,
     add_model_options,
     add_sampling_options,
@@ -184,6 +185,7 @@ def build_parser() -> ArgumentParser:
         "--max-new-tokens", type=positive_int, metavar="N", help="stop an answer after N tokens (default: never)"
     )
     add_lookup_option(group)
+    add_compile_option(group)
     add_sampling_options(parser)
     parser.set_defaults(temperature=0.6, top_p=0.9)  # as in Meta's example_chat_completion.py
     add_model_options(parser)
@@ -216,6 +218,7 @@ def main(arguments: Sequence[str]) -> int:
         seed=options.seed,
         lookup=options.lookup,
         ops=ops,
+        captured=not options.no_compile,
     )
     _note(which)
     warn_of_base_model(model)

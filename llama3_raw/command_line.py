@@ -175,6 +175,15 @@ def add_lookup_option(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_compile_option(group: argparse._ArgumentGroup) -> None:
+    """Adds --no-compile."""
+    group.add_argument(
+        "--no-compile",
+        action="store_true",
+        help="on a GPU, run each pass step by step, so that a debugger can stop in it: slower, but for the first token",
+    )
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Adds the settings of `Sampling`, and --seed. Their ranges are checked by `Sampling` itself."""
     group = parser.add_argument_group("sampling")
@@ -269,8 +278,10 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
     set_threads(options.threads)
     device = choose_device(options.device)
     quantized = options.quantize is not None
-    if quantized and device.type != "cpu":
-        raise UserError(f"--quantize int8 is for the CPU so far; leave it out, or give --device cpu, not {device}")
+    if quantized and device.type == "mps":
+        raise UserError(
+            f"--quantize int8 is for CPUs and NVIDIA GPUs; leave it out, or give --device cpu, not {device}"
+        )
     folder = find_model(options.weights, named_by)
     checkpoint = open_checkpoint(folder.path)
     if quantized and checkpoint.scales:

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from .captured import CapturedPasses
 from .errors import UserError
-from .generation import StopReason, generate
+from .generation import StopReason, generate, suitable_ops
 from .lookup import LookupPolicy
 from .model import KVCache
 from .ops import Ops
@@ -100,8 +101,8 @@ class Conversation:
 
     system: the system message; "" is none. context: how many tokens the window holds; None takes what the model does,
     but at most 8,192. max_new_tokens: of an answer; None lets it fill the window. sampling, seed: how tokens are drawn;
-    the repetition penalty sees the tokens that the turn computes. lookup, ops: as for `generate`; proposals come from
-    the whole dialog.
+    the repetition penalty sees the tokens that the turn computes. lookup, ops, captured: as for `generate`; proposals
+    come from the whole dialog.
 
     `system` and `exchanges` may be changed between turns. Whatever has changed, a turn computes only the tokens behind
     the longest beginning that the dialog has in common with what the cache holds. `turn` tells of the last turn.
@@ -120,6 +121,7 @@ class Conversation:
         seed: int | None = None,
         lookup: int = 0,
         ops: Ops | None = None,
+        captured: bool = True,
     ):
         if model.tokenizer is None:
             raise UserError("a conversation needs a tokenizer, and the model has none")
@@ -135,12 +137,13 @@ class Conversation:
         self.lookup = LookupPolicy(lookup)
         self._max_new_tokens = max_new_tokens
         self._sampling = sampling
-        self._ops = ops
+        self._ops = suitable_ops(model.weights.norm.device) if ops is None else ops
         self._seeds = random.Random(seed)  # one for each call of generate, or every turn would draw alike
         try:
             self._cache = KVCache.allocate(model.params, max_seq_len=self.context, like=model.weights)
         except RuntimeError as error:  # torch's only word for memory that the CPU does not have
             raise UserError(f"a cache for {self.context} tokens does not fit into memory; lower --context") from error
+        self._captured = CapturedPasses.where_possible(model, self._cache, self._ops) if captured else None
         self._held: list[int] = []  # the tokens whose keys and values the cache holds
 
     @property
@@ -214,6 +217,7 @@ class Conversation:
                 lookup=self.lookup,
                 earlier=wanted[:start],
                 ops=self._ops,
+                captured=self._captured,
             )
             for token in tokens:
                 self._held += computing

@@ -12,11 +12,13 @@ from collections.abc import Collection, Generator, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .captured import CapturedPasses, on_its_way
 from .errors import UserError
 from .lookup import LookupPolicy, Proposer
 from .model import REFERENCE, KVCache, forward, no_tap
 from .ops import Ops, Tap
 from .ops_cpu import fast_ops
+from .ops_cuda import cuda_ops
 from .params import Params
 from .sampling import Sampling, sample
 from .weights import Model
@@ -27,7 +29,7 @@ EXACT_PREFILL_CHUNK = 256  # with the exact operations, which have the scores [n
 
 def suitable_ops(device: torch.device) -> Ops:
     """The set of operations that suits the device."""
-    return fast_ops() if device.type == "cpu" else REFERENCE
+    return {"cpu": fast_ops, "cuda": cuda_ops}.get(device.type, lambda: REFERENCE)()
 
 
 def check_ids(ids: Iterable[int], params: Params) -> None:
@@ -39,7 +41,16 @@ def check_ids(ids: Iterable[int], params: Params) -> None:
 
 def check_logits(logits: Tensor) -> None:
     """Raises UserError for logits that no model with sound weights gives."""
-    if not logits.amax() < torch.inf:  # nor is NaN
+    check_sound(bool(_are_sound(logits)))
+
+
+def _are_sound(logits: Tensor) -> Tensor:
+    return logits.amax() < torch.inf  # nor is NaN
+
+
+def check_sound(are_sound: bool) -> None:
+    """Raises UserError where logits are not."""
+    if not are_sound:
         raise UserError(
             "the logits are not numbers: the weights are damaged (see download.py --verify), or their dtype is too "
             "small for them"
@@ -73,6 +84,7 @@ def generate(
     earlier: Sequence[int] = (),
     ops: Ops | None = None,
     tap: Tap | None = None,
+    captured: CapturedPasses | bool | None = True,
 ) -> Generator[int, None, StopReason]:
     """Yields the tokens that follow the prompt `ids`, one int at a time; returns why it stopped.
 
@@ -91,6 +103,8 @@ def generate(
     earlier: text that stands before `ids`, such as what the cache holds; only to propose from.
     ops: None takes the set that suits the device. tap: as in `forward`; with lookup it sees a row for each proposed
         token as well, and those behind the first wrong one are not used.
+    captured: whether a model on a GPU has its passes over few tokens compiled and captured in a graph, where that is
+        possible: with the fast operations and no tap. The `CapturedPasses` of a cache keep them for the next call.
 
     Raises UserError for an empty prompt, ids outside the vocabulary, a prompt longer than the context, a cache that the
     memory does not hold, and settings out of range; at the call, not at the first token.
@@ -127,11 +141,18 @@ def generate(
     if ops is None:
         ops = suitable_ops(device)
     prefill_chunk = EXACT_PREFILL_CHUNK if ops.attend is REFERENCE.attend else PREFILL_CHUNK
+    if isinstance(captured, CapturedPasses) and captured.cache is not cache:
+        raise ValueError("the captured passes are those of another cache")
+    passes = CapturedPasses.where_possible(model, cache, ops) if captured is True else captured or None
+    if tap is not None:  # which a graph would not call
+        passes = None
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)
 
     def logits_behind(new: Sequence[int], position: int, logits_at: int | None) -> Tensor:
         """The logits behind the tokens `new`, which start at `position`: [vocab], or [T, vocab] for logits_at None."""
+        if passes is not None and position >= end and passes.fit(len(new), position):
+            return passes(torch.tensor(new, device=device), position)
         with torch.no_grad():
             return forward(
                 model.weights,
@@ -143,6 +164,29 @@ def generate(
                 ops=ops,
                 tap=no_tap if tap is None else tap,  # an empty Trace is false
             )
+
+    def tokens_ahead(passes: CapturedPasses) -> Generator[int, None, StopReason]:
+        """A pass begins before the token that it starts from is looked at here, so that the GPU never waits."""
+        for begin in range(0, len(prompt), prefill_chunk):
+            row = logits_behind(prompt[begin : begin + prefill_chunk], start + begin, -1)  # [vocab]
+        seen = torch.tensor(prompt + prompt[:1] * budget, device=device)  # [all that there will be]
+        for count in range(budget):
+            begun = time.perf_counter()
+            token = sample(row, sampling, seen, generator)  # []
+            arriving = on_its_way(torch.stack((token, _are_sound(row))))
+            seen[len(prompt) + count] = token
+            is_last = count + 1 == budget
+            if count and not is_last:
+                row = passes(token.unsqueeze(0), end + count)[0]
+            known, is_sound = arriving()
+            check_sound(bool(is_sound))
+            if known in stop_ids:
+                return StopReason.END_TOKEN
+            yield known
+            if not count and not is_last:  # the first one is out before the pass is captured, which may take long
+                row = passes(token.unsqueeze(0), end)[0]
+            policy.learn_cost(0, time.perf_counter() - begun)
+        return StopReason.MAX_NEW_TOKENS if budget == max_new_tokens else StopReason.CONTEXT
 
     def tokens() -> Generator[int, None, StopReason]:
         seen = list(prompt)
@@ -178,4 +222,4 @@ def generate(
             proposed = proposer.propose(left - 1)
         return StopReason.MAX_NEW_TOKENS if budget == max_new_tokens else StopReason.CONTEXT
 
-    return tokens()
+    return tokens_ahead(passes) if passes is not None and policy.most == 0 else tokens()

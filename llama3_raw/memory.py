@@ -162,7 +162,7 @@ def _offers(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
     checkpoint, lengths = plan.checkpoint, plan.lengths
     offers = []
     in_bf16 = (plan.dtype or checkpoint.dtype) == torch.bfloat16
-    can_quantize = plan.device.type == "cpu" and in_bf16 and not plan.quantized and not checkpoint.scales
+    can_quantize = plan.device.type != "mps" and in_bf16 and not plan.quantized and not checkpoint.scales
     if can_quantize and fits(plan._replace(quantized=True)):
         offers.append("--quantize int8")
     if plan.dtype and fits(plan._replace(dtype=None)):

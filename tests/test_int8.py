@@ -232,10 +232,10 @@ def test_what_is_refused(case: str, saved_tiny: Path, tmp_path: Path, capsys: py
     assert not (tmp_path / "new").exists()
 
 
-def test_only_on_the_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert main(["x", "--weights", str(TINY), "--device", "cuda", "--quantize", "int8"]) == 2
-    assert "--quantize int8 is for the CPU so far" in capsys.readouterr().err
+def test_not_on_an_apple_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert main(["x", "--weights", str(TINY), "--device", "mps", "--quantize", "int8"]) == 2
+    assert "--quantize int8 is for CPUs and NVIDIA GPUs" in capsys.readouterr().err
 
 
 def change(number: int, edit: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:

@@ -1,0 +1,121 @@
+"""The forward pass over a few tokens as a CUDA graph: captured once, then replayed without a word from Python.
+
+A pass of 8B is some hundreds of kernels of a few microseconds each; to launch them one by one takes longer than to run
+them. A graph is launched at once. What it reads and writes stays where it was when it was captured: the weights, the
+cache, and two tensors for the tokens and where they start, which are filled in before each replay.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .model import REFERENCE, KVCache, forward
+from .ops import Ops
+from .ops_cpu import FEW
+from .ops_cuda import has_triton
+from .weights import Model, to_state_dict
+
+Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+"""Takes a function -> one that does the same work on the same tensors, and gives the same tensor each time."""
+
+
+def capture_graph(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Runs the function, which has its kernels compiled, and captures it on the current GPU."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # torch wants no first time of anything in a capture
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+@functools.cache
+def compiled_forward() -> Callable[..., Tensor]:
+    """`forward` by torch.compile, which fuses what stands between the products: norms, rotations, SwiGLU.
+
+    It is compiled when it is first called; torch keeps what it made on the disk, for the next process.
+    """
+    print("llama3_raw: compiling the pass over a token, once; --no-compile does without", file=sys.stderr)
+    return torch.compile(forward, fullgraph=True, dynamic=False)
+
+
+class CapturedPasses:
+    """Passes over up to FEW tokens of one text behind what its cache holds, without logits_at or a tap.
+
+    Each is captured at its first use, where it is run for a trial: it writes what it would write anyhow.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, ops: Ops, capture: Capture = capture_graph):
+        self.cache = cache
+        self._model = model
+        self._ops = ops
+        self._capture = capture
+        device = cache.keys[0].device
+        self._tokens = torch.zeros(FEW, dtype=torch.long, device=device)
+        self._start = torch.zeros((), dtype=torch.long, device=device)
+        self._replays: dict[int, Callable[[], Tensor]] = {}  # by the number of tokens, one or FEW
+        for tensor in (*cache.keys, *cache.values):
+            torch._dynamo.mark_dynamic(tensor, tensor.dim() - 3)  # or each length of a cache would be compiled anew
+
+    @staticmethod
+    def where_possible(model: Model, cache: KVCache, ops: Ops) -> CapturedPasses | None:
+        """None unless all of the model is on one GPU, and for the exact operations, which are there to step through."""
+        devices = {tensor.device for tensor in to_state_dict(model.params, model.weights).values()}
+        is_possible = len(devices) == 1 and devices.pop().type == "cuda" and ops.attend is not REFERENCE.attend
+        return CapturedPasses(model, cache, ops) if is_possible else None
+
+    def fit(self, n_tokens: int, start: int) -> bool:
+        """Whether so many tokens from `start` on can be computed at once: a few take the room of FEW."""
+        return n_tokens == 1 or (n_tokens <= FEW and start + FEW <= self.cache.max_seq_len)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, start: int) -> Tensor:
+        """tokens [T] on the device -> logits [T, vocab], which stay until the next call."""
+        self._tokens[: len(tokens)] = tokens
+        self._start.fill_(start)
+        width = 1 if len(tokens) == 1 else FEW  # a few take as long as one, and a graph for each number would take room
+        if width not in self._replays:
+            # to compile takes long, and pays only where there are many passes
+            run: Any = compiled_forward() if width == 1 and has_triton() else forward
+            params, weights, _ = self._model
+
+            def run_it() -> Tensor:
+                logits: Tensor = run(
+                    weights, params, self._tokens[:width], cache=self.cache, start=self._start, ops=self._ops
+                )
+                return logits
+
+            with torch.cuda.device_of(tokens):
+                self._replays[width] = self._capture(run_it)
+        return self._replays[width]()[: len(tokens)]
+
+
+def on_its_way(values: Tensor) -> Callable[[], list[int]]:
+    """Sends a small tensor to the CPU -> a function that waits for it, but not for what the GPU was given since."""
+    if values.device.type != "cuda":
+        return lambda: values.tolist()
+    with torch.cuda.device_of(values):
+        arrived, here = torch.cuda.Event(), torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        here.copy_(values, non_blocking=True)
+        arrived.record()
+
+    def wait() -> list[int]:
+        arrived.synchronize()
+        return here.tolist()
+
+    return wait

@@ -1,0 +1,161 @@
+"""Fast operations for NVIDIA GPUs: few tokens by Triton, at the speed of the memory; many by torch.
+
+Each kernel is a custom operator of torch, so that torch.compile takes it as it is and fuses what stands between. None
+of them looks at a value on the CPU, so that all can be captured in a graph. With TRITON_INTERPRET=1 they run on the
+CPU, in float16 (the interpreter multiplies no bfloat16), which is how they are tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from .int8 import Int8, Matrix, linear
+from .ops import Ops, Tap
+from .ops_cpu import FEW, attend_by_torch
+
+try:
+    from . import cuda_kernels
+except ImportError:  # Triton, which torch brings along for GPUs on Linux only
+    cuda_kernels = None  # type: ignore[assignment]
+
+_OUTPUTS = 16  # rows of a matrix in a program: the fewest that the matrix units take, for as many programs as can be
+_INPUTS = 256  # of each row at a time, 512 bytes
+_KEYS = 64  # at a time
+_SHARES = 16  # programs that share the keys of a kv head: with the 8 heads of Llama 3, one for nearly every processor
+
+
+@torch.library.custom_op(
+    "llama3_raw::linear_few",
+    mutates_args=(),
+    schema="(Tensor x, Tensor values, Tensor? row_scales, Tensor? column_scales) -> Tensor",
+)
+def linear_few(x: Tensor, values: Tensor, row_scales: Tensor | None, column_scales: Tensor | None) -> Tensor:
+    """x [rows, in], up to FEW of them, values [out, in] in x's dtype, or int8 with its scales -> [rows, out]."""
+    (rows, length), outputs = x.shape, values.shape[0]
+    x = x.contiguous()
+    y = x.new_empty(rows, outputs)
+    is_int8 = row_scales is not None
+    cuda_kernels.linear_kernel[(-(-outputs // _OUTPUTS),)](
+        *(x, values, row_scales if is_int8 else x, column_scales if is_int8 else x, y),
+        *(rows, outputs, length),
+        IS_INT8=is_int8,
+        ROWS=FEW,
+        OUTPUTS=_OUTPUTS,
+        INPUTS=_INPUTS,
+        num_stages=4,  # parts of the matrix on their way at a time
+    )
+    return y
+
+
+@linear_few.register_fake
+def _(x: Tensor, values: Tensor, row_scales: Tensor | None, column_scales: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], values.shape[0])
+
+
+@torch.library.custom_op(
+    "llama3_raw::attend_few",
+    mutates_args=(),
+    schema="(Tensor q, Tensor keys, Tensor values, Tensor starts) -> Tensor",
+)
+def attend_few(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor) -> Tensor:
+    """q [B, T, n_heads, head_dim], keys and values [B, S, n_kv_heads, head_dim], starts [B] -> as q.
+
+    T is at most FEW. Of the keys only those before starts + T are read, wherever S ends.
+    """
+    batch, n_tokens, n_heads, head_dim = q.shape
+    n_kv_heads = keys.shape[-2]
+    sharing = n_heads // n_kv_heads
+    rows = max(16, 1 << (n_tokens * sharing - 1).bit_length())
+    q = q.contiguous()
+    sums = torch.empty(batch, n_kv_heads, _SHARES, rows, head_dim, dtype=torch.float32, device=q.device)
+    weights, largest = torch.empty(2, batch, n_kv_heads, _SHARES, rows, dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q)
+    cuda_kernels.attend_kernel[(batch * n_kv_heads, _SHARES)](
+        *(q, keys, values, starts, sums, weights, largest, n_tokens, n_kv_heads),
+        *(keys.stride(0), keys.stride(1), head_dim**-0.5),
+        SHARING=sharing,
+        ROWS=rows,
+        HEAD_DIM=head_dim,
+        KEYS=_KEYS,
+        SHARES=_SHARES,
+    )
+    cuda_kernels.join_kernel[(batch * n_kv_heads, n_tokens * sharing)](
+        *(sums, weights, largest, out, n_tokens, n_kv_heads),
+        SHARING=sharing,
+        ROWS=rows,
+        HEAD_DIM=head_dim,
+        SHARES=_SHARES,
+    )
+    return out
+
+
+@attend_few.register_fake
+def _(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def has_triton() -> bool:
+    """Whether Triton is here, which compiles the kernels."""
+    return cuda_kernels is not None
+
+
+def fast_linear(x: Tensor, weight: Matrix) -> Tensor:
+    """x [..., in], weight [out, in] -> [..., out]; few rows at the speed of the memory."""
+    rows = x.numel() // x.shape[-1]
+    values, *scales = weight if isinstance(weight, Int8) else (weight,)
+    is_plain = values.is_contiguous() and (scales or values.dtype == x.dtype) and not x.requires_grad
+    if cuda_kernels is None or not (0 < rows <= FEW and x.dtype.itemsize == 2 and is_plain):
+        return linear(x, weight)
+    y: Tensor = linear_few(x.reshape(rows, -1), values, *(scales or (None, None)))
+    return y.view(*x.shape[:-1], -1)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor:
+    """As model.attend, but there are no scores to tap."""
+    n_tokens, head_dim = q.shape[-3], q.shape[-1]
+    by_kernel = cuda_kernels is not None and q.dtype.itemsize == 2 and head_dim in (32, 64, 128, 256)
+    has_strides = all(x.dim() <= 4 and x.stride()[-2:] == (head_dim, 1) for x in (keys, values))
+    if n_tokens <= FEW and by_kernel and has_strides and keys.stride() == values.stride() and not q.requires_grad:
+        if isinstance(start, int):
+            starts = torch.full(q.shape[:-3] or (1,), start, device=q.device)
+        else:
+            starts = start.reshape(-1)
+        four = (x if x.dim() == 4 else x.unsqueeze(0) for x in (q, keys, values))
+        attended: Tensor = attend_few(*four, starts)
+        return attended.view(q.shape)
+    if isinstance(start, int):
+        return attend_to_prompt(q, keys, values)
+    return attend_by_torch(q, keys, values, start)
+
+
+def attend_to_prompt(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """As model.attend, for tokens that are the last of those in `keys`: by flash attention where torch has it.
+
+    (Dao 2023, FlashAttention-2) Query heads that share a kv head do so here too: no key is repeated.
+    """
+    n_tokens, n_keys = q.shape[-3], keys.shape[-3]
+    four = (1,) * (4 - q.dim())  # torch takes the fast way for four dimensions only
+    q4, keys4, values4 = (x.transpose(-3, -2) for x in (q, keys, values))
+    q4, keys4, values4 = (x.reshape(*four, *x.shape) for x in (q4, keys4, values4))
+    whole = n_tokens == n_keys
+    attended = F.scaled_dot_product_attention(
+        *(q4, keys4, values4),
+        attn_mask=None if whole else causal_lower_right(n_tokens, n_keys),
+        is_causal=whole,
+        enable_gqa=True,
+    )
+    return attended.view(q.transpose(-3, -2).shape).transpose(-3, -2)
+
+
+@functools.cache
+def cuda_ops() -> Ops:
+    """The fast operations for NVIDIA GPUs; one line on stderr says what is lost where there is no Triton."""
+    if cuda_kernels is None:
+        print("llama3_raw: there is no Triton here; tokens come slower, by torch's own products", file=sys.stderr)
+    return Ops(embed=F.embedding, linear=fast_linear, attend=attend, reduce=lambda x: x)

@@ -1,0 +1,204 @@
+"""Captured passes: on a GPU a CUDA graph, here a list of torch's operations that is run again on the same tensors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import llama3_raw
+from llama3_raw import REFERENCE, KVCache, Model, captured, forward, generate
+from llama3_raw.captured import CapturedPasses
+from llama3_raw.dialog import Conversation
+from llama3_raw.lookup import LookupPolicy
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
+SETTINGS: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 3, "repetition_penalty": 1.2, "top_p": 0.9}]
+
+
+class Recorded(TorchDispatchMode):
+    """What a CUDA graph does, on the CPU: the operations of one run, on the same memory, without any of its Python."""
+
+    def __init__(self, function: Callable[[], Tensor]):
+        super().__init__()
+        self.steps: list[tuple[Any, ...]] = []
+        with self:
+            self.result = function()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.steps.append((func, args, kwargs or {}, out))
+        return out
+
+    def __call__(self) -> Tensor:
+        for function, args, kwargs, out in self.steps:
+            for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+        return self.result
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Model) -> Model:
+    """In fp32, where the captured pass and the other one differ by the last bits only."""
+    return llama3_raw.load(tiny.tokenizer.path.parent, dtype=torch.float32)  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def ids(model: Model) -> list[int]:
+    return model.tokenizer.encode("Once upon a time", bos=True)  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "has_triton", lambda: False)
+
+
+def passes_for(model: Model, length: int) -> CapturedPasses:
+    cache = KVCache.allocate(model.params, max_seq_len=length, like=model.weights)
+    return CapturedPasses(model, cache, REFERENCE, capture=Recorded)
+
+
+@pytest.mark.usefixtures("without_compiling")
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_same_tokens(model: Model, ids: list[int], settings: dict[str, Any]) -> None:
+    """As without, through a cache that they fill to its end, and again in the next call with the same graph."""
+    expected = list(generate(model, ids, max_new_tokens=60, ops=REFERENCE, **settings))
+    passes = passes_for(model, len(ids) + 60)
+    for _ in range(2):
+        new = generate(model, ids, max_new_tokens=60, cache=passes.cache, ops=REFERENCE, captured=passes, **settings)
+        assert list(new) == expected
+    assert list(passes._replays) == [1]
+
+
+@pytest.mark.usefixtures("without_compiling")
+def test_the_same_tokens_with_lookup(model: Model) -> None:
+    """Of several proposed tokens, too; at the end of the cache, where FEW have no room, they are computed as ever."""
+    ids = model.tokenizer.encode("Tom had a red ball. " * 4, bos=True)  # type: ignore[union-attr]
+    expected = list(generate(model, ids, max_new_tokens=60, ops=REFERENCE))
+    passes, policy = passes_for(model, len(ids) + 60), LookupPolicy(7)
+    policy.learn_cost = lambda *_: None  # type: ignore[method-assign]  # proposals whatever they cost
+    policy.how_many = lambda match, room: min(7, room) if match else 0  # type: ignore[method-assign]
+    new = generate(model, ids, max_new_tokens=60, cache=passes.cache, ops=REFERENCE, captured=passes, lookup=policy)
+    assert list(new) == expected
+    assert policy.accepted > 10
+    assert set(passes._replays) <= {1, 16}
+    assert 16 in passes._replays
+
+
+@pytest.mark.usefixtures("without_compiling")
+def test_the_first_token_does_not_wait_for_the_capture(model: Model, ids: list[int]) -> None:
+    passes = passes_for(model, len(ids) + 4)
+    tokens = generate(model, ids, max_new_tokens=4, cache=passes.cache, ops=REFERENCE, captured=passes)
+    next(tokens)
+    assert not passes._replays
+    next(tokens)
+    assert passes._replays
+
+
+@pytest.mark.usefixtures("without_compiling")
+def test_it_ends_where_it_should(model: Model, ids: list[int]) -> None:
+    """At a stop token, though a pass behind it has begun by then; and for no new tokens at all."""
+    expected = list(generate(model, ids, max_new_tokens=30, ops=REFERENCE))
+    place = next(i for i, token in enumerate(expected) if i > 2 and token not in expected[:i])
+    passes = passes_for(model, len(ids) + 30)
+    common: dict[str, Any] = {"cache": passes.cache, "ops": REFERENCE, "captured": passes}
+    stopped = generate(model, ids, max_new_tokens=30, stop_ids=(expected[place],), **common)
+    assert list(stopped) == expected[:place]
+    assert list(generate(model, ids, max_new_tokens=0, **common)) == []
+    with pytest.raises(ValueError, match="those of another cache"):
+        generate(model, ids, max_new_tokens=1, captured=passes)
+
+
+@pytest.mark.usefixtures("without_compiling")
+def test_damaged_weights_are_noticed(model: Model, ids: list[int]) -> None:
+    broken = model._replace(weights=model.weights._replace(norm=model.weights.norm * torch.nan))
+    passes = passes_for(broken, len(ids) + 4)
+    with pytest.raises(llama3_raw.UserError, match="not numbers"):
+        list(generate(broken, ids, max_new_tokens=4, cache=passes.cache, ops=REFERENCE, captured=passes))
+
+
+def test_a_tap_sees_every_pass(model: Model, ids: list[int]) -> None:
+    """Since a graph calls no tap, there is none then."""
+    passes, seen = passes_for(model, len(ids) + 4), itertools.count()
+
+    def tap(name: str, tensor: Tensor) -> Tensor:
+        if name == "logits":
+            next(seen)
+        return tensor
+
+    list(generate(model, ids, max_new_tokens=4, cache=passes.cache, ops=REFERENCE, captured=passes, tap=tap))
+    assert next(seen) == 4
+
+
+def test_nothing_is_captured_off_a_gpu(model: Model) -> None:
+    cache = KVCache.allocate(model.params, max_seq_len=4, like=model.weights)
+    assert CapturedPasses.where_possible(model, cache, llama3_raw.generation.suitable_ops(torch.device("cpu"))) is None
+
+
+@pytest.mark.usefixtures("without_compiling")
+def test_a_dialog_keeps_its_graph(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def where_possible(model: Model, cache: KVCache, ops: Any) -> CapturedPasses:
+        made.append(CapturedPasses(model, cache, REFERENCE, capture=Recorded))
+        return made[-1]
+
+    def answers(**options: Any) -> list[str]:
+        dialog = Conversation(model, context=200, max_new_tokens=20, ops=REFERENCE, **options)
+        return ["".join(dialog.answer(question)) for question in ("Hello!", "Why?")]
+
+    expected = answers()
+    monkeypatch.setattr(CapturedPasses, "where_possible", where_possible)
+    assert answers() == expected
+    assert len(made) == 1
+    assert answers(captured=False) == expected
+    assert len(made) == 1
+
+
+def test_the_pass_compiles_whole_and_once(model: Model, ids: list[int]) -> None:
+    """No break in its graph, and a cache of another length is no reason to compile anew."""
+    small = model._replace(
+        params=llama3_raw.Params(**{**vars(model.params), "n_layers": 1}),
+        weights=model.weights._replace(layers=model.weights.layers[:1]),
+    )
+    for length in (24, 30):
+        expected = list(generate(small, ids, max_new_tokens=length - len(ids), ops=REFERENCE))
+        passes = CapturedPasses(small, passes_for(small, length).cache, REFERENCE, capture=lambda function: function)
+        with torch.compiler.set_stance("default" if length == 24 else "fail_on_recompile"):
+            new = generate(small, ids, max_new_tokens=length - len(ids), cache=passes.cache, captured=passes)
+            assert list(new) == expected
+
+
+@needs_gpu
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_on_a_gpu(tiny: Model, ids: list[int], settings: dict[str, Any]) -> None:
+    """Compiled and captured, step by step, and exact: the same tokens while the likeliest are far enough apart."""
+    folder = tiny.tokenizer.path.parent  # type: ignore[union-attr]
+    model = llama3_raw.load(folder, device="cuda", dtype=torch.bfloat16)
+    by_graph = list(generate(model, ids, max_new_tokens=100, **settings))
+    step_by_step = list(generate(model, ids, max_new_tokens=100, captured=False, **settings))
+    same = next((i for i, (a, b) in enumerate(zip(by_graph, step_by_step, strict=True)) if a != b), 100)
+    if same < 100:
+        tokens = torch.tensor([*ids, *by_graph[:same]], device="cuda")
+        first, second = forward(model.weights, model.params, tokens, logits_at=-1).topk(2).values.tolist()
+        assert first - second < 0.1
+
+
+@needs_gpu
+def test_memory_stays_over_many_tokens(tiny: Model, ids: list[int]) -> None:
+    model = llama3_raw.load(tiny.tokenizer.path.parent, device="cuda")  # type: ignore[union-attr]
+    cache = KVCache.allocate(model.params, max_seq_len=512, like=model.weights)
+    passes = CapturedPasses.where_possible(model, cache, llama3_raw.generation.suitable_ops(torch.device("cuda")))
+    used = []
+    for _ in range(21):
+        count = sum(1 for _ in generate(model, ids, max_new_tokens=500, stop_ids=(), cache=cache, captured=passes))
+        assert count == 500
+        used.append(torch.cuda.memory_allocated())
+    assert used[-1] <= used[1]
