@@ -78,14 +78,14 @@ def test_the_same_tokens(model: Model, ids: list[int], settings: dict[str, Any])
 
 
 @pytest.mark.usefixtures("without_compiling")
-def test_the_same_tokens_with_lookup(model: Model) -> None:
-    """Of several proposed tokens, too; at the end of the cache, where FEW have no room, they are computed as ever."""
-    ids = model.tokenizer.encode("Tom had a red ball. " * 4, bos=True)  # type: ignore[union-attr]
+def test_the_same_tokens_with_lookup(model: Model, ids: list[int]) -> None:
+    """Of proposed ones too, which are right; at the end of the cache, where FEW have no room, as without."""
     expected = list(generate(model, ids, max_new_tokens=60, ops=REFERENCE))
     passes, policy = passes_for(model, len(ids) + 60), LookupPolicy(7)
     policy.learn_cost = lambda *_: None  # type: ignore[method-assign]  # proposals whatever they cost
     policy.how_many = lambda match, room: min(7, room) if match else 0  # type: ignore[method-assign]
-    new = generate(model, ids, max_new_tokens=60, cache=passes.cache, ops=REFERENCE, captured=passes, lookup=policy)
+    common: dict[str, Any] = {"cache": passes.cache, "ops": REFERENCE, "captured": passes}
+    new = generate(model, ids, max_new_tokens=60, lookup=policy, earlier=expected, **common)
     assert list(new) == expected
     assert policy.accepted > 10
     assert set(passes._replays) <= {1, 16}
