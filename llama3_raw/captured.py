@@ -83,12 +83,16 @@ class CapturedPasses:
         """Whether so many tokens from `start` on can be computed at once: a few take the room of FEW."""
         return n_tokens == 1 or (n_tokens <= FEW and start + FEW <= self.cache.max_seq_len)
 
+    def are_ready(self, n_tokens: int) -> bool:
+        """Whether so many tokens need no capture any more."""
+        return _width(n_tokens) in self._replays
+
     @torch.no_grad()
     def __call__(self, tokens: Tensor, start: int) -> Tensor:
         """tokens [T] on the device -> logits [T, vocab], which stay until the next call."""
         self._tokens[: len(tokens)] = tokens
         self._start.fill_(start)
-        width = 1 if len(tokens) == 1 else FEW  # a few take as long as one, and a graph for each number would take room
+        width = _width(len(tokens))
         if width not in self._replays:
             # to compile takes long, and pays only where there are many passes
             run: Any = compiled_forward() if width == 1 and has_triton() else forward
@@ -103,6 +107,11 @@ class CapturedPasses:
             with torch.cuda.device_of(tokens):
                 self._replays[width] = self._capture(run_it)
         return self._replays[width]()[: len(tokens)]
+
+
+def _width(n_tokens: int) -> int:
+    """Of the pass for so many: a few take as long as FEW, and a graph for each number would take room."""
+    return 1 if n_tokens == 1 else FEW
 
 
 def on_its_way(values: Tensor) -> Callable[[], list[int]]:

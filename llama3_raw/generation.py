@@ -151,8 +151,10 @@ def generate(
 
     def logits_behind(new: Sequence[int], position: int, logits_at: int | None) -> Tensor:
         """The logits behind the tokens `new`, which start at `position`: [vocab], or [T, vocab] for logits_at None."""
-        if passes is not None and position >= end and passes.fit(len(new), position):
-            return passes(torch.tensor(new, device=device), position)
+        # over the prompt only what has been captured before, or the first token would have to wait for it
+        if passes is not None and passes.fit(len(new), position) and (position >= end or passes.are_ready(len(new))):
+            rows = passes(torch.tensor(new, device=device), position)
+            return rows if logits_at is None else rows[logits_at]
         with torch.no_grad():
             return forward(
                 model.weights,
