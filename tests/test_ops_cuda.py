@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
+from references import cast, converted
 from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, forward, ops_cuda
 from llama3_raw.int8 import Int8, quantize, widen
 from llama3_raw.model import attend, no_tap
-from llama3_raw.weights import from_state_dict, to_state_dict
 
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 ON = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,8 +102,8 @@ def test_a_prompt_attends(n_keys: int, batch: tuple[int, ...]) -> None:
 
 def test_the_whole_pass(tiny: Model) -> None:
     """A prompt and a token behind it, in 16 bits, with all kernels at work: design.md's rule for fast operations."""
-    exact_model = widened(tiny, torch.float32)
-    model = widened(tiny, DTYPE)
+    model = tiny._replace(weights=converted(tiny.weights, lambda tensor: tensor.to(ON, DTYPE)))
+    exact_model = model._replace(weights=cast(model.weights, torch.float32))
     ids = torch.arange(300, 330, device=ON)
 
     def logits(of: Model, ops: object) -> Tensor:
@@ -116,11 +116,6 @@ def test_the_whole_pass(tiny: Model) -> None:
 
     exact = logits(exact_model, REFERENCE)
     assert error(logits(model, ops_cuda.cuda_ops()), exact) <= 1.5 * error(logits(model, REFERENCE), exact)
-
-
-def widened(model: Model, dtype: torch.dtype) -> Model:
-    tensors = {name: tensor.to(ON, dtype) for name, tensor in to_state_dict(model.params, model.weights).items()}
-    return Model(model.params, from_state_dict(model.params, tensors), model.tokenizer)
 
 
 COMPILED = """
