@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import in_short
 from .model import REFERENCE, KVCache, forward
 from .ops import Ops
 from .ops_cpu import FEW
@@ -94,8 +95,7 @@ class CapturedPasses:
         self._start.fill_(start)
         width = _width(len(tokens))
         if width not in self._replays:
-            # to compile takes long, and pays only where there are many passes
-            run: Any = compiled_forward() if width == 1 and has_triton() else forward
+            run: Any = forward
             params, weights, _ = self._model
 
             def run_it() -> Tensor:
@@ -104,6 +104,13 @@ class CapturedPasses:
                 )
                 return logits
 
+            if width == 1 and has_triton():  # it takes long, and pays where there are many passes
+                run = compiled_forward()
+                try:
+                    run_it()
+                except Exception as error:  # of a compiler, in a world of its own
+                    print(f"llama3_raw: torch.compile fails ({in_short(error)}); going on without it", file=sys.stderr)
+                    run = forward
             with torch.cuda.device_of(tokens):
                 self._replays[width] = self._capture(run_it)
         return self._replays[width]()[: len(tokens)]

@@ -8,6 +8,8 @@ CPU, in float16 (the interpreter multiplies no bfloat16), which is how they are 
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 import sys
 
 import torch
@@ -100,9 +102,10 @@ def _(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
+@functools.cache
 def has_triton() -> bool:
-    """Whether Triton is here, which compiles the kernels."""
-    return cuda_kernels is not None
+    """Whether there are Triton, which compiles the kernels, and the C compiler that it needs to call them."""
+    return cuda_kernels is not None and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
 
 
 def fast_linear(x: Tensor, weight: Matrix) -> Tensor:
@@ -110,7 +113,7 @@ def fast_linear(x: Tensor, weight: Matrix) -> Tensor:
     rows = x.numel() // x.shape[-1]
     values, *scales = weight if isinstance(weight, Int8) else (weight,)
     is_plain = values.is_contiguous() and (scales or values.dtype == x.dtype) and not x.requires_grad
-    if cuda_kernels is None or not (0 < rows <= FEW and x.dtype.itemsize == 2 and is_plain):
+    if not has_triton() or not (0 < rows <= FEW and x.dtype.itemsize == 2 and is_plain):
         return linear(x, weight)
     y: Tensor = linear_few(x.reshape(rows, -1), values, *(scales or (None, None)))
     return y.view(*x.shape[:-1], -1)
@@ -119,7 +122,7 @@ def fast_linear(x: Tensor, weight: Matrix) -> Tensor:
 def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor:
     """As model.attend, but there are no scores to tap."""
     n_tokens, head_dim = q.shape[-3], q.shape[-1]
-    by_kernel = cuda_kernels is not None and q.dtype.itemsize == 2 and head_dim in (32, 64, 128, 256)
+    by_kernel = has_triton() and q.dtype.itemsize == 2 and head_dim in (32, 64, 128, 256)
     has_strides = all(x.dim() <= 4 and x.stride()[-2:] == (head_dim, 1) for x in (keys, values))
     if n_tokens <= FEW and by_kernel and has_strides and keys.stride() == values.stride() and not q.requires_grad:
         if isinstance(start, int):
@@ -155,7 +158,10 @@ def attend_to_prompt(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 @functools.cache
 def cuda_ops() -> Ops:
-    """The fast operations for NVIDIA GPUs; one line on stderr says what is lost where there is no Triton."""
-    if cuda_kernels is None:
-        print("llama3_raw: there is no Triton here; tokens come slower, by torch's own products", file=sys.stderr)
+    """The fast operations for NVIDIA GPUs; one line on stderr says what is lost where Triton cannot be used."""
+    if not has_triton():
+        print(
+            "llama3_raw: there is no Triton here, or no C compiler for it; tokens come slower, by torch's own products",
+            file=sys.stderr,
+        )
     return Ops(embed=F.embedding, linear=fast_linear, attend=attend, reduce=lambda x: x)

@@ -92,6 +92,19 @@ def test_the_same_tokens_with_lookup(model: Model, ids: list[int]) -> None:
     assert 16 in passes._replays
 
 
+def test_a_compiler_that_fails_is_done_without(
+    model: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: object, **options: object) -> Tensor:
+        raise RuntimeError("no space left\non the disk")
+
+    monkeypatch.setattr(captured, "compiled_forward", lambda: fails)
+    passes = passes_for(model, len(ids) + 4)
+    new = list(generate(model, ids, max_new_tokens=4, cache=passes.cache, ops=REFERENCE, captured=passes))
+    assert new == list(generate(model, ids, max_new_tokens=4, ops=REFERENCE))
+    assert "torch.compile fails (no space left on the disk); going on" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("without_compiling")
 def test_the_first_token_does_not_wait_for_the_capture(model: Model, ids: list[int]) -> None:
     passes = passes_for(model, len(ids) + 4)

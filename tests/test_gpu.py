@@ -1,4 +1,4 @@
-"""What holds on an NVIDIA GPU; skipped where there is none. (The kernels and the graph's logic are tested everywhere.)"""
+"""What holds on an NVIDIA GPU; skipped where there is none. (The kernels and the graph are tested everywhere.)"""
 
 from __future__ import annotations
 
