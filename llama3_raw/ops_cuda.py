@@ -161,7 +161,7 @@ def cuda_ops() -> Ops:
     """The fast operations for NVIDIA GPUs; one line on stderr says what is lost where Triton cannot be used."""
     if not has_triton():
         print(
-            "llama3_raw: there is no Triton here, or no C compiler for it; tokens come slower, by torch's own products",
+            "llama3_raw: no Triton, or no C compiler for it; tokens come slower, by torch itself",
             file=sys.stderr,
         )
     return Ops(embed=F.embedding, linear=fast_linear, attend=attend, reduce=lambda x: x)
