@@ -32,6 +32,7 @@ from .errors import UserError, in_short, read_beginning, read_small_file
 from .int8 import Int8, Matrix, quantize, tensors_of
 from .params import Params
 from .tokenizer import Tokenizer
+from .transfer import mover
 
 
 class LayerWeights(NamedTuple):
@@ -438,15 +439,19 @@ def build_weights(
     total = sum(part.nbytes for parts in all_parts.values() for part in parts)
     top: dict[str, Any] = {}
     by_layer: list[dict[str, Any]] = [{} for _ in range(params.n_layers)]
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc=f"loading {source}", disable=not progress, leave=False
-    ) as bar:
+    largest = max(part.nbytes for parts in all_parts.values() for part in parts)
+    with (
+        mover(device, largest) as move,
+        tqdm(
+            total=total, unit="B", unit_scale=True, desc=f"loading {source}", disable=not progress, leave=False
+        ) as bar,
+    ):
         for place, parts in all_parts.items():
             try:
-                moved = _whole(checkpoint, place).to(device=device, dtype=None if place in scales else dtype)
+                moved = move(_whole(checkpoint, place), None if place in scales else dtype)
                 matrix: Matrix = moved
                 if place in scales:
-                    matrix = Int8(moved, *(scale.to(device) for scale in scales[place]))
+                    matrix = Int8(moved, *(move(scale, None) for scale in scales[place]))
                 elif quantized and place.field in MATRICES:
                     matrix = quantize(moved)
             except RuntimeError as error:  # torch's only word for memory that the CPU does not have
