@@ -48,6 +48,8 @@ def open_model(about: str | None, draws: bool = False) -> Opened:
         chosen = choose_model(options)
         if chosen.quantized or chosen.checkpoint.scales:
             raise UserError("the lessons compute with the matrices themselves, not with int8; take the model as it was")
+        if chosen.gpu_layers is not None:
+            raise UserError("the lessons compute on one device; leave --gpu-layers out")
         model, _, which = load_model(chosen, _LENGTHS, reference=True)
         print(f"llama3_raw: {which}", file=sys.stderr)
         assert model.tokenizer is not None  # choose_model has seen to it

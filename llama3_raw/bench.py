@@ -51,6 +51,8 @@ def time_start(chosen: ChosenModel, prompt_length: int) -> Start:
     command += [f"--threads={torch.get_num_threads()}"]
     if chosen.quantized:
         command += ["--quantize=int8"]
+    if chosen.gpu_layers is not None:
+        command += [f"--gpu-layers={chosen.gpu_layers}"]
     if chosen.max_ram is not None:
         command += [f"--max-ram={chosen.max_ram / 1e9}GB"]
     if chosen.dtype is not None:
@@ -266,7 +268,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _measure_taps(options: argparse.Namespace) -> int:
-    for option in ("prefill", "contexts", "vs", "gguf", "plot", "max_ram"):
+    for option in ("prefill", "contexts", "vs", "gguf", "plot", "max_ram", "gpu_layers"):
         if getattr(options, option):
             raise UserError(f"--taps measures something else; leave --{option.replace('_', '-')} out")
     chosen = choose_model(options, needs_tokenizer=False)

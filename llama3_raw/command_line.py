@@ -17,16 +17,25 @@ import torch
 
 from .dialog import is_base_model
 from .errors import UserError, in_short, not_empty
-from .generation import check_ids, suitable_ops
+from .generation import check_ids, ops_for
 from .lookup import MOST
 from .machine import default_threads, processors
 from .memory import Lengths, Plan, check_memory, memory_for_weights
-from .model import REFERENCE
 from .ops import Ops
 from .read_ahead import least_memory, read_ahead
 from .sampling import Sampling
 from .tokenizer import Tokenizer
-from .weights import DTYPES, Checkpoint, Model, build_weights, find_tokenizer, first_layers, in_words, open_checkpoint
+from .weights import (
+    DTYPES,
+    Checkpoint,
+    Model,
+    build_weights,
+    check_gpu_layers,
+    find_tokenizer,
+    first_layers,
+    in_words,
+    open_checkpoint,
+)
 
 DEFAULT_MODEL = "Meta-Llama-3-8B"
 BUILT_IN_MODEL = "tiny"
@@ -53,10 +62,11 @@ class ChosenModel(NamedTuple):
     dtype: torch.dtype | None  # None: as stored
     max_ram: int | None  # bytes; None: what is free
     quantized: bool  # round the matrices to int8
+    gpu_layers: int | None = None  # whose matrices lie on the GPU, those of the rest on the CPU; None: all of them
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --weights, --tokenizer, --device, --dtype, --layers, --quantize, --max-ram, --threads and --debug."""
+    """Adds the group "model": which one, where and in what it computes, with how much memory and how many threads."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--weights",
@@ -72,6 +82,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     group.add_argument("--dtype", choices=DTYPES_BY_NAME, help="compute in this (default: as the weights are stored)")
     group.add_argument("--layers", type=int, metavar="N", help="run only the first N layers")
+    group.add_argument(
+        "--gpu-layers",
+        type=int,
+        metavar="N",
+        help="for a model that does not fit on the GPU: only the matrices of the first N layers go there, those of the "
+        "others stay on the CPU and are computed with there (CUDA; default: all go there)",
+    )
     group.add_argument(
         "--quantize", choices=("int8",), help="round the matrices to int8 as they are loaded: half the memory and time"
     )
@@ -292,6 +309,7 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
         raise UserError(f"int8 matrices are fast in bfloat16 only, not in {stored}; give --dtype bfloat16")
     if options.layers is not None:
         checkpoint = first_layers(checkpoint, options.layers)
+    check_gpu_layers(options.gpu_layers, device, checkpoint.params)
     try:
         tokenizer = find_tokenizer(folder.path, options.tokenizer, checkpoint.params)
     except UserError:
@@ -300,7 +318,7 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
         tokenizer = None
     if tokenizer is None and needs_tokenizer:
         raise UserError(f"{folder.path}: there is no tokenizer.model; give --tokenizer FILE, or token ids with --ids")
-    return ChosenModel(folder, checkpoint, tokenizer, device, dtype, options.max_ram, quantized)
+    return ChosenModel(folder, checkpoint, tokenizer, device, dtype, options.max_ram, quantized, options.gpu_layers)
 
 
 def set_threads(threads: int | None) -> None:
@@ -330,16 +348,17 @@ def load_model(chosen: ChosenModel, lengths: Lengths, reference: bool = False) -
     the input any more, so that an error stays one line. A warning is printed where the model is larger than the memory.
     Raises UserError where the run does not fit.
     """
-    folder, checkpoint, tokenizer, device, dtype, max_ram, quantized = chosen
-    plan = Plan(checkpoint, device, dtype, lengths, max_ram, quantized)
+    folder, checkpoint, tokenizer, device, dtype, max_ram, quantized, gpu_layers = chosen
+    plan = Plan(checkpoint, device, dtype, lengths, max_ram, quantized, gpu_layers)
     warning = check_memory(plan)
     if warning and max_ram is None:
         print(f"llama3_raw: warning: {warning}", file=sys.stderr)
     room = memory_for_weights(plan)  # asked before they are read in
     size = sum(part.nbytes for parts in checkpoint.parts.values() for part in parts)
     # what is larger than the memory is not read in beforehand: it would not stay
-    weights = build_weights(checkpoint, device, dtype, size >= _PROGRESS_BAR_FROM and not warning, quantized)
-    ops = REFERENCE if reference else suitable_ops(device)
+    with_bar = size >= _PROGRESS_BAR_FROM and not warning
+    weights = build_weights(checkpoint, device, dtype, with_bar, quantized, gpu_layers)
+    ops = ops_for(weights, exact=reference)
     if max_ram is not None:
         lacking = least_memory(weights) - room
         if lacking > 0:
@@ -349,7 +368,10 @@ def load_model(chosen: ChosenModel, lengths: Lengths, reference: bool = False) -
                 "shorter text"
             )
         ops = read_ahead(ops, weights, room)
-    return Model(checkpoint.params, weights, tokenizer), ops, f"{folder.path} ({folder.why}) on {device}"
+    where = str(device)
+    if gpu_layers is not None:
+        where += f" (the matrices behind the first {gpu_layers} layers on the CPU)"
+    return Model(checkpoint.params, weights, tokenizer), ops, f"{folder.path} ({folder.why}) on {where}"
 
 
 def warn_of_base_model(model: Model) -> None:

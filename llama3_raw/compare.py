@@ -393,7 +393,7 @@ def compare(
         return _replaced(name, tensor, shared)
 
     def run(tap: Tap, rows: int | None = None) -> None:
-        tokens = torch.tensor(ids if rows is None else [ids] * rows, device=model.weights.tok_embeddings.device)
+        tokens = torch.tensor(ids if rows is None else [ids] * rows, device=model.weights.norm.device)
         with count_layers(params, progress) as count, torch.no_grad():
             forward(model.weights, params, tokens, ops=ops, tap=chain(tap, count))
 
@@ -513,6 +513,8 @@ def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) ->
             raise UserError(f"--with {name}: others know no such int8; give the folder with the weights as they were")
         if chosen.max_ram is not None:
             raise UserError(f"--with {name}: needs all weights in memory; leave --max-ram out")
+        if chosen.gpu_layers is not None:
+            raise UserError(f"--with {name}: needs all weights on one device; leave --gpu-layers out")
         if name == "hf":
             check_hf("--with hf")
         else:

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from .captured import CapturedPasses, on_its_way
 from .errors import UserError
+from .int8 import tensors_of
 from .lookup import LookupPolicy, Proposer
 from .model import REFERENCE, KVCache, forward, no_tap
 from .ops import Ops, Tap
 from .ops_cpu import fast_ops
 from .ops_cuda import cuda_ops
+from .ops_mixed import mixed_ops
 from .params import Params
 from .sampling import Sampling, sample
-from .weights import Model
+from .weights import Model, Weights
 
 PREFILL_CHUNK = 1024  # tokens of the prompt in one forward pass: from so many on, matrix products are hardly faster
 EXACT_PREFILL_CHUNK = 256  # with the exact operations, which have the scores [n_heads, chunk, S] in memory
@@ -30,6 +32,15 @@ EXACT_PREFILL_CHUNK = 256  # with the exact operations, which have the scores [n
 def suitable_ops(device: torch.device) -> Ops:
     """The set of operations that suits the device."""
     return {"cpu": fast_ops, "cuda": cuda_ops}.get(device.type, lambda: REFERENCE)()
+
+
+def ops_for(weights: Weights, exact: bool = False) -> Ops:
+    """The set of operations that suits where the weights lie, on one device or two. exact: only of REFERENCE's."""
+    device = weights.norm.device
+    own = REFERENCE if exact else suitable_ops(device)
+    matrices = [weights.tok_embeddings, weights.output, *(matrix for layer in weights.layers for matrix in layer)]
+    elsewhere = {tensor.device for matrix in matrices for tensor in tensors_of(matrix)} - {device}
+    return mixed_ops(own, REFERENCE if exact else suitable_ops(elsewhere.pop())) if elsewhere else own
 
 
 def check_ids(ids: Iterable[int], params: Params) -> None:
@@ -101,7 +112,7 @@ def generate(
         others: with the fast operations of the CPU in bf16. Elsewhere they differ by rounding, so that of two tokens
         about equally likely the other one may come. What was proposed in vain is left in the cache behind its tokens.
     earlier: text that stands before `ids`, such as what the cache holds; only to propose from.
-    ops: None takes the set that suits the device. tap: as in `forward`; with lookup it sees a row for each proposed
+    ops: None takes the set that suits the weights. tap: as in `forward`; with lookup it sees a row for each proposed
         token as well, and those behind the first wrong one are not used.
     captured: whether a model on a GPU has its passes over few tokens compiled and captured in a graph, where that is
         possible: with the fast operations and no tap. The `CapturedPasses` of a cache keep them for the next call.
@@ -137,9 +148,9 @@ def generate(
             raise UserError(
                 f"a cache for {end + budget} tokens does not fit into memory; lower --max-new-tokens or --context"
             ) from error
-    device = model.weights.tok_embeddings.device
+    device = model.weights.norm.device  # the embeddings may lie on another
     if ops is None:
-        ops = suitable_ops(device)
+        ops = ops_for(model.weights)
     prefill_chunk = EXACT_PREFILL_CHUNK if ops.attend is REFERENCE.attend else PREFILL_CHUNK
     if isinstance(captured, CapturedPasses) and captured.cache is not cache:
         raise ValueError("the captured passes are those of another cache")

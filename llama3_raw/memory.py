@@ -2,7 +2,7 @@
 
 On the CPU the weights are windows into their files, whose pages the system drops and reads again as it must: a model
 that is larger than the memory runs, only slowly. What a run has of its own (copied weights, the cache, what a layer
-makes on its way) has to fit, or the system kills the process.
+makes on its way) has to fit, or the system kills the process. With --gpu-layers there are two memories to fit.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from .errors import UserError
 from .generation import EXACT_PREFILL_CHUNK, PREFILL_CHUNK
 from .machine import free_memory
-from .weights import MATRICES, Checkpoint, first_layers, in_words
+from .weights import MATRICES, Checkpoint, first_layers, goes_to_gpu, in_words
 
+_CPU = torch.device("cpu")
 _GPU_LIBRARIES = 500_000_000  # bytes that cuBLAS and the like take for themselves once they run
 _CPU_LIBRARIES = 100_000_000  # bytes that torch's take then (measured: 70e6 with a prompt of 256 tokens)
 
@@ -47,6 +48,7 @@ class Plan(NamedTuple):
     lengths: Lengths
     max_ram: int | None = None  # bytes that the process may take in all; None: what is free
     quantized: bool = False  # matrices rounded to int8
+    gpu_layers: int | None = None  # whose matrices lie on the GPU, those of the rest on the CPU; None: all of them
 
 
 class Need(NamedTuple):
@@ -56,10 +58,11 @@ class Need(NamedTuple):
     copied: int  # weights with memory of their own
     cache: int  # keys and values of the whole text
     work: int  # what a layer makes on its way
+    in_ram: int = 0  # weights with memory of their own on the CPU, where the run is on a GPU
 
     @property
     def own(self) -> int:
-        """What the system cannot drop and read again."""
+        """What the system cannot drop and read again, on the device of the run."""
         return self.copied + self.cache + self.work
 
 
@@ -70,10 +73,10 @@ def score_bytes(itemsize: int) -> int:
 
 def needed(plan: Plan) -> Need:
     """What the run of a plan takes."""
-    checkpoint, device, dtype, lengths, _, quantized = plan
+    checkpoint, device, dtype, lengths, _, quantized, gpu_layers = plan
     params = checkpoint.params
     itemsize = (dtype or checkpoint.dtype).itemsize
-    mapped = copied = 0
+    mapped = copied = in_ram = 0
     if quantized and checkpoint.tied:  # output in int8, beside the embeddings
         copied += params.vocab_size * params.dim
     for place, parts in checkpoint.parts.items():
@@ -82,8 +85,11 @@ def needed(plan: Plan) -> Need:
         is_int8 = to_int8 or place in checkpoint.scales
         n_bytes = torch.Size(place.shape).numel() * (1 if is_int8 else (dtype or stored).itemsize)
         changed = to_int8 or (not is_int8 and dtype not in (None, stored)) or checkpoint.must_change(place)
-        if device.type != "cpu" or changed:
+        home = device if goes_to_gpu(place, checkpoint.tied, gpu_layers) else _CPU
+        if home.type != "cpu" or (changed and home == device):
             copied += n_bytes
+        elif changed:
+            in_ram += n_bytes
         elif place.field != "tok_embeddings" or checkpoint.tied:  # else a prompt uses but a few of its rows
             mapped += n_bytes
     per_position = params.head_dim * itemsize
@@ -94,7 +100,7 @@ def needed(plan: Plan) -> Need:
     hidden = 3 * min(PREFILL_CHUNK, lengths.prompt) * params.hidden_dim * itemsize
     logits = min(chunk, lengths.scored) * params.vocab_size * (itemsize + 4 + 4)  # as computed, fp32, logarithms of p
     work = scores + repeated + hidden + logits + (0 if device.type == "cpu" else _GPU_LIBRARIES)
-    return Need(mapped, copied, cache, work)
+    return Need(mapped, copied, cache, work, in_ram)
 
 
 def available(plan: Plan, free: Callable[[torch.device], int] = free_memory) -> int:
@@ -118,30 +124,49 @@ def check_memory(plan: Plan, free: Callable[[torch.device], int] = free_memory) 
     """
     if plan.max_ram is not None:
         _check_mapped(plan)
-    has = free(plan.device)
+
+    def fits(plan: Plan) -> bool:
+        return needed(plan).own <= free(plan.device) and needed(plan).in_ram <= free(_CPU)
+
+    def stays(plan: Plan) -> bool:
+        takes, has = _ram(plan, free)
+        return fits(plan) and takes <= has
+
     need = needed(plan)
     source = plan.checkpoint.source
-    if need.own > has:
+    if not fits(plan):
         dtype = "int8" if plan.quantized else in_words(plan.dtype or plan.checkpoint.dtype)
-        offers = _offers(plan, lambda other: needed(other).own <= free(other.device))
+        parts, device = f"weights in {dtype} {_gb(need.copied)}", plan.device
+        parts += f", a cache for {plan.lengths.text} tokens {_gb(need.cache)}, to work in {_gb(need.work)}"
+        takes = need.own
+        if takes <= free(device):
+            takes, device, parts = need.in_ram, _CPU, f"weights in {dtype} of the layers that are not on {device}"
+        offers = _offers(plan, fits)
         raise UserError(
-            f"{source}: {_gb(need.own)} are needed on {plan.device} (weights in {dtype} {_gb(need.copied)}, a cache "
-            f"for {plan.lengths.text} tokens {_gb(need.cache)}, to work in {_gb(need.work)}), {_gb(has)} are free; "
+            f"{source}: {_gb(takes)} are needed on {device} ({parts}), {_gb(free(device))} are free; "
             + (f"what fits: {', or '.join(offers)}" if offers else "nothing of it fits, take a smaller model")
         )
-    has = available(plan, free)
-    if need.mapped + need.own <= has:
+    if stays(plan):
         return None
-    offers = _offers(plan, lambda other: needed(other).mapped + needed(other).own <= available(other, free))
+    takes, has = _ram(plan, free)
+    offers = _offers(plan, stays)
     return (
-        f"{source}: {_gb(need.mapped + need.own)} are needed, {_gb(has)} are free, so that each token reads weights "
-        f"from the disk again; what fits: {', or '.join(offers) or 'a smaller model'}"
+        f"{source}: {_gb(takes)} are needed, {_gb(has)} are free, so that each token reads weights from the disk "
+        f"again; what fits: {', or '.join(offers) or 'a smaller model'}"
     )
+
+
+def _ram(plan: Plan, free: Callable[[torch.device], int]) -> tuple[int, int]:
+    """What a run takes of the CPU's memory with all weights that are mapped in it, and what it may take, in bytes."""
+    need = needed(plan)
+    if plan.device.type == "cpu":
+        return need.mapped + need.own, available(plan, free)
+    return need.mapped + need.in_ram, free(_CPU)
 
 
 def _check_mapped(plan: Plan) -> None:
     """Raises UserError where a weight would have memory of its own, which cannot be let go and read again."""
-    checkpoint, device, dtype, _, _, quantized = plan
+    checkpoint, device, dtype, _, _, quantized, _ = plan
     if device.type != "cpu":
         raise UserError(f"--max-ram is for weights on the CPU; leave it out, or give --device cpu, not {device}")
     for place, parts in checkpoint.parts.items():
@@ -169,8 +194,13 @@ def _offers(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
         offers.append("no --dtype")
     elif fits(plan._replace(dtype=torch.bfloat16)):
         offers.append("--dtype bfloat16")
-    if fits(plan._replace(device=torch.device("cpu"))):
-        offers.append("--device cpu")
+    if plan.device.type == "cuda":
+        numbers = range(checkpoint.params.n_layers, 0, -1)
+        gpu_layers = next((number for number in numbers if fits(plan._replace(gpu_layers=number))), None)
+        if gpu_layers:
+            offers.append(f"--gpu-layers {gpu_layers}")
+    if fits(plan._replace(device=_CPU, gpu_layers=None)):
+        offers.append("--device cpu" + (" without --gpu-layers" if plan.gpu_layers else ""))
     shorter = range(lengths.least, lengths.text)
     count = bisect.bisect_left(
         shorter,
@@ -184,7 +214,7 @@ def _offers(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
         True,
         key=lambda number: not fits(plan._replace(checkpoint=first_layers(checkpoint, number))),
     )
-    if layers:
+    if layers and layers >= (plan.gpu_layers or 0):  # else that would be more than there are
         offers.append(f"--layers {layers}")
     return offers
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .command_line import add_model_options, check_context, choose_model, load_model, parse_ids, positive_int, read_text
 from .errors import ArgumentParser, UserError, command_line_tool
-from .generation import check_ids, check_logits, suitable_ops
+from .generation import check_ids, check_logits, ops_for
 from .memory import Lengths
 from .model import KVCache, forward
 from .ops import Ops
@@ -105,13 +105,13 @@ def perplexity(
 
     context: tokens in a window; None takes the model's max_seq_len, 2,048 at most. stride: None takes half of that, so
     that every token has at least so much before it (but for the beginning of the text). ops: None takes the set that
-    suits the device. progress: shows a bar on stderr.
+    suits the weights. progress: shows a bar on stderr.
 
     Raises UserError as `check_windows` does, and where the weights are damaged.
     """
     context, stride = check_windows(model.params, ids, context, stride)
-    tokens = torch.tensor(ids, device=model.weights.tok_embeddings.device)  # [length]
-    ops = ops or suitable_ops(tokens.device)
+    tokens = torch.tensor(ids, device=model.weights.norm.device)  # [length]
+    ops = ops or ops_for(model.weights)
     cache = KVCache.allocate(model.params, max_seq_len=min(context, len(ids)), like=model.weights)
     count, nats = 0, 0.0
     windows = list(sliding_windows(len(ids), context, stride))

@@ -32,6 +32,7 @@ from .errors import UserError, in_short, read_beginning, read_small_file
 from .int8 import Int8, Matrix, quantize, tensors_of
 from .params import Params
 from .tokenizer import Tokenizer
+from .transfer import mover
 
 
 class LayerWeights(NamedTuple):
@@ -194,6 +195,7 @@ def load(
     tokenizer: str | Path | Literal[False] | None = None,
     quantized: bool = False,
     progress: bool = False,
+    gpu_layers: int | None = None,
 ) -> Model:
     """A folder with Meta's files, a Hugging Face folder, or a repository with Meta's files in original/ -> Model.
 
@@ -202,8 +204,12 @@ def load(
     quantized: round the matrices to int8; they take memory of their own. (What `save_quantized` wrote is mapped.)
     progress: read the weights into memory now, with a bar on stderr; otherwise the pages of a CPU model come in as the
         first forward pass uses them.
+    gpu_layers: with a CUDA device, for a model that is larger than its memory: the matrices of only the first so many
+        layers go there, those of the others stay on the CPU (see `goes_to_gpu`). `generate` finds the operations for
+        that; `forward` and `trace` are to be given `generation.ops_for(weights)`. None: all of the model goes there.
 
-    Raises UserError where a file is missing or damaged, or a tensor is not what params.json says.
+    Raises UserError where a file is missing or damaged, or a tensor is not what params.json says, and for a number of
+    layers that the model does not have.
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise UserError(f"dtype should be torch.bfloat16, float16 or float32, is {dtype}")
@@ -211,7 +217,9 @@ def load(
     checkpoint = open_checkpoint(folder)
     if layers is not None:
         checkpoint = first_layers(checkpoint, layers)
-    weights = build_weights(checkpoint, torch.device(device), dtype, progress, quantized)
+    device = torch.device(device)
+    check_gpu_layers(gpu_layers, device, checkpoint.params)
+    weights = build_weights(checkpoint, device, dtype, progress, quantized, gpu_layers)
     params = checkpoint.params
     return Model(params, weights, None if tokenizer is False else find_tokenizer(folder, tokenizer, params))
 
@@ -251,6 +259,32 @@ def first_layers(checkpoint: Checkpoint, layers: int) -> Checkpoint:
         params=replace(checkpoint.params, n_layers=layers),
         parts={place: parts for place, parts in checkpoint.parts.items() if (place.layer or 0) < layers},
     )
+
+
+def check_gpu_layers(gpu_layers: int | None, device: torch.device, params: Params) -> None:
+    """Raises UserError where --gpu-layers is given, but for another device than a CUDA GPU, or for other layers."""
+    if gpu_layers is None:
+        return
+    if device.type != "cuda":
+        raise UserError(
+            f"--gpu-layers {gpu_layers}: shares a model between a CUDA GPU and the CPU, but the device is {device}; "
+            "leave it out, or give --device cuda"
+        )
+    if not 1 <= gpu_layers <= params.n_layers:
+        raise UserError(f"--gpu-layers {gpu_layers}: {params.n_layers} layers are run; give a number from 1 to that")
+
+
+def goes_to_gpu(place: TensorPlace, tied: bool, gpu_layers: int | None) -> bool:
+    """Whether a tensor lies on the GPU where the matrices of the first `gpu_layers` layers do; None: each one does.
+
+    All norms do, and the cache goes with them. The output matrix does, which is read whole for each token as a layer
+    is. The embeddings, of which a token reads one row, only where they are the output matrix (`tied`).
+    """
+    if gpu_layers is None:
+        return True
+    if place.field == "tok_embeddings":
+        return tied
+    return place.layer is None or place.layer < gpu_layers or place.field not in MATRICES
 
 
 def find_files(folder: Path) -> tuple[Path, list[Path]]:
@@ -421,6 +455,7 @@ def build_weights(
     dtype: torch.dtype | None = None,
     progress: bool = False,
     quantized: bool = False,
+    gpu_layers: int | None = None,
 ) -> Weights:
     """The tensors of a checkpoint, in one dtype, moved to `device` one by one; the arguments are those of `load`.
 
@@ -438,21 +473,28 @@ def build_weights(
     total = sum(part.nbytes for parts in all_parts.values() for part in parts)
     top: dict[str, Any] = {}
     by_layer: list[dict[str, Any]] = [{} for _ in range(params.n_layers)]
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc=f"loading {source}", disable=not progress, leave=False
-    ) as bar:
+    largest = max(part.nbytes for parts in all_parts.values() for part in parts)
+    cpu = torch.device("cpu")
+    with (
+        mover(device, largest) as to_device,
+        mover(cpu, largest) as to_cpu,
+        tqdm(
+            total=total, unit="B", unit_scale=True, desc=f"loading {source}", disable=not progress, leave=False
+        ) as bar,
+    ):
         for place, parts in all_parts.items():
+            home, move = (device, to_device) if goes_to_gpu(place, checkpoint.tied, gpu_layers) else (cpu, to_cpu)
             try:
-                moved = _whole(checkpoint, place).to(device=device, dtype=None if place in scales else dtype)
+                moved = move(_whole(checkpoint, place), None if place in scales else dtype)
                 matrix: Matrix = moved
                 if place in scales:
-                    matrix = Int8(moved, *(scale.to(device) for scale in scales[place]))
+                    matrix = Int8(moved, *(move(scale, None) for scale in scales[place]))
                 elif quantized and place.field in MATRICES:
                     matrix = quantize(moved)
             except RuntimeError as error:  # torch's only word for memory that the CPU does not have
                 raise UserError(
-                    f"{source}: {total / 1e9:.1f} GB of weights do not fit on {device}, from {place.meta_name} on; "
-                    f"{'give' if device.type == 'cpu' else 'use --device cpu, or'} fewer --layers"
+                    f"{source}: {total / 1e9:.1f} GB of weights do not fit on {home}, from {place.meta_name} on; "
+                    f"{'give' if home.type == 'cpu' else 'use --device cpu, or'} fewer --layers"
                 ) from error
             # of which a prompt uses but a few rows
             rows_only = place.field == "tok_embeddings" and (quantized or not checkpoint.tied)

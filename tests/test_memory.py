@@ -60,6 +60,41 @@ def test_copies_on_the_cpu() -> None:
     assert (joined.mapped, joined.copied) == (norms, 16_060_522_496 - norms)
 
 
+def test_a_model_on_two_devices() -> None:
+    """A layer of 8B has 436,207,616 bytes of matrices, and two norms of 8,192; of another order or dtype, copies."""
+    lengths = Lengths(17, 25, 18)
+    layer, norms, table = 436_207_616, 65 * 8192, 2 * 128256 * 4096
+    whole = needed(Plan(checkpoint(), GPU, None, lengths))
+    shared = needed(Plan(checkpoint(), GPU, None, lengths, gpu_layers=10))
+    assert (shared.copied, shared.mapped, shared.in_ram) == (10 * layer + norms + table, 22 * layer, 0)
+    assert (shared.cache, shared.work) == (whole.cache, whole.work)
+    assert whole.copied == 32 * layer + norms + 2 * table  # the embeddings too
+    hf = needed(Plan(checkpoint(hf=True), GPU, None, lengths, gpu_layers=10))
+    assert (hf.copied, hf.in_ram) == (shared.copied, 22 * 2 * (4096 + 1024) * 4096)
+    assert hf.mapped == shared.mapped - hf.in_ram
+    in_fp32 = needed(Plan(checkpoint(), GPU, torch.float32, lengths, gpu_layers=10))
+    assert (in_fp32.mapped, in_fp32.in_ram) == (0, 2 * (22 * layer + table))
+    tied = needed(Plan(checkpoint("1b"), GPU, None, lengths, gpu_layers=16))
+    assert (tied.copied, tied.mapped, tied.in_ram) == (2_471_628_800, 0, 0)
+
+
+def test_what_does_not_fit_on_the_cpu_beside_a_gpu() -> None:
+    """Weights that are copied there are refused; mapped ones are read again for each token, which is said."""
+    plan = Plan(checkpoint(), GPU, torch.float32, Lengths(17, 273, 18), gpu_layers=10)
+    with pytest.raises(UserError) as caught:
+        check_memory(plan, {GPU: 24 * 10**9, CPU: 20 * 10**9}.__getitem__)
+    assert "21.29 GB are needed on cpu (weights in float32 of the layers that are not on cuda), 20.00 GB" in str(
+        caught.value
+    )
+    assert str(caught.value).endswith("what fits: no --dtype, or --gpu-layers 24, or --layers 30")
+    free = {GPU: 12 * 10**9, CPU: 6 * 10**9}
+    assert check_memory(plan._replace(dtype=None, gpu_layers=20), free.__getitem__) is None
+    warning = check_memory(plan._replace(dtype=None), free.__getitem__)
+    assert warning is not None
+    assert "9.60 GB are needed, 6.00 GB are free, so that each token reads weights from the disk again" in warning
+    assert warning.endswith("what fits: --gpu-layers 23, or --layers 23")
+
+
 def test_what_is_mapped_may_be_larger_than_the_memory() -> None:
     plan = Plan(checkpoint(), CPU, None, Lengths(17, 273, 18))
     assert check_memory(plan, lambda device: 16 * 10**9) is None
@@ -80,7 +115,18 @@ REFUSED = {
         Plan(checkpoint(shards=2, dtype=torch.float32), CPU, None, Lengths(17, 273, 18)),
         ["--dtype bfloat16", "--layers 22"],
     ),
-    "a GPU": (Plan(checkpoint(), GPU, None, Lengths(17, 273, 18)), ["--device cpu", "--layers 21"]),
+    "a GPU": (
+        Plan(checkpoint(), GPU, None, Lengths(17, 273, 18)),
+        ["--gpu-layers 23", "--device cpu", "--layers 21"],
+    ),
+    "too many layers on a GPU": (
+        Plan(checkpoint(), GPU, None, Lengths(17, 273, 18), gpu_layers=30),
+        ["--gpu-layers 23", "--device cpu without --gpu-layers"],
+    ),
+    "bf16 of fp32 on a GPU": (
+        Plan(checkpoint("8b", dtype=torch.float32), GPU, torch.bfloat16, Lengths(17, 273, 18)),
+        ["--gpu-layers 23", "--device cpu", "--layers 21"],
+    ),
     "1b in fp32 with a long cache on a GPU": (
         Plan(checkpoint("1b", dtype=torch.float32), GPU, None, Lengths(17, 131_072, 18)),
         ["--dtype bfloat16", "--device cpu", "--context 66422", "--layers 7"],
@@ -96,18 +142,21 @@ def test_what_is_offered_fits_and_one_more_does_not(case: str) -> None:
     assert str(caught.value).endswith(f"what fits: {', or '.join(offers)}")
 
     def fits(plan: Plan) -> bool:
-        return needed(plan).own <= FREE[plan.device]
+        return needed(plan).own <= FREE[plan.device] and needed(plan).in_ram <= FREE[CPU]
 
     for offer in offers:
-        option, value = offer.rsplit(" ", 1)
+        option, value = offer.removesuffix(" without --gpu-layers").rsplit(" ", 1)
         if option == "--layers":
             assert fits(plan._replace(checkpoint=first_layers(plan.checkpoint, int(value))))
             assert not fits(plan._replace(checkpoint=first_layers(plan.checkpoint, int(value) + 1)))
         elif option == "--context":
             assert fits(plan._replace(lengths=plan.lengths._replace(text=int(value))))
             assert not fits(plan._replace(lengths=plan.lengths._replace(text=int(value) + 1)))
+        elif option == "--gpu-layers":
+            assert fits(plan._replace(gpu_layers=int(value)))
+            assert not fits(plan._replace(gpu_layers=int(value) + 1))
         elif option == "--device":
-            assert fits(plan._replace(device=torch.device(value)))
+            assert fits(plan._replace(device=torch.device(value), gpu_layers=None))
         elif option == "--quantize":
             assert fits(plan._replace(quantized=True))
         else:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from references import converted, flat, hf_model, random_weights
+from references import flat, hf_model, random_weights
 from torch import Tensor
 
 import llama3_raw
 import llama3_raw.weights as weights_module
-from llama3_raw import Model, Params, UserError, Weights, forward
+from llama3_raw import Params, UserError, Weights, forward
 from llama3_raw.params import RopeScaling
 from llama3_raw.weights import tensor_places, to_state_dict
 
@@ -234,9 +234,3 @@ def test_an_hf_folder_is_mapped_too(tmp_path: Path) -> None:
         assert file_of(weights.layers[0].w1) == str(file)
     weights.layers[0].w1.zero_()
     assert file.read_bytes() == before
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
-def test_loading_to_a_gpu(tiny: Model) -> None:
-    on_gpu = llama3_raw.load(TINY, device="cuda")
-    assert_same(converted(on_gpu.weights, Tensor.cpu), tiny.weights)

@@ -1,0 +1,53 @@
+"""A GPU that is none: tensors that say they are on cuda:0, are computed in RAM, and refuse to meet those of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+_CROSSING = (Tensor.to, Tensor.cpu, Tensor.copy_)  # what brings tensors from one device to another
+
+
+class OnGpu(Tensor):
+    """A tensor on the pretended GPU."""
+
+
+class PretendGpu(TorchFunctionMode):
+    """While it is entered, device="cuda" makes such tensors, .to moves them, and their results are there too."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        asked = CPU if func is Tensor.cpu else kwargs.get("device")
+        if func is Tensor.to:
+            asked = next((leaf for leaf in args if isinstance(leaf, str | torch.device)), asked)
+        if asked is not None:
+            on_gpu = torch.device(asked).type == "cuda"
+        elif func in _CROSSING:  # x.to(like), to.copy_(x)
+            on_gpu = isinstance(tensors[-1 if func is Tensor.to else 0], OnGpu)
+        else:
+            on_gpu = any(isinstance(tensor, OnGpu) for tensor in tensors)
+        if not on_gpu and not any(isinstance(tensor, OnGpu) for tensor in tensors):
+            return func(*args, **kwargs)
+        if getattr(func, "__self__", None) is Tensor.device:
+            return GPU
+        meets = {isinstance(tensor, OnGpu) for tensor in tensors if tensor.dim()}  # a lone number may meet both
+        if func not in _CROSSING and len(meets) == 2:
+            raise RuntimeError(f"{func.__name__}: tensors on two devices")
+        if "device" in kwargs:
+            kwargs["device"] = CPU
+        args = tuple(CPU if leaf is asked else leaf for leaf in args)
+        args, kwargs = tree_map(lambda leaf: _as(Tensor, leaf), (args, kwargs))
+        return tree_map(lambda leaf: _as(OnGpu if on_gpu else Tensor, leaf), func(*args, **kwargs))
+
+
+def _as(kind: type[Tensor], leaf: Any) -> Any:
+    return leaf.as_subclass(kind) if isinstance(leaf, Tensor) and type(leaf) is not kind else leaf
