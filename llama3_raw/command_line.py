@@ -53,6 +53,7 @@ class ChosenModel(NamedTuple):
     dtype: torch.dtype | None  # None: as stored
     max_ram: int | None  # bytes; None: what is free
     quantized: bool  # round the matrices to int8
+    made: bool = False  # random weights, which lie in no file
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -319,7 +320,7 @@ def load_model(chosen: ChosenModel, lengths: Lengths, reference: bool = False) -
     the input any more, so that an error stays one line. A warning is printed where the model is larger than the memory.
     Raises UserError where the run does not fit.
     """
-    folder, checkpoint, tokenizer, device, dtype, max_ram, quantized = chosen
+    folder, checkpoint, tokenizer, device, dtype, max_ram, quantized, _ = chosen
     plan = Plan(checkpoint, device, dtype, lengths, max_ram, quantized)
     warning = check_memory(plan)
     if warning and max_ram is None:

@@ -47,6 +47,7 @@ class Plan(NamedTuple):
     lengths: Lengths
     max_ram: int | None = None  # bytes that the process may take in all; None: what is free
     quantized: bool = False  # matrices rounded to int8
+    made: bool = False  # random weights, which lie in no file
 
 
 class Need(NamedTuple):
@@ -70,7 +71,7 @@ def score_bytes(itemsize: int) -> int:
 
 def needed(plan: Plan) -> Need:
     """What the run of a plan takes."""
-    checkpoint, device, dtype, lengths, _, quantized = plan
+    checkpoint, device, dtype, lengths, _, quantized, made = plan
     params = checkpoint.params
     itemsize = (dtype or checkpoint.dtype).itemsize
     mapped = copied = 0
@@ -82,7 +83,7 @@ def needed(plan: Plan) -> Need:
         is_int8 = to_int8 or place in checkpoint.scales
         n_bytes = torch.Size(place.shape).numel() * (1 if is_int8 else (dtype or stored).itemsize)
         changed = to_int8 or (not is_int8 and dtype not in (None, stored)) or checkpoint.must_change(place)
-        if device.type != "cpu" or changed:
+        if device.type != "cpu" or changed or made:
             copied += n_bytes
         elif place.field != "tok_embeddings" or checkpoint.tied:  # else a prompt uses but a few of its rows
             mapped += n_bytes
@@ -141,7 +142,7 @@ def check_memory(plan: Plan, free: Callable[[torch.device], int] = free_memory) 
 
 def _check_mapped(plan: Plan) -> None:
     """Raises UserError where a weight would have memory of its own, which cannot be let go and read again."""
-    checkpoint, device, dtype, _, _, quantized = plan
+    checkpoint, device, dtype, _, _, quantized, _ = plan
     if device.type != "cpu":
         raise UserError(f"--max-ram is for weights on the CPU; leave it out, or give --device cpu, not {device}")
     for place, parts in checkpoint.parts.items():
@@ -162,7 +163,8 @@ def _offers(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
     checkpoint, lengths = plan.checkpoint, plan.lengths
     offers = []
     in_bf16 = (plan.dtype or checkpoint.dtype) == torch.bfloat16
-    can_quantize = plan.device.type == "cpu" and in_bf16 and not plan.quantized and not checkpoint.scales
+    is_rounded = plan.quantized or checkpoint.scales
+    can_quantize = plan.device.type == "cpu" and in_bf16 and not is_rounded and not plan.made
     if can_quantize and fits(plan._replace(quantized=True)):
         offers.append("--quantize int8")
     if plan.dtype and fits(plan._replace(dtype=None)):

@@ -244,10 +244,9 @@ def check_peers(chosen: ChosenModel, lengths: Lengths, names: Sequence[str]) -> 
     free = free_memory(chosen.device) * 9 // 10  # the rest is for what else runs, or pages would come and go
 
     def together(layers: int) -> int:
-        return memory_together(
-            Plan(first_layers(checkpoint, layers), chosen.device, chosen.dtype, lengths, quantized=chosen.quantized),
-            list(dict.fromkeys(names)),
-        )
+        fewer = first_layers(checkpoint, layers)
+        plan = Plan(fewer, chosen.device, chosen.dtype, lengths, quantized=chosen.quantized, made=chosen.made)
+        return memory_together(plan, list(dict.fromkeys(names)))
 
     most = checkpoint.params.n_layers
     if together(most) <= free:
