@@ -265,7 +265,7 @@ def main(arguments: Sequence[str]) -> int:
     usual = _PLOTTED if options.plot else prefill[:1]
     contexts = _lengths_within(limit, options.contexts, usual, "--contexts", more)
     longest = longest_text(prefill, contexts, options.new_tokens)
-    lengths = Lengths(prompt=prefill[-1], text=longest, least=2)
+    lengths = Lengths(prompt=prefill[-1], text=longest, least=longest)
     check_peers(chosen, lengths, options.vs)
     model, ops, which = _load(chosen, lengths, options.seed)
     with open_peers(options.vs, chosen, model, options.gguf, longest) as peers:
@@ -326,7 +326,9 @@ def _measure_taps(options: argparse.Namespace) -> int:
         if getattr(options, option):
             raise UserError(f"--taps measures something else; leave --{option.replace('_', '-')} out")
     chosen = _choose(options)
-    model, ops, which = _load(chosen, Lengths(prompt=LENGTH, text=LENGTH + 1, least=2, scored=LENGTH), options.seed)
+    model, ops, which = _load(
+        chosen, Lengths(prompt=LENGTH, text=LENGTH + 1, least=LENGTH + 1, scored=LENGTH), options.seed
+    )
     print(f"llama3_raw: {which}", file=sys.stderr)
     show_taps(measure_taps(model, ops, options.rounds))
     return 0

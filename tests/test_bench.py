@@ -16,7 +16,7 @@ import torch
 from references import random_weights
 
 import llama3_raw
-from llama3_raw import Model, Params, UserError, gguf_file, measuring, peers
+from llama3_raw import Model, Params, UserError, command_line, gguf_file, measuring, memory, peers
 from llama3_raw.bench import build_parser, main
 from llama3_raw.command_line import choose_model
 from llama3_raw.gguf_file import is_gguf_of, write_gguf
@@ -263,3 +263,16 @@ def test_peers_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(peers, "free_memory", lambda _: enough)
     with pytest.raises(UserError, match=r"--vs llama.cpp: .* push the other's weights out; --layers 3 fits"):
         peers.check_peers(chosen, lengths, ["llama.cpp"])
+
+
+def test_what_is_offered_where_it_does_not_fit_is_an_option_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measuring has no --context, with which other tools have a shorter text."""
+    monkeypatch.setattr(command_line, "check_memory", lambda plan: memory.check_memory(plan, lambda _: needs - 1))
+    arguments = [*QUICK, "--dtype", "float32"]  # which takes memory of its own
+    chosen = choose_model(build_parser().parse_args(arguments), needs_tokenizer=False)
+    needs = memory.needed(Plan(chosen.checkpoint, chosen.device, chosen.dtype, Lengths(20, 21, 2))).own
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert "what fits: no --dtype, or --layers 3" in err
