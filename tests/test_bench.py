@@ -7,6 +7,7 @@ import json
 import shutil
 import stat
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,20 +17,36 @@ import torch
 from references import random_weights
 
 import llama3_raw
-from llama3_raw import Model, Params, UserError, command_line, gguf_file, measuring, memory, peers
+from llama3_raw import Model, Params, UserError, command_line, gguf_file, limits, measuring, memory, peers
 from llama3_raw.bench import build_parser, main
 from llama3_raw.command_line import choose_model
 from llama3_raw.gguf_file import is_gguf_of, write_gguf
+from llama3_raw.limits import seconds_of
 from llama3_raw.measuring import Task, compare, measure, pairs
 from llama3_raw.memory import Lengths, Plan
 from llama3_raw.params import RopeScaling
-from llama3_raw.peers import LlamaBench, Transformers, Xllamacpp, open_peers
+from llama3_raw.peers import CompiledTransformers, LlamaBench, Own, Transformers, Xllamacpp, check_peers, open_peers
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 QUICK = ("--weights", str(TINY), "--prefill", "20", "5", "--rounds", "2")
 needs_xllamacpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp has no wheel for this system"
 )
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
+
+
+class CompileCounter:
+    """Counts what torch.compile makes from now on."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+    def number(self) -> int:
+        return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 class Clock:
@@ -137,6 +154,31 @@ def test_transformers_is_the_same_model(same_model: tuple[Model, list[int]]) -> 
     model, ids = same_model
     ours = list(llama3_raw.generate(model, ids, max_new_tokens=8, stop_ids=()))
     assert Transformers(model, longest=64).greedy(ids, 8) == ours
+
+
+@needs_compiler
+def test_compiled_transformers_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when a cache is taken again; and no time has compiling in it."""
+    compiled = CompileCounter()
+    model = llama3_raw.load(TINY, dtype=torch.float32, layers=1)
+    peer = CompiledTransformers(model, longest=64)
+    ours = list(llama3_raw.generate(model, [1, 2, 3, 4], max_new_tokens=3, stop_ids=()))
+    for _ in range(2):
+        assert peer.greedy([1, 2, 3, 4], 3) == ours
+    assert compiled.number() == 1
+    during: list[int] = []
+
+    def timed(work: Callable[[], object], device: torch.device) -> float:
+        before = compiled.number()
+        work()
+        during.append(compiled.number() - before)
+        return float(len(during))
+
+    monkeypatch.setattr(peers, "seconds_of", timed)
+    assert peer.decode(5, 1) == 4.0  # after three times
+    assert during == [1, 0, 0, 0]
+    assert peer.prefill(5) == 5.0
+    assert during[-1] == 0
 
 
 @needs_xllamacpp
@@ -276,3 +318,63 @@ def test_what_is_offered_where_it_does_not_fit_is_an_option_here(
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert "what fits: no --dtype, or --layers 3" in err
+
+
+def test_time_on_a_gpu_ends_when_its_work_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was to do before does not count, and what is still to do does."""
+    happened: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: happened.append(f"wait for {device}"))
+    monkeypatch.setattr(limits.time, "perf_counter", lambda: happened.append("clock") or float(len(happened)))
+    assert seconds_of(lambda: happened.append("work"), torch.device("cuda:1")) == 3.0
+    assert happened == ["wait for cuda:1", "clock", "work", "wait for cuda:1", "clock"]
+
+
+@pytest.mark.parametrize(("kind", "context", "first"), [("cpu", 5, 5), ("cuda", 5, 3), ("cuda", 1, 0)])
+def test_decoding_on_a_gpu_is_timed_from_the_third_pass_on(
+    kind: str, context: int, first: int, tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one is over a prompt, the second one captured; on the CPU they are like the others."""
+    made: list[int] = []
+    began: list[int] = []
+
+    def generate(model: Model, ids: Sequence[int], *, max_new_tokens: int, start: int, **_: object) -> Iterator[int]:
+        began.append(start)
+        for _number in range(max_new_tokens):
+            made.append(0)
+            yield 0
+
+    own = Own(tiny, longest=10)
+    own._device = torch.device(kind)
+    monkeypatch.setattr(peers, "wait_for", lambda device: None)
+    monkeypatch.setattr(peers, "generate", generate)
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: float(len(made)))
+    assert own.decode(context, 4) == 4.0  # whatever comes before
+    assert began == [first]
+    assert len(made) == context - first + 4
+
+
+def test_peers_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both kinds of transformers and no other."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(peers, "free_memory", lambda device: 10**10)
+    arguments = [*QUICK, "--device", "cuda"]
+    chosen = choose_model(build_parser().parse_args(arguments), needs_tokenizer=False)
+    check_peers(chosen, Lengths(17, 22, 22), ["transformers", "transformers-compiled"])
+    assert main([*arguments, "--vs", "transformers", "llama.cpp"]) == 2
+    err = capsys.readouterr().err
+    assert err == "llama3_raw: error: --vs llama.cpp compares on the CPU, but the device is cuda; give --device cpu\n"
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", [Transformers, CompiledTransformers])
+def test_transformers_on_a_gpu_is_the_same_model(kind: type[Transformers]) -> None:
+    """It runs on our tensors there, and its tokens are those of the exact operations."""
+    model = llama3_raw.load(TINY, device="cuda", dtype=torch.float32)
+    ids = torch.arange(20).tolist()
+    ours = list(llama3_raw.generate(model, ids, max_new_tokens=8, stop_ids=(), ops=llama3_raw.REFERENCE))
+    peer = kind(model, longest=64)
+    assert peer._peer.model.layers[1].mlp.up_proj.weight.data_ptr() == model.weights.layers[1].w3.data_ptr()
+    for _ in range(4):  # compiled, tried, captured, replayed
+        assert peer.greedy(ids, 8) == ours
+    assert peer.prefill(20) > 0
+    assert peer.decode(20, 4) > 0
