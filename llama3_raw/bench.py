@@ -97,6 +97,13 @@ def show(figures: Figures, start: Start | None) -> None:
     if figures.read_loop_gb_per_second and figures.decode_share_of_read_loop:
         print(f"a loop that only reads    {figures.read_loop_gb_per_second:10.1f} GB/s")
         print(f"share of it               {figures.decode_share_of_read_loop:10.1%}")
+    if figures.copy_gb_per_second and figures.decode_share_of_copy:
+        print(f"a copy reads and writes   {figures.copy_gb_per_second:10.1f} GB/s")
+        print(f"share of it               {figures.decode_share_of_copy:10.1%}")
+    if figures.matmul_tflop_per_second and figures.prefill_share_of_matmul:
+        print(f"a large matrix product    {figures.matmul_tflop_per_second:10.1f} TFLOP/s")
+        for length, share in figures.prefill_share_of_matmul.items():
+            print(f"share of it, {length:>5} tokens {share:10.1%}")
     if start:
         print(f"start to first token      {start.start_to_first_token_seconds:10.2f} s")
         print(f"  of it loading           {start.load_seconds:10.2f} s")
@@ -157,11 +164,10 @@ def draw(figures: Figures, file: Path, title: str) -> None:
     own = figures.decode_tokens_per_second_by_context
     speeds = {"llama3_raw": own, **{name: peer.decode_tokens_per_second for name, peer in figures.vs.items()}}
     contexts = list(own)
-    if figures.read_loop_gb_per_second:
+    memory_gb_per_second = figures.read_loop_gb_per_second or figures.copy_gb_per_second
+    if memory_gb_per_second:
         limits = [
-            figures.read_loop_gb_per_second
-            * 1e9
-            / (figures.weights_bytes_per_token + context * figures.cache_bytes_per_token)
+            memory_gb_per_second * 1e9 / (figures.weights_bytes_per_token + context * figures.cache_bytes_per_token)
             for context in contexts
         ]
         axes.plot(contexts, limits, "--", color="0.5", label="limit: reading weights and cache once a token")
@@ -192,7 +198,7 @@ def build_parser() -> ArgumentParser:
         type=positive_int,
         nargs="+",
         metavar="N",
-        help="prompts of so many tokens; more than 1,000 once only (default: 17 256 2048)",
+        help="prompts of so many tokens; on the CPU more than 1,000 once only (default: 17 256 2048)",
     )
     parser.add_argument(
         "--contexts",
@@ -202,7 +208,12 @@ def build_parser() -> ArgumentParser:
         help="decode behind so many tokens (default: as many as the shortest prompt; with --plot "
         f"{' '.join(map(str, _PLOTTED))})",
     )
-    parser.add_argument("--new-tokens", type=positive_int, default=4, metavar="N", help="tokens decoded in a round")
+    parser.add_argument(
+        "--new-tokens",
+        type=positive_int,
+        metavar="N",
+        help="tokens decoded in a round (default: 4, on a GPU 64)",
+    )
     parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--vs",
@@ -260,26 +271,24 @@ def main(arguments: Sequence[str]) -> int:
         check_picture(Path(options.plot))
     chosen = _choose(options)
     limit = chosen.checkpoint.params.max_seq_len
-    more = options.new_tokens + 1
+    new_tokens = options.new_tokens or (4 if chosen.device.type == "cpu" else 64)
+    more = new_tokens + 1
     prefill = _lengths_within(limit, options.prefill, _PREFILL, "--prefill", more)
     usual = _PLOTTED if options.plot else prefill[:1]
     contexts = _lengths_within(limit, options.contexts, usual, "--contexts", more)
-    longest = longest_text(prefill, contexts, options.new_tokens)
+    longest = longest_text(prefill, contexts, new_tokens)
     lengths = Lengths(prompt=prefill[-1], text=longest, least=longest)
     check_peers(chosen, lengths, options.vs)
     model, ops, which = _load(chosen, lengths, options.seed)
     with open_peers(options.vs, chosen, model, options.gguf, longest) as peers:
         print(f"llama3_raw: {which}", file=sys.stderr)
-        figures = measure(
-            model, prefill, contexts, options.new_tokens, options.rounds, peers, ops, options.max_ram is None
-        )
+        figures = measure(model, prefill, contexts, new_tokens, options.rounds, peers, ops, options.max_ram is None)
     show(figures, None if chosen.made else time_start(chosen, prefill[0]))
     if options.plot:
         dtype = in_words(model.weights.norm.dtype)
+        where = f"{figures.threads} threads" if figures.device == "cpu" else figures.device
         draw(
-            figures,
-            Path(options.plot),
-            f"{chosen.folder.path.name}, {model.params.n_layers} layers, {dtype}, {figures.threads} threads",
+            figures, Path(options.plot), f"{chosen.folder.path.name}, {model.params.n_layers} layers, {dtype}, {where}"
         )
     return 0
 

@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 import torch
 from references import random_weights
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama3_raw
-from llama3_raw import Model, Params, UserError, command_line, gguf_file, limits, measuring, memory, peers
+from llama3_raw import Model, Params, UserError, bench, command_line, gguf_file, limits, measuring, memory, peers
 from llama3_raw.bench import build_parser, main
 from llama3_raw.command_line import choose_model
 from llama3_raw.gguf_file import is_gguf_of, write_gguf
-from llama3_raw.limits import seconds_of
-from llama3_raw.measuring import Task, compare, measure, pairs
+from llama3_raw.limits import copy_speed, multiply_speed, seconds_of
+from llama3_raw.measuring import Probes, Task, compare, measure, pairs, probes_of
 from llama3_raw.memory import Lengths, Plan
 from llama3_raw.params import RopeScaling
 from llama3_raw.peers import CompiledTransformers, LlamaBench, Own, Transformers, Xllamacpp, check_peers, open_peers
@@ -318,6 +319,83 @@ def test_what_is_offered_where_it_does_not_fit_is_an_option_here(
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert "what fits: no --dtype, or --layers 3" in err
+
+
+def test_shares_of_what_a_gpu_can_do(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Medians without the first round; decoding reads every matrix, a prompt is multiplied by it."""
+    speeds = {"copy": iter([1.0, 9e9, 5e9, 7e9]), "multiply": iter([1.0, 3e12, 1e12, 2e12])}
+    probes = {name: lambda values=values: next(values) for name, values in speeds.items()}
+    monkeypatch.setattr(measuring, "probes_of", lambda weights, read_loop: Probes(**probes))
+    monkeypatch.setattr(peers, "seconds_of", lambda work, device: 2.0)  # a prompt
+    monkeypatch.setattr(Own, "decode", lambda *_: 4.0)
+    monkeypatch.setattr(bench, "time_start", lambda *_: None)
+    arguments = ["--rounds", "3", "--new-tokens", "8", "--plot", str(tmp_path / "speed.png")]
+    assert main([*QUICK, *arguments]) == 0
+    table, figures = output_of(capsys)
+    of_a_layer = 192 * (192 + 2 * 64 + 192 + 3 * 512)
+    of_all = 4 * of_a_layer + 2304 * 192
+    assert figures["copy_gb_per_second"] == 7.0
+    assert figures["decode_share_of_copy"] == pytest.approx(2 * (2 * of_all) / 7e9)  # 2 tokens a second, in bf16
+    assert figures["matmul_tflop_per_second"] == 2.0
+    operations = {length: 2 * (length * 4 * of_a_layer + 2304 * 192) for length in (5, 20)}
+    shares = {str(length): pytest.approx(number / 2.0 / 2e12) for length, number in operations.items()}
+    assert figures["prefill_share_of_matmul"] == shares
+    assert figures["read_loop_gb_per_second"] is figures["decode_share_of_read_loop"] is None
+    for shown in ("a copy reads and writes          7.0 GB/s", "a large matrix product           2.0 TFLOP/s"):
+        assert shown in table
+    assert f"share of it,    20 tokens {figures['prefill_share_of_matmul']['20']:10.1%}" in table
+
+
+def test_what_is_measured_on_the_cpu_and_on_a_gpu(tiny: Model) -> None:
+    """And a long prompt takes no time on a GPU."""
+    on_gpu = SimpleNamespace(norm=SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16))
+    assert [name for name, probe in probes_of(on_gpu, True)._asdict().items() if probe] == ["copy", "multiply"]
+    assert [name for name, probe in probes_of(tiny.weights, True)._asdict().items() if probe] == ["read"]
+    assert not any(probes_of(tiny.weights, read_loop=False))
+    prompt = Task("prefill", 2048)
+    assert prompt.is_long(torch.device("cpu"))
+    assert not prompt.is_long(torch.device("cuda"))
+
+
+def test_speeds_are_those_of_the_work_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes read and bytes written, a product and a sum for each pair of numbers; all of it is done, ten times."""
+    monkeypatch.setattr(limits, "_BUFFER", 1000)
+    monkeypatch.setattr(limits, "_WIDTH", 16)
+    copied, multiplied = [], []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.copy_.default:
+                copied.append(args[0].nbytes + args[1].nbytes)
+            elif func is torch.ops.aten.mm.default:
+                multiplied.append(2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1])
+            return func(*args, **(kwargs or {}))
+
+    def timed(work: Callable[[], object], device: torch.device) -> float:
+        with Counting():
+            work()
+        return 2.0
+
+    monkeypatch.setattr(limits, "seconds_of", timed)
+    cpu = torch.device("cpu")
+    assert copy_speed(cpu) == sum(copied) / 2.0 > 0
+    assert multiply_speed(cpu, torch.bfloat16) == sum(multiplied) / 2.0 > 0
+    assert len(copied) == len(multiplied) == 10
+
+
+@needs_gpu
+def test_what_a_gpu_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """More than a processor and less than there is; and a run on it is shown beside it."""
+    gpu = torch.device("cuda")
+    assert 50e9 < copy_speed(gpu) < 50e12
+    assert 1e12 < multiply_speed(gpu, torch.bfloat16) < 20e15
+    assert main([*QUICK, "--device", "cuda"]) == 0
+    _, figures = output_of(capsys)
+    assert 0 < figures["decode_share_of_copy"] < 1
+    assert 0 < figures["prefill_share_of_matmul"]["20"] < 1
+    assert figures["device"] == torch.cuda.get_device_name()
 
 
 def test_time_on_a_gpu_ends_when_its_work_does(monkeypatch: pytest.MonkeyPatch) -> None:
