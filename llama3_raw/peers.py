@@ -193,7 +193,12 @@ class CompiledTransformers(Transformers):
     @torch.no_grad()  # as its own generate has it
     def _next(self, tokens: Tensor, cache: Any) -> Tensor:
         run = self._compiled if tokens.shape[-1] == 1 else _next_token
-        return run(self._peer, tokens, cache).clone()  # a graph writes its result to the same place each time
+        try:
+            return run(self._peer, tokens, cache).clone()  # a graph writes its result to the same place each time
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise UserError(
+                f"--vs {self.name}: torch.compile fails ({in_short(error)}); leave it out, or install what is missing"
+            ) from error
 
 
 class LlamaBench:

@@ -182,6 +182,17 @@ def test_compiled_transformers_is_the_same_model(monkeypatch: pytest.MonkeyPatch
     assert during[-1] == 0
 
 
+def test_nothing_to_compile_with(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch._inductor.config
+
+    CompileCounter()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("nonexistent",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    assert main([*QUICK, "--layers", "1", "--vs", "transformers-compiled"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: --vs transformers-compiled: torch.compile fails (InvalidCxxCompiler: No working C++" in last
+
+
 @needs_xllamacpp
 def test_llama_cpp_is_the_same_model(same_model: tuple[Model, list[int]], tmp_path: Path) -> None:
     model, ids = same_model
