@@ -1,6 +1,7 @@
 """python -m llama3_raw.bench: how fast a model runs, against what the memory can do and against other engines.
 
---make-synthetic writes a checkpoint of true size with random weights; --taps measures what seeing inside costs.
+--make-synthetic SIZE makes random weights of true size on the device and measures on them, with a FOLDER behind it
+writes them there instead; --taps measures what seeing inside costs.
 """
 
 from __future__ import annotations
@@ -17,14 +18,27 @@ from pathlib import Path
 
 import torch
 
-from .command_line import ChosenModel, add_model_options, choose_model, load_model, positive_int, seed
+from .command_line import (
+    DTYPES_BY_NAME,
+    ChosenModel,
+    ModelFolder,
+    add_model_options,
+    choose_device,
+    choose_model,
+    load_model,
+    positive_int,
+    seed,
+    set_threads,
+)
 from .errors import ArgumentParser, UserError, command_line_tool, in_short, needed_package, not_empty
+from .generation import suitable_ops
 from .measuring import Figures, longest_text, measure
-from .memory import Lengths
+from .memory import Lengths, Plan, check_memory
+from .ops import Ops
 from .peers import LLAMA_CPP, PEERS, check_peers, open_peers
-from .synthetic import SYNTHETIC, make_synthetic
+from .synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint
 from .tap_costs import LENGTH, TapFigures, measure_taps
-from .weights import in_words
+from .weights import Model, first_layers, in_words
 
 _PREFILL = (17, 256, 2048)
 _PLOTTED = (17, 256, 1024, 2048, 4096)
@@ -75,8 +89,8 @@ def time_start(chosen: ChosenModel, prompt_length: int) -> Start:
     return Start(seconds, stats["load_seconds"], stats["seconds_to_first_token"], stats["peak_ram_bytes"])
 
 
-def show(figures: Figures, start: Start) -> None:
-    """Prints a table, and the same as JSON in the last line."""
+def show(figures: Figures, start: Start | None) -> None:
+    """Prints a table, and the same as JSON in the last line. start: None where there are no files to start from."""
     for length, speed in figures.prefill_tokens_per_second.items():
         print(f"prefill {length:>5} tokens      {speed:10.1f} tokens/s")
     for context, speed in figures.decode_tokens_per_second_by_context.items():
@@ -85,10 +99,18 @@ def show(figures: Figures, start: Start) -> None:
     if figures.read_loop_gb_per_second and figures.decode_share_of_read_loop:
         print(f"a loop that only reads    {figures.read_loop_gb_per_second:10.1f} GB/s")
         print(f"share of it               {figures.decode_share_of_read_loop:10.1%}")
-    print(f"start to first token      {start.start_to_first_token_seconds:10.2f} s")
-    print(f"  of it loading           {start.load_seconds:10.2f} s")
-    print(f"  of it the first pass    {start.first_pass_seconds:10.2f} s")
-    if start.peak_ram_bytes:
+    if figures.copy_gb_per_second and figures.decode_share_of_copy:
+        print(f"a copy reads and writes   {figures.copy_gb_per_second:10.1f} GB/s")
+        print(f"share of it               {figures.decode_share_of_copy:10.1%}")
+    if figures.matmul_tflop_per_second and figures.prefill_share_of_matmul:
+        print(f"a large matrix product    {figures.matmul_tflop_per_second:10.1f} TFLOP/s")
+        for length, share in figures.prefill_share_of_matmul.items():
+            print(f"share of it, {length:>5} tokens {share:10.1%}")
+    if start:
+        print(f"start to first token      {start.start_to_first_token_seconds:10.2f} s")
+        print(f"  of it loading           {start.load_seconds:10.2f} s")
+        print(f"  of it the first pass    {start.first_pass_seconds:10.2f} s")
+    if start and start.peak_ram_bytes:
         print(f"peak memory               {start.peak_ram_bytes / 1e9:10.2f} GB")
     for peer in figures.vs.values():
         print(f"\nbeside {peer.version}; ratio of llama3_raw to it: median (each round)")
@@ -98,7 +120,7 @@ def show(figures: Figures, start: Start) -> None:
         for context, speed in peer.decode_tokens_per_second.items():
             ratios = _in_words(peer.decode_ratio[context], peer.decode_ratios[context])
             print(f"decode behind {context:>5}       {speed:10.2f} tokens/s   {ratios}")
-    print(json.dumps(asdict(figures) | asdict(start)))
+    print(json.dumps(asdict(figures) | (asdict(start) if start else {})))
 
 
 def show_taps(figures: TapFigures) -> None:
@@ -144,11 +166,10 @@ def draw(figures: Figures, file: Path, title: str) -> None:
     own = figures.decode_tokens_per_second_by_context
     speeds = {"llama3_raw": own, **{name: peer.decode_tokens_per_second for name, peer in figures.vs.items()}}
     contexts = list(own)
-    if figures.read_loop_gb_per_second:
+    memory_gb_per_second = figures.read_loop_gb_per_second or figures.copy_gb_per_second
+    if memory_gb_per_second:
         limits = [
-            figures.read_loop_gb_per_second
-            * 1e9
-            / (figures.weights_bytes_per_token + context * figures.cache_bytes_per_token)
+            memory_gb_per_second * 1e9 / (figures.weights_bytes_per_token + context * figures.cache_bytes_per_token)
             for context in contexts
         ]
         axes.plot(contexts, limits, "--", color="0.5", label="limit: reading weights and cache once a token")
@@ -168,9 +189,10 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m llama3_raw.bench", description=__doc__)
     parser.add_argument(
         "--make-synthetic",
-        nargs=2,
+        nargs="+",
         metavar=("SIZE", "FOLDER"),
-        help=f"write random weights of true size instead of measuring; SIZE is one of {', '.join(SYNTHETIC)}",
+        help="measure on random weights of true size, made on the device; with a FOLDER write them there instead of "
+        f"measuring; SIZE is one of {', '.join(SYNTHETIC)}",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the random weights (default: %(default)s)")
     parser.add_argument(
@@ -178,7 +200,7 @@ def build_parser() -> ArgumentParser:
         type=positive_int,
         nargs="+",
         metavar="N",
-        help="prompts of so many tokens; more than 1,000 once only (default: 17 256 2048)",
+        help="prompts of so many tokens; on the CPU more than 1,000 once only (default: 17 256 2048)",
     )
     parser.add_argument(
         "--contexts",
@@ -188,7 +210,12 @@ def build_parser() -> ArgumentParser:
         help="decode behind so many tokens (default: as many as the shortest prompt; with --plot "
         f"{' '.join(map(str, _PLOTTED))})",
     )
-    parser.add_argument("--new-tokens", type=positive_int, default=4, metavar="N", help="tokens decoded in a round")
+    parser.add_argument(
+        "--new-tokens",
+        type=positive_int,
+        metavar="N",
+        help="tokens decoded in a round (default: 4, on a GPU 64)",
+    )
     parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--vs",
@@ -232,47 +259,87 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the tool; -> exit status."""
     options = build_parser().parse_args(arguments)
     if options.make_synthetic:
-        size, folder = options.make_synthetic
+        size, *folder = options.make_synthetic
         if size not in SYNTHETIC:
             raise UserError(f"--make-synthetic {size}: there is no such size; choose from {', '.join(SYNTHETIC)}")
-        make_synthetic(size, Path(folder), Path(options.tokenizer) if options.tokenizer else None, options.seed)
-        return 0
+        if len(folder) > 1:
+            raise UserError(f"--make-synthetic {size} {' '.join(folder)}: these are several folders; name one")
+        if folder:
+            make_synthetic(size, Path(folder[0]), Path(options.tokenizer) if options.tokenizer else None, options.seed)
+            return 0
     if options.taps:
         return _measure_taps(options)
     if options.plot:
         check_picture(Path(options.plot))
-    chosen = choose_model(options, needs_tokenizer=False)
+    chosen = _choose(options)
     limit = chosen.checkpoint.params.max_seq_len
-    more = options.new_tokens + 1
+    new_tokens = options.new_tokens or (4 if chosen.device.type == "cpu" else 64)
+    more = new_tokens + 1
     prefill = _lengths_within(limit, options.prefill, _PREFILL, "--prefill", more)
     usual = _PLOTTED if options.plot else prefill[:1]
     contexts = _lengths_within(limit, options.contexts, usual, "--contexts", more)
-    longest = longest_text(prefill, contexts, options.new_tokens)
-    lengths = Lengths(prompt=prefill[-1], text=longest, least=2)
+    longest = longest_text(prefill, contexts, new_tokens)
+    lengths = Lengths(prompt=prefill[-1], text=longest, least=longest)
     check_peers(chosen, lengths, options.vs)
-    model, ops, which = load_model(chosen, lengths)
+    model, ops, which = _load(chosen, lengths, options.seed)
     with open_peers(options.vs, chosen, model, options.gguf, longest) as peers:
         print(f"llama3_raw: {which}", file=sys.stderr)
-        figures = measure(
-            model, prefill, contexts, options.new_tokens, options.rounds, peers, ops, options.max_ram is None
-        )
-    show(figures, time_start(chosen, prefill[0]))
+        figures = measure(model, prefill, contexts, new_tokens, options.rounds, peers, ops, options.max_ram is None)
+    show(figures, None if chosen.made else time_start(chosen, prefill[0]))
     if options.plot:
         dtype = in_words(model.weights.norm.dtype)
+        where = f"{figures.threads} threads" if figures.device == "cpu" else figures.device
         draw(
-            figures,
-            Path(options.plot),
-            f"{chosen.folder.path.name}, {model.params.n_layers} layers, {dtype}, {figures.threads} threads",
+            figures, Path(options.plot), f"{chosen.folder.path.name}, {model.params.n_layers} layers, {dtype}, {where}"
         )
     return 0
+
+
+def _choose(options: argparse.Namespace) -> ChosenModel:
+    """The model in the folder that the options name, or the one of --make-synthetic, which has no folder."""
+    if not options.make_synthetic:
+        return choose_model(options, needs_tokenizer=False)
+    size = options.make_synthetic[0]
+    for option in ("weights", "tokenizer", "quantize", "max_ram", "gguf"):
+        if getattr(options, option):
+            raise UserError(_needs_files(size, f"--{option.replace('_', '-')}"))
+    if LLAMA_CPP in options.vs:
+        raise UserError(_needs_files(size, f"--vs {LLAMA_CPP}"))
+    set_threads(options.threads)
+    checkpoint = synthetic_checkpoint(size)
+    if options.layers is not None:
+        checkpoint = first_layers(checkpoint, options.layers)
+    named = ModelFolder(Path(size), "random weights")  # no folder, but a name for what is printed
+    device, dtype = choose_device(options.device), DTYPES_BY_NAME.get(options.dtype)
+    return ChosenModel(named, checkpoint, None, device, dtype, max_ram=None, quantized=False, made=True)
+
+
+def _needs_files(size: str, option: str) -> str:
+    return (
+        f"{option} is about a model in files, and --make-synthetic {size} without a folder makes none; leave it out, "
+        f"or write the model first: --make-synthetic {size} FOLDER"
+    )
+
+
+def _load(chosen: ChosenModel, lengths: Lengths, random_seed: int) -> tuple[Model, Ops, str]:
+    """What `load_model` gives; a model without files is made instead. Raises UserError where it does not fit."""
+    checkpoint, device = chosen.checkpoint, chosen.device
+    if not chosen.made:
+        return load_model(chosen, lengths)
+    check_memory(Plan(checkpoint, device, chosen.dtype, lengths, made=True))
+    weights = random_weights(checkpoint, device, chosen.dtype, random_seed)
+    which = f"{checkpoint.source} ({chosen.folder.why}) on {device}"
+    return Model(checkpoint.params, weights, None), suitable_ops(device), which
 
 
 def _measure_taps(options: argparse.Namespace) -> int:
     for option in ("prefill", "contexts", "vs", "gguf", "plot", "max_ram", "gpu_layers"):
         if getattr(options, option):
             raise UserError(f"--taps measures something else; leave --{option.replace('_', '-')} out")
-    chosen = choose_model(options, needs_tokenizer=False)
-    model, ops, which = load_model(chosen, Lengths(prompt=LENGTH, text=LENGTH + 1, least=2, scored=LENGTH))
+    chosen = _choose(options)
+    model, ops, which = _load(
+        chosen, Lengths(prompt=LENGTH, text=LENGTH + 1, least=LENGTH + 1, scored=LENGTH), options.seed
+    )
     print(f"llama3_raw: {which}", file=sys.stderr)
     show_taps(measure_taps(model, ops, options.rounds))
     return 0

@@ -63,6 +63,7 @@ class ChosenModel(NamedTuple):
     max_ram: int | None  # bytes; None: what is free
     quantized: bool  # round the matrices to int8
     gpu_layers: int | None = None  # whose matrices lie on the GPU, those of the rest on the CPU; None: all of them
+    made: bool = False  # random weights, which lie in no file
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -348,7 +349,7 @@ def load_model(chosen: ChosenModel, lengths: Lengths, reference: bool = False) -
     the input any more, so that an error stays one line. A warning is printed where the model is larger than the memory.
     Raises UserError where the run does not fit.
     """
-    folder, checkpoint, tokenizer, device, dtype, max_ram, quantized, gpu_layers = chosen
+    folder, checkpoint, tokenizer, device, dtype, max_ram, quantized, gpu_layers, _ = chosen
     plan = Plan(checkpoint, device, dtype, lengths, max_ram, quantized, gpu_layers)
     warning = check_memory(plan)
     if warning and max_ram is None:

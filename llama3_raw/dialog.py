@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .captured import CapturedPasses
 from .errors import UserError
-from .generation import StopReason, generate, suitable_ops
+from .generation import StopReason, generate, ops_for
 from .lookup import LookupPolicy
 from .model import KVCache
 from .ops import Ops
@@ -137,7 +137,7 @@ class Conversation:
         self.lookup = LookupPolicy(lookup)
         self._max_new_tokens = max_new_tokens
         self._sampling = sampling
-        self._ops = suitable_ops(model.weights.norm.device) if ops is None else ops
+        self._ops = ops_for(model.weights) if ops is None else ops
         self._seeds = random.Random(seed)  # one for each call of generate, or every turn would draw alike
         try:
             self._cache = KVCache.allocate(model.params, max_seq_len=self.context, like=model.weights)

@@ -1,11 +1,9 @@
-"""How fast engines run a model: each does a bit of everything in turn, beside a loop that only reads the weights."""
+"""How fast engines run a model: each does a bit of everything in turn, beside what the machine can do at most."""
 
 from __future__ import annotations
 
-import contextlib
 import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -13,12 +11,13 @@ import torch
 from tqdm import tqdm
 
 from . import ops_cpu
-from .int8 import tensors_of
+from .int8 import Matrix, tensors_of
+from .limits import copy_speed, multiply_speed, seconds_of
 from .ops import Ops
 from .peers import Engine, Own
-from .weights import Model
+from .weights import Model, Weights
 
-_LONG = 1000  # tokens: half a minute's work on 8B, and done once
+_LONG = 1000  # tokens: half a minute's work on 8B, and done once, on the CPU
 
 
 class Task(NamedTuple):
@@ -27,10 +26,9 @@ class Task(NamedTuple):
     kind: Literal["prefill", "decode"]
     tokens: int  # of the prompt, or in the cache before
 
-    @property
-    def is_long(self) -> bool:
+    def is_long(self, device: torch.device) -> bool:
         """Whether computing so many tokens takes too long to do it in every round."""
-        return self.tokens > _LONG
+        return self.tokens > _LONG and device.type == "cpu"
 
 
 Rates = dict[Task, dict[int, float]]  # of each task, by the number of the round; tokens/s
@@ -63,10 +61,15 @@ class Figures:
     decode_tokens_per_second: float  # behind the fewest tokens
     decode_tokens_per_second_by_context: dict[int, float]  # by the number of tokens before
     decode_gb_per_second: float  # of weights read, in units of 1e9 bytes
-    read_loop_gb_per_second: float | None  # of the same weights by a plain loop; None without a compiler
+    read_loop_gb_per_second: float | None  # of the same weights by a plain loop; None without a compiler, on a GPU
     decode_share_of_read_loop: float | None
+    copy_gb_per_second: float | None  # read and written by a GPU that copies memory; None on the CPU
+    decode_share_of_copy: float | None
+    matmul_tflop_per_second: float | None  # 1e12 operations, by a GPU that multiplies large matrices; None on the CPU
+    prefill_share_of_matmul: dict[int, float] | None  # by the length of the prompt; its products with weights alone
     weights_bytes_per_token: int
     cache_bytes_per_token: int  # of each token before
+    device: str  # "cpu", or what the GPU is called
     threads: int
     vs: dict[str, PeerFigures]
 
@@ -74,6 +77,48 @@ class Figures:
 def longest_text(prefill: Sequence[int], contexts: Sequence[int], new_tokens: int) -> int:
     """The most tokens that any engine has in its cache."""
     return max(max(prefill), max(contexts) + new_tokens) + 1
+
+
+class Probes(NamedTuple):
+    """What the machine can do at most, measured anew by each call; None for what is not to be measured."""
+
+    read: Callable[[], float] | None = None  # bytes of the weights in a second, by a loop on the CPU that only reads
+    copy: Callable[[], float] | None = None  # bytes in a second, read and written, by a GPU that copies memory
+    multiply: Callable[[], float] | None = None  # operations in a second, by a GPU in a large product of matrices
+
+
+def probes_of(weights: Weights, read_loop: bool) -> Probes:
+    """What there is to measure where the weights are. read_loop: as for `measure`."""
+    device, dtype = weights.norm.device, weights.norm.dtype
+    if device.type == "cuda":
+        return Probes(copy=lambda: copy_speed(device), multiply=lambda: multiply_speed(device, dtype))
+    if device.type != "cpu" or not read_loop:
+        return Probes()
+    try:
+        kernels = ops_cpu.build_kernels()
+    except ops_cpu.CannotBuild:
+        return Probes()
+    tensors = [tensor for matrix in _matrices(weights) for tensor in tensors_of(matrix)]
+
+    def read_all() -> None:
+        for tensor in tensors:
+            ops_cpu.read_loop(kernels, tensor)
+
+    return Probes(read=lambda: sum(tensor.nbytes for tensor in tensors) / seconds_of(read_all, device))
+
+
+def _matrices(weights: Weights) -> list[Matrix]:
+    """Those that every token is multiplied by."""
+    return [matrix for layer in weights.layers for matrix in layer if len(matrix.shape) == 2] + [weights.output]
+
+
+def products(weights: Weights, length: int) -> int:
+    """How many operations a prompt of so many tokens takes, each product and each sum: those with weights.
+
+    Attention comes on top: a twenty-fifth of it in 8B with 2,048 tokens. The last matrix is for the last token alone.
+    """
+    *of_layers, output = (matrix.shape.numel() for matrix in _matrices(weights))
+    return 2 * (length * sum(of_layers) + output)
 
 
 def measure(
@@ -89,56 +134,67 @@ def measure(
     """Measures the model where it is, each round a bit of everything in turn, so that a disturbance hits all alike.
 
     prefill: how many tokens at once. contexts: behind how many tokens to decode `new_tokens`. peers: other engines,
-    each of which does everything in turn with ours. A prompt of more than 1,000 tokens is for the last round only, and
-    so are the tokens before a peer's new ones, since some peers compute them. ops: as for `generate`. read_loop: not
-    for weights that the memory is not to hold.
+    each of which does everything in turn with ours. On the CPU a prompt of more than 1,000 tokens is for the last round
+    only, and so are the tokens before a peer's new ones, since some peers compute them. ops: as for `generate`.
+    read_loop: not for weights that the memory is not to hold.
     """
-    weights = model.weights
-    matrices = [matrix for layer in weights.layers for matrix in layer if len(matrix.shape) == 2] + [weights.output]
-    tensors = [tensor for matrix in matrices for tensor in tensors_of(matrix)]
-    n_bytes = sum(tensor.nbytes for tensor in tensors)
-    kernels = None
-    if weights.norm.device.type == "cpu" and read_loop:
-        with contextlib.suppress(ops_cpu.CannotBuild):
-            kernels = ops_cpu.build_kernels()
+    weights, device = model.weights, model.weights.norm.device
+    n_bytes = sum(matrix.nbytes for matrix in _matrices(weights))
+    probes = probes_of(weights, read_loop)
     own = Own(model, longest_text(prefill, contexts, new_tokens), ops)
     engines: list[Engine] = [own, *peers]
     tasks = [Task("prefill", length) for length in sorted(prefill, reverse=True)]
     tasks += [Task("decode", context) for context in sorted(contexts)]
     shortest = Task("decode", min(contexts))
     rates: dict[str, Rates] = {engine.name: {task: {} for task in tasks} for engine in engines}
-    read: dict[int, float] = {}
+    possible: dict[str, dict[int, float]] = {name: {} for name in Probes._fields}  # by the number of the round
     steps = [
         (number, task, engine)
         for number in range(rounds + 1)
         for task in tasks
         for engine in engines[number % len(engines) :] + engines[: number % len(engines)]  # each comes first in turn
-        if number == rounds or not task.is_long or (task.kind == "decode" and engine is own)
+        if number == rounds or not task.is_long(device) or (task.kind == "decode" and engine is own)
     ]
     for number, task, engine in tqdm(steps, desc="measuring", leave=False):
-        if kernels is not None and engine is own and task == shortest:
-            start = time.perf_counter()
-            for tensor in tensors:
-                ops_cpu.read_loop(kernels, tensor)
-            read[number] = n_bytes / (time.perf_counter() - start) / 1e9
+        if engine is own and task == shortest:
+            for name, probe in probes._asdict().items():
+                speed = probe() if probe else None
+                if speed is not None and number > 0:
+                    possible[name][number] = speed
         if task.kind == "prefill":
             rate = task.tokens / engine.prefill(task.tokens)
         else:
             rate = new_tokens / engine.decode(task.tokens, new_tokens)
         if number > 0:  # in the first round pages come in and threads start
             rates[engine.name][task][number] = rate
-    read.pop(0, None)
     ours = medians(rates[own.name], "decode")
-    possible = {number: speed * 1e9 / n_bytes for number, speed in read.items()}
+
+    def share(task: Task, cost: float, name: str) -> float:
+        """What a task with so high a cost, in bytes or operations for a token, gets of what is possible."""
+        limit = {number: speed / cost for number, speed in possible[name].items()}
+        return statistics.median(pairs(rates[own.name][task], limit))
+
+    read, copy, multiply = (statistics.median(speeds.values()) if speeds else None for speeds in possible.values())
     return Figures(
         prefill_tokens_per_second=medians(rates[own.name], "prefill"),
         decode_tokens_per_second=ours[shortest.tokens],
         decode_tokens_per_second_by_context=ours,
         decode_gb_per_second=ours[shortest.tokens] * n_bytes / 1e9,
-        read_loop_gb_per_second=statistics.median(read.values()) if read else None,
-        decode_share_of_read_loop=statistics.median(pairs(rates[own.name][shortest], possible)) if read else None,
+        read_loop_gb_per_second=read and read / 1e9,
+        decode_share_of_read_loop=read and share(shortest, n_bytes, "read"),
+        copy_gb_per_second=copy and copy / 1e9,
+        decode_share_of_copy=copy and share(shortest, n_bytes, "copy"),
+        matmul_tflop_per_second=multiply and multiply / 1e12,
+        prefill_share_of_matmul={
+            task.tokens: share(task, products(weights, task.tokens) / task.tokens, "multiply")
+            for task in sorted(tasks)
+            if task.kind == "prefill"
+        }
+        if multiply
+        else None,
         weights_bytes_per_token=n_bytes,
         cache_bytes_per_token=sum(t[0].nbytes for t in (*own.cache.keys, *own.cache.values)),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         threads=torch.get_num_threads(),
         vs={peer.name: compare(peer, rates[own.name], rates[peer.name]) for peer in peers},
     )

@@ -49,6 +49,7 @@ class Plan(NamedTuple):
     max_ram: int | None = None  # bytes that the process may take in all; None: what is free
     quantized: bool = False  # matrices rounded to int8
     gpu_layers: int | None = None  # whose matrices lie on the GPU, those of the rest on the CPU; None: all of them
+    made: bool = False  # random weights, which lie in no file
 
 
 class Need(NamedTuple):
@@ -73,7 +74,7 @@ def score_bytes(itemsize: int) -> int:
 
 def needed(plan: Plan) -> Need:
     """What the run of a plan takes."""
-    checkpoint, device, dtype, lengths, _, quantized, gpu_layers = plan
+    checkpoint, device, dtype, lengths, _, quantized, gpu_layers, made = plan
     params = checkpoint.params
     itemsize = (dtype or checkpoint.dtype).itemsize
     mapped = copied = in_ram = 0
@@ -86,7 +87,7 @@ def needed(plan: Plan) -> Need:
         n_bytes = torch.Size(place.shape).numel() * (1 if is_int8 else (dtype or stored).itemsize)
         changed = to_int8 or (not is_int8 and dtype not in (None, stored)) or checkpoint.must_change(place)
         home = device if goes_to_gpu(place, checkpoint.tied, gpu_layers) else _CPU
-        if home.type != "cpu" or (changed and home == device):
+        if home.type != "cpu" or (changed and home == device) or made:
             copied += n_bytes
         elif changed:
             in_ram += n_bytes
@@ -166,7 +167,7 @@ def _ram(plan: Plan, free: Callable[[torch.device], int]) -> tuple[int, int]:
 
 def _check_mapped(plan: Plan) -> None:
     """Raises UserError where a weight would have memory of its own, which cannot be let go and read again."""
-    checkpoint, device, dtype, _, _, quantized, _ = plan
+    checkpoint, device, dtype, _, _, quantized, *_ = plan
     if device.type != "cpu":
         raise UserError(f"--max-ram is for weights on the CPU; leave it out, or give --device cpu, not {device}")
     for place, parts in checkpoint.parts.items():
@@ -187,7 +188,8 @@ def _offers(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
     checkpoint, lengths = plan.checkpoint, plan.lengths
     offers = []
     in_bf16 = (plan.dtype or checkpoint.dtype) == torch.bfloat16
-    can_quantize = plan.device.type != "mps" and in_bf16 and not plan.quantized and not checkpoint.scales
+    is_rounded = plan.quantized or checkpoint.scales
+    can_quantize = plan.device.type != "mps" and in_bf16 and not is_rounded and not plan.made
     if can_quantize and fits(plan._replace(quantized=True)):
         offers.append("--quantize int8")
     if plan.dtype and fits(plan._replace(dtype=None)):

@@ -1,7 +1,7 @@
 """Engines on the same weights, to measure: this one, Hugging Face's transformers, and llama.cpp.
 
-All of them have one shape, `Engine`. They run on the CPU, with as many threads as torch has, one after the other in
-the same minute; each is asked for no more than the one token that comes next.
+All of them have one shape, `Engine`. They run one after the other in the same minute, on the CPU with as many threads
+as torch has, transformers on a GPU too; each is asked for no more than the one token that comes next.
 """
 
 from __future__ import annotations
@@ -18,20 +18,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
+from .captured import CapturedPasses
 from .command_line import ChosenModel
 from .errors import UserError, in_short, needed_package
-from .generation import generate
+from .generation import generate, ops_for
 from .gguf_file import is_gguf_of, write_gguf
 from .implementations import hf_model
+from .limits import seconds_of, wait_for
 from .machine import free_memory
 from .memory import Lengths, Plan, needed
 from .model import KVCache
 from .ops import Ops
 from .weights import Model, build_weights, first_layers
 
-TRANSFORMERS, LLAMA_CPP, STORED = "transformers", "llama.cpp", "stored"
-PEERS = (TRANSFORMERS, LLAMA_CPP, STORED)
+TRANSFORMERS, TRANSFORMERS_COMPILED, LLAMA_CPP, STORED = "transformers", "transformers-compiled", "llama.cpp", "stored"
+PEERS = (TRANSFORMERS, TRANSFORMERS_COMPILED, LLAMA_CPP, STORED)
+_ON_A_GPU = (TRANSFORMERS, TRANSFORMERS_COMPILED)
+_UNTIMED = 2  # tokens: on a GPU the pass over a prompt is another than that over a token, whose first may be captured
 
 
 class Engine(Protocol):
@@ -64,29 +69,44 @@ class Own:
         self.cache = KVCache.allocate(model.params, max_seq_len=longest, like=model.weights)
         for tensor in (*self.cache.keys, *self.cache.values):
             tensor.normal_()
+        self._device = self.cache.keys[0].device
+        self._captured = CapturedPasses.where_possible(model, self.cache, ops or ops_for(model.weights))
 
     def prefill(self, length: int) -> float:
-        return self._seconds(self._ids[:length], 0, 1)
+        tokens = self._generate(self._ids[:length], 0, 1)
+        return seconds_of(lambda: list(tokens), self._device)
 
     def decode(self, context: int, count: int) -> float:
-        return self._seconds(self._ids[:1], context, count)
-
-    def _seconds(self, ids: Sequence[int], start: int, count: int) -> float:
-        tokens = generate(
-            self._model, ids, max_new_tokens=count, stop_ids=(), cache=self.cache, start=start, ops=self._ops
-        )
-        begun = time.perf_counter()
+        before = 0 if self._device.type == "cpu" else min(_UNTIMED, context)
+        tokens = self._generate(self._ids[:1], context - before, before + count)
+        wait_for(self._device)
+        for _ in range(before):
+            next(tokens)
+        begun = time.perf_counter()  # the token is here; a GPU that is at the next one already has only just begun it
         for _ in tokens:
             pass
+        wait_for(self._device)
         return time.perf_counter() - begun
+
+    def _generate(self, ids: Sequence[int], start: int, count: int) -> Iterator[int]:
+        return generate(
+            self._model,
+            ids,
+            max_new_tokens=count,
+            stop_ids=(),
+            cache=self.cache,
+            start=start,
+            ops=self._ops,
+            captured=self._captured,
+        )
 
 
 class Transformers:
     """LlamaForCausalLM on the tensors of the model itself, but for wq and wk: it has their rows in another order.
 
-    With its attention by torch (sdpa), a StaticCache just large enough (a little faster in this than the DynamicCache
-    that its own `generate` takes), in inference mode, logits at the last position only. For `decode` the cache is
-    filled with random numbers.
+    With its attention by torch (sdpa), in inference mode, logits at the last position only. Its cache is the
+    DynamicCache that its own `generate` takes; on the CPU a StaticCache just large enough, which is a little faster in
+    this. For `decode` the cache is filled with random numbers, and no token is waited for but the last one.
     """
 
     name = TRANSFORMERS
@@ -94,46 +114,100 @@ class Transformers:
     def __init__(self, model: Model, longest: int):
         self._transformers: Any = needed_package(TRANSFORMERS, "--vs transformers")
         self.version = f"transformers {self._transformers.__version__}"
-        self._model = model
+        self._params, norm = model.params, model.weights.norm
+        self._dtype, self._device = norm.dtype, norm.device
         self._ids = random_ids(model, longest)
         self._peer = hf_model(model, "sdpa")
 
     def prefill(self, length: int) -> float:
         cache = self._cache(length)
-        start = time.perf_counter()
-        self._next(self._ids[:length], cache)
-        return time.perf_counter() - start
+        return seconds_of(lambda: self._next(self._row(self._ids[:length]), cache), self._device)
 
     def decode(self, context: int, count: int) -> float:
-        params, norm = self._model.params, self._model.weights.norm
         cache = self._cache(context + count)
-        for layer in range(params.n_layers):
-            keys, values = torch.randn(
-                2, 1, params.n_kv_heads, context, params.head_dim, dtype=norm.dtype, device=norm.device
-            )
+        shape = (2, 1, self._params.n_kv_heads, context, self._params.head_dim)
+        for layer in range(self._params.n_layers):
+            keys, values = torch.randn(shape, dtype=self._dtype, device=self._device)
             cache.update(keys, values, layer)
-        token = self._ids[0]
-        start = time.perf_counter()
-        for _ in range(count):
-            token = self._next([token], cache)
-        return time.perf_counter() - start
+        first = self._row(self._ids[:1])
+
+        def run() -> None:
+            token = first
+            for _ in range(count):
+                token = self._next(token, cache)
+
+        return seconds_of(run, self._device)
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
         """The tokens that follow the prompt; for checking that it is the same model."""
         cache = self._cache(len(ids) + count)
-        tokens = [self._next(ids, cache)]
+        tokens = [self._next(self._row(ids), cache)]
         while len(tokens) < count:
-            tokens.append(self._next(tokens[-1:], cache))
-        return tokens
+            tokens.append(self._next(tokens[-1], cache))
+        return [int(token) for token in tokens]
+
+    def _row(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor([ids], device=self._device)  # [1, T]
 
     def _cache(self, length: int) -> Any:
+        if self._device.type == "cpu":
+            return self._static_cache(length)
+        return self._transformers.DynamicCache(config=self._peer.config)
+
+    def _static_cache(self, length: int) -> Any:
         return self._transformers.StaticCache(config=self._peer.config, max_cache_len=length)
 
     @torch.inference_mode()
-    def _next(self, ids: Sequence[int], cache: Any) -> int:
-        tokens = torch.tensor([ids], device=self._model.weights.norm.device)
-        logits = self._peer(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # [1, 1, vocab]
-        return int(logits[0, -1].argmax())
+    def _next(self, tokens: Tensor, cache: Any) -> Tensor:
+        return _next_token(self._peer, tokens, cache)
+
+
+def _next_token(network: Any, tokens: Tensor, cache: Any) -> Tensor:
+    """tokens [1, T] behind those in the cache -> the likeliest one behind them, [1, 1]."""
+    logits = network(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # [1, 1, vocab]
+    return torch.argmax(logits, dim=-1)
+
+
+class CompiledTransformers(Transformers):
+    """The same, compiled, with a static cache: what transformers advises for speed, and its own `generate` has for it.
+
+    A token is by torch.compile in the mode "reduce-overhead" (on a GPU a CUDA graph), a prompt is not compiled. A graph
+    is bound to the memory of its cache, which is just large enough, and kept for each length. No time is that of
+    compiling.
+    """
+
+    name = TRANSFORMERS_COMPILED
+
+    def __init__(self, model: Model, longest: int):
+        super().__init__(model, longest)
+        self.version += ", compiled, static cache"
+        self._caches: dict[int, Any] = {}
+        torch._dynamo.config.recompile_limit = 1000  # of the process: there is a graph for each length
+        self._compiled = torch.compile(_next_token, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+    def decode(self, context: int, count: int) -> float:
+        if context + count not in self._caches:
+            for _ in range(3):  # it is compiled, then run for a trial, then captured
+                super().decode(context, count)
+        return super().decode(context, count)
+
+    def _cache(self, length: int) -> Any:
+        if length not in self._caches:
+            cache = self._static_cache(length)
+            cache.early_initialization(1, self._params.n_kv_heads, self._params.head_dim, self._dtype, self._device)
+            self._caches[length] = cache
+        self._caches[length].reset()
+        return self._caches[length]
+
+    @torch.no_grad()  # as its own generate has it
+    def _next(self, tokens: Tensor, cache: Any) -> Tensor:
+        run = self._compiled if tokens.shape[-1] == 1 else _next_token
+        try:
+            return run(self._peer, tokens, cache).clone()  # a graph writes its result to the same place each time
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise UserError(
+                f"--vs {self.name}: torch.compile fails ({in_short(error)}); leave it out, or install what is missing"
+            ) from error
 
 
 class LlamaBench:
@@ -222,8 +296,8 @@ def memory_together(plan: Plan, peers: Sequence[str]) -> int:
     itemsize = (plan.dtype or plan.checkpoint.dtype).itemsize
     wq_and_wk = params.n_layers * (params.n_heads + params.n_kv_heads) * params.head_dim * params.dim * itemsize
     stored = sum(needed(plan._replace(quantized=False))[:2])
-    weights_of = {TRANSFORMERS: wq_and_wk, LLAMA_CPP: stored, STORED: 0}
-    if plan.quantized and (TRANSFORMERS in peers or STORED in peers):
+    weights_of = {TRANSFORMERS: wq_and_wk, TRANSFORMERS_COMPILED: wq_and_wk, LLAMA_CPP: stored, STORED: 0}
+    if plan.quantized and any(peer != LLAMA_CPP for peer in peers):
         weights += stored
     return weights + sum(weights_of[peer] for peer in peers) + (1 + len(peers)) * (need.cache + need.work)
 
@@ -232,8 +306,9 @@ def check_peers(chosen: ChosenModel, lengths: Lengths, names: Sequence[str]) -> 
     """Raises UserError where the peers cannot run on the device, or do not fit into the memory together."""
     if not names:
         return
-    if chosen.device.type != "cpu":
-        raise UserError(f"--vs compares on the CPU, but the device is {chosen.device}; give --device cpu")
+    for name in names:
+        if chosen.device.type != "cpu" and not (chosen.device.type == "cuda" and name in _ON_A_GPU):
+            raise UserError(f"--vs {name} compares on the CPU, but the device is {chosen.device}; give --device cpu")
     checkpoint = chosen.checkpoint
     if checkpoint.scales:
         raise UserError("--vs takes the weights as others have them; give the original folder, with --quantize int8")
@@ -244,19 +319,19 @@ def check_peers(chosen: ChosenModel, lengths: Lengths, names: Sequence[str]) -> 
     free = free_memory(chosen.device) * 9 // 10  # the rest is for what else runs, or pages would come and go
 
     def together(layers: int) -> int:
-        return memory_together(
-            Plan(first_layers(checkpoint, layers), chosen.device, chosen.dtype, lengths, quantized=chosen.quantized),
-            list(dict.fromkeys(names)),
-        )
+        fewer = first_layers(checkpoint, layers)
+        plan = Plan(fewer, chosen.device, chosen.dtype, lengths, quantized=chosen.quantized, made=chosen.made)
+        return memory_together(plan, list(dict.fromkeys(names)))
 
     most = checkpoint.params.n_layers
     if together(most) <= free:
         return
     fitting = next((layers for layers in range(most, 0, -1) if together(layers) <= free), None)
     way_out = f"--layers {fitting} fits" if fitting else "take a smaller model"
+    pushed = ", and each would push the other's weights out" if chosen.device.type == "cpu" else ""
     raise UserError(
         f"--vs {' '.join(names)}: all engines together need {together(most) / 1e9:.1f} GB of memory, "
-        f"{free / 1e9:.1f} GB are free, and each would push the other's weights out; {way_out}"
+        f"{free / 1e9:.1f} GB are free{pushed}; {way_out}"
     )
 
 
@@ -275,8 +350,8 @@ def open_peers(
         if names and chosen.quantized:
             model = model._replace(weights=build_weights(chosen.checkpoint, chosen.device, chosen.dtype))
         for name in dict.fromkeys(names):
-            if name == TRANSFORMERS:
-                engines.append(Transformers(model, longest))
+            if name in (TRANSFORMERS, TRANSFORMERS_COMPILED):
+                engines.append((Transformers if name == TRANSFORMERS else CompiledTransformers)(model, longest))
                 continue
             if name == STORED:
                 engines.append(Own(model, longest, name=STORED, version="with the weights as they are stored"))

@@ -1,4 +1,4 @@
-"""Models to measure on: checkpoints of Meta's format and true size with random weights."""
+"""Models to measure on, of true size with random weights: checkpoints of Meta's format, or tensors on a device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .errors import UserError, in_short
 from .params import Params
 from .tokenizer import Tokenizer
-from .weights import tensor_places
+from .weights import Checkpoint, Weights, build_weights, tensor_places
 
 _LLAMA_3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-05, "rope_theta": 500000.0}
 # params.json of the models (llama_models.sku_list), and whether their embeddings are tied
@@ -38,7 +38,36 @@ SYNTHETIC: dict[str, tuple[dict[str, Any], bool]] = {
         False,
     ),
 }
+_DEVIATION = 0.02  # of the values of a matrix
 _CHUNK = 1 << 26  # values made at once
+
+
+def synthetic_checkpoint(size: str) -> Checkpoint:
+    """A model of true size before it is made: its params, and its tensors in bf16 without content (on meta)."""
+    content, tied = SYNTHETIC[size]
+    params = Params.from_meta(content)
+    parts = {
+        place: [torch.empty(place.shape, dtype=torch.bfloat16, device="meta")] for place in tensor_places(params, tied)
+    }
+    return Checkpoint(size, params, parts, hf=False, scales={})
+
+
+def random_weights(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None, random_seed: int = 0
+) -> Weights:
+    """The tensors of `synthetic_checkpoint`, made on the device one by one; beside them it takes no memory.
+
+    Matrices are normal with a standard deviation of 0.02, norms are one. dtype: None keeps bf16. The same seed gives
+    the same values on the same kind of device; those of `make_synthetic` are others.
+    """
+    generator = torch.Generator(device).manual_seed(random_seed)
+    made = {}
+    for place in tqdm(checkpoint.parts, desc=f"making {checkpoint.source}", unit="tensor", leave=False):
+        tensor = torch.ones(place.shape, dtype=dtype or checkpoint.dtype, device=device)
+        if tensor.dim() > 1:
+            tensor.normal_(0, _DEVIATION, generator=generator)
+        made[place] = [tensor]
+    return build_weights(checkpoint._replace(parts=made), device)  # which takes them as they are
 
 
 def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, random_seed: int = 0) -> None:
@@ -95,6 +124,6 @@ def _fill(file: Path, random_seed: int, n_bytes: int) -> None:
                 if tensor.dim() == 1:
                     values = torch.ones(count, dtype=torch.bfloat16)
                 else:
-                    values = torch.empty(count).normal_(0, 0.02, generator=generator).bfloat16()
+                    values = torch.empty(count).normal_(0, _DEVIATION, generator=generator).bfloat16()
                 opened.write((ctypes.c_char * values.nbytes).from_address(values.data_ptr()))
                 bar.update(values.nbytes)

@@ -7,6 +7,7 @@ import json
 import shutil
 import stat
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,22 +15,39 @@ from typing import Any
 import pytest
 import torch
 from references import random_weights
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama3_raw
-from llama3_raw import Model, Params, UserError, gguf_file, measuring, peers
+from llama3_raw import Model, Params, UserError, bench, command_line, gguf_file, limits, measuring, memory, peers
 from llama3_raw.bench import build_parser, main
 from llama3_raw.command_line import choose_model
 from llama3_raw.gguf_file import is_gguf_of, write_gguf
-from llama3_raw.measuring import Task, compare, measure, pairs
+from llama3_raw.limits import copy_speed, multiply_speed, seconds_of
+from llama3_raw.measuring import Probes, Task, compare, measure, pairs, probes_of
 from llama3_raw.memory import Lengths, Plan
 from llama3_raw.params import RopeScaling
-from llama3_raw.peers import LlamaBench, Transformers, Xllamacpp, open_peers
+from llama3_raw.peers import CompiledTransformers, LlamaBench, Own, Transformers, Xllamacpp, check_peers, open_peers
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 QUICK = ("--weights", str(TINY), "--prefill", "20", "5", "--rounds", "2")
 needs_xllamacpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp has no wheel for this system"
 )
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
+
+
+class CompileCounter:
+    """Counts what torch.compile makes from now on."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+    def number(self) -> int:
+        return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 class Clock:
@@ -137,6 +155,42 @@ def test_transformers_is_the_same_model(same_model: tuple[Model, list[int]]) -> 
     model, ids = same_model
     ours = list(llama3_raw.generate(model, ids, max_new_tokens=8, stop_ids=()))
     assert Transformers(model, longest=64).greedy(ids, 8) == ours
+
+
+@needs_compiler
+def test_compiled_transformers_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when a cache is taken again; and no time has compiling in it."""
+    compiled = CompileCounter()
+    model = llama3_raw.load(TINY, dtype=torch.float32, layers=1)
+    peer = CompiledTransformers(model, longest=64)
+    ours = list(llama3_raw.generate(model, [1, 2, 3, 4], max_new_tokens=3, stop_ids=()))
+    for _ in range(2):
+        assert peer.greedy([1, 2, 3, 4], 3) == ours
+    assert compiled.number() == 1
+    during: list[int] = []
+
+    def timed(work: Callable[[], object], device: torch.device) -> float:
+        before = compiled.number()
+        work()
+        during.append(compiled.number() - before)
+        return float(len(during))
+
+    monkeypatch.setattr(peers, "seconds_of", timed)
+    assert peer.decode(5, 1) == 4.0  # after three times
+    assert during == [1, 0, 0, 0]
+    assert peer.prefill(5) == 5.0
+    assert during[-1] == 0
+
+
+def test_nothing_to_compile_with(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch._inductor.config
+
+    CompileCounter()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("nonexistent",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    assert main([*QUICK, "--layers", "1", "--vs", "transformers-compiled"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: --vs transformers-compiled: torch.compile fails (InvalidCxxCompiler: No working C++" in last
 
 
 @needs_xllamacpp
@@ -263,3 +317,153 @@ def test_peers_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(peers, "free_memory", lambda _: enough)
     with pytest.raises(UserError, match=r"--vs llama.cpp: .* push the other's weights out; --layers 3 fits"):
         peers.check_peers(chosen, lengths, ["llama.cpp"])
+
+
+def test_what_is_offered_where_it_does_not_fit_is_an_option_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measuring has no --context, with which other tools have a shorter text."""
+    monkeypatch.setattr(command_line, "check_memory", lambda plan: memory.check_memory(plan, lambda _: needs - 1))
+    arguments = [*QUICK, "--dtype", "float32"]  # which takes memory of its own
+    chosen = choose_model(build_parser().parse_args(arguments), needs_tokenizer=False)
+    needs = memory.needed(Plan(chosen.checkpoint, chosen.device, chosen.dtype, Lengths(20, 21, 2))).own
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert "what fits: no --dtype, or --layers 3" in err
+
+
+def test_shares_of_what_a_gpu_can_do(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Medians without the first round; decoding reads every matrix, a prompt is multiplied by it."""
+    speeds = {"copy": iter([1.0, 9e9, 5e9, 7e9]), "multiply": iter([1.0, 3e12, 1e12, 2e12])}
+    probes = {name: lambda values=values: next(values) for name, values in speeds.items()}
+    monkeypatch.setattr(measuring, "probes_of", lambda weights, read_loop: Probes(**probes))
+    monkeypatch.setattr(peers, "seconds_of", lambda work, device: 2.0)  # a prompt
+    monkeypatch.setattr(Own, "decode", lambda *_: 4.0)
+    monkeypatch.setattr(bench, "time_start", lambda *_: None)
+    arguments = ["--rounds", "3", "--new-tokens", "8", "--plot", str(tmp_path / "speed.png")]
+    assert main([*QUICK, *arguments]) == 0
+    table, figures = output_of(capsys)
+    of_a_layer = 192 * (192 + 2 * 64 + 192 + 3 * 512)
+    of_all = 4 * of_a_layer + 2304 * 192
+    assert figures["copy_gb_per_second"] == 7.0
+    assert figures["decode_share_of_copy"] == pytest.approx(2 * (2 * of_all) / 7e9)  # 2 tokens a second, in bf16
+    assert figures["matmul_tflop_per_second"] == 2.0
+    operations = {length: 2 * (length * 4 * of_a_layer + 2304 * 192) for length in (5, 20)}
+    shares = {str(length): pytest.approx(number / 2.0 / 2e12) for length, number in operations.items()}
+    assert figures["prefill_share_of_matmul"] == shares
+    assert figures["read_loop_gb_per_second"] is figures["decode_share_of_read_loop"] is None
+    for shown in ("a copy reads and writes          7.0 GB/s", "a large matrix product           2.0 TFLOP/s"):
+        assert shown in table
+    assert f"share of it,    20 tokens {figures['prefill_share_of_matmul']['20']:10.1%}" in table
+
+
+def test_what_is_measured_on_the_cpu_and_on_a_gpu(tiny: Model) -> None:
+    """And a long prompt takes no time on a GPU."""
+    on_gpu = SimpleNamespace(norm=SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16))
+    assert [name for name, probe in probes_of(on_gpu, True)._asdict().items() if probe] == ["copy", "multiply"]
+    assert [name for name, probe in probes_of(tiny.weights, True)._asdict().items() if probe] == ["read"]
+    assert not any(probes_of(tiny.weights, read_loop=False))
+    prompt = Task("prefill", 2048)
+    assert prompt.is_long(torch.device("cpu"))
+    assert not prompt.is_long(torch.device("cuda"))
+
+
+def test_speeds_are_those_of_the_work_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes read and bytes written, a product and a sum for each pair of numbers; all of it is done, ten times."""
+    monkeypatch.setattr(limits, "_BUFFER", 1000)
+    monkeypatch.setattr(limits, "_WIDTH", 16)
+    copied, multiplied = [], []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.copy_.default:
+                copied.append(args[0].nbytes + args[1].nbytes)
+            elif func is torch.ops.aten.mm.default:
+                multiplied.append(2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1])
+            return func(*args, **(kwargs or {}))
+
+    def timed(work: Callable[[], object], device: torch.device) -> float:
+        with Counting():
+            work()
+        return 2.0
+
+    monkeypatch.setattr(limits, "seconds_of", timed)
+    cpu = torch.device("cpu")
+    assert copy_speed(cpu) == sum(copied) / 2.0 > 0
+    assert multiply_speed(cpu, torch.bfloat16) == sum(multiplied) / 2.0 > 0
+    assert len(copied) == len(multiplied) == 10
+
+
+@needs_gpu
+def test_what_a_gpu_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """More than a processor and less than there is; and a run on it is shown beside it."""
+    gpu = torch.device("cuda")
+    assert 50e9 < copy_speed(gpu) < 50e12
+    assert 1e12 < multiply_speed(gpu, torch.bfloat16) < 20e15
+    assert main([*QUICK, "--device", "cuda"]) == 0
+    _, figures = output_of(capsys)
+    assert 0 < figures["decode_share_of_copy"] < 1
+    assert 0 < figures["prefill_share_of_matmul"]["20"] < 1
+    assert figures["device"] == torch.cuda.get_device_name()
+
+
+def test_time_on_a_gpu_ends_when_its_work_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was to do before does not count, and what is still to do does."""
+    happened: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: happened.append(f"wait for {device}"))
+    monkeypatch.setattr(limits.time, "perf_counter", lambda: happened.append("clock") or float(len(happened)))
+    assert seconds_of(lambda: happened.append("work"), torch.device("cuda:1")) == 3.0
+    assert happened == ["wait for cuda:1", "clock", "work", "wait for cuda:1", "clock"]
+
+
+@pytest.mark.parametrize(("kind", "context", "first"), [("cpu", 5, 5), ("cuda", 5, 3), ("cuda", 1, 0)])
+def test_decoding_on_a_gpu_is_timed_from_the_third_pass_on(
+    kind: str, context: int, first: int, tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one is over a prompt, the second one captured; on the CPU they are like the others."""
+    made: list[int] = []
+    began: list[int] = []
+
+    def generate(model: Model, ids: Sequence[int], *, max_new_tokens: int, start: int, **_: object) -> Iterator[int]:
+        began.append(start)
+        for _number in range(max_new_tokens):
+            made.append(0)
+            yield 0
+
+    own = Own(tiny, longest=10)
+    own._device = torch.device(kind)
+    monkeypatch.setattr(peers, "wait_for", lambda device: None)
+    monkeypatch.setattr(peers, "generate", generate)
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: float(len(made)))
+    assert own.decode(context, 4) == 4.0  # whatever comes before
+    assert began == [first]
+    assert len(made) == context - first + 4
+
+
+def test_peers_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both kinds of transformers and no other."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(peers, "free_memory", lambda device: 10**10)
+    arguments = [*QUICK, "--device", "cuda"]
+    chosen = choose_model(build_parser().parse_args(arguments), needs_tokenizer=False)
+    check_peers(chosen, Lengths(17, 22, 22), ["transformers", "transformers-compiled"])
+    assert main([*arguments, "--vs", "transformers", "llama.cpp"]) == 2
+    err = capsys.readouterr().err
+    assert err == "llama3_raw: error: --vs llama.cpp compares on the CPU, but the device is cuda; give --device cpu\n"
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", [Transformers, CompiledTransformers])
+def test_transformers_on_a_gpu_is_the_same_model(kind: type[Transformers]) -> None:
+    """It runs on our tensors there, and its tokens are those of the exact operations."""
+    model = llama3_raw.load(TINY, device="cuda", dtype=torch.float32)
+    ids = torch.arange(20).tolist()
+    ours = list(llama3_raw.generate(model, ids, max_new_tokens=8, stop_ids=(), ops=llama3_raw.REFERENCE))
+    peer = kind(model, longest=64)
+    assert peer._peer.model.layers[1].mlp.up_proj.weight.data_ptr() == model.weights.layers[1].w3.data_ptr()
+    for _ in range(4):  # compiled, tried, captured, replayed
+        assert peer.greedy(ids, 8) == ours
+    assert peer.prefill(20) > 0
+    assert peer.decode(20, 4) > 0

@@ -15,10 +15,12 @@ import torch
 import llama3_raw
 from llama3_raw import UserError, synthetic
 from llama3_raw.bench import main
+from llama3_raw.memory import Lengths, Plan, check_memory, needed
 from llama3_raw.params import Params
-from llama3_raw.synthetic import SYNTHETIC, make_synthetic
+from llama3_raw.synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint
 from llama3_raw.weights import tensor_places
 
+CPU = torch.device("cpu")
 PROMPT = "the answer to the ultimate question of life, the universe, and everything is "
 
 
@@ -67,6 +69,91 @@ def test_a_full_disk_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match="are needed"):
         make_synthetic("small", tmp_path / "m")
     assert list((tmp_path / "m").iterdir()) == []
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_made_on_the_device(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors of a model, none of them the same as another, the same ones for the same seed."""
+    monkeypatch.setitem(SYNTHETIC, "small", (SYNTHETIC["small"][0], tied))
+    checkpoint = synthetic_checkpoint("small")
+    weights = random_weights(checkpoint, CPU, random_seed=1)
+    ours = weights.layers[1].w2
+    assert isinstance(ours, torch.Tensor)
+    assert ours.dtype == torch.bfloat16
+    assert ours.shape == (checkpoint.params.dim, checkpoint.params.hidden_dim)
+    assert ours.float().std() == pytest.approx(0.02, rel=0.02)
+    assert ours.float().mean() == pytest.approx(0, abs=0.001)
+    assert (weights.layers[1].ffn_norm == 1).all()
+    assert not torch.equal(ours, weights.layers[0].w2)
+    assert (weights.output is weights.tok_embeddings) == tied
+    assert torch.equal(ours, random_weights(checkpoint, CPU, random_seed=1).layers[1].w2)
+    assert not torch.equal(ours, random_weights(checkpoint, CPU, random_seed=2).layers[1].w2)
+    assert random_weights(checkpoint, CPU, torch.float16).norm.dtype == torch.float16
+
+
+@pytest.mark.usefixtures("small")
+def test_measured_without_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one layer of two, and nothing is written; a start from files is not measured, since there are none."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--device", "cpu", "--layers", "1", "--prefill", "5", "--rounds", "1"]
+    assert main(["--make-synthetic", "small", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert "llama3_raw: small (random weights) on cpu" in err
+    figures = json.loads(out.splitlines()[-1])
+    assert figures["prefill_tokens_per_second"]["5"] > 0
+    matrices = [place for place in synthetic_checkpoint("small").parts if len(place.shape) == 2]
+    in_layer_0_or_output = [place for place in matrices if place.layer == 0 or place.field == "output"]
+    assert figures["weights_bytes_per_token"] == sum(2 * torch.Size(p.shape).numel() for p in in_layer_0_or_output)
+    assert "start_to_first_token_seconds" not in figures
+    assert "start to first token" not in out
+    assert list(tmp_path.iterdir()) == []
+    assert main(["--make-synthetic", "small", "--device", "cpu", "--taps", "--rounds", "1"]) == 0
+
+
+def test_the_memory_is_asked_before_anything_is_made() -> None:
+    """Weights that are made take memory of their own, on the CPU too, and nothing is offered that needs files."""
+    plan = Plan(synthetic_checkpoint("8b"), CPU, None, Lengths(17, 22, least=22), made=True)
+    need = needed(plan)
+    assert (need.mapped, need.copied) == (0, 16_060_522_496)
+    assert check_memory(plan, free=lambda _: need.own) is None
+    with pytest.raises(UserError, match=r"8b: 16.* are needed on cpu .*what fits: --layers 31$"):
+        check_memory(plan, free=lambda _: need.own - 1)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    "option",
+    ["--weights x", "--tokenizer x", "--quantize int8", "--max-ram 1GB", "--gguf x", "--vs llama.cpp"],
+)
+def test_options_that_need_files(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--make-synthetic", "small", *option.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    named = option if option.startswith("--vs") else option.split()[0]
+    assert line.startswith(f"llama3_raw: error: {named} is about a model in files")
+
+
+@pytest.mark.usefixtures("small")
+def test_two_folders(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--make-synthetic", "small", "a", "b"]) == 2
+    assert "a b: these are several folders" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
+def test_weights_made_on_a_gpu() -> None:
+    """They are where they should be, and beside them it takes next to nothing."""
+    gpu = torch.device("cuda")
+    checkpoint = synthetic_checkpoint("small")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    weights = random_weights(checkpoint, gpu)
+    n_bytes = needed(Plan(checkpoint, gpu, None, Lengths(1, 2, 2))).copied
+    assert weights.norm.is_cuda
+    assert torch.cuda.max_memory_allocated() - before <= n_bytes + 1_000_000
+    assert float(weights.output.float().std()) == pytest.approx(0.02, rel=0.02)
 
 
 def test_an_unknown_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
