@@ -82,12 +82,12 @@ def tokens_drawn(draws: int, seed: int) -> list[int]:
     return [int(sample(logits, Sampling(temperature=1.0, top_k=3), generator=generator)) for _ in range(draws)]
 
 
-draws = 2000
+draws = 500
 drawn = tokens_drawn(draws, seed=0)
 for token, count in Counter(drawn).most_common():
     print(f"    {tokenizer.decode([token])!r:<14} drawn {count / draws:6.1%}, probability {float(top_k[token]):6.1%}")
-    assert abs(count / draws - float(top_k[token])) < 0.05  # more than four standard deviations
-assert tokens_drawn(100, seed=0) == drawn[:100]
+    assert abs(count / draws - float(top_k[token])) < 0.1  # more than four standard deviations
+assert tokens_drawn(50, seed=0) == drawn[:50]
 
 title("What it does to a story")
 for settings in (Sampling(), Sampling(temperature=0.8, min_p=0.05), Sampling(temperature=2.0)):

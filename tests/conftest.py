@@ -46,7 +46,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
     if not is_whole or config.option.markexpr != "not full_size":
         return 0
-    return min(4, os.cpu_count() or 1)
+    workers = min(4, os.cpu_count() or 1)
+    # with a thread for each core in each of them, they would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", str((os.cpu_count() or 1) // workers))
+    return workers
 
 
 def fetch(name: str, command: list[str]) -> Path:

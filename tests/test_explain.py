@@ -382,11 +382,13 @@ def test_alternatives_tell_what_is_shown(tiny: Model, html: str, kept: Trace) ->
     assert alternative.endswith(f", dimension {dimension}.")
 
 
-def test_what_is_masked_is_told_from_what_is_small(browser: Any, file: Path) -> None:
+def test_what_is_masked_is_told_from_what_is_small(browser: Any, file: Path, kept: Trace) -> None:
+    probs = kept["layers.0.attention.probs"][0]  # [T, T]
+    smallest = int(probs[-1].argmin())
     rows = Opened(browser, file).page.locator("#heatmap tbody tr")
     assert rows.nth(0).locator("td").nth(1).inner_text() == "·"
     assert rows.nth(0).locator("td").nth(1).get_attribute("aria-label") == "masked"
-    assert rows.nth(3).locator("td").nth(2).inner_text() == "0.00"  # looked at, hardly
+    assert rows.nth(len(probs) - 1).locator("td").nth(smallest).inner_text() == f"{float(probs[-1, smallest]):.2f}"
 
 
 def test_print_is_dark_on_white(browser: Any, file: Path) -> None:
