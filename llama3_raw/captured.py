@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -107,7 +108,9 @@ class CapturedPasses:
             if width == 1 and has_triton():  # it takes long, and pays where there are many passes
                 run = compiled_forward()
                 try:
-                    run_it()
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # of what could be compiled better
+                        run_it()
                 except Exception as error:  # of a compiler, in a world of its own
                     print(f"llama3_raw: torch.compile fails ({in_short(error)}); going on without it", file=sys.stderr)
                     run = forward

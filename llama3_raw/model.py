@@ -111,8 +111,10 @@ def remember(cached: Tensor, new: Tensor, start: int | Tensor) -> Tensor:
     if isinstance(start, int):
         cached[..., start : start + length, :, :] = new
         return cached[..., : start + length, :, :]
-    rows = token_positions(start, length, new.device)[..., None, None].expand_as(new)
-    return cached.scatter_(-3, rows, new)
+    positions = token_positions(start, length, new.device).view(-1, length)  # [B, T], B = 1 for a lone prompt
+    rows = torch.arange(len(positions), device=new.device).unsqueeze(-1)  # [B, 1]
+    cached.view(-1, *cached.shape[-3:])[rows, positions] = new.view(-1, *new.shape[-3:])
+    return cached
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor:
