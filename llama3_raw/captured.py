@@ -21,7 +21,7 @@ from .model import REFERENCE, KVCache, forward
 from .ops import Ops
 from .ops_cpu import FEW
 from .ops_cuda import has_triton
-from .weights import Model, to_state_dict
+from .weights import Model, devices_of
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Takes a function -> one that does the same work on the same tensors, and gives the same tensor each time."""
@@ -77,7 +77,7 @@ class CapturedPasses:
     @staticmethod
     def where_possible(model: Model, cache: KVCache, ops: Ops) -> CapturedPasses | None:
         """None unless all of the model is on one GPU, and for the exact operations, which are there to step through."""
-        devices = {tensor.device for tensor in to_state_dict(model.params, model.weights).values()}
+        devices = devices_of(model.weights)
         is_possible = len(devices) == 1 and devices.pop().type == "cuda" and ops.attend is not REFERENCE.attend
         return CapturedPasses(model, cache, ops) if is_possible else None
 

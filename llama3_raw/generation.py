@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .captured import CapturedPasses, on_its_way
 from .errors import UserError
-from .int8 import tensors_of
 from .lookup import LookupPolicy, Proposer
 from .model import REFERENCE, KVCache, forward, no_tap
 from .ops import Ops, Tap
@@ -23,7 +22,7 @@ from .ops_cuda import cuda_ops
 from .ops_mixed import mixed_ops
 from .params import Params
 from .sampling import Sampling, sample
-from .weights import Model, Weights
+from .weights import Model, Weights, devices_of
 
 PREFILL_CHUNK = 1024  # tokens of the prompt in one forward pass: from so many on, matrix products are hardly faster
 EXACT_PREFILL_CHUNK = 256  # with the exact operations, which have the scores [n_heads, chunk, S] in memory
@@ -38,8 +37,7 @@ def ops_for(weights: Weights, exact: bool = False) -> Ops:
     """The set of operations that suits where the weights lie, on one device or two. exact: only of REFERENCE's."""
     device = weights.norm.device
     own = REFERENCE if exact else suitable_ops(device)
-    matrices = [weights.tok_embeddings, weights.output, *(matrix for layer in weights.layers for matrix in layer)]
-    elsewhere = {tensor.device for matrix in matrices for tensor in tensors_of(matrix)} - {device}
+    elsewhere = devices_of(weights) - {device}
     return mixed_ops(own, REFERENCE if exact else suitable_ops(elsewhere.pop())) if elsewhere else own
 
 

@@ -477,13 +477,12 @@ def build_weights(
     cpu = torch.device("cpu")
     with (
         mover(device, largest) as to_device,
-        mover(cpu, largest) as to_cpu,
         tqdm(
             total=total, unit="B", unit_scale=True, desc=f"loading {source}", disable=not progress, leave=False
         ) as bar,
     ):
         for place, parts in all_parts.items():
-            home, move = (device, to_device) if goes_to_gpu(place, checkpoint.tied, gpu_layers) else (cpu, to_cpu)
+            home, move = (device, to_device) if goes_to_gpu(place, checkpoint.tied, gpu_layers) else (cpu, _stay)
             try:
                 moved = move(_whole(checkpoint, place), None if place in scales else dtype)
                 matrix: Matrix = moved
@@ -511,6 +510,17 @@ def build_weights(
         norm=top["norm"],
         output=top["output"],
     )
+
+
+def _stay(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor on the CPU, as it is or in another dtype."""
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def devices_of(weights: Weights) -> set[torch.device]:
+    """Where the tensors lie: on one device, or, with `gpu_layers`, on two."""
+    matrices = [weights.tok_embeddings, weights.output, *(matrix for layer in weights.layers for matrix in layer)]
+    return {tensor.device for matrix in matrices for tensor in tensors_of(matrix)} | {weights.norm.device}
 
 
 def _whole(checkpoint: Checkpoint, place: TensorPlace) -> Tensor:

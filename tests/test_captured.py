@@ -177,8 +177,10 @@ def test_a_dialog_keeps_its_graph(model: Model, monkeypatch: pytest.MonkeyPatch)
     assert len(made) == 1
 
 
-def test_the_pass_compiles_whole_and_once(model: Model, ids: list[int]) -> None:
+def test_the_pass_compiles_whole_and_once(model: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """No break in its graph; a cache of another length is no reason to compile anew; nor is one ever copied whole."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)  # what is on the disk shows no code
     small = model._replace(
         params=llama3_raw.Params(**{**vars(model.params), "n_layers": 1}),
         weights=model.weights._replace(layers=model.weights.layers[:1]),

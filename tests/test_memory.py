@@ -92,7 +92,7 @@ def test_what_does_not_fit_on_the_cpu_beside_a_gpu() -> None:
     warning = check_memory(plan._replace(dtype=None), free.__getitem__)
     assert warning is not None
     assert "9.60 GB are needed, 6.00 GB are free, so that each token reads weights from the disk again" in warning
-    assert warning.endswith("what fits: --gpu-layers 23, or --layers 23")
+    assert warning.endswith("what fits: --quantize int8, or --gpu-layers 23, or --layers 23")
 
 
 def test_what_is_mapped_may_be_larger_than_the_memory() -> None:
@@ -117,15 +117,15 @@ REFUSED = {
     ),
     "a GPU": (
         Plan(checkpoint(), GPU, None, Lengths(17, 273, 18)),
-        ["--gpu-layers 23", "--device cpu", "--layers 21"],
+        ["--quantize int8", "--gpu-layers 23", "--device cpu", "--layers 21"],
     ),
     "too many layers on a GPU": (
         Plan(checkpoint(), GPU, None, Lengths(17, 273, 18), gpu_layers=30),
-        ["--gpu-layers 23", "--device cpu without --gpu-layers"],
+        ["--quantize int8", "--gpu-layers 23", "--device cpu without --gpu-layers"],
     ),
     "bf16 of fp32 on a GPU": (
         Plan(checkpoint("8b", dtype=torch.float32), GPU, torch.bfloat16, Lengths(17, 273, 18)),
-        ["--gpu-layers 23", "--device cpu", "--layers 21"],
+        ["--quantize int8", "--gpu-layers 23", "--device cpu", "--layers 21"],
     ),
     "1b in fp32 with a long cache on a GPU": (
         Plan(checkpoint("1b", dtype=torch.float32), GPU, None, Lengths(17, 131_072, 18)),

@@ -101,18 +101,22 @@ def test_a_prompt_attends(n_keys: int, batch: tuple[int, ...]) -> None:
 
 
 def test_the_whole_pass(tiny: Model) -> None:
-    """A prompt and a token behind it, in 16 bits, with all kernels at work: design.md's rule for fast operations."""
+    """A prompt, then few tokens at a time, with all kernels at work: design.md's rule for fast operations.
+
+    In 16 bits a position is up to 2.6 times as far off as with the exact ones, or 0.3 times; 33 are alike.
+    """
     model = tiny._replace(weights=converted(tiny.weights, lambda tensor: tensor.to(ON, DTYPE)))
     exact_model = model._replace(weights=cast(model.weights, torch.float32))
-    ids = torch.arange(300, 330, device=ON)
+    ids = torch.arange(300, 357, device=ON)
 
     def logits(of: Model, ops: object) -> Tensor:
         cache = KVCache.allocate(of.params, max_seq_len=64, like=of.weights)
         forward(of.weights, of.params, ids[:24], cache=cache, ops=ops)
         at = torch.tensor(24, device=ON)
-        few = forward(of.weights, of.params, ids[24:29], cache=cache, start=at, ops=ops)
-        one = forward(of.weights, of.params, ids[29:], cache=cache, start=29, ops=ops)
-        return torch.cat((few, one))
+        few = forward(of.weights, of.params, ids[24:40], cache=cache, start=at, ops=ops)
+        more = forward(of.weights, of.params, ids[40:56], cache=cache, start=40, ops=ops)
+        one = forward(of.weights, of.params, ids[56:], cache=cache, start=56, ops=ops)
+        return torch.cat((few, more, one))
 
     exact = logits(exact_model, REFERENCE)
     assert error(logits(model, ops_cuda.cuda_ops()), exact) <= 1.5 * error(logits(model, REFERENCE), exact)

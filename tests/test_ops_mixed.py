@@ -35,7 +35,8 @@ def plain_mover(device: torch.device, largest: int) -> Iterator[Callable[[Tensor
 
 @pytest.fixture
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A pretended GPU of 100 GB; random numbers there are the CPU's."""
+    """A pretended GPU of 100 GB; random numbers there are the CPU's, and so are the operations: the exact ones."""
+    monkeypatch.setattr("llama3_raw.generation.cuda_ops", lambda: REFERENCE)
     generator = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
