@@ -97,7 +97,7 @@ print(f"({missed} tokens begin a window, with nothing before them in it, and are
 print(f"as if it had to choose among {by_hand:.1f} equally likely tokens each time, of {model.params.vocab_size:,}")
 
 title("With a smaller stride, windows overlap: no token is left out, and each is judged once, with more before it")
-for stride in (32, 16, 4):
+for stride in (32, 16, 8):
     scored = [end - first for _, first, end in sliding_windows(len(ids), context, stride)]
     value = perplexity(model, ids.tolist(), context=context, stride=stride, ops=REFERENCE).perplexity
     print(f"  stride {stride:2}: {len(scored):3} windows score {sum(scored)} tokens, perplexity {value:.3f}")
