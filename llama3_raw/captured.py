@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops_cuda
 from .errors import in_short
-from .model import REFERENCE, KVCache, forward
+from .model import KVCache, forward
 from .ops import Ops
 from .ops_cpu import FEW
-from .ops_cuda import has_triton
 from .weights import Model, devices_of
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -62,11 +62,13 @@ class CapturedPasses:
     Each is captured at its first use, where it is run for a trial: it writes what it would write anyhow.
     """
 
-    def __init__(self, model: Model, cache: KVCache, ops: Ops, capture: Capture = capture_graph):
+    def __init__(self, model: Model, cache: KVCache, ops: Ops, capture: Capture = capture_graph, compiled: bool = True):
+        """compiled: whether the pass over one token is compiled before."""
         self.cache = cache
         self._model = model
         self._ops = ops
         self._capture = capture
+        self._compiled = compiled
         device = cache.keys[0].device
         self._tokens = torch.zeros(FEW, dtype=torch.long, device=device)
         self._start = torch.zeros((), dtype=torch.long, device=device)
@@ -76,9 +78,12 @@ class CapturedPasses:
 
     @staticmethod
     def where_possible(model: Model, cache: KVCache, ops: Ops) -> CapturedPasses | None:
-        """None unless all of the model is on one GPU, and for the exact operations, which are there to step through."""
+        """None unless all of the model is on one GPU, and the operations are its fast ones.
+
+        The exact ones are there to be stepped through; others read the whole cache where `start` is a tensor.
+        """
         devices = devices_of(model.weights)
-        is_possible = len(devices) == 1 and devices.pop().type == "cuda" and ops.attend is not REFERENCE.attend
+        is_possible = len(devices) == 1 and devices.pop().type == "cuda" and ops.attend is ops_cuda.attend
         return CapturedPasses(model, cache, ops) if is_possible else None
 
     def fit(self, n_tokens: int, start: int) -> bool:
@@ -105,17 +110,23 @@ class CapturedPasses:
                 )
                 return logits
 
-            if width == 1 and has_triton():  # it takes long, and pays where there are many passes
-                run = compiled_forward()
-                try:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")  # of what could be compiled better
-                        run_it()
-                except Exception as error:  # of a compiler, in a world of its own
-                    print(f"llama3_raw: torch.compile fails ({in_short(error)}); going on without it", file=sys.stderr)
-                    run = forward
             with torch.cuda.device_of(tokens):
-                self._replays[width] = self._capture(run_it)
+                if width == 1 and self._compiled:  # it takes long, and pays where there are many passes
+                    run = compiled_forward()
+                    try:
+                        with warnings.catch_warnings():
+                            warnings.simplefilter("ignore")  # of what could be compiled better
+                            run_it()
+                    except torch.OutOfMemoryError:
+                        raise
+                    except Exception as error:  # of compilers, in a world of their own
+                        print(f"llama3_raw: torch.compile fails ({in_short(error)}); going on without", file=sys.stderr)
+                        run = forward
+                try:
+                    self._replays[width] = self._capture(run_it)
+                except RuntimeError as error:  # of CUDA
+                    print(f"llama3_raw: no graph is captured ({in_short(error)}); going on without", file=sys.stderr)
+                    self._replays[width] = run_it
         return self._replays[width]()[: len(tokens)]
 
 

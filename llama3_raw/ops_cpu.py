@@ -196,7 +196,8 @@ def attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor
     n_kv_heads, n_keys = keys.shape[-2], keys.shape[-3]
     sharing = q.shape[-2] // n_kv_heads
     original = q.dtype
-    dtype = torch.float32 if original == torch.bfloat16 and fp32_is_faster() else original
+    in_fp32 = original == torch.bfloat16 and q.device.type == "cpu" and fp32_is_faster()
+    dtype = torch.float32 if in_fp32 else original
     q, keys, values = (x.to(dtype) for x in (q, keys, values))
     keys, values = keys.transpose(-3, -2), values.transpose(-3, -2)  # [..., n_kv_heads, S, head_dim]
     out = []

@@ -8,8 +8,6 @@ CPU, in float16 (the interpreter multiplies no bfloat16), which is how they are 
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 import sys
 
 import torch
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from .errors import in_short
 from .int8 import Int8, Matrix, linear
 from .ops import Ops, Tap
 from .ops_cpu import FEW, attend_by_torch
@@ -43,15 +42,16 @@ def linear_few(x: Tensor, values: Tensor, row_scales: Tensor | None, column_scal
     x = x.contiguous()
     y = x.new_empty(rows, outputs)
     is_int8 = row_scales is not None
-    cuda_kernels.linear_kernel[(-(-outputs // _OUTPUTS),)](
-        *(x, values, row_scales if is_int8 else x, column_scales if is_int8 else x, y),
-        *(rows, outputs, length),
-        IS_INT8=is_int8,
-        ROWS=FEW,
-        OUTPUTS=_OUTPUTS,
-        INPUTS=_INPUTS,
-        num_stages=4,  # parts of the matrix on their way at a time
-    )
+    with torch.cuda.device_of(x):  # Triton asks for the current one
+        cuda_kernels.linear_kernel[(-(-outputs // _OUTPUTS),)](
+            *(x, values, row_scales if is_int8 else x, column_scales if is_int8 else x, y),
+            *(rows, outputs, length),
+            IS_INT8=is_int8,
+            ROWS=FEW,
+            OUTPUTS=_OUTPUTS,
+            INPUTS=_INPUTS,
+            num_stages=4,  # parts of the matrix on their way at a time
+        )
     return y
 
 
@@ -78,22 +78,23 @@ def attend_few(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor) -> Tenso
     sums = torch.empty(batch, n_kv_heads, _SHARES, rows, head_dim, dtype=torch.float32, device=q.device)
     weights, largest = torch.empty(2, batch, n_kv_heads, _SHARES, rows, dtype=torch.float32, device=q.device)
     out = torch.empty_like(q)
-    cuda_kernels.attend_kernel[(batch * n_kv_heads, _SHARES)](
-        *(q, keys, values, starts, sums, weights, largest, n_tokens, n_kv_heads),
-        *(keys.stride(0), keys.stride(1), head_dim**-0.5),
-        SHARING=sharing,
-        ROWS=rows,
-        HEAD_DIM=head_dim,
-        KEYS=_KEYS,
-        SHARES=_SHARES,
-    )
-    cuda_kernels.join_kernel[(batch * n_kv_heads, n_tokens * sharing)](
-        *(sums, weights, largest, out, n_tokens, n_kv_heads),
-        SHARING=sharing,
-        ROWS=rows,
-        HEAD_DIM=head_dim,
-        SHARES=_SHARES,
-    )
+    with torch.cuda.device_of(q):  # Triton asks for the current one
+        cuda_kernels.attend_kernel[(batch * n_kv_heads, _SHARES)](
+            *(q, keys, values, starts, sums, weights, largest, n_tokens, n_kv_heads),
+            *(keys.stride(0), keys.stride(1), head_dim**-0.5),
+            SHARING=sharing,
+            ROWS=rows,
+            HEAD_DIM=head_dim,
+            KEYS=_KEYS,
+            SHARES=_SHARES,
+        )
+        cuda_kernels.join_kernel[(batch * n_kv_heads, n_tokens * sharing)](
+            *(sums, weights, largest, out, n_tokens, n_kv_heads),
+            SHARING=sharing,
+            ROWS=rows,
+            HEAD_DIM=head_dim,
+            SHARES=_SHARES,
+        )
     return out
 
 
@@ -102,18 +103,12 @@ def _(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-@functools.cache
-def has_triton() -> bool:
-    """Whether there are Triton, which compiles the kernels, and the C compiler that it needs to call them."""
-    return cuda_kernels is not None and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-
-
 def fast_linear(x: Tensor, weight: Matrix) -> Tensor:
     """x [..., in], weight [out, in] -> [..., out]; few rows at the speed of the memory."""
     rows = x.numel() // x.shape[-1]
     values, *scales = weight if isinstance(weight, Int8) else (weight,)
     is_plain = values.is_contiguous() and (scales or values.dtype == x.dtype) and not x.requires_grad
-    if not has_triton() or not (0 < rows <= FEW and x.dtype.itemsize == 2 and is_plain):
+    if not (0 < rows <= FEW and x.dtype.itemsize == 2 and is_plain):
         return linear(x, weight)
     y: Tensor = linear_few(x.reshape(rows, -1), values, *(scales or (None, None)))
     return y.view(*x.shape[:-1], -1)
@@ -122,7 +117,7 @@ def fast_linear(x: Tensor, weight: Matrix) -> Tensor:
 def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor:
     """As model.attend, but there are no scores to tap."""
     n_tokens, head_dim = q.shape[-3], q.shape[-1]
-    by_kernel = has_triton() and q.dtype.itemsize == 2 and head_dim in (32, 64, 128, 256)
+    by_kernel = q.dtype.itemsize == 2 and head_dim in (32, 64, 128, 256)
     has_strides = all(x.dim() <= 4 and x.stride()[-2:] == (head_dim, 1) for x in (keys, values))
     if n_tokens <= FEW and by_kernel and has_strides and keys.stride() == values.stride() and not q.requires_grad:
         if isinstance(start, int):
@@ -132,6 +127,11 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Ta
         four = (x if x.dim() == 4 else x.unsqueeze(0) for x in (q, keys, values))
         attended: Tensor = attend_few(*four, starts)
         return attended.view(q.shape)
+    return attend_without_kernels(q, keys, values, start, tap, name)
+
+
+def attend_without_kernels(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor:
+    """As model.attend, but there are no scores to tap; for any number of tokens."""
     if isinstance(start, int):
         return attend_to_prompt(q, keys, values)
     return attend_by_torch(q, keys, values, start)
@@ -158,10 +158,15 @@ def attend_to_prompt(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 @functools.cache
 def cuda_ops() -> Ops:
-    """The fast operations for NVIDIA GPUs; one line on stderr says what is lost where Triton cannot be used."""
-    if not has_triton():
-        print(
-            "llama3_raw: no Triton, or no C compiler for it; tokens come slower, by torch itself",
-            file=sys.stderr,
-        )
+    """The fast operations for NVIDIA GPUs; one line on stderr says what is lost where Triton cannot be used.
+
+    That is tried: it needs a C compiler and Python's headers, and says so only when a kernel is first called.
+    """
+    try:
+        some = torch.ones(16, 16, dtype=torch.float16, device="cuda" if torch.cuda.is_available() else "cpu")
+        linear_few(some, some, None, None)
+    except Exception as error:  # of compilers, in a world of their own
+        reason = "there is no Triton" if cuda_kernels is None else f"Triton fails ({in_short(error)})"
+        print(f"llama3_raw: {reason}; tokens come slower, by torch itself", file=sys.stderr)
+        return Ops(embed=F.embedding, linear=linear, attend=attend_without_kernels, reduce=lambda x: x)
     return Ops(embed=F.embedding, linear=fast_linear, attend=attend, reduce=lambda x: x)

@@ -81,5 +81,5 @@ def sample(
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     probs = probabilities(logits, sampling)
-    drawn = torch.multinomial(probs.view(-1, probs.shape[-1]), num_samples=1, generator=generator)
-    return drawn.view(probs.shape[:-1])
+    # as torch.multinomial draws, which looks at the numbers first, and has the CPU wait for a GPU
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1)
