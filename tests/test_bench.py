@@ -182,13 +182,13 @@ def test_compiled_transformers_is_the_same_model(monkeypatch: pytest.MonkeyPatch
     assert during[-1] == 0
 
 
-def test_nothing_to_compile_with(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_compile_with(capsys: pytest.CaptureFixture[str]) -> None:
     import torch._inductor.config
 
     CompileCounter()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("nonexistent",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    assert main([*QUICK, "--layers", "1", "--vs", "transformers-compiled"]) == 2
+    # monkeypatch would not put them back
+    with torch._inductor.config.patch({"cpp.cxx": ("nonexistent",), "force_disable_caches": True}):
+        assert main([*QUICK, "--layers", "1", "--vs", "transformers-compiled"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "error: --vs transformers-compiled: torch.compile fails (InvalidCxxCompiler: No working C++" in last
 
