@@ -147,6 +147,15 @@ def test_on_the_cpu_nothing_is_copied() -> None:
         assert move(tensor, torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_what_is_on_a_gpu_already_does_not_go_through_the_ring(device: PretendDevice) -> None:
+    """Its bytes are not for the CPU to read; "meta" stands for a GPU here."""
+    there = torch.empty(5000, device="meta")
+    with staged_mover(torch.device("meta"), 4096, device.route()) as move:
+        assert move(there, None) is there
+        assert move(there, torch.bfloat16).dtype == torch.bfloat16
+    assert device.copies == 0
+
+
 def test_what_the_driver_does_not_pin(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that says so; and what it pins is let go, by the same address."""
     registered: list[tuple[int, int]] = []
