@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
@@ -19,10 +20,12 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # not in its __all__
 from torch.distributed.device_mesh import init_device_mesh
 
 from .errors import UserError, error_line, is_for_the_user
 
+_LOOK_EVERY = 0.5  # seconds
 _PATIENCE = 10.0  # seconds to wait for the others' word, when one is lost
 _KILLED = (
     "it was killed, perhaps by the system for lack of memory; free some, or start fewer processes, and run it again"
@@ -101,22 +104,23 @@ def started(device: torch.device, tensor_parallel: int | None = None) -> Iterato
     width = tensor_parallel or size
     if size % width:
         raise UserError(f"--tp {width}: torchrun has started {size} processes, which make no groups of {width}")
-    store, rank, size = next(dist.rendezvous("env://"))
-    store.set(f"process/{rank}", f"{os.getpid()} on {socket.gethostname()}")
+    store, rank, size = next(rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size)
+    dist.init_process_group(backend, store=PrefixStore("groups", store), rank=rank, world_size=size)
     mesh = init_device_mesh(device.type, (size // width, width), mesh_dim_names=("data", "tensor"))
     groups = {
         name: Group(mesh.get_local_rank(name), mesh.size(i), mesh.get_group(name))
         for i, name in enumerate(("data", "tensor"))
     }
+    ranks = Ranks(rank, size, groups["tensor"], groups["data"], store)
+    watch = _Watch(rank, size, store.clone())  # a connection of its own: this one may be waiting for an answer
+    watch.start()
     last_words = ""
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)  # torchrun's, when one has ended: first it is to be told which
     try:
-        yield Ranks(rank, size, groups["tensor"], groups["data"], store)
+        yield ranks
     except PeerLost as lost:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all when one has ended; first this is to be said
-        _tell_who_is_lost(store, rank, size, lost)
+        watch.tell(str(lost))
     except Exception as error:
         if not is_for_the_user(error):
             raise
@@ -127,13 +131,13 @@ def started(device: torch.device, tensor_parallel: int | None = None) -> Iterato
     finally:
         with contextlib.suppress(RuntimeError):  # where the store is gone, nobody listens
             store.set(f"ended/{rank}", last_words)
+        watch.stop()
         signal.signal(signal.SIGTERM, before)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    raise PeerLost("stopped by SIGTERM")
+    raise PeerLost(f"rank {os.environ['RANK']} was stopped by SIGTERM")
 
 
 @contextlib.contextmanager
@@ -156,40 +160,76 @@ def _says(store: Any, rank: int, words: str) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)
-    return bool(store.get(f"ended/{rank}").decode() == words)
+    said: str = store.get(f"ended/{rank}").decode()
+    return said == words
 
 
-def _tell_who_is_lost(store: Any, rank: int, size: int, lost: PeerLost) -> NoReturn:
-    """Finds out which process is gone, and has one of the others say so; ends this one."""
-    dist.destroy_process_group()  # those that wait for this one are to notice as well
-    try:
-        store.set(f"survived/{rank}", "")
+class _Watch(threading.Thread):
+    """Looks after the other processes, and ends this one when one of them is gone, once it is told which.
+
+    A thread, since the process itself may be waiting for the lost one in the middle of a pass, for ever.
+    """
+
+    def __init__(self, rank: int, size: int, store: Any):
+        super().__init__(daemon=True)
+        self._rank = rank
+        self._others = [other for other in range(size) if other != rank]
+        self._store = store
+        self._done = threading.Event()
+        store.set(f"process/{rank}", f"{os.getpid()} on {socket.gethostname()}")
+        self._processes = {other: store.get(f"process/{other}").decode() for other in self._others}
+
+    def run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # torchrun ends first: then it has ended all
+            while not self._done.wait(_LOOK_EVERY):
+                if self._store.check(["lost"]) or any(map(self._is_gone, self._others)):
+                    self._end()
+
+    def stop(self) -> None:
+        """Ends the watch."""
+        self._done.set()
+        self.join()
+
+    def tell(self, why: str) -> NoReturn:
+        """Ends all processes, because this one has lost another, or is to stop."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with contextlib.suppress(RuntimeError):
+            self._store.set("why", why)
+            self._store.set("lost", "")
+            self.join()
+        _say(f"{why}; torchrun is gone")
+        os._exit(1)
+
+    def _end(self) -> NoReturn:
+        self._store.set("lost", "")
+        self._store.set(f"survived/{self._rank}", "")
         deadline = time.monotonic() + _PATIENCE
         while True:
-            silent = [other for other in range(size) if not store.check([f"survived/{other}"])]
-            gone = [other for other in silent if not store.check([f"ended/{other}"])]
-            if all(_has_died(store, other) for other in gone) or time.monotonic() > deadline:
+            silent = [other for other in self._others if not self._store.check([f"survived/{other}"])]
+            gone = [other for other in silent if not self._store.check([f"ended/{other}"])]
+            if all(map(self._has_died, gone)) or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-        had_words = any(store.get(f"ended/{other}") for other in silent if other not in gone)
+        has_ended = len(gone) < len(silent)  # which has said why, or had nothing to say
         if gone:
-            which = ", ".join(f"rank {other} (process {store.get(f'process/{other}').decode()})" for other in gone)
-            line = f"{which} is gone: {_KILLED}"
+            which = " and ".join(f"rank {other} (process {self._processes[other]})" for other in gone)
+            line = f"{which} {'are' if gone[1:] else 'is'} gone: {_KILLED}"
         else:
-            line = str(lost)
-        if not had_words and (gone or not silent) and store.add("told", 1) == 1:
+            line = self._store.get("why").decode()
+        if (gone or not has_ended) and self._store.add("told", 1) == 1:
             _say(line)
-    except RuntimeError:
-        _say("the processes have lost touch, torchrun with them; run it again")
-    sys.exit(1)
+        sys.stdout.flush()
+        os._exit(1)
 
+    def _is_gone(self, other: int) -> bool:
+        return self._has_died(other) and not self._store.check([f"ended/{other}"])
 
-def _has_died(store: Any, rank: int) -> bool:
-    """Whether a process of this machine is no more; of another machine's it cannot be told."""
-    process, machine = store.get(f"process/{rank}").decode().split(" on ")
-    if machine != socket.gethostname():
-        return False
-    try:
-        return psutil.Process(int(process)).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+    def _has_died(self, other: int) -> bool:
+        """Whether a process of this machine is no more; of another machine's it cannot be told."""
+        process, machine = self._processes[other].split(" on ")
+        if machine != socket.gethostname():
+            return False
+        try:
+            return bool(psutil.Process(int(process)).status() == psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return True
