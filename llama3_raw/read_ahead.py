@@ -12,10 +12,6 @@ into a weight; MADV_PAGEOUT never does.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import mmap
-import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -29,18 +25,11 @@ from torch import Tensor
 from .errors import UserError
 from .int8 import Matrix, tensors_of
 from .ops import Ops
+from .pages import PAGEOUT, POPULATE_READ, RANDOM, Span, advise
 from .weights import Weights
 
 _FIELDS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")  # of a layer, in the order in which the forward pass asks for them
 _IN_FLIGHT = 2  # matrices: one is multiplied while the next one is read
-_RANDOM, _PAGEOUT, _POPULATE_READ = 1, 21, 22  # advice for madvise, by the numbers of linux/mman.h
-
-
-class Span(NamedTuple):
-    """A piece of memory: from one address up to another."""
-
-    begin: int
-    end: int
 
 
 class Extent(NamedTuple):
@@ -51,12 +40,12 @@ class Extent(NamedTuple):
     @staticmethod
     def of(weight: Matrix) -> Extent:
         """The place of a weight."""
-        return Extent(tuple(Span(part.data_ptr(), part.data_ptr() + part.nbytes) for part in tensors_of(weight)))
+        return Extent(tuple(map(Span.of, tensors_of(weight))))
 
     @property
     def n_bytes(self) -> int:
         """How much memory it takes: whole pages."""
-        return sum(end - begin for begin, end in map(_pages_around, self.spans))
+        return sum(end - begin for begin, end in map(Span.pages_around, self.spans))
 
 
 def least_memory(weights: Weights) -> int:
@@ -89,7 +78,7 @@ def read_ahead(ops: Ops, weights: Weights, max_bytes: int) -> Ops:
     table = Extent.of(weights.tok_embeddings)
     is_tied = table in matrices
     if not is_tied:  # it is read row by row, each of which would bring megabytes around it
-        _advise(_pages_inside(table.spans[0]), _RANDOM)
+        advise(table.spans[0].pages_inside(), RANDOM)
 
     def linear(x: Tensor, weight: Matrix) -> Tensor:
         place = known.get(Extent.of(weight).spans[0].begin)
@@ -181,7 +170,7 @@ def _read(matrix: Extent) -> None:
     """Returns once all pages of a matrix are in memory."""
     for span in matrix.spans:
         try:
-            _advise(_pages_around(span), _POPULATE_READ)
+            advise(span.pages_around(), POPULATE_READ)
         except OSError as error:
             raise UserError(f"weights cannot be read from their file any more ({error.strerror})") from error
 
@@ -189,31 +178,7 @@ def _read(matrix: Extent) -> None:
 def _let_go(matrix: Extent) -> None:
     """Takes the pages of a matrix from memory, but for those it shares with its neighbours."""
     for span in matrix.spans:
-        _advise(_pages_inside(span), _PAGEOUT)
-
-
-def _pages_around(span: Span) -> Span:
-    """All pages that have something of a span."""
-    return Span(span.begin & -mmap.PAGESIZE, span.end + mmap.PAGESIZE - 1 & -mmap.PAGESIZE)
-
-
-def _pages_inside(span: Span) -> Span:
-    """All pages that have nothing but a span."""
-    return Span(span.begin + mmap.PAGESIZE - 1 & -mmap.PAGESIZE, span.end & -mmap.PAGESIZE)
-
-
-def _advise(span: Span, advice: int) -> None:
-    """Tells the system what to do with the pages of a span. (madvise.2) Raises OSError."""
-    if span.begin < span.end and _libc().madvise(span.begin, span.end - span.begin, advice):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return libc
+        advise(span.pages_inside(), PAGEOUT)
 
 
 def _check_system(matrices: Sequence[Extent]) -> None:
@@ -222,8 +187,8 @@ def _check_system(matrices: Sequence[Extent]) -> None:
     try:
         if sys.platform != "linux":
             raise OSError("this is another system")
-        for advice in (_PAGEOUT, _POPULATE_READ):
-            _advise(_pages_around(Span(begins[0], begins[0] + 1)), advice)
+        for advice in (PAGEOUT, POPULATE_READ):
+            advise(Span(begins[0], begins[0] + 1).pages_around(), advice)
     except OSError as error:
         raise UserError(f"to read weights while others are used takes Linux 5.14 or newer ({error})") from error
     files = []  # the addresses that files are mapped to (proc_pid_maps.5)

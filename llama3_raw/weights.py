@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from .errors import UserError, in_short, read_beginning, read_small_file
 from .int8 import Int8, Matrix, quantize, tensors_of
+from .pages import let_go, read_exactly
 from .params import Params
 from .sharding import SHARDED_DIMENSION, Shard, join, take
 from .tokenizer import Tokenizer
@@ -140,6 +141,8 @@ class Checkpoint(NamedTuple):
     parts: dict[TensorPlace, list[Tensor]]  # one tensor each, or Meta's shards of it
     hf: bool  # whether the rows of wq and wk stand in Hugging Face's order
     scales: dict[TensorPlace, tuple[Tensor, ...]]  # of the rows and of the columns of those that are in int8
+    mapped: bool = False  # whether the tensors are windows into files, which nobody has written to
+    of_shard: bool = False  # whether there is more in the files, for other processes
 
     @property
     def tied(self) -> bool:
@@ -247,7 +250,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(
             f"{folder}: tensor lm_head.weight is missing, and config.json does not tie it; download the rest"
         )
-    return _checked(str(weight_files[0] if len(weight_files) == 1 else folder), params, found)
+    source = str(weight_files[0] if len(weight_files) == 1 else folder)
+    return _checked(source, params, found)._replace(mapped=True)
 
 
 def first_layers(checkpoint: Checkpoint, layers: int) -> Checkpoint:
@@ -284,7 +288,7 @@ def shard_of(checkpoint: Checkpoint, shard: Shard) -> Checkpoint:
                 scale[wanted.start : wanted.stop] if i == dimension else scale
                 for i, scale in enumerate(checkpoint.scales[place])
             )
-    return checkpoint._replace(params=params, parts=parts, scales=scales)
+    return checkpoint._replace(params=params, parts=parts, scales=scales, of_shard=checkpoint.mapped)
 
 
 def check_gpu_layers(gpu_layers: int | None, device: torch.device, params: Params) -> None:
@@ -429,6 +433,8 @@ def _check_records(file: Path, memory: mmap.mmap) -> dict[int, int]:
     records = {}
     with zipfile.ZipFile(file) as archive:
         directory = archive.infolist()
+    if sys.platform == "linux":
+        memory.madvise(mmap.MADV_RANDOM)  # or each record's few bytes would bring megabytes around them
     for entry in directory:
         name_length, extra_length = struct.unpack_from("<26xHH", memory, entry.header_offset)
         name_begin = entry.header_offset + 30
@@ -446,6 +452,8 @@ def _check_records(file: Path, memory: mmap.mmap) -> dict[int, int]:
             raise ValueError(f"the checksum of {entry.filename} is wrong")
         if entry.filename.endswith("/byteorder") and content != sys.byteorder.encode():  # which torch dies of
             raise ValueError(f"its byte order is {content!r}, this machine's is {sys.byteorder}")
+    if sys.platform == "linux":
+        memory.madvise(mmap.MADV_NORMAL)
     return records
 
 
@@ -487,7 +495,7 @@ def build_weights(
 
     Raises UserError where the stored dtypes differ and none is given, or where the memory does not hold them.
     """
-    source, params, all_parts, hf, scales = checkpoint
+    source, params, all_parts, hf, scales, *_ = checkpoint
     if dtype is None:
         common = checkpoint.dtype
         for place, parts in all_parts.items():
@@ -509,6 +517,11 @@ def build_weights(
     ):
         for place, parts in all_parts.items():
             home, move = (device, to_device) if goes_to_gpu(place, checkpoint.tied, gpu_layers) else (cpu, _stay)
+            # of which a prompt uses but a few rows
+            rows_only = place.field == "tok_embeddings" and (quantized or not checkpoint.tied)
+            if checkpoint.of_shard and not rows_only:
+                for part in parts:
+                    read_exactly(part)
             try:
                 moved = move(_whole(checkpoint, place), None if place in scales else dtype)
                 matrix: Matrix = moved
@@ -521,8 +534,6 @@ def build_weights(
                     f"{source}: {total / 1e9:.1f} GB of weights do not fit on {home}, from {place.meta_name} on; "
                     f"{'give' if home.type == 'cpu' else 'use --device cpu, or'} fewer --layers"
                 ) from error
-            # of which a prompt uses but a few rows
-            rows_only = place.field == "tok_embeddings" and (quantized or not checkpoint.tied)
             if progress and tensors_of(matrix)[0] is parts[0] and moved.is_contiguous() and not rows_only:
                 _touch(moved, bar)
             else:
@@ -556,6 +567,9 @@ def _whole(checkpoint: Checkpoint, place: TensorPlace) -> Tensor:
     tensor = parts[0] if dimension is None else join(parts, dimension).contiguous()
     if checkpoint.hf and place.field in ("wq", "wk"):
         tensor = interleave_pairs(tensor, checkpoint.params.head_dim)
+    if checkpoint.mapped and checkpoint.must_change(place):
+        for part in parts:
+            let_go(part)  # the copy is there instead
     return tensor
 
 

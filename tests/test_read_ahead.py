@@ -151,7 +151,7 @@ def test_what_cannot_be_read_ahead(model: Model, monkeypatch: pytest.MonkeyPatch
     layers[2] = layers[2]._replace(w3=layers[2].w3.clone())
     with pytest.raises(UserError, match=r"layers\.2\.w3 is no window into a file"):
         read_ahead.read_ahead(REFERENCE, model.weights._replace(layers=tuple(layers)), least)
-    monkeypatch.setattr(read_ahead, "_POPULATE_READ", 9999)  # as a system that does not know it
+    monkeypatch.setattr(read_ahead, "POPULATE_READ", 9999)  # as a system that does not know it
     with pytest.raises(UserError, match=r"takes Linux 5\.14 or newer .*Invalid argument"):
         read_ahead.read_ahead(REFERENCE, model.weights, least)
 
