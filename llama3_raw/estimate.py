@@ -303,14 +303,10 @@ def build_parser() -> ArgumentParser:
     """The options of `python -m llama3_raw.bench --estimate`."""
     parser = ArgumentParser(
         prog="python -m llama3_raw.bench --estimate MODEL",
-        description="What a model takes on GPUs that need not be there, by arithmetic; nothing is measured.",
+        description="What a model takes on GPUs that need not be there, by arithmetic; nothing is measured. MODEL is one "
+        f"of {', '.join(SYNTHETIC)}, or a folder as for --weights.",
     )
-    parser.add_argument(
-        "--estimate",
-        required=True,
-        metavar="MODEL",
-        help=f"one of {', '.join(SYNTHETIC)}, or a folder as for --weights",
-    )
+    parser.add_argument("--estimate", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--gpu", type=str.lower, choices=GPUS, default="h200", help="(default: %(default)s)")
     parser.add_argument("--gpus", type=positive_int, default=1, metavar="N", help="in all (default: %(default)s)")
     parser.add_argument("--nodes", type=positive_int, default=1, metavar="N", help="they are in (default: %(default)s)")
@@ -324,7 +320,7 @@ def build_parser() -> ArgumentParser:
         "--bandwidth",
         type=_positive,
         metavar="TB/S",
-        help=f"that reading reaches (default: {_BANDWIDTH_SHARE:.0%} of the data sheet's)",
+        help=f"that reading reaches (default: {_BANDWIDTH_SHARE} of the data sheet's)",
     )
     parser.add_argument(
         "--latency",

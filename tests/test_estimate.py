@@ -163,6 +163,12 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["weights_bytes_in_all"] > 4_000_000
 
 
+def test_help_is_about_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--estimate", "8b", "--help"])
+    assert "0.9 of the data sheet's" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
