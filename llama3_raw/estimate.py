@@ -303,8 +303,8 @@ def build_parser() -> ArgumentParser:
     """The options of `python -m llama3_raw.bench --estimate`."""
     parser = ArgumentParser(
         prog="python -m llama3_raw.bench --estimate MODEL",
-        description="What a model takes on GPUs that need not be there, by arithmetic; nothing is measured. MODEL is one "
-        f"of {', '.join(SYNTHETIC)}, or a folder as for --weights.",
+        description="What a model takes on GPUs that need not be there, by arithmetic; nothing is measured. MODEL is "
+        f"one of {', '.join(SYNTHETIC)}, or a folder as for --weights.",
     )
     parser.add_argument("--estimate", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--gpu", type=str.lower, choices=GPUS, default="h200", help="(default: %(default)s)")
