@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import secrets
 import sys
 import time
 from bdb import BdbQuit
@@ -22,6 +23,7 @@ from .command_line import (
     add_model_options,
     add_sampling_options,
     check_context,
+    choose_device,
     choose_model,
     chosen_sampling,
     load_model,
@@ -38,6 +40,7 @@ from .int8 import Int8
 from .lookup import LookupPolicy
 from .memory import Lengths
 from .ops import Tap
+from .ranks import Ranks, started
 from .stepping import break_at
 from .taps import chain, check_names
 from .tokenizer import Tokenizer
@@ -57,7 +60,8 @@ def build_parser() -> ArgumentParser:
             '  python -m llama3_raw --weights weights/Meta-Llama-3-8B --stats "The capital of France is"\n'
             '  python -m llama3_raw --ids "128000 1820 4320" --weights weights/Meta-Llama-3-8B\n'
             '  python -m llama3_raw --chat "Why is the sky blue?" --weights weights/Meta-Llama-3-8B-Instruct\n'
-            "  cat prompt.txt | python -m llama3_raw -"
+            "  cat prompt.txt | python -m llama3_raw -\n"
+            '  torchrun --nproc-per-node 2 -m llama3_raw "Once upon a time"'
         ),
     )
     parser.add_argument("prompt", nargs="?", help="the text to continue; - reads it from stdin")
@@ -127,9 +131,23 @@ def main(arguments: Sequence[str]) -> int:
     options = build_parser().parse_args(_with_plain_stats(arguments))
     if options.save_quantized:
         return _save_quantized(options)
+    with started(choose_device(options.device)) as ranks:
+        return _continue(options, ranks)
+
+
+def _continue(options: argparse.Namespace, ranks: Ranks | None) -> int:
+    """Continues the prompt; with `ranks` as one of several processes, which all do the same with their part."""
+    for option in ("break_at", "lookup") if ranks else ():
+        if getattr(options, option):
+            raise UserError(f"--{option.removesuffix('_at')} is for one process; leave it out, or run without torchrun")
     if options.break_at and (options.prompt == "-" or sys.stdin is None):
         raise UserError("--break: stdin is for the debugger; give the prompt as an argument, and leave stdin open")
-    prompt = read_prompt(options.prompt, "python -m llama3_raw")
+    prompt = options.prompt
+    if ranks is None or ranks.rank == 0:
+        prompt = read_prompt(prompt, "python -m llama3_raw")
+    if ranks is not None:  # stdin, and chance, are there once
+        options.seed = secrets.randbits(63) if options.seed is None else options.seed
+        prompt, options.seed = ranks.tensor.from_first((prompt, options.seed))
     if options.ids and options.stop:
         raise UserError("--stop needs text, and --ids has none; leave one of them out")
     if options.chat and (options.ids or options.special):
@@ -144,7 +162,7 @@ def main(arguments: Sequence[str]) -> int:
     sampling = chosen_sampling(options)  # complains of what is out of range now, not after a long load
     lookup = LookupPolicy(options.lookup)
     load_start = time.perf_counter()
-    chosen = choose_model(options, needs_tokenizer=not options.ids)
+    chosen = choose_model(options, needs_tokenizer=not options.ids, ranks=ranks)
     tokenizer, longest = chosen.tokenizer, chosen.checkpoint.params.max_seq_len
     check_context(options.context, longest)
     if options.break_at:
@@ -156,7 +174,7 @@ def main(arguments: Sequence[str]) -> int:
         ids = tokenizer.encode(prompt, bos=True, allow_special=options.special)
     text_length = min(options.context or longest, len(ids) + options.max_new_tokens)
     lengths = Lengths(prompt=len(ids), text=text_length, least=len(ids) + 1)
-    model, ops, which = load_model(chosen, lengths, options.reference or bool(options.break_at))
+    model, ops, which = load_model(chosen, lengths, options.reference or bool(options.break_at), ranks)
     load_seconds = time.perf_counter() - load_start
 
     watch = _Watch(options.top, tokenizer, lookup)
@@ -174,7 +192,7 @@ def main(arguments: Sequence[str]) -> int:
         lookup=lookup,
         ops=ops,
         tap=tap,
-        captured=not options.no_compile,
+        captured=not options.no_compile and ranks is None,
     )
     print(f"llama3_raw: {which}", file=sys.stderr)
     if options.chat:
@@ -187,7 +205,7 @@ def main(arguments: Sequence[str]) -> int:
     stopped_by = _print_text(pieces, options)
     print(f"llama3_raw: {_why_it_stopped(watch, options, stopped_by)}", file=sys.stderr)
     if options.stats:
-        _print_stats(options.stats, model, len(ids), watch, load_seconds)
+        _print_stats(options.stats, model, len(ids), watch, load_seconds, ranks.size if ranks else 1)
     return 130 if stopped_by else 0
 
 
@@ -293,9 +311,13 @@ def _why_it_stopped(watch: _Watch, options: argparse.Namespace, stopped_by: str 
     return f"stopped after {count} at a --stop text"
 
 
-def _print_stats(style: str, model: Model, prompt_tokens: int, watch: _Watch, load_seconds: float) -> None:
+def _print_stats(
+    style: str, model: Model, prompt_tokens: int, watch: _Watch, load_seconds: float, processes: int
+) -> None:
     weights = model.weights
-    per_pass = sum(t.nbytes for layer in weights.layers for t in layer) + weights.norm.nbytes + weights.output.nbytes
+    per_pass = processes * (
+        sum(t.nbytes for layer in weights.layers for t in layer) + weights.norm.nbytes + weights.output.nbytes
+    )
     times = watch.times
     seconds = times[-1] - times[0] if len(times) > 1 else None
     tokens_per_second = seconds and (len(times) - 1) / seconds
@@ -314,6 +336,7 @@ def _print_stats(style: str, model: Model, prompt_tokens: int, watch: _Watch, lo
         "dtype": in_words(weights.norm.dtype),
         "matrices": "int8" if isinstance(weights.output, Int8) else in_words(weights.output.dtype),
         "threads": torch.get_num_threads(),
+        "processes": processes,
     }
     if style == "json":
         print(json.dumps(stats), file=sys.stderr)

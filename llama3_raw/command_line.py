@@ -19,11 +19,14 @@ from .dialog import is_base_model
 from .errors import UserError, in_short, not_empty
 from .generation import check_ids, ops_for
 from .lookup import MOST
-from .machine import default_threads, processors
+from .machine import default_threads, processes_here, processors
 from .memory import Lengths, Plan, check_memory, memory_for_weights
 from .ops import Ops
+from .parallel import parallel_ops
+from .ranks import Ranks, local_rank, number_of_processes
 from .read_ahead import least_memory, read_ahead
 from .sampling import Sampling
+from .sharding import Shard
 from .tokenizer import Tokenizer
 from .weights import (
     DTYPES,
@@ -35,6 +38,7 @@ from .weights import (
     first_layers,
     in_words,
     open_checkpoint,
+    shard_of,
 )
 
 DEFAULT_MODEL = "Meta-Llama-3-8B"
@@ -287,12 +291,17 @@ def byte_size(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(prefix.upper())))
 
 
-def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, named_by: str = "--weights") -> ChosenModel:
+def choose_model(
+    options: argparse.Namespace, needs_tokenizer: bool = True, named_by: str = "--weights", ranks: Ranks | None = None
+) -> ChosenModel:
     """The model that the options of `add_model_options` name, checked, but for its weights, which are not read yet.
 
     Unless the tool `needs_tokenizer`, one in the folder that is missing or does not fit is no obstacle. named_by: the
-    option that options.weights came from. Raises UserError.
+    option that options.weights came from. ranks: for a tool that runs as several processes, those of torchrun; the
+    others want to be alone. Raises UserError.
     """
+    if ranks is None and number_of_processes() > 1:
+        raise UserError("this tool runs as one process; start it without torchrun")
     set_threads(options.threads)
     device = choose_device(options.device)
     quantized = options.quantize is not None
@@ -328,7 +337,9 @@ def set_threads(threads: int | None) -> None:
     Raises UserError for more threads than this process has processors.
     """
     if threads is None:
-        if not any(map(os.environ.get, _THREAD_VARIABLES)):
+        # which torchrun sets to 1 for several processes, whatever there is
+        by_torchrun = processes_here() > 1 and os.environ.get("OMP_NUM_THREADS") == "1"
+        if by_torchrun or not any(map(os.environ.get, _THREAD_VARIABLES)):
             torch.set_num_threads(default_threads())
         return
     if threads > processors():
@@ -342,16 +353,25 @@ def check_context(context: int | None, longest: int) -> None:
         raise UserError(f"--context {context}: the model's own context is {longest} tokens")
 
 
-def load_model(chosen: ChosenModel, lengths: Lengths, reference: bool = False) -> tuple[Model, Ops, str]:
+def load_model(
+    chosen: ChosenModel, lengths: Lengths, reference: bool = False, ranks: Ranks | None = None
+) -> tuple[Model, Ops, str]:
     """Loads the model for texts of these lengths; -> the model, the operations for it, a line that says which it is.
 
     reference: take the exact operations, not the fastest ones. The tool prints the line once nothing can be wrong with
     the input any more, so that an error stays one line. A warning is printed where the model is larger than the memory.
-    Raises UserError where the run does not fit.
+    ranks: the processes that share the model; this one loads its part. Raises UserError where the run does not fit.
     """
     folder, checkpoint, tokenizer, device, dtype, max_ram, quantized, gpu_layers, _ = chosen
+    if ranks is not None:
+        for option, value in (("max-ram", max_ram), ("gpu-layers", gpu_layers)):
+            if value is not None:
+                raise UserError(f"--{option} is for a model in one process; leave it out, or run it without torchrun")
+        checkpoint = shard_of(checkpoint, Shard(ranks.tensor.rank, ranks.tensor.size))
     plan = Plan(checkpoint, device, dtype, lengths, max_ram, quantized, gpu_layers)
     warning = check_memory(plan)
+    if ranks is not None:
+        ranks.tensor.wait()  # until the others have looked at the memory too, which loading takes
     if warning and max_ram is None:
         print(f"llama3_raw: warning: {warning}", file=sys.stderr)
     room = memory_for_weights(plan)  # asked before they are read in
@@ -360,6 +380,8 @@ def load_model(chosen: ChosenModel, lengths: Lengths, reference: bool = False) -
     with_bar = size >= _PROGRESS_BAR_FROM and not warning
     weights = build_weights(checkpoint, device, dtype, with_bar, quantized, gpu_layers)
     ops = ops_for(weights, exact=reference)
+    if ranks is not None:
+        ops = parallel_ops(ops, weights, ranks.tensor)
     if max_ram is not None:
         lacking = least_memory(weights) - room
         if lacking > 0:
@@ -372,7 +394,9 @@ def load_model(chosen: ChosenModel, lengths: Lengths, reference: bool = False) -
     where = str(device)
     if gpu_layers is not None:
         where += f" (the matrices behind the first {gpu_layers} layers on the CPU)"
-    return Model(checkpoint.params, weights, tokenizer), ops, f"{folder.path} ({folder.why}) on {where}"
+    if ranks is not None:
+        where += f", shared by {ranks.tensor.size} processes"
+    return Model(chosen.checkpoint.params, weights, tokenizer), ops, f"{folder.path} ({folder.why}) on {where}"
 
 
 def warn_of_base_model(model: Model) -> None:
@@ -387,8 +411,10 @@ def warn_of_base_model(model: Model) -> None:
 def choose_device(name: str) -> torch.device:
     """--device -> the device, once it is sure to be there. Raises UserError."""
     if name == "auto":
-        has_mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+        has_mps = torch.backends.mps.is_available() and number_of_processes() == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name == "cuda" and number_of_processes() > 1:
+        name = f"cuda:{local_rank()}"  # a GPU for each process
     try:
         device = torch.device(name)
     except RuntimeError:

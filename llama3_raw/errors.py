@@ -46,6 +46,8 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
         # a stream that was closed before the start is None, and print would take stdout for it
         sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
         sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+        if int(os.environ.get("RANK") or 0) > 0:  # of several processes that torchrun has started, the first one speaks
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         try:
             status = main(arguments)
             sys.stdout.flush()
@@ -57,26 +59,33 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
             _give_up_stdout()
             return 141
         except Exception as error:
-            out_of_memory = _is_out_of_memory(error)
-            if "--debug" in arguments or not (out_of_memory or isinstance(error, (UserError, OSError))):
+            if "--debug" in arguments or not is_for_the_user(error):
+                sys.stderr = sys.__stderr__  # a defect is shown whoever has it
                 raise
-            message = str(error)
-            if out_of_memory:
-                message = (
-                    f"out of memory ({in_short(error)}); lower --max-new-tokens or --context, or use fewer --layers"
-                )
-            if isinstance(error, OSError):
-                message = f"{in_short(error.filename or 'output')}: {error.strerror or error}"
-                if error.filename is None:  # stdout itself, on a full disk say
-                    _give_up_stdout()
-            line = " ".join(message.split())
-            # a damaged file's bytes should not reach the terminal as control characters
-            line = "".join(character if character.isprintable() else "\ufffd" for character in line)
-            print(f"llama3_raw: error: {line}", file=sys.stderr)
+            if isinstance(error, OSError) and error.filename is None:  # stdout itself, on a full disk say
+                _give_up_stdout()
+            print(f"llama3_raw: error: {error_line(error)}", file=sys.stderr)
             return 2
 
     entry_point.__doc__ = main.__doc__
     return entry_point
+
+
+def is_for_the_user(error: Exception) -> bool:
+    """Whether an error is one that a user can mend, and not a defect of the program."""
+    return _is_out_of_memory(error) or isinstance(error, (UserError, OSError))
+
+
+def error_line(error: Exception) -> str:
+    """An error for the user in one line."""
+    message = str(error)
+    if _is_out_of_memory(error):
+        message = f"out of memory ({in_short(error)}); lower --max-new-tokens or --context, or use fewer --layers"
+    if isinstance(error, OSError):
+        message = f"{in_short(error.filename or 'output')}: {error.strerror or error}"
+    line = " ".join(message.split())
+    # a damaged file's bytes should not reach the terminal as control characters
+    return "".join(character if character.isprintable() else "\ufffd" for character in line)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -18,13 +18,18 @@ _OWN_CONTROL_GROUPS = Path("/proc/self/cgroup")
 def free_memory(device: torch.device) -> int:
     """What is free for a run on the device, in bytes: on the CPU the RAM or what the container may have, without swap.
 
-    File cache counts as free, since the system gives it up first.
+    File cache counts as free, since the system gives it up first. Processes that torchrun has started share the RAM.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    return min([int(psutil.virtual_memory().available), *container_free()])
+    return min([int(psutil.virtual_memory().available), *container_free()]) // processes_here()
+
+
+def processes_here() -> int:
+    """How many processes torchrun has started on this machine to work together; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def container_free(groups: Path = _CONTROL_GROUPS, own: Path = _OWN_CONTROL_GROUPS) -> Iterator[int]:
@@ -48,8 +53,9 @@ def default_threads() -> int:
 
     A second thread on a core would wait for the same arithmetic units and the same memory. A quota of processor time
     is rounded up: with 1.5 processors two threads stand still for a quarter of the time, one leaves a third unused.
+    Processes that torchrun has started share the cores.
     """
-    return min([physical_cores(), *map(math.ceil, container_quotas())])
+    return max(1, min([physical_cores(), *map(math.ceil, container_quotas())]) // processes_here())
 
 
 def processors() -> int:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from .errors import UserError, in_short, read_beginning, read_small_file
 from .int8 import Int8, Matrix, quantize, tensors_of
 from .params import Params
+from .sharding import SHARDED_DIMENSION, Shard, join, take
 from .tokenizer import Tokenizer
 from .transfer import mover
 
@@ -85,12 +86,6 @@ _TOP_NAMES = {
 }
 # tables that some checkpoints carry along and that are computed here instead
 _IGNORED_ENDINGS = ("rope.freqs", "rotary_emb.inv_freq")
-
-# Meta's shards of one tensor are joined on this dimension; those not named here are the same in every shard
-_SHARDED_DIMENSION = {
-    **dict.fromkeys(("tok_embeddings", "output", "wq", "wk", "wv", "w1", "w3"), 0),
-    **dict.fromkeys(("wo", "w2"), 1),
-}
 
 # the matrices, which are read for each token; a quantised one has its scales beside it, by these endings of its name
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")
@@ -158,8 +153,9 @@ class Checkpoint(NamedTuple):
 
     def must_change(self, place: TensorPlace) -> bool:
         """Whether a tensor is other than its file has it, so that it takes memory of its own."""
-        is_joined = len(self.parts[place]) > 1 and place.field in _SHARDED_DIMENSION
-        return is_joined or (self.hf and place.field in ("wq", "wk"))
+        parts = self.parts[place]
+        is_joined = len(parts) > 1 and place.field in SHARDED_DIMENSION
+        return is_joined or not parts[0].is_contiguous() or (self.hf and place.field in ("wq", "wk"))
 
 
 def from_state_dict(params: Params, tensors: Mapping[str, Tensor]) -> Weights:
@@ -196,6 +192,7 @@ def load(
     quantized: bool = False,
     progress: bool = False,
     gpu_layers: int | None = None,
+    shard: Shard | None = None,
 ) -> Model:
     """A folder with Meta's files, a Hugging Face folder, or a repository with Meta's files in original/ -> Model.
 
@@ -207,9 +204,11 @@ def load(
     gpu_layers: with a CUDA device, for a model that is larger than its memory: the matrices of only the first so many
         layers go there, those of the others stay on the CPU (see `goes_to_gpu`). `generate` finds the operations for
         that; `forward` and `trace` are to be given `generation.ops_for(weights)`. None: all of the model goes there.
+    shard: the part that one of several processes is to hold, of which alone the bytes are read; the params stay those
+        of the whole model. The operations are to be those of `parallel.parallel_ops`.
 
-    Raises UserError where a file is missing or damaged, or a tensor is not what params.json says, and for a number of
-    layers that the model does not have.
+    Raises UserError where a file is missing or damaged, or a tensor is not what params.json says, for a number of
+    layers that the model does not have, and for so many shards as it cannot be split into.
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise UserError(f"dtype should be torch.bfloat16, float16 or float32, is {dtype}")
@@ -217,10 +216,11 @@ def load(
     checkpoint = open_checkpoint(folder)
     if layers is not None:
         checkpoint = first_layers(checkpoint, layers)
-    device = torch.device(device)
-    check_gpu_layers(gpu_layers, device, checkpoint.params)
+    device, params = torch.device(device), checkpoint.params
+    check_gpu_layers(gpu_layers, device, params)
+    if shard is not None:
+        checkpoint = shard_of(checkpoint, shard)
     weights = build_weights(checkpoint, device, dtype, progress, quantized, gpu_layers)
-    params = checkpoint.params
     return Model(params, weights, None if tokenizer is False else find_tokenizer(folder, tokenizer, params))
 
 
@@ -259,6 +259,32 @@ def first_layers(checkpoint: Checkpoint, layers: int) -> Checkpoint:
         params=replace(checkpoint.params, n_layers=layers),
         parts={place: parts for place, parts in checkpoint.parts.items() if (place.layer or 0) < layers},
     )
+
+
+def shard_of(checkpoint: Checkpoint, shard: Shard) -> Checkpoint:
+    """The checkpoint of the part that one of several processes holds; its params are those of the part.
+
+    Raises UserError where the model cannot be split so.
+    """
+    params = shard.of_params(checkpoint.params)
+    if shard.size == 1:
+        return checkpoint
+    parts, scales = {}, {}
+    for place, whole in checkpoint.parts.items():
+        dimension = SHARDED_DIMENSION.get(place.field)
+        if dimension is None:
+            parts[place] = whole
+            continue
+        wanted = shard.of_dimension(place.field, place.shape[dimension], checkpoint.params)
+        shape = tuple(len(wanted) if i == dimension else length for i, length in enumerate(place.shape))
+        own = place._replace(shape=shape)
+        parts[own] = take(whole, dimension, wanted)
+        if place in checkpoint.scales:
+            scales[own] = tuple(
+                scale[wanted.start : wanted.stop] if i == dimension else scale
+                for i, scale in enumerate(checkpoint.scales[place])
+            )
+    return checkpoint._replace(params=params, parts=parts, scales=scales)
 
 
 def check_gpu_layers(gpu_layers: int | None, device: torch.device, params: Params) -> None:
@@ -526,9 +552,8 @@ def devices_of(weights: Weights) -> set[torch.device]:
 def _whole(checkpoint: Checkpoint, place: TensorPlace) -> Tensor:
     """A tensor as Meta has it in one file: shards joined, the rows of wq and wk in interleaved pairs."""
     parts = checkpoint.parts[place]
-    tensor = parts[0]
-    if len(parts) > 1 and place.field in _SHARDED_DIMENSION:
-        tensor = torch.cat(parts, dim=_SHARDED_DIMENSION[place.field])
+    dimension = SHARDED_DIMENSION.get(place.field)
+    tensor = parts[0] if dimension is None else join(parts, dimension).contiguous()
     if checkpoint.hf and place.field in ("wq", "wk"):
         tensor = interleave_pairs(tensor, checkpoint.params.head_dim)
     return tensor
@@ -624,7 +649,7 @@ def _checked(source: str, params: Params, found: Mapping[str, list[Tensor]]) -> 
         for part in parts:
             if part.dtype not in ((torch.int8,) if name in in_int8 else DTYPES.values()):
                 raise UserError(f"{source}: tensor {name} is {part.dtype}; {_NOT_READ}")
-        if place.field not in _SHARDED_DIMENSION and any(not torch.equal(part, parts[0]) for part in parts[1:]):
+        if place.field not in SHARDED_DIMENSION and any(not torch.equal(part, parts[0]) for part in parts[1:]):
             raise UserError(f"{source}: the shards differ in {name}; keep the shards of one model only")
     parts_of = {place: found[name] for name, place in wanted.items()}
     scales_of = {wanted[name]: tuple(scale for scale in scales[name] if scale is not None) for name in in_int8}
@@ -635,7 +660,7 @@ def _joined_shape(place: TensorPlace, parts: Sequence[Tensor]) -> tuple[int, ...
     """The shape of the tensor that the parts make together; None where they do not fit together."""
     if len(parts) == 1:
         return tuple(parts[0].shape)
-    dimension = _SHARDED_DIMENSION.get(place.field)
+    dimension = SHARDED_DIMENSION.get(place.field)
     if any(part.shape != parts[0].shape for part in parts) or (dimension is not None and parts[0].dim() != 2):
         return None
     shape = list(parts[0].shape)

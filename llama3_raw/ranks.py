@@ -1,0 +1,235 @@
+"""Several processes that work together, as torchrun starts them: their groups, who speaks, what is said of a lost one.
+
+torchrun tells each process its number (rank) in the environment; torch.distributed carries what they tell each other,
+by NCCL between GPUs and by gloo between CPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple, NoReturn
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # not in its __all__
+from torch.distributed.device_mesh import init_device_mesh
+
+from .errors import UserError, error_line, is_for_the_user
+
+_LOOK_EVERY = 0.5  # seconds
+_PATIENCE = 10.0  # seconds to wait for the others' word, when one is lost
+_KILLED = (
+    "it was killed, perhaps by the system for lack of memory; free some, or start fewer processes, and run it again"
+)
+
+
+class PeerLost(Exception):
+    """Another process has gone while this one was to hear from it."""
+
+
+class Group(NamedTuple):
+    """Some of the processes, which work on the same thing. What they all call, they call in the same order."""
+
+    rank: int  # of this process, from 0 on
+    size: int
+    handle: Any  # torch's ProcessGroup
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of what each has brought, in place of x."""
+        x = x.contiguous()
+        with _hearing():
+            dist.all_reduce(x, group=self.handle)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[...] of the same shape everywhere -> [size, ...], what each has brought."""
+        gathered = x.new_empty((self.size, *x.shape))
+        with _hearing():
+            dist.all_gather(list(gathered), x.contiguous(), group=self.handle)
+        return gathered
+
+    def wait(self) -> None:
+        """Waits until all of them are here."""
+        with _hearing():
+            dist.barrier(group=self.handle)
+
+    def from_first(self, value: Any) -> Any:
+        """What the first of them has brought, anything that can be pickled."""
+        values = [value]
+        with _hearing():
+            dist.broadcast_object_list(values, group=self.handle, group_src=0)
+        return values[0]
+
+
+class Ranks(NamedTuple):
+    """All processes, as a grid: those of a row share a model, those of a column share the work."""
+
+    rank: int  # of this process among all
+    size: int
+    tensor: Group  # tensor parallel: each has a part of every layer
+    data: Group  # data parallel: each has a part of the prompts
+    store: Any  # torch.distributed.Store: names with values, which all of them see
+
+
+def number_of_processes() -> int:
+    """How many torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def local_rank() -> int:
+    """The number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+@contextlib.contextmanager
+def started(device: torch.device, tensor_parallel: int | None = None) -> Iterator[Ranks | None]:
+    """The processes that torchrun has started, ready to talk, while the block runs; None for a process alone.
+
+    tensor_parallel: how many of them share a model; None: all. When one ends by an error, it says so itself; when one
+    is killed, another says which, and all end. Raises UserError where the number does not divide that of all.
+    """
+    size = number_of_processes()
+    if size == 1:
+        yield None
+        return
+    width = tensor_parallel or size
+    if size % width:
+        raise UserError(f"--tp {width}: torchrun has started {size} processes, which make no groups of {width}")
+    store, rank, size = next(rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=PrefixStore("groups", store), rank=rank, world_size=size)
+    mesh = init_device_mesh(device.type, (size // width, width), mesh_dim_names=("data", "tensor"))
+    groups = {
+        name: Group(mesh.get_local_rank(name), mesh.size(i), mesh.get_group(name))
+        for i, name in enumerate(("data", "tensor"))
+    }
+    ranks = Ranks(rank, size, groups["tensor"], groups["data"], store)
+    watch = _Watch(rank, size, store.clone())  # a connection of its own: this one may be waiting for an answer
+    watch.start()
+    last_words = ""
+    before = signal.signal(signal.SIGTERM, _terminate)  # torchrun's, when one has ended: first it is to be told which
+    try:
+        yield ranks
+    except PeerLost as lost:
+        watch.tell(str(lost))
+    except Exception as error:
+        if not is_for_the_user(error):
+            raise
+        last_words = error_line(error)
+        if rank > 0 and not _says(store, 0, last_words):
+            _say(f"rank {rank}: {last_words}")
+        raise
+    finally:
+        with contextlib.suppress(RuntimeError):  # where the store is gone, nobody listens
+            store.set(f"ended/{rank}", last_words)
+        watch.stop()
+        signal.signal(signal.SIGTERM, before)
+        dist.destroy_process_group()
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise PeerLost(f"rank {os.environ['RANK']} was stopped by SIGTERM")
+
+
+@contextlib.contextmanager
+def _hearing() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch's only word for it
+        raise PeerLost(str(error)) from error
+
+
+def _say(line: str) -> None:
+    """A line of an error, by a process that otherwise keeps still."""
+    print(f"llama3_raw: error: {line}", file=sys.__stderr__, flush=True)
+
+
+def _says(store: Any, rank: int, words: str) -> bool:
+    """Whether another process ends with the same words; it is given a second for that."""
+    deadline = time.monotonic() + 1
+    while not store.check([f"ended/{rank}"]):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    said: str = store.get(f"ended/{rank}").decode()
+    return said == words
+
+
+class _Watch(threading.Thread):
+    """Looks after the other processes, and ends this one when one of them is gone, once it is told which.
+
+    A thread, since the process itself may be waiting for the lost one in the middle of a pass, for ever.
+    """
+
+    def __init__(self, rank: int, size: int, store: Any):
+        super().__init__(daemon=True)
+        self._rank = rank
+        self._others = [other for other in range(size) if other != rank]
+        self._store = store
+        self._done = threading.Event()
+        store.set(f"process/{rank}", f"{os.getpid()} on {socket.gethostname()}")
+        self._processes = {other: store.get(f"process/{other}").decode() for other in self._others}
+
+    def run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # torchrun ends first: then it has ended all
+            while not self._done.wait(_LOOK_EVERY):
+                if self._store.check(["lost"]) or any(map(self._is_gone, self._others)):
+                    self._end()
+
+    def stop(self) -> None:
+        """Ends the watch."""
+        self._done.set()
+        self.join()
+
+    def tell(self, why: str) -> NoReturn:
+        """Ends all processes, because this one has lost another, or is to stop."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with contextlib.suppress(RuntimeError):
+            self._store.set("why", why)
+            self._store.set("lost", "")
+            self.join()
+        _say(f"{why}; torchrun is gone")
+        os._exit(1)
+
+    def _end(self) -> NoReturn:
+        self._store.set("lost", "")
+        self._store.set(f"survived/{self._rank}", "")
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            silent = [other for other in self._others if not self._store.check([f"survived/{other}"])]
+            gone = [other for other in silent if not self._store.check([f"ended/{other}"])]
+            if all(map(self._has_died, gone)) or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        has_ended = len(gone) < len(silent)  # which has said why, or had nothing to say
+        if gone:
+            which = " and ".join(f"rank {other} (process {self._processes[other]})" for other in gone)
+            line = f"{which} {'are' if gone[1:] else 'is'} gone: {_KILLED}"
+        else:
+            line = self._store.get("why").decode()
+        if (gone or not has_ended) and self._store.add("told", 1) == 1:
+            _say(line)
+        sys.stdout.flush()
+        os._exit(1)
+
+    def _is_gone(self, other: int) -> bool:
+        return self._has_died(other) and not self._store.check([f"ended/{other}"])
+
+    def _has_died(self, other: int) -> bool:
+        """Whether a process of this machine is no more; of another machine's it cannot be told."""
+        process, machine = self._processes[other].split(" on ")
+        if machine != socket.gethostname():
+            return False
+        try:
+            return bool(psutil.Process(int(process)).status() == psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return True
