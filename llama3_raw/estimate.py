@@ -19,6 +19,7 @@ import torch
 from .command_line import find_model, positive_int
 from .errors import ArgumentParser, UserError
 from .params import Params
+from .sharding import SHARDED_DIMENSION, Shard, cannot_split
 from .synthetic import SYNTHETIC, synthetic_checkpoint
 from .weights import Checkpoint, TensorPlace, in_words, open_checkpoint
 
@@ -137,36 +138,24 @@ class Estimate:
 
 def check_split(params: Params, gpus: int) -> None:
     """Raises UserError where the model cannot be split evenly over so many GPUs, naming the numbers that can be."""
-    reason = _obstacle(params, gpus)
-    if reason:
-        raise UserError(f"--gpus {gpus}: {reason}; what can be: {', '.join(map(str, possible_splits(params)))}")
+    obstacle = cannot_split(params, gpus)
+    if obstacle:
+        possible = ", ".join(map(str, possible_splits(params)))
+        raise UserError(f"--gpus {gpus}: so many cannot share {obstacle} evenly; what can be: {possible}")
 
 
 def possible_splits(params: Params) -> list[int]:
     """The numbers of GPUs that a model can be split over."""
-    return [gpus for gpus in range(1, params.n_heads + 1) if not _obstacle(params, gpus)]
-
-
-def _obstacle(params: Params, gpus: int) -> str | None:
-    for field in ("n_heads", "hidden_dim", "vocab_size"):
-        if getattr(params, field) % gpus:
-            return f"{field} = {getattr(params, field)} does not divide into {gpus}"
-    if params.n_kv_heads % gpus and gpus % params.n_kv_heads:
-        return f"n_kv_heads = {params.n_kv_heads} is neither a multiple of it nor divides it"
-    return None
-
-
-def kv_heads(params: Params, gpus: int) -> int:
-    """How many each GPU has: its part, or one that several GPUs repeat."""
-    return max(params.n_kv_heads // gpus, 1)
+    return [gpus for gpus in range(1, params.n_heads + 1) if not cannot_split(params, gpus)]
 
 
 def part_of(place: TensorPlace, params: Params, gpus: int) -> int:
     """How many values of a tensor each GPU has."""
-    if place.field in ("wk", "wv"):
-        return kv_heads(params, gpus) * params.head_dim * params.dim
     values = torch.Size(place.shape).numel()
-    return values // gpus if len(place.shape) == 2 else values
+    if place.field not in SHARDED_DIMENSION:
+        return values
+    length = place.shape[SHARDED_DIMENSION[place.field]]
+    return values // length * len(Shard(0, gpus).of_dimension(place.field, length, params))
 
 
 def _weights_on(checkpoint: Checkpoint, gpus: int) -> tuple[int, int, int]:
@@ -185,8 +174,8 @@ def _weights_on(checkpoint: Checkpoint, gpus: int) -> tuple[int, int, int]:
 
 def cache_bytes(checkpoint: Checkpoint, gpus: int) -> int:
     """Keys and values of a token on each GPU."""
-    params = checkpoint.params
-    return 2 * params.n_layers * kv_heads(params, gpus) * params.head_dim * checkpoint.dtype.itemsize
+    part = Shard(0, gpus).of_params(checkpoint.params)
+    return 2 * part.n_layers * part.n_kv_heads * part.head_dim * checkpoint.dtype.itemsize
 
 
 def estimate(checkpoint: Checkpoint, cluster: Cluster, context: int, batches: Sequence[int]) -> Estimate:
