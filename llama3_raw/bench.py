@@ -1,7 +1,8 @@
 """python -m llama3_raw.bench: how fast a model runs, against what the memory can do and against other engines.
 
 --make-synthetic SIZE makes random weights of true size on the device and measures on them, with a FOLDER behind it
-writes them there instead; --taps measures what seeing inside costs.
+writes them there instead; --taps measures what seeing inside costs; --estimate MODEL reckons what a model takes on GPUs
+that are not there.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .command_line import (
     set_threads,
 )
 from .errors import ArgumentParser, UserError, command_line_tool, in_short, needed_package, not_empty
+from .estimate import run_estimate
 from .generation import suitable_ops
 from .measuring import Figures, longest_text, measure
 from .memory import Lengths, Plan, check_memory
@@ -237,6 +239,11 @@ def build_parser() -> ArgumentParser:
         help="measure what seeing inside costs instead: the default tap beside no taps, for a prompt of "
         f"{LENGTH} tokens and for one token, and a trace of every tensor",
     )
+    parser.add_argument(
+        "--estimate",
+        metavar="MODEL",
+        help="measure nothing: reckon memory and speed on GPUs; for its own options: --estimate MODEL --help",
+    )
     parser.add_argument("--plot", type=not_empty, metavar="FILE", help="draw tokens/s against the context (.png, .svg)")
     add_model_options(parser)
     return parser
@@ -257,6 +264,8 @@ def _lengths_within(
 @command_line_tool
 def main(arguments: Sequence[str]) -> int:
     """Runs the tool; -> exit status."""
+    if any(argument.partition("=")[0] == "--estimate" for argument in arguments):
+        return run_estimate(arguments)
     options = build_parser().parse_args(arguments)
     if options.make_synthetic:
         size, *folder = options.make_synthetic

@@ -17,6 +17,7 @@ from .tokenizer import Tokenizer
 from .weights import Checkpoint, Weights, build_weights, tensor_places
 
 _LLAMA_3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-05, "rope_theta": 500000.0}
+_70B = {"dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_dim_multiplier": 1.3, "multiple_of": 4096, **_LLAMA_3}
 # params.json of the models (llama_models.sku_list), and whether their embeddings are tied
 SYNTHETIC: dict[str, tuple[dict[str, Any], bool]] = {
     "8b": (
@@ -33,8 +34,11 @@ SYNTHETIC: dict[str, tuple[dict[str, Any], bool]] = {
         | {"use_scaled_rope": True},
         True,
     ),
-    "70b-1layer": (
-        {"dim": 8192, "n_layers": 1, "n_heads": 64, "ffn_dim_multiplier": 1.3, "multiple_of": 4096, **_LLAMA_3},
+    "70b-1layer": ({**_70B, "n_layers": 1}, False),
+    "70b": (_70B, False),
+    "405b": (  # as listed for 8 shards; for 16 the list has 16 kv heads
+        {"dim": 16384, "n_layers": 126, "n_heads": 128, "ffn_dim_multiplier": 1.2, "multiple_of": 4096, **_LLAMA_3}
+        | {"use_scaled_rope": True},
         False,
     ),
 }
