@@ -1,0 +1,190 @@
+"""One model in several processes, as torchrun starts them, over gloo on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+from of_ranks import all_logits
+from torch import Tensor
+
+import llama3_raw
+from llama3_raw import Model, generate
+from llama3_raw.implementations import hf_model
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+STORY = "Once upon a time"
+
+
+def torchrun(size: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command as so many processes, and gives back what they and torchrun have said."""
+    return subprocess.run([*TORCHRUN, str(size), *command], capture_output=True, text=True, timeout=300)
+
+
+def own_lines(stderr: str) -> list[str]:
+    """What the processes themselves have said, without torchrun's reports."""
+    return [line for line in stderr.splitlines() if line.startswith("llama3_raw:")]
+
+
+def with_more_heads(model: Model) -> Model:
+    """The same function by 8 query heads for 6: each kv head gets another one, which gives nothing."""
+    params = model.params
+
+    def padded(matrix: Tensor, dimension: int) -> Tensor:
+        by_group = matrix.unflatten(dimension, (params.n_kv_heads, -1, params.head_dim)).movedim(dimension + 1, 0)
+        return (
+            torch.cat([by_group, torch.zeros_like(by_group[:1])])
+            .movedim(0, dimension + 1)
+            .flatten(dimension, dimension + 2)
+        )
+
+    layers = tuple(layer._replace(wq=padded(layer.wq, 0), wo=padded(layer.wo, 1)) for layer in model.weights.layers)
+    return Model(replace(params, n_heads=8), model.weights._replace(layers=layers), model.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def eight_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model with 8 heads, for 2 kv heads, in fp32 and Hugging Face's format."""
+    folder = tmp_path_factory.mktemp("parallel") / "eight-heads"
+    hf_model(with_more_heads(llama3_raw.load(TINY, dtype=torch.float32)), "eager").save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_logits(eight_heads: Path, tmp_path: Path, size: int) -> None:
+    """4 processes share 2 kv heads, so that each of these is there twice."""
+    done = torchrun(size, str(Path(__file__).with_name("of_ranks.py")), str(eight_heads), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    alone = all_logits(eight_heads)
+    first, *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(size))
+    for name, logits in first.items():
+        assert all(torch.equal(logits, other[name]) for other in others), name  # so that all draw the same token
+        exact = alone[name.replace("bfloat16", "float32").replace("fast", "exact")]
+        error = (logits - exact).abs().max()
+        if "float32" in name:
+            assert error <= 5e-6 * exact.abs().max(), name
+        else:
+            assert error <= 1.5 * (alone[name.replace("fast", "exact")] - exact).abs().max(), name
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_same_text(eight_heads: Path, size: int) -> None:
+    """Also: only the first process speaks, and what stdin holds reaches all."""
+    model = llama3_raw.load(TINY, dtype=torch.float32)
+    assert model.tokenizer is not None
+    ids = list(generate(model, model.tokenizer.encode(STORY, bos=True), max_new_tokens=60))
+    weights = str(TINY if size == 2 else eight_heads)
+    command = ["-m", "llama3_raw", "--weights", weights, "--dtype", "float32", "--max-new-tokens", "60", "-"]
+    done = subprocess.run(
+        [*TORCHRUN, str(size), *command], input=STORY, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert done.stdout == model.tokenizer.decode(ids)
+    which, end = own_lines(done.stderr)
+    assert which.endswith(f"on cpu, shared by {size} processes")
+    assert "60 new tokens" in end
+
+
+def test_chance_is_the_same_everywhere() -> None:
+    """Without a seed: a process that drew another token would have other keys, and the text would fall apart."""
+    command = ["-m", "llama3_raw", "--weights", str(TINY), "--temperature", "1", "--stats", "json", STORY]
+    done = torchrun(2, *command, "--max-new-tokens", "30")
+    assert done.returncode == 0
+    assert re.search(r'"processes": 2', done.stderr)
+    model = llama3_raw.load(TINY)
+    assert model.tokenizer is not None
+    ids = model.tokenizer.encode(STORY + done.stdout, bos=True)
+    logits = llama3_raw.forward(model.weights, model.params, torch.tensor(ids))
+    assert F.cross_entropy(logits[:-1], torch.tensor(ids[1:])) < 2  # nats a token; 7.7 for tokens by chance
+
+
+@pytest.mark.parametrize(
+    ("size", "arguments", "line"),
+    [
+        (4, ["-m", "llama3_raw", "--weights", str(TINY), STORY], "4 processes cannot share 6 heads evenly"),
+        (2, ["-m", "llama3_raw.perplexity", "--weights", str(TINY), __file__], "this tool runs as one process"),
+    ],
+)
+def test_an_error_of_all_is_told_once(size: int, arguments: list[str], line: str) -> None:
+    done = torchrun(size, *arguments)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    (told,) = own_lines(done.stderr)
+    assert told.startswith(f"llama3_raw: error: {line}")
+
+
+def test_an_error_of_one_is_told_by_it(tmp_path: Path) -> None:
+    """The second process finds no file; the first one, which waits for it, ends as well and says nothing."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch\n"
+        "from llama3_raw.errors import command_line_tool, UserError\n"
+        "from llama3_raw.ranks import started\n"
+        "@command_line_tool\n"
+        "def main(arguments):\n"
+        "    with started(torch.device('cpu')) as ranks:\n"
+        "        if ranks.rank == 1:\n"
+        "            raise UserError('its disk is full; make room')\n"
+        "        ranks.tensor.all_reduce(torch.ones(1))\n"
+        "raise SystemExit(main())\n"
+    )
+    done = torchrun(2, str(script))
+    assert done.returncode != 0
+    assert own_lines(done.stderr) == ["llama3_raw: error: rank 1: its disk is full; make room"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+@pytest.mark.parametrize(("size", "rank"), [(2, 0), (4, 2)])
+def test_a_killed_process_ends_the_rest(eight_heads: Path, tmp_path: Path, size: int, rank: int) -> None:
+    command = ["-m", "llama3_raw", "--weights", str(eight_heads), "--ids", "--temperature", "1", "1 2 3"]
+    with open(tmp_path / "stdout", "wb") as stdout, open(tmp_path / "stderr", "wb") as stderr:
+        run = subprocess.Popen(
+            [*TORCHRUN, str(size), *command, "--max-new-tokens", "500"], stdout=stdout, stderr=stderr
+        )
+        try:
+            while (tmp_path / "stdout").stat().st_size < 50:
+                assert run.poll() is None, (tmp_path / "stderr").read_text()
+                time.sleep(0.05)
+            workers = {int(child.environ()["RANK"]): child for child in psutil.Process(run.pid).children()}
+            assert workers.keys() == set(range(size))
+            workers[rank].send_signal(signal.SIGKILL)
+            killed = time.monotonic()
+            assert run.wait(timeout=60) != 0
+            seconds = time.monotonic() - killed
+        finally:
+            run.kill()
+    assert seconds < 30
+    assert not any(worker.is_running() for worker in workers.values())
+    *_, told = own_lines((tmp_path / "stderr").read_text())
+    assert told.startswith(f"llama3_raw: error: rank {rank} (process {workers[rank].pid} on ")
+    assert "is gone: it was killed" in told
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")
+def test_ctrl_c_ends_all(tmp_path: Path) -> None:
+    command = ["-m", "llama3_raw", "--weights", str(TINY), "--ids", "--temperature", "1", "1 2 3"]
+    with open(tmp_path / "stdout", "wb") as stdout, open(tmp_path / "stderr", "wb") as stderr:
+        run = subprocess.Popen([*TORCHRUN, "2", *command, "--max-new-tokens", "500"], stdout=stdout, stderr=stderr)
+        try:
+            while (tmp_path / "stdout").stat().st_size < 50:
+                assert run.poll() is None, (tmp_path / "stderr").read_text()
+                time.sleep(0.05)
+            workers = psutil.Process(run.pid).children()
+            os.kill(run.pid, signal.SIGINT)
+            run.wait(timeout=60)
+        finally:
+            run.kill()
+    assert not any(worker.is_running() for worker in workers)
+    _, end = own_lines((tmp_path / "stderr").read_text())
+    assert re.fullmatch(r"llama3_raw: stopped by Ctrl-C after \d+ new tokens", end)
