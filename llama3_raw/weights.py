@@ -87,7 +87,7 @@ _TOP_NAMES = {
 _IGNORED_ENDINGS = ("rope.freqs", "rotary_emb.inv_freq")
 
 # Meta's shards of one tensor are joined on this dimension; those not named here are the same in every shard
-_SHARDED_DIMENSION = {
+SHARDED_DIMENSION = {
     **dict.fromkeys(("tok_embeddings", "output", "wq", "wk", "wv", "w1", "w3"), 0),
     **dict.fromkeys(("wo", "w2"), 1),
 }
@@ -158,7 +158,7 @@ class Checkpoint(NamedTuple):
 
     def must_change(self, place: TensorPlace) -> bool:
         """Whether a tensor is other than its file has it, so that it takes memory of its own."""
-        is_joined = len(self.parts[place]) > 1 and place.field in _SHARDED_DIMENSION
+        is_joined = len(self.parts[place]) > 1 and place.field in SHARDED_DIMENSION
         return is_joined or (self.hf and place.field in ("wq", "wk"))
 
 
@@ -527,8 +527,8 @@ def _whole(checkpoint: Checkpoint, place: TensorPlace) -> Tensor:
     """A tensor as Meta has it in one file: shards joined, the rows of wq and wk in interleaved pairs."""
     parts = checkpoint.parts[place]
     tensor = parts[0]
-    if len(parts) > 1 and place.field in _SHARDED_DIMENSION:
-        tensor = torch.cat(parts, dim=_SHARDED_DIMENSION[place.field])
+    if len(parts) > 1 and place.field in SHARDED_DIMENSION:
+        tensor = torch.cat(parts, dim=SHARDED_DIMENSION[place.field])
     if checkpoint.hf and place.field in ("wq", "wk"):
         tensor = interleave_pairs(tensor, checkpoint.params.head_dim)
     return tensor
@@ -624,7 +624,7 @@ def _checked(source: str, params: Params, found: Mapping[str, list[Tensor]]) -> 
         for part in parts:
             if part.dtype not in ((torch.int8,) if name in in_int8 else DTYPES.values()):
                 raise UserError(f"{source}: tensor {name} is {part.dtype}; {_NOT_READ}")
-        if place.field not in _SHARDED_DIMENSION and any(not torch.equal(part, parts[0]) for part in parts[1:]):
+        if place.field not in SHARDED_DIMENSION and any(not torch.equal(part, parts[0]) for part in parts[1:]):
             raise UserError(f"{source}: the shards differ in {name}; keep the shards of one model only")
     parts_of = {place: found[name] for name, place in wanted.items()}
     scales_of = {wanted[name]: tuple(scale for scale in scales[name] if scale is not None) for name in in_int8}
@@ -635,7 +635,7 @@ def _joined_shape(place: TensorPlace, parts: Sequence[Tensor]) -> tuple[int, ...
     """The shape of the tensor that the parts make together; None where they do not fit together."""
     if len(parts) == 1:
         return tuple(parts[0].shape)
-    dimension = _SHARDED_DIMENSION.get(place.field)
+    dimension = SHARDED_DIMENSION.get(place.field)
     if any(part.shape != parts[0].shape for part in parts) or (dimension is not None and parts[0].dim() != 2):
         return None
     shape = list(parts[0].shape)
@@ -652,6 +652,12 @@ def interleave_pairs(weight: Tensor, head_dim: int) -> Tensor:
     """
     halves = weight.view(-1, 2, head_dim // 2, weight.shape[-1])  # [heads, 2, head_dim/2, dim]
     return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def split_pairs(weight: Tensor, head_dim: int) -> Tensor:
+    """wq or wk [heads * head_dim, dim] as Meta stores it -> as Hugging Face does: the inverse of `interleave_pairs`."""
+    pairs = weight.view(-1, head_dim // 2, 2, weight.shape[-1])  # [heads, head_dim/2, 2, dim]
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def _touch(tensor: Tensor, bar: tqdm[None], chunk: int = 1 << 26, page: int = 4096) -> None:
