@@ -144,9 +144,8 @@ def verify(checkpoint: Checkpoint, copy: Checkpoint, progress: bool = False) -> 
             for (first, ours), (_, theirs) in zip(
                 _rows(copy, place, "meta"), _rows(checkpoint, place, "meta"), strict=True
             ):
-                differ = (_bits(ours) != _bits(theirs)).any(-1)
-                if differ.any():
-                    row = first + int(differ.nonzero()[0])
+                if not torch.equal(_bits(ours), _bits(theirs)):
+                    row = first + int((_bits(ours) != _bits(theirs)).any(-1).nonzero()[0])
                     raise UserError(f"{copy.source}: tensor {name} differs, first in row {row}{way_out}")
                 bar.update(ours.nbytes)
     return len(checkpoint.parts)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -79,18 +79,17 @@ def new_folder(folder: Path, n_bytes: int) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already, and is not empty; name another folder, or remove it first")
-    part = None
+    part = folder.parent / f"{folder.name}-{os.getpid()}.part"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", suffix=".part", dir=folder.parent))
-        part.chmod(folder.parent.stat().st_mode)
-        free = shutil.disk_usage(part).free
+        free = shutil.disk_usage(folder.parent).free
         if free < n_bytes + _SPARE:
             raise UserError(f"{folder}: {n_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on that disk")
-        yield part
-        part.rename(folder)
+        part.mkdir()
+        try:
+            yield part
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)  # gone already where it has its name
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {in_short(error)}; name another folder") from error
-    finally:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
