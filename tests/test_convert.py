@@ -194,9 +194,19 @@ def test_transformers_computes_the_same(tmp_path: Path, model: str) -> None:
     assert_same_logits(tmp_path / "hf", source)
 
 
-def test_the_built_in_model(tmp_path: Path) -> None:
-    """Its tokenizer goes along, and the config has the tokens where a text begins and ends."""
-    run("tiny", tmp_path / "hf")
+def test_the_built_in_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As README shows it. Its tokenizer goes along, and the config has the tokens where a text begins and ends."""
+    monkeypatch.chdir(tmp_path)
+    readme = (TINY.parent.parent / "README.md").read_text().split("## Change the format")[1].split("\n## ")[0]
+    lines = [line.strip() for line in readme.splitlines() if line.startswith("    ")]
+    for command in [line for line in lines if line.startswith("$")]:
+        run(*command.removeprefix("$ python -m llama3_raw.convert ").split())
+    said = capsys.readouterr()
+    for line in [line for line in lines if not line.startswith("$")]:
+        assert line.split(" as those of ")[0] in said.out + said.err
+    Path("tiny-hf").rename("hf")
     assert_same_logits(tmp_path / "hf", TINY)
     assert filecmp.cmp(tmp_path / "hf" / "tokenizer.model", TINY / "tokenizer.model", shallow=False)
     tokenizer = llama3_raw.Tokenizer(TINY / "tokenizer.model")
@@ -239,8 +249,9 @@ def test_each_tensor_keeps_its_dtype(tmp_path: Path) -> None:
     assert loaded["model.norm.weight"].dtype == torch.float32
     content = (tmp_path / "hf" / "model.safetensors").read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    begins = {entry["dtype"]: entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
-    assert begins["F32"] < begins["BF16"]
+    del header["__metadata__"]
+    by_begin = sorted(header.values(), key=lambda entry: entry["data_offsets"])
+    assert [entry["dtype"] for entry in by_begin] == ["F32"] * 3 + ["BF16"] * 9
 
 
 def test_what_else_goes_along(tmp_path: Path) -> None:
@@ -257,9 +268,11 @@ def test_what_else_goes_along(tmp_path: Path) -> None:
     }
     assert (tmp_path / "hf" / "tokenizer.model").read_text() == "as it is"
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] is None
+    (source / "tokenizer.model").write_text("the first that is looked for")
     run(source, tmp_path / "meta", "--to", "meta")
     names = {file.name for file in (tmp_path / "meta").iterdir()}
     assert names == {"params.json", "consolidated.00.pth", "tokenizer.model"}
+    assert (tmp_path / "meta" / "tokenizer.model").read_text() == "the first that is looked for"
 
 
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
