@@ -23,7 +23,7 @@ from .errors import UserError, needed_package
 from .params import Params, RopeScaling
 from .taps import chain
 from .tracing import Trace, check_trace, count_layers
-from .weights import Model, tensor_places, to_state_dict
+from .weights import Model, split_pairs, tensor_places, to_state_dict
 
 
 def hf_model(model: Model, attention: str) -> Any:
@@ -44,42 +44,19 @@ def hf_model(model: Model, attention: str) -> Any:
 
 def _hf_config(transformers: Any, model: Model, attention: str) -> Any:
     """The params as a LlamaConfig."""
-    params, weights = model.params, model.weights
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": params.rope_theta}
-    if params.rope_scaling:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": params.rope_scaling.factor,
-            "low_freq_factor": params.rope_scaling.low_freq_factor,
-            "high_freq_factor": params.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": params.rope_scaling.original_max_seq_len,
-        }
-    return transformers.LlamaConfig(
-        hidden_size=params.dim,
-        num_hidden_layers=params.n_layers,
-        num_attention_heads=params.n_heads,
-        num_key_value_heads=params.n_kv_heads,
-        head_dim=params.head_dim,
-        vocab_size=params.vocab_size,
-        intermediate_size=params.hidden_dim,
-        rms_norm_eps=params.norm_eps,
-        max_position_embeddings=params.max_seq_len,
-        rope_parameters=rope,
-        tie_word_embeddings=weights.output is weights.tok_embeddings,
-        attn_implementation=attention,
-    )
+    tied = model.weights.output is model.weights.tok_embeddings
+    return transformers.LlamaConfig(**model.params.to_hf(), tie_word_embeddings=tied, attn_implementation=attention)
 
 
 def _hf_state_dict(model: Model) -> dict[str, Tensor]:
-    """The tensors by Hugging Face's names; copied are only wq and wk, half-split (see weights.interleave_pairs)."""
+    """The tensors by Hugging Face's names; copied are only wq and wk (see weights.split_pairs)."""
     params = model.params
     by_meta_name: dict[str, Any] = dict(to_state_dict(params, model.weights))
     tensors = {"lm_head.weight": by_meta_name.get("output.weight", model.weights.tok_embeddings)}
     for place in tensor_places(params, tied="output.weight" not in by_meta_name):
         tensor = by_meta_name[place.meta_name]
         if place.field in ("wq", "wk"):
-            pairs = tensor.view(-1, params.head_dim // 2, 2, params.dim)  # [heads, head_dim/2, 2, dim]
-            tensor = pairs.transpose(1, 2).reshape(tensor.shape)
+            tensor = split_pairs(tensor, params.head_dim)
         tensors[place.hf_name] = tensor
     return tensors
 

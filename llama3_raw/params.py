@@ -15,6 +15,15 @@ from .errors import UserError, in_short, read_small_file
 _LARGEST = 2**31
 _MOST_LAYERS = 10_000
 
+# dim -> ffn_dim_multiplier and multiple_of of Meta's own models of that width (llama_models.sku_list)
+_META_FEED_FORWARD = {
+    2048: (1.5, 256),
+    3072: (1.0, 256),
+    4096: (1.3, 1024),
+    8192: (1.3, 4096),
+    16384: (1.2, 4096),
+}
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -75,15 +84,10 @@ class Params:
         if dim % n_heads:
             raise UserError(f"dim = {dim} does not divide into n_heads = {n_heads} heads")
 
-        # Meta's FeedForward: two thirds of 4 * dim, times the multiplier, rounded up to multiple_of
-        hidden_dim = int(2 * (4 * dim) / 3)
         multiplier = fields.number("ffn_dim_multiplier", default=None)
-        if multiplier is not None:
-            if not 1 <= multiplier * hidden_dim < _LARGEST:
-                raise UserError(f"ffn_dim_multiplier = {multiplier} makes the feed-forward impossible")
-            hidden_dim = int(multiplier * hidden_dim)
-        multiple_of = fields.integer("multiple_of", default=256)
-        hidden_dim = -(-hidden_dim // multiple_of) * multiple_of
+        if multiplier is not None and not 1 <= multiplier * _hidden_dim(dim) < _LARGEST:
+            raise UserError(f"ffn_dim_multiplier = {multiplier} makes the feed-forward impossible")
+        hidden_dim = _hidden_dim(dim, multiplier, fields.integer("multiple_of", default=256))
 
         use_scaled_rope = fields.boolean("use_scaled_rope", default=False)
         scaling_factor = fields.number("rope_scaling_factor", default=None)
@@ -158,6 +162,77 @@ class Params:
                 max_seq_len=fields.integer("max_position_embeddings", default=131072 if scaling else 8192),
             )
         )
+
+    def to_meta(self) -> dict[str, Any]:
+        """The content of a params.json, of which `from_meta` makes the same params; no key more than needed.
+
+        Raises UserError where params.json has no key for what the params say.
+        """
+        if self.head_dim * self.n_heads != self.dim:
+            raise UserError(
+                f"head_dim = {self.head_dim} is not {self.dim} / {self.n_heads}; params.json cannot say that"
+            )
+        scaling = self.rope_scaling
+        if scaling and scaling != RopeScaling(scaling.factor):
+            raise UserError(f"{scaling} is none of Llama 3.1's kind; params.json can say the factor alone")
+        multiplier, multiple_of = _META_FEED_FORWARD.get(self.dim, (1.0, 256))
+        if _hidden_dim(self.dim, multiplier, multiple_of) != self.hidden_dim:
+            multiplier, multiple_of = self.hidden_dim / _hidden_dim(self.dim), self.hidden_dim
+        content = {
+            "dim": self.dim,
+            "n_layers": self.n_layers,
+            "n_heads": self.n_heads,
+            "n_kv_heads": self.n_kv_heads,
+            "vocab_size": self.vocab_size,
+            "ffn_dim_multiplier": multiplier,
+            "multiple_of": multiple_of,
+            "norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "use_scaled_rope": scaling is not None,
+            "rope_scaling_factor": scaling.factor if scaling else None,
+            "max_seq_len": self.max_seq_len,
+        }
+        for key in ("use_scaled_rope", "rope_scaling_factor", "max_seq_len"):
+            shorter = {other: value for other, value in content.items() if other != key}
+            if Params.from_meta(shorter) == self:
+                content = shorter
+        assert Params.from_meta(content) == self
+        return content
+
+    def to_hf(self) -> dict[str, Any]:
+        """What the params say, by the keys of a config.json; of them `from_hf` makes the same params.
+
+        RoPE is as transformers had it before version 5, which both read.
+        """
+        scaling = self.rope_scaling
+        return {
+            "hidden_size": self.dim,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "intermediate_size": self.hidden_dim,
+            "rms_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": scaling
+            and {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_seq_len,
+            },
+            "max_position_embeddings": self.max_seq_len,
+        }
+
+
+def _hidden_dim(dim: int, multiplier: float | None = None, multiple_of: int = 1) -> int:
+    """Meta's FeedForward: two thirds of 4 * dim, times the multiplier, rounded up to multiple_of."""
+    hidden_dim = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        hidden_dim = int(multiplier * hidden_dim)
+    return -(-hidden_dim // multiple_of) * multiple_of
 
 
 def _rope_type(rope: Mapping[str, Any]) -> Any:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .errors import UserError, in_short
+from .model_files import write_at, write_empty_checkpoint
 from .params import Params
 from .tokenizer import Tokenizer
 from .weights import Checkpoint, Weights, build_weights, tensor_places
@@ -80,12 +82,12 @@ def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, rando
     Matrices are normal with a standard deviation of 0.02, norms are one. Raises UserError where the folder already
     holds a model or the disk is too small.
     """
-    content, tied = SYNTHETIC[size]
+    content, _ = SYNTHETIC[size]
     params = Params.from_meta(content)
     if tokenizer is not None and Tokenizer(tokenizer).n_words != params.vocab_size:
         raise UserError(f"--tokenizer {tokenizer}: does not have the {params.vocab_size} tokens of Llama 3")
-    places = list(tensor_places(params, tied))
-    n_bytes = sum(2 * torch.Size(place.shape).numel() for place in places)
+    tensors = {place.meta_name: parts[0] for place, parts in synthetic_checkpoint(size).parts.items()}
+    n_bytes = sum(tensor.nbytes for tensor in tensors.values())
     checkpoint = folder / "consolidated.00.pth"
     for file in (checkpoint, folder / "params.json", folder / "tokenizer.model"):
         if file.exists() and not (tokenizer is not None and file.samefile(tokenizer)):
@@ -100,34 +102,29 @@ def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, rando
 
     part = checkpoint.with_suffix(".part")
     try:
-        # Save the structure alone (memory that is never touched costs nothing), then fill in the bytes where they go.
-        empty = {place.meta_name: torch.empty(place.shape, dtype=torch.bfloat16) for place in places}
-        with torch.serialization.skip_data():
-            torch.save(empty, part)
-        del empty
-        _fill(part, random_seed, n_bytes)
+        _write_random(part, tensors, random_seed)
         if tokenizer is not None and tokenizer.resolve() != (folder / "tokenizer.model").resolve():
             shutil.copyfile(tokenizer, folder / "tokenizer.model")
         (folder / "params.json").write_text(json.dumps(content) + "\n")
         part.rename(checkpoint)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for what the system refuses
+    except OSError as error:
         raise UserError(f"{folder}: cannot be written: {in_short(error)}") from error
     finally:
         part.unlink(missing_ok=True)
 
 
-def _fill(file: Path, random_seed: int, n_bytes: int) -> None:
-    """Puts random values into the place of every tensor of a checkpoint that has only its structure yet."""
-    structure = torch.load(file, map_location="meta", weights_only=True)
+def _write_random(file: Path, tensors: Mapping[str, Tensor], random_seed: int) -> None:
+    """Writes a checkpoint with random values in the place of each of the tensors, which are without content."""
+    offsets = write_empty_checkpoint(file, tensors)
     generator = torch.Generator().manual_seed(random_seed)
+    n_bytes = sum(tensor.nbytes for tensor in tensors.values())
     with open(file, "r+b") as opened, tqdm(total=n_bytes, unit="B", unit_scale=True, desc=str(file.parent)) as bar:
-        for tensor in structure.values():
-            opened.seek(tensor.untyped_storage()._checkpoint_offset)
+        for name, tensor in tensors.items():
             for begin in range(0, tensor.numel(), _CHUNK):
                 count = min(_CHUNK, tensor.numel() - begin)
                 if tensor.dim() == 1:
-                    values = torch.ones(count, dtype=torch.bfloat16)
+                    values = torch.ones(count, dtype=tensor.dtype)
                 else:
-                    values = torch.empty(count).normal_(0, _DEVIATION, generator=generator).bfloat16()
-                opened.write((ctypes.c_char * values.nbytes).from_address(values.data_ptr()))
+                    values = torch.empty(count).normal_(0, _DEVIATION, generator=generator).to(tensor.dtype)
+                write_at(opened, offsets[name] + begin * tensor.itemsize, values)
                 bar.update(values.nbytes)

@@ -693,6 +693,12 @@ def interleave_pairs(weight: Tensor, head_dim: int) -> Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
+def split_pairs(weight: Tensor, head_dim: int) -> Tensor:
+    """wq or wk [heads * head_dim, dim] as Meta stores it -> as Hugging Face does: the inverse of `interleave_pairs`."""
+    pairs = weight.view(-1, head_dim // 2, 2, weight.shape[-1])  # [heads, head_dim/2, 2, dim]
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
 def _touch(tensor: Tensor, bar: tqdm[None], chunk: int = 1 << 26, page: int = 4096) -> None:
     """Looks at one byte of every page, so that the system reads them in now."""
     for piece in tensor.view(-1).view(torch.uint8).split(chunk):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,6 +47,9 @@ def test_every_text_model_that_meta_lists() -> None:
             else:
                 assert params.rope_scaling is None
                 assert params.max_seq_len == 8192
+            written = params.to_meta()  # as Meta writes it itself
+            assert written.items() <= content.items()
+            assert Params.from_meta(written) == Params.from_hf(params.to_hf()) == params
             count += 1
     assert count >= 18
 
@@ -162,6 +166,48 @@ WRONG_HF = [
 def test_refused_by_name_in_config_json(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Params.from_hf({**SMALL_HF, **change})
+
+
+sizes = st.integers(1, 500)
+any_params = st.builds(
+    lambda head_dim, n_kv_heads, sharing, **rest: Params(
+        dim=2 * head_dim * n_kv_heads * sharing,
+        n_heads=n_kv_heads * sharing,
+        n_kv_heads=n_kv_heads,
+        head_dim=2 * head_dim,
+        **rest,
+    ),
+    head_dim=sizes,
+    n_kv_heads=st.integers(1, 16),
+    sharing=st.integers(1, 8),
+    n_layers=sizes,
+    vocab_size=sizes,
+    hidden_dim=st.integers(2, 2**20),
+    norm_eps=st.floats(1e-8, 1e-3),
+    rope_theta=st.floats(1.0, 1e7),
+    rope_scaling=st.none() | st.builds(RopeScaling, st.sampled_from([8.0, 16.0, 32.0])),
+    max_seq_len=st.sampled_from([8192, 131072, 512]),
+)
+
+
+@given(any_params)
+def test_written_and_read_again(params: Params) -> None:
+    assert Params.from_meta(params.to_meta()) == Params.from_hf(params.to_hf()) == params
+
+
+UNSAID = [
+    ({"head_dim": 32}, "head_dim = 32 is not 64 / 4"),
+    ({"rope_scaling": RopeScaling(8.0, low_freq_factor=2.0)}, "RopeScaling.* is none of Llama 3.1's kind"),
+    ({"rope_scaling": RopeScaling(8.0, original_max_seq_len=4096)}, "RopeScaling"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), UNSAID, ids=lambda value: str(value)[:40])
+def test_what_params_json_cannot_say(change: dict[str, Any], message: str) -> None:
+    params = replace(Params.from_meta(SMALL), **change)
+    assert Params.from_hf(params.to_hf()) == params
+    with pytest.raises(UserError, match=message):
+        params.to_meta()
 
 
 anything = st.recursive(

@@ -1,0 +1,95 @@
+"""Files of a model that are written in place: first their structure alone, then the bytes of each tensor where they go.
+
+So a model larger than the memory can be written. And the folder around them, which gets its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from .errors import UserError, in_short
+from .weights import DTYPES
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SPARE = 10_000_000  # bytes on the disk for what is small
+
+
+def write_empty_checkpoint(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Writes what torch.save would, but for the bytes of the tensors; -> where in the file those of each begin.
+
+    tensors: by name, on the device meta. The checksums of the tensors stay zero. Raises OSError.
+    """
+    # memory that is never touched costs nothing
+    empty = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
+    try:
+        with torch.serialization.skip_data():
+            torch.save(empty, file)
+    except RuntimeError as error:  # torch's word for what the system refuses
+        raise OSError(in_short(error)) from error
+    del empty
+    structure = torch.load(file, map_location="meta", weights_only=True)
+    return {name: tensor.untyped_storage()._checkpoint_offset for name, tensor in structure.items()}
+
+
+def write_empty_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Writes what safetensors' save_file would, but for the bytes of the tensors; -> where those of each begin.
+
+    tensors: by name, on the device meta. Raises OSError.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # without which transformers reads no file
+    end = 0
+    offsets = {}
+    for name in sorted(tensors, key=lambda name: -tensors[name].itemsize):  # the wider first, so that all are aligned
+        tensor = tensors[name]
+        offsets[name], end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offsets[name], end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        opened.truncate(8 + len(text) + end)
+    return {name: 8 + len(text) + offset for name, offset in offsets.items()}
+
+
+def write_at(opened: BinaryIO, offset: int, values: Tensor) -> None:
+    """Puts the bytes of a tensor on the CPU, in the order of its dimensions, into a file from an offset on."""
+    opened.seek(offset)
+    opened.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, n_bytes: int) -> Iterator[Path]:
+    """-> a folder to write files of so many bytes into, which is called `folder` once all of them are written.
+
+    Raises UserError where there is one of that name with something in it, where the disk is too small, and where the
+    system refuses to write. Nothing is left behind then, nor after Ctrl-C.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already, and is not empty; name another folder, or remove it first")
+    part = folder.parent / f"{folder.name}-{os.getpid()}.part"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        if free < n_bytes + _SPARE:
+            raise UserError(f"{folder}: {n_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on that disk")
+        part.mkdir()
+        try:
+            yield part
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)  # gone already where it has its name
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {in_short(error)}; name another folder") from error
