@@ -45,6 +45,22 @@ def test_int8_times_few_rows() -> None:
     assert error(ops_cuda.fast_linear(x, rounded), exact) <= 1.5 * error(REFERENCE.linear(x, rounded), exact)
 
 
+@pytest.mark.parametrize(("most", "pieces"), [(1 << 28, 1), (2 * 200 * 2000, 2), (1, 3000)])
+def test_int8_times_many_rows(monkeypatch: pytest.MonkeyPatch, most: int, pieces: int) -> None:
+    """The whole matrix in one product, though it has more rows than the CPU widens; or as much as may be wide."""
+    x, matrix = random(20, 200), random(3000, 200, seed=1) * torch.rand(200).to(ON, DTYPE)
+    rounded, made = quantize(matrix), []
+    exact = x.double() @ widen(rounded, torch.float64).T
+    own = error(REFERENCE.linear(x, rounded), exact)
+    monkeypatch.setattr(ops_cuda, "WIDENED_BYTES", most)
+    product = torch.nn.functional.linear
+    monkeypatch.setattr(ops_cuda.F, "linear", lambda x, wide: made.append(wide.dtype) or product(x, wide))
+    y = ops_cuda.fast_linear(x, rounded)
+    assert made == [DTYPE] * pieces
+    assert y.dtype == DTYPE
+    assert error(y, exact) <= 1.5 * own
+
+
 def test_the_bits_of_a_row_do_not_depend_on_the_others() -> None:
     """So that prompt lookup gives the same tokens as without."""
     x, matrix = random(16, 300), random(40, 300, seed=1)
