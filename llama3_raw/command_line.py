@@ -350,7 +350,7 @@ def load_model(chosen: ChosenModel, lengths: Lengths, reference: bool = False) -
     Raises UserError where the run does not fit.
     """
     folder, checkpoint, tokenizer, device, dtype, max_ram, quantized, gpu_layers, _ = chosen
-    plan = Plan(checkpoint, device, dtype, lengths, max_ram, quantized, gpu_layers)
+    plan = Plan(checkpoint, device, dtype, lengths, max_ram, quantized, gpu_layers, exact=reference)
     warning = check_memory(plan)
     if warning and max_ram is None:
         print(f"llama3_raw: warning: {warning}", file=sys.stderr)
