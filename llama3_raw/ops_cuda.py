@@ -13,6 +13,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import causal_lower_right
 
 from .errors import in_short
@@ -158,12 +159,15 @@ def attend_without_kernels(q: Tensor, keys: Tensor, values: Tensor, start: int |
 def attend_to_prompt(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """As model.attend, for tokens that are the last of those in `keys`: by flash attention where torch has it.
 
-    (Dao 2023, FlashAttention-2) Query heads that share a kv head do so here too: no key is repeated.
+    (Dao 2023, FlashAttention-2) Query heads that share a kv head do so here too: no key is repeated. Elsewhere (fp32,
+    GPUs older than the A100) it is by blocks: of torch's other ways none lets heads share, but the one with all scores.
     """
     n_tokens, n_keys = q.shape[-3], keys.shape[-3]
     four = (1,) * (4 - q.dim())  # torch takes the fast way for four dimensions only
     q4, keys4, values4 = (x.transpose(-3, -2) for x in (q, keys, values))
     q4, keys4, values4 = (x.reshape(*four, *x.shape) for x in (q4, keys4, values4))
+    if not can_use_flash_attention(SDPAParams(q4, keys4, values4, None, 0.0, False, True)):  # as the bias below asks
+        return attend_by_torch(q, keys, values, n_keys - n_tokens)
     whole = n_tokens == n_keys
     attended = F.scaled_dot_product_attention(
         *(q4, keys4, values4),

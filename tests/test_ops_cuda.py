@@ -108,12 +108,19 @@ def test_rows_of_a_batch_attend_each_from_its_own_start() -> None:
 
 @pytest.mark.parametrize("n_keys", [40, 100])
 @pytest.mark.parametrize("batch", [(), (2,)])
-def test_a_prompt_attends(n_keys: int, batch: tuple[int, ...]) -> None:
-    """A whole prompt, and the second piece of one."""
+@pytest.mark.parametrize("has_flash", [True, False])
+def test_a_prompt_attends(
+    monkeypatch: pytest.MonkeyPatch, n_keys: int, batch: tuple[int, ...], has_flash: bool
+) -> None:
+    """A whole prompt, and the second piece of one; by flash attention's call, which torch carries out here too."""
+    by_blocks, attend_by_torch = [], ops_cuda.attend_by_torch
+    monkeypatch.setattr(ops_cuda, "can_use_flash_attention", lambda _: has_flash)
+    monkeypatch.setattr(ops_cuda, "attend_by_torch", lambda *all_of: by_blocks.append(1) or attend_by_torch(*all_of))
     q = random(*batch, 40, 8, 64).float()
     keys, values = random(*batch, n_keys, 2, 64, seed=1).float(), random(*batch, n_keys, 2, 64, seed=2).float()
     expected = attend(q, keys, values, n_keys - 40, no_tap, "")
     torch.testing.assert_close(ops_cuda.attend(q, keys, values, n_keys - 40, no_tap, ""), expected, atol=2e-6, rtol=0)
+    assert len(by_blocks) == (0 if has_flash else 1)
 
 
 def test_the_whole_pass(tiny: Model) -> None:
