@@ -199,14 +199,14 @@ def _offers(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
     offers = []
     in_bf16 = (plan.dtype or checkpoint.dtype) == torch.bfloat16
     is_rounded = plan.quantized or checkpoint.scales
-    can_quantize = plan.device.type != "mps" and in_bf16 and not is_rounded and not plan.made
+    can_quantize = plan.device.type != "mps" and in_bf16 and not is_rounded
     if can_quantize and fits(plan._replace(quantized=True)):
         offers.append("--quantize int8")
     if plan.dtype and fits(plan._replace(dtype=None)):
         offers.append("no --dtype")
     elif fits(plan._replace(dtype=torch.bfloat16)):
         offers.append("--dtype bfloat16")
-    if plan.device.type == "cuda":
+    if plan.device.type == "cuda" and not plan.made:
         numbers = range(checkpoint.params.n_layers, 0, -1)
         gpu_layers = next((number for number in numbers if fits(plan._replace(gpu_layers=number))), None)
         if gpu_layers:

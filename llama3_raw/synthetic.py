@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .errors import UserError, in_short
+from .int8 import quantize
 from .params import Params
 from .tokenizer import Tokenizer
-from .weights import Checkpoint, Weights, build_weights, tensor_places
+from .weights import MATRICES, Checkpoint, TensorPlace, Weights, build_weights, tensor_places
 
 _LLAMA_3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-05, "rope_theta": 500000.0}
 # params.json of the models (llama_models.sku_list), and whether their embeddings are tied
@@ -53,21 +55,31 @@ def synthetic_checkpoint(size: str) -> Checkpoint:
 
 
 def random_weights(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None, random_seed: int = 0
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    random_seed: int = 0,
+    quantized: bool = False,
 ) -> Weights:
     """The tensors of `synthetic_checkpoint`, made on the device one by one; beside them it takes no memory.
 
     Matrices are normal with a standard deviation of 0.02, norms are one. dtype: None keeps bf16. The same seed gives
-    the same values on the same kind of device; those of `make_synthetic` are others.
+    the same values on the same kind of device; those of `make_synthetic` are others. quantized: each matrix is rounded
+    to int8 before the next one is made.
     """
     generator = torch.Generator(device).manual_seed(random_seed)
-    made = {}
+    made: dict[TensorPlace, list[Tensor]] = {}
+    scales: dict[TensorPlace, tuple[Tensor, ...]] = {}
     for place in tqdm(checkpoint.parts, desc=f"making {checkpoint.source}", unit="tensor", leave=False):
         tensor = torch.ones(place.shape, dtype=dtype or checkpoint.dtype, device=device)
         if tensor.dim() > 1:
             tensor.normal_(0, _DEVIATION, generator=generator)
+        if quantized and place.field in MATRICES:
+            tensor, *scales_of_it = quantize(tensor)
+            scales[place] = tuple(scales_of_it)
         made[place] = [tensor]
-    return build_weights(checkpoint._replace(parts=made), device)  # which takes them as they are
+    # which takes them as they are, but for an output in int8 where the embeddings are tied
+    return build_weights(checkpoint._replace(parts=made, scales=scales), device, quantized=quantized)
 
 
 def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, random_seed: int = 0) -> None:
