@@ -75,8 +75,8 @@ def random_weights(
         if tensor.dim() > 1:
             tensor.normal_(0, _DEVIATION, generator=generator)
         if quantized and place.field in MATRICES:
-            tensor, *scales_of_it = quantize(tensor)
-            scales[place] = tuple(scales_of_it)
+            rounded = quantize(tensor)
+            tensor, scales[place] = rounded.values, rounded[1:]
         made[place] = [tensor]
     # which takes them as they are, but for an output in int8 where the embeddings are tied
     return build_weights(checkpoint._replace(parts=made, scales=scales), device, quantized=quantized)
