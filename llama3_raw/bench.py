@@ -24,6 +24,7 @@ from .command_line import (
     ChosenModel,
     ModelFolder,
     add_model_options,
+    check_int8,
     choose_device,
     choose_model,
     load_model,
@@ -290,11 +291,11 @@ def main(arguments: Sequence[str]) -> int:
     longest = longest_text(prefill, contexts, new_tokens)
     lengths = Lengths(prompt=prefill[-1], text=longest, least=longest)
     check_peers(chosen, lengths, options.vs)
-    model, ops, which = _load(chosen, lengths, options.seed)
+    model, ops, which = _load(chosen, lengths)
     with open_peers(options.vs, chosen, model, options.gguf, longest) as peers:
         print(f"llama3_raw: {which}", file=sys.stderr)
         figures = measure(model, prefill, contexts, new_tokens, options.rounds, peers, ops, options.max_ram is None)
-    show(figures, None if chosen.made else time_start(chosen, prefill[0]))
+    show(figures, time_start(chosen, prefill[0]) if chosen.random_seed is None else None)
     if options.plot:
         dtype = in_words(model.weights.norm.dtype)
         where = f"{figures.threads} threads" if figures.device == "cpu" else figures.device
@@ -309,7 +310,7 @@ def _choose(options: argparse.Namespace) -> ChosenModel:
     if not options.make_synthetic:
         return choose_model(options, needs_tokenizer=False)
     size = options.make_synthetic[0]
-    for option in ("weights", "tokenizer", "quantize", "max_ram", "gguf"):
+    for option in ("weights", "tokenizer", "gpu_layers", "max_ram", "gguf"):
         if getattr(options, option):
             raise UserError(_needs_files(size, f"--{option.replace('_', '-')}"))
     if LLAMA_CPP in options.vs:
@@ -320,7 +321,10 @@ def _choose(options: argparse.Namespace) -> ChosenModel:
         checkpoint = first_layers(checkpoint, options.layers)
     named = ModelFolder(Path(size), "random weights")  # no folder, but a name for what is printed
     device, dtype = choose_device(options.device), DTYPES_BY_NAME.get(options.dtype)
-    return ChosenModel(named, checkpoint, None, device, dtype, max_ram=None, quantized=False, made=True)
+    quantized = options.quantize is not None
+    if quantized:
+        check_int8(quantized, device, dtype or checkpoint.dtype)
+    return ChosenModel(named, checkpoint, None, device, dtype, None, quantized, random_seed=options.seed)
 
 
 def _needs_files(size: str, option: str) -> str:
@@ -330,13 +334,13 @@ def _needs_files(size: str, option: str) -> str:
     )
 
 
-def _load(chosen: ChosenModel, lengths: Lengths, random_seed: int) -> tuple[Model, Ops, str]:
+def _load(chosen: ChosenModel, lengths: Lengths) -> tuple[Model, Ops, str]:
     """What `load_model` gives; a model without files is made instead. Raises UserError where it does not fit."""
-    checkpoint, device = chosen.checkpoint, chosen.device
-    if not chosen.made:
+    checkpoint, device, dtype, quantized = chosen.checkpoint, chosen.device, chosen.dtype, chosen.quantized
+    if chosen.random_seed is None:
         return load_model(chosen, lengths)
-    check_memory(Plan(checkpoint, device, chosen.dtype, lengths, made=True))
-    weights = random_weights(checkpoint, device, chosen.dtype, random_seed)
+    check_memory(Plan(checkpoint, device, dtype, lengths, quantized=quantized, made=True))
+    weights = random_weights(checkpoint, device, dtype, chosen.random_seed, quantized)
     which = f"{checkpoint.source} ({chosen.folder.why}) on {device}"
     return Model(checkpoint.params, weights, None), suitable_ops(device), which
 
@@ -346,9 +350,7 @@ def _measure_taps(options: argparse.Namespace) -> int:
         if getattr(options, option):
             raise UserError(f"--taps measures something else; leave --{option.replace('_', '-')} out")
     chosen = _choose(options)
-    model, ops, which = _load(
-        chosen, Lengths(prompt=LENGTH, text=LENGTH + 1, least=LENGTH + 1, scored=LENGTH), options.seed
-    )
+    model, ops, which = _load(chosen, Lengths(prompt=LENGTH, text=LENGTH + 1, least=LENGTH + 1, scored=LENGTH))
     print(f"llama3_raw: {which}", file=sys.stderr)
     show_taps(measure_taps(model, ops, options.rounds))
     return 0

@@ -77,14 +77,14 @@ class CapturedPasses:
             torch._dynamo.mark_dynamic(tensor, tensor.dim() - 3)  # or each length of a cache would be compiled anew
 
     @staticmethod
-    def where_possible(model: Model, cache: KVCache, ops: Ops) -> CapturedPasses | None:
+    def where_possible(model: Model, cache: KVCache, ops: Ops, compiled: bool = True) -> CapturedPasses | None:
         """None unless all of the model is on one GPU, and the operations are its fast ones.
 
         The exact ones are there to be stepped through; others read the whole cache where `start` is a tensor.
         """
         devices = devices_of(model.weights)
         is_possible = len(devices) == 1 and devices.pop().type == "cuda" and ops.attend is ops_cuda.attend
-        return CapturedPasses(model, cache, ops) if is_possible else None
+        return CapturedPasses(model, cache, ops, compiled=compiled) if is_possible else None
 
     def fit(self, n_tokens: int, start: int) -> bool:
         """Whether so many tokens from `start` on can be computed at once: a few take the room of FEW."""

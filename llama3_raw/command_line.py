@@ -67,7 +67,7 @@ class ChosenModel(NamedTuple):
     max_ram: int | None  # bytes; None: what is free
     quantized: bool  # round the matrices to int8
     gpu_layers: int | None = None  # whose matrices lie on the GPU, those of the rest on the CPU; None: all of them
-    made: bool = False  # random weights, which lie in no file
+    random_seed: int | None = None  # of random weights, which lie in no file; None: those of the folder
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -305,18 +305,13 @@ def choose_model(
     set_threads(options.threads)
     device = choose_device(options.device)
     quantized = options.quantize is not None
-    if quantized and device.type == "mps":
-        raise UserError(
-            f"--quantize int8 is for CPUs and NVIDIA GPUs; leave it out, or give --device cpu, not {device}"
-        )
     folder = find_model(options.weights, named_by)
     checkpoint = open_checkpoint(folder.path)
     if quantized and checkpoint.scales:
         raise UserError(f"--quantize int8: {folder.path} is in int8 already; leave it out")
     dtype = DTYPES_BY_NAME.get(options.dtype)
-    if (quantized or checkpoint.scales) and (dtype or checkpoint.dtype) != torch.bfloat16:
-        stored = in_words(dtype or checkpoint.dtype)
-        raise UserError(f"int8 matrices are fast in bfloat16 only, not in {stored}; give --dtype bfloat16")
+    if quantized or checkpoint.scales:
+        check_int8(quantized, device, dtype or checkpoint.dtype)
     if options.layers is not None:
         checkpoint = first_layers(checkpoint, options.layers)
     check_gpu_layers(options.gpu_layers, device, checkpoint.params)
@@ -329,6 +324,16 @@ def choose_model(
     if tokenizer is None and needs_tokenizer:
         raise UserError(f"{folder.path}: there is no tokenizer.model; give --tokenizer FILE, or token ids with --ids")
     return ChosenModel(folder, checkpoint, tokenizer, device, dtype, options.max_ram, quantized, options.gpu_layers)
+
+
+def check_int8(quantized: bool, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError where int8 matrices would be slow. quantized: by an option, that can be left out."""
+    if quantized and device.type == "mps":
+        raise UserError(
+            f"--quantize int8 is for CPUs and NVIDIA GPUs; leave it out, or give --device cpu, not {device}"
+        )
+    if dtype != torch.bfloat16:
+        raise UserError(f"int8 matrices are fast in bfloat16 only, not in {in_words(dtype)}; give --dtype bfloat16")
 
 
 def set_threads(threads: int | None) -> None:
@@ -368,7 +373,7 @@ def load_model(
             if value is not None:
                 raise UserError(f"--{option} is for a model in one process; leave it out, or run it without torchrun")
         checkpoint = shard_of(checkpoint, Shard(ranks.tensor.rank, ranks.tensor.size))
-    plan = Plan(checkpoint, device, dtype, lengths, max_ram, quantized, gpu_layers)
+    plan = Plan(checkpoint, device, dtype, lengths, max_ram, quantized, gpu_layers, exact=reference)
     warning = check_memory(plan)
     if ranks is not None:
         ranks.tensor.wait()  # until the others have looked at the memory too, which loading takes

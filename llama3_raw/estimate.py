@@ -30,7 +30,7 @@ For 4 to 32 KB on 8 H100, vLLM's own kernel took 9 to 12 µs (sgl-project/sglang
 by NCCL on 8 RTX 3090 (NVIDIA/nccl#1439). 46 to 48 µs by NCCL on 2 nodes of 8 H20 (NVIDIA/nccl#1244), all of it.
 """
 _NETWORK_BANDWIDTH = 50e9  # bytes/s from each GPU to another node: a port of 400 Gbit/s for each, as in NVIDIA's HGX
-_BANDWIDTH_SHARE = 0.9  # of the data sheet's: an H200 copies 4.3 of 4.8 TB/s (measured by bench)
+_BANDWIDTH_SHARE = 0.9  # of the data sheet's: an H200 copies 4.3 of 4.8 TB/s
 _MULTIPLY_SHARE = 0.7  # of the data sheet's; an assumption
 _LINK_SHARE = 0.8  # of the data sheet's: 365 to 370 of 450 GB/s on 8 H100 (NVIDIA/nccl#1455)
 _RESERVED = 2e9  # bytes for CUDA, NCCL and what a layer makes on its way; an assumption

@@ -27,6 +27,10 @@ from .weights import Model, Weights, devices_of
 PREFILL_CHUNK = 1024  # tokens of the prompt in one forward pass: from so many on, matrix products are hardly faster
 EXACT_PREFILL_CHUNK = 256  # with the exact operations, which have the scores [n_heads, chunk, S] in memory
 
+# new tokens: a pass of 32 layers took 24 s to compile, found on the disk, and 142 s when it was new (measured on the
+# CPU, one thread, narrow layers); it may save 3 ms a token of 8B, of 1,500 small kernels 2 µs each (an estimate)
+_COMPILED_FROM = 4096
+
 
 def suitable_ops(device: torch.device) -> Ops:
     """The set of operations that suits the device."""
@@ -112,8 +116,10 @@ def generate(
     earlier: text that stands before `ids`, such as what the cache holds; only to propose from.
     ops: None takes the set that suits the weights. tap: as in `forward`; with lookup it sees a row for each proposed
         token as well, and those behind the first wrong one are not used.
-    captured: whether a model on a GPU has its passes over few tokens compiled and captured in a graph, where that is
-        possible: with the fast operations and no tap. The `CapturedPasses` of a cache keep them for the next call.
+    captured: whether a model on a GPU has its passes over few tokens captured in a graph, where that is possible: with
+        the fast operations and no tap. The pass over one token is compiled before only where 4,096 new ones may come,
+        since that takes as long as thousands of them. The `CapturedPasses` of a cache keep both for the next call, and
+        compile for any number.
 
     Raises UserError for an empty prompt, ids outside the vocabulary, a prompt longer than the context, a cache that the
     memory does not hold, and settings out of range; at the call, not at the first token.
@@ -152,7 +158,10 @@ def generate(
     prefill_chunk = EXACT_PREFILL_CHUNK if ops.attend is REFERENCE.attend else PREFILL_CHUNK
     if isinstance(captured, CapturedPasses) and captured.cache is not cache:
         raise ValueError("the captured passes are those of another cache")
-    passes = CapturedPasses.where_possible(model, cache, ops) if captured is True else captured or None
+    if captured is True:
+        passes = CapturedPasses.where_possible(model, cache, ops, compiled=budget >= _COMPILED_FROM)
+    else:
+        passes = captured or None
     if tap is not None:  # which a graph would not call
         passes = None
     generator = torch.Generator(device)

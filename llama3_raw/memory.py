@@ -18,6 +18,8 @@ import torch
 from .errors import UserError
 from .generation import EXACT_PREFILL_CHUNK, PREFILL_CHUNK
 from .machine import free_memory
+from .ops_cpu import QUERIES
+from .ops_cuda import WIDENED_BYTES
 from .weights import MATRICES, Checkpoint, first_layers, goes_to_gpu, in_words
 
 _CPU = torch.device("cpu")
@@ -50,6 +52,7 @@ class Plan(NamedTuple):
     quantized: bool = False  # matrices rounded to int8
     gpu_layers: int | None = None  # whose matrices lie on the GPU, those of the rest on the CPU; None: all of them
     made: bool = False  # random weights, which lie in no file
+    exact: bool = False  # by the exact operations, which on a GPU need more; on the CPU all are taken to need as much
 
 
 class Need(NamedTuple):
@@ -74,7 +77,7 @@ def score_bytes(itemsize: int) -> int:
 
 def needed(plan: Plan) -> Need:
     """What the run of a plan takes."""
-    checkpoint, device, dtype, lengths, _, quantized, gpu_layers, made = plan
+    checkpoint, device, dtype, lengths, _, quantized, gpu_layers, made, exact = plan
     params = checkpoint.params
     itemsize = (dtype or checkpoint.dtype).itemsize
     mapped = copied = in_ram = 0
@@ -96,11 +99,18 @@ def needed(plan: Plan) -> Need:
     per_position = params.head_dim * itemsize
     cache = 2 * params.n_layers * lengths.text * params.n_kv_heads * per_position
     chunk = min(EXACT_PREFILL_CHUNK, lengths.prompt)
-    scores = max(chunk * lengths.prompt, lengths.text) * params.n_heads * score_bytes(itemsize)
-    repeated = 4 * lengths.text * params.n_heads * per_position  # keys and values for every head, and in other order
+    if device.type == "cuda" and not exact:
+        sharing = params.n_heads // params.n_kv_heads  # a block's mask, once and in the dtype; flash attention has none
+        attention = min(QUERIES, lengths.prompt) * sharing * lengths.text * (1 + 2 * itemsize)
+        rows = max(params.hidden_dim, params.vocab_size)
+        widened = min(WIDENED_BYTES, rows * params.dim * itemsize) if quantized or checkpoint.scales else 0
+    else:
+        scores = max(chunk * lengths.prompt, lengths.text) * params.n_heads * score_bytes(itemsize)
+        repeated = 4 * lengths.text * params.n_heads * per_position  # keys and values for every head, in other order
+        attention, widened = scores + repeated, 0
     hidden = 3 * min(PREFILL_CHUNK, lengths.prompt) * params.hidden_dim * itemsize
     logits = min(chunk, lengths.scored) * params.vocab_size * (itemsize + 4 + 4)  # as computed, fp32, logarithms of p
-    work = scores + repeated + hidden + logits + (0 if device.type == "cpu" else _GPU_LIBRARIES)
+    work = attention + widened + hidden + logits + (0 if device.type == "cpu" else _GPU_LIBRARIES)
     return Need(mapped, copied, cache, work, in_ram)
 
 
@@ -189,14 +199,14 @@ def _offers(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
     offers = []
     in_bf16 = (plan.dtype or checkpoint.dtype) == torch.bfloat16
     is_rounded = plan.quantized or checkpoint.scales
-    can_quantize = plan.device.type != "mps" and in_bf16 and not is_rounded and not plan.made
+    can_quantize = plan.device.type != "mps" and in_bf16 and not is_rounded
     if can_quantize and fits(plan._replace(quantized=True)):
         offers.append("--quantize int8")
     if plan.dtype and fits(plan._replace(dtype=None)):
         offers.append("no --dtype")
     elif fits(plan._replace(dtype=torch.bfloat16)):
         offers.append("--dtype bfloat16")
-    if plan.device.type == "cuda":
+    if plan.device.type == "cuda" and not plan.made:
         numbers = range(checkpoint.params.n_layers, 0, -1)
         gpu_layers = next((number for number in numbers if fits(plan._replace(gpu_layers=number))), None)
         if gpu_layers:

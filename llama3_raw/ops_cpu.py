@@ -32,7 +32,7 @@ from .ops import Ops, Tap
 FEW = 16  # tokens: up to so many are computed by the kernels on every processor, all with the same bits
 _MOST_BY_TILES = 128  # tokens: with more, torch is faster, which brings the matrix into another order first
 _LONGEST = 2**17  # values of a row; above that the sum of int8 products might overflow 32 bits
-_QUERIES = 128  # tokens that attend to earlier ones at a time, where there are more than a few
+QUERIES = 128  # tokens that attend to earlier ones at a time, where there are more than a few
 _SOURCE = Path(__file__).with_name("cpu_kernels.c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma")
 _FLAGS = ("-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC")
@@ -201,7 +201,7 @@ def attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor
     q, keys, values = (x.to(dtype) for x in (q, keys, values))
     keys, values = keys.transpose(-3, -2), values.transpose(-3, -2)  # [..., n_kv_heads, S, head_dim]
     out = []
-    for begin, block in zip(itertools.count(0, _QUERIES), q.split(_QUERIES, dim=-3), strict=False):
+    for begin, block in zip(itertools.count(0, QUERIES), q.split(QUERIES, dim=-3), strict=False):
         length = block.shape[-3]
         offsets = torch.arange(begin, begin + length, device=q.device)
         positions = start + offsets if isinstance(start, int) else start.unsqueeze(-1) + offsets  # [..., T]

@@ -13,6 +13,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import causal_lower_right
 
 from .errors import in_short
@@ -28,6 +29,7 @@ except ImportError:  # Triton, which torch brings along for GPUs on Linux only
 _OUTPUTS = 16  # rows of a matrix in a program: the fewest that the matrix units take, for as many programs as can be
 _INPUTS = 256  # of each row at a time, 512 bytes
 _KEYS = 64  # at a time
+WIDENED_BYTES = 1 << 28  # of an int8 matrix at a time: all of it, in a layer of 8B; the output matrix in five pieces
 _SHARES = 16  # programs that share the keys of a kv head: with the 8 heads of Llama 3, one for nearly every processor
 
 
@@ -109,9 +111,26 @@ def fast_linear(x: Tensor, weight: Matrix) -> Tensor:
     values, *scales = weight if isinstance(weight, Int8) else (weight,)
     is_plain = values.is_contiguous() and (scales or values.dtype == x.dtype) and not x.requires_grad
     if not (0 < rows <= FEW and x.dtype.itemsize == 2 and is_plain):
-        return linear(x, weight)
+        return linear_many(x, weight)
     y: Tensor = linear_few(x.reshape(rows, -1), values, *(scales or (None, None)))
     return y.view(*x.shape[:-1], -1)
+
+
+def linear_many(x: Tensor, weight: Matrix) -> Tensor:
+    """x [..., in], weight [out, in] -> [..., out]; many rows, by torch's product.
+
+    As in the kernel x takes the scales of the columns. Then an int8 matrix is widened in one pass over it, which reads
+    a byte of each value and writes x's dtype, and WIDENED_BYTES of it at a time are multiplied.
+    """
+    if not isinstance(weight, Int8):
+        return linear(x, weight)
+    scaled = (x * weight.column_scales).to(x.dtype)  # [..., in]
+    at_once = max(1, WIDENED_BYTES // (x.shape[-1] * x.dtype.itemsize))  # rows
+    products = []
+    for values, scales in zip(weight.values.split(at_once), weight.row_scales.split(at_once), strict=True):
+        wide = torch.empty(values.shape, dtype=x.dtype, device=x.device)
+        products.append(F.linear(scaled, torch.mul(values, scales.unsqueeze(-1), out=wide)))
+    return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor:
@@ -140,12 +159,15 @@ def attend_without_kernels(q: Tensor, keys: Tensor, values: Tensor, start: int |
 def attend_to_prompt(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """As model.attend, for tokens that are the last of those in `keys`: by flash attention where torch has it.
 
-    (Dao 2023, FlashAttention-2) Query heads that share a kv head do so here too: no key is repeated.
+    (Dao 2023, FlashAttention-2) Query heads that share a kv head do so here too: no key is repeated. Elsewhere (fp32,
+    GPUs older than the A100) it is by blocks: of torch's other ways none lets heads share, but the one with all scores.
     """
     n_tokens, n_keys = q.shape[-3], keys.shape[-3]
     four = (1,) * (4 - q.dim())  # torch takes the fast way for four dimensions only
     q4, keys4, values4 = (x.transpose(-3, -2) for x in (q, keys, values))
     q4, keys4, values4 = (x.reshape(*four, *x.shape) for x in (q4, keys4, values4))
+    if not can_use_flash_attention(SDPAParams(q4, keys4, values4, None, 0.0, False, True)):  # as the bias below asks
+        return attend_by_torch(q, keys, values, n_keys - n_tokens)
     whole = n_tokens == n_keys
     attended = F.scaled_dot_product_attention(
         *(q4, keys4, values4),
@@ -168,5 +190,5 @@ def cuda_ops() -> Ops:
     except Exception as error:  # of compilers, in a world of their own
         reason = "there is no Triton" if cuda_kernels is None else f"Triton fails ({in_short(error)})"
         print(f"llama3_raw: {reason}; tokens come slower, by torch itself", file=sys.stderr)
-        return Ops(embed=F.embedding, linear=linear, attend=attend_without_kernels, reduce=lambda x: x)
+        return Ops(embed=F.embedding, linear=linear_many, attend=attend_without_kernels, reduce=lambda x: x)
     return Ops(embed=F.embedding, linear=fast_linear, attend=attend, reduce=lambda x: x)

@@ -31,11 +31,12 @@ from .machine import free_memory
 from .memory import Lengths, Plan, needed
 from .model import KVCache
 from .ops import Ops
-from .weights import Model, build_weights, first_layers
+from .synthetic import random_weights
+from .weights import Model, Weights, build_weights, first_layers
 
 TRANSFORMERS, TRANSFORMERS_COMPILED, LLAMA_CPP, STORED = "transformers", "transformers-compiled", "llama.cpp", "stored"
 PEERS = (TRANSFORMERS, TRANSFORMERS_COMPILED, LLAMA_CPP, STORED)
-_ON_A_GPU = (TRANSFORMERS, TRANSFORMERS_COMPILED)
+_ON_A_GPU = (TRANSFORMERS, TRANSFORMERS_COMPILED, STORED)
 _UNTIMED = 2  # tokens: on a GPU the pass over a prompt is another than that over a token, whose first may be captured
 
 
@@ -320,7 +321,8 @@ def check_peers(chosen: ChosenModel, lengths: Lengths, names: Sequence[str]) -> 
 
     def together(layers: int) -> int:
         fewer = first_layers(checkpoint, layers)
-        plan = Plan(fewer, chosen.device, chosen.dtype, lengths, quantized=chosen.quantized, made=chosen.made)
+        made = chosen.random_seed is not None
+        plan = Plan(fewer, chosen.device, chosen.dtype, lengths, quantized=chosen.quantized, made=made)
         return memory_together(plan, list(dict.fromkeys(names)))
 
     most = checkpoint.params.n_layers
@@ -333,6 +335,14 @@ def check_peers(chosen: ChosenModel, lengths: Lengths, names: Sequence[str]) -> 
         f"--vs {' '.join(names)}: all engines together need {together(most) / 1e9:.1f} GB of memory, "
         f"{free / 1e9:.1f} GB are free{pushed}; {way_out}"
     )
+
+
+def _stored(chosen: ChosenModel) -> Weights:
+    """The weights before they are rounded; random ones are made once more."""
+    checkpoint, device, dtype = chosen.checkpoint, chosen.device, chosen.dtype
+    if chosen.random_seed is None:
+        return build_weights(checkpoint, device, dtype)
+    return random_weights(checkpoint, device, dtype, chosen.random_seed)
 
 
 @contextlib.contextmanager
@@ -348,7 +358,7 @@ def open_peers(
     with contextlib.ExitStack() as stack:
         engines: list[Engine] = []
         if names and chosen.quantized:
-            model = model._replace(weights=build_weights(chosen.checkpoint, chosen.device, chosen.dtype))
+            model = model._replace(weights=_stored(chosen))
         for name in dict.fromkeys(names):
             if name in (TRANSFORMERS, TRANSFORMERS_COMPILED):
                 engines.append((Transformers if name == TRANSFORMERS else CompiledTransformers)(model, longest))

@@ -13,10 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import UserError, in_short
+from .int8 import quantize
 from .model_files import write_at, write_empty_checkpoint
 from .params import Params
 from .tokenizer import Tokenizer
-from .weights import Checkpoint, Weights, build_weights, tensor_places
+from .weights import MATRICES, Checkpoint, TensorPlace, Weights, build_weights, tensor_places
 
 _LLAMA_3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-05, "rope_theta": 500000.0}
 _70B = {"dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_dim_multiplier": 1.3, "multiple_of": 4096, **_LLAMA_3}
@@ -59,21 +60,31 @@ def synthetic_checkpoint(size: str) -> Checkpoint:
 
 
 def random_weights(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None, random_seed: int = 0
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    random_seed: int = 0,
+    quantized: bool = False,
 ) -> Weights:
     """The tensors of `synthetic_checkpoint`, made on the device one by one; beside them it takes no memory.
 
     Matrices are normal with a standard deviation of 0.02, norms are one. dtype: None keeps bf16. The same seed gives
-    the same values on the same kind of device; those of `make_synthetic` are others.
+    the same values on the same kind of device; those of `make_synthetic` are others. quantized: each matrix is rounded
+    to int8 before the next one is made.
     """
     generator = torch.Generator(device).manual_seed(random_seed)
-    made = {}
+    made: dict[TensorPlace, list[Tensor]] = {}
+    scales: dict[TensorPlace, tuple[Tensor, ...]] = {}
     for place in tqdm(checkpoint.parts, desc=f"making {checkpoint.source}", unit="tensor", leave=False):
         tensor = torch.ones(place.shape, dtype=dtype or checkpoint.dtype, device=device)
         if tensor.dim() > 1:
             tensor.normal_(0, _DEVIATION, generator=generator)
+        if quantized and place.field in MATRICES:
+            rounded = quantize(tensor)
+            tensor, scales[place] = rounded.values, rounded[1:]
         made[place] = [tensor]
-    return build_weights(checkpoint._replace(parts=made), device)  # which takes them as they are
+    # which takes them as they are, but for an output in int8 where the embeddings are tied
+    return build_weights(checkpoint._replace(parts=made, scales=scales), device, quantized=quantized)
 
 
 def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, random_seed: int = 0) -> None:

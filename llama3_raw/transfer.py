@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import itertools
 import mmap
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -23,7 +24,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import UserError
 from .machine import default_threads
 
 _BUFFERS = 4  # in the ring; behind a tensor that fills its buffer but a little, others are still on their way
@@ -50,7 +50,7 @@ def mover(device: torch.device, largest: int) -> Iterator[Move]:
     """Gives a function that moves tensors to `device`; they are all there when the context ends.
 
     largest: the bytes of the largest tensor, about; smaller ones take less pinned memory. On the CPU a tensor that is
-    already in the dtype is given back itself. Raises UserError where a GPU's driver pins no memory.
+    already in the dtype is given back itself. Where a GPU's driver pins no memory, a line says so: it is slower then.
     """
     if device.type == "cuda":
         with staged_mover(device, largest, cuda_route(device)) as move:
@@ -111,13 +111,21 @@ def cuda_route(device: torch.device) -> Route:
         # registered, since torch would keep pinned memory of its own for the next who asks, as long as the process runs
         library = torch.cuda.cudart()
         address = memory.data_ptr()
-        error = int(library.cudaHostRegister(address, memory.nbytes, _PORTABLE))
+        with torch.cuda.device(device):  # CUDA asks for the current one
+            error = int(library.cudaHostRegister(address, memory.nbytes, _PORTABLE))
+            if error:  # which CUDA would tell of once more, at the next kernel: let it be this one
+                with contextlib.suppress(RuntimeError):
+                    torch.ones(1, device=device)
         if error:
-            raise UserError(
-                f"{device}: {memory.nbytes / 1e6:.0f} MB of memory cannot be pinned for it (CUDA's error {error}); "
-                "free some memory, or use --device cpu"
-            )
-        return lambda: library.cudaHostUnregister(address)
+            reason = f"{memory.nbytes / 1e6:.0f} MB of memory cannot be pinned for it (CUDA's error {error})"
+            print(f"llama3_raw: {device}: {reason}; the weights go there more slowly", file=sys.stderr)
+            return lambda: None
+
+        def unpin() -> None:
+            with torch.cuda.device(device):
+                library.cudaHostUnregister(address)
+
+        return unpin
 
     def start_copy(target: Tensor, staged: Tensor) -> Callable[[], None]:
         if target.dtype == staged.dtype:

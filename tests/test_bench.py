@@ -443,12 +443,13 @@ def test_decoding_on_a_gpu_is_timed_from_the_third_pass_on(
 
 
 def test_peers_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both kinds of transformers and no other."""
+    """Both kinds of transformers, our own on the weights before they are rounded, and no other."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(peers, "free_memory", lambda device: 10**10)
     arguments = [*QUICK, "--device", "cuda"]
     chosen = choose_model(build_parser().parse_args(arguments), needs_tokenizer=False)
     check_peers(chosen, Lengths(17, 22, 22), ["transformers", "transformers-compiled"])
+    check_peers(chosen._replace(quantized=True), Lengths(17, 22, 22), ["stored"])
     assert main([*arguments, "--vs", "transformers", "llama.cpp"]) == 2
     err = capsys.readouterr().err
     assert err == "llama3_raw: error: --vs llama.cpp compares on the CPU, but the device is cuda; give --device cpu\n"

@@ -177,6 +177,24 @@ def test_a_dialog_keeps_its_graph(model: Model, monkeypatch: pytest.MonkeyPatch)
     assert len(made) == 1
 
 
+@pytest.mark.parametrize(("most", "context", "compiled"), [(7, 200, False), (8, 200, True), (100, 12, False)])
+def test_only_a_long_text_is_worth_compiling(
+    model: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch, most: int, context: int, compiled: bool
+) -> None:
+    """As long as it may get, by the context too; capturing is always worth it."""
+    asked = []
+
+    def where_possible(*arguments: Any, compiled: bool) -> CapturedPasses:
+        asked.append(compiled)
+        return CapturedPasses(*arguments, capture=Recorded, compiled=False)
+
+    monkeypatch.setattr(CapturedPasses, "where_possible", where_possible)
+    monkeypatch.setattr(llama3_raw.generation, "_COMPILED_FROM", 8)
+    new = list(generate(model, ids, max_new_tokens=most, context=context, ops=REFERENCE))
+    assert new == list(generate(model, ids, max_new_tokens=most, context=context, ops=REFERENCE, captured=False))
+    assert asked == [compiled]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["exact", "the GPU's"])
 def test_the_pass_compiles_whole_and_once(model: Model, ids: list[int], dtype: torch.dtype) -> None:
     """No break in its graph; a cache of another length is no reason to compile anew; nor is one ever copied whole."""

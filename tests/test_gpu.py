@@ -60,9 +60,12 @@ def test_fast_operations_are_nearly_as_exact(
     assert fast <= 1.5 * rms(in_pieces(model, ids, sizes, REFERENCE) - truth)
 
 
-def by_graph_and_by_step(model: Model, ids: list[int], count: int, **settings: Any) -> int:
+def by_graph_and_by_step(model: Model, ids: list[int], count: int, compiled: bool, **settings: Any) -> int:
     """How many tokens are the same; where they part, the likelier two must be nearly as likely."""
-    by_graph = list(generate(model, ids, max_new_tokens=count, **settings))
+    cache = KVCache.allocate(model.params, max_seq_len=len(ids) + count, like=model.weights)
+    passes = CapturedPasses.where_possible(model, cache, suitable_ops(ON), compiled)
+    assert passes is not None
+    by_graph = list(generate(model, ids, max_new_tokens=count, cache=cache, captured=passes, **settings))
     by_step = list(generate(model, ids, max_new_tokens=count, captured=False, **settings))
     same = next((i for i, pair in enumerate(zip(by_graph, by_step, strict=True)) if pair[0] != pair[1]), count)
     if same < count and not settings.get("temperature"):
@@ -73,9 +76,12 @@ def by_graph_and_by_step(model: Model, ids: list[int], count: int, **settings: A
     return same
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_the_graph_gives_the_same_tokens(model: Model, smollm2_text: list[int], settings: dict[str, Any]) -> None:
-    assert by_graph_and_by_step(model, smollm2_text[:40], 100, **settings) >= 10
+def test_the_graph_gives_the_same_tokens(
+    model: Model, smollm2_text: list[int], settings: dict[str, Any], compiled: bool
+) -> None:
+    assert by_graph_and_by_step(model, smollm2_text[:40], 100, compiled, **settings) >= 10
 
 
 def test_lookup_gives_the_same_tokens(model: Model, smollm2_text: list[int]) -> None:

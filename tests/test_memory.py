@@ -78,6 +78,26 @@ def test_a_model_on_two_devices() -> None:
     assert (tied.copied, tied.mapped, tied.in_ram) == (2_471_628_800, 0, 0)
 
 
+def test_scores_are_those_of_the_exact_operations() -> None:
+    """The fast ones of a GPU have none; what they have is a part of the cache, and in int8 a piece of a matrix."""
+    plan = Plan(checkpoint(), GPU, None, Lengths(131_000, 131_072, 18))
+    fast, exact = needed(plan), needed(plan._replace(exact=True))
+    scores = 32 * 256 * 131_000 * 2
+    assert fast.work - 500_000_000 < 0.03 * fast.cache < scores < exact.work
+    assert needed(plan._replace(quantized=True)).work - fast.work == 2**28
+    assert needed(plan._replace(device=CPU)).work == exact.work - 500_000_000
+    small = needed(Plan(first_layers(open_checkpoint(TINY), 1), GPU, None, Lengths(1, 2, 2), quantized=True))
+    assert small.work < 500_000_000 + 2 * 2304 * 192 + 10_000
+
+
+@pytest.mark.parametrize("option", [[], ["--reference"]])
+def test_the_operations_are_those_of_the_run(monkeypatch: pytest.MonkeyPatch, option: list[str]) -> None:
+    plans = []
+    monkeypatch.setattr(command_line, "check_memory", plans.append)
+    assert main(["--weights", str(TINY), "--device", "cpu", "One", "--max-new-tokens", "1", *option]) == 0
+    assert [plan.exact for plan in plans] == [bool(option)]
+
+
 def test_what_does_not_fit_on_the_cpu_beside_a_gpu() -> None:
     """Weights that are copied there are refused; mapped ones are read again for each token, which is said."""
     plan = Plan(checkpoint(), GPU, torch.float32, Lengths(17, 273, 18), gpu_layers=10)
@@ -129,6 +149,10 @@ REFUSED = {
     ),
     "1b in fp32 with a long cache on a GPU": (
         Plan(checkpoint("1b", dtype=torch.float32), GPU, None, Lengths(17, 131_072, 18)),
+        ["--dtype bfloat16", "--gpu-layers 7", "--device cpu", "--context 99097", "--layers 13"],
+    ),
+    "the same by the exact operations": (
+        Plan(checkpoint("1b", dtype=torch.float32), GPU, None, Lengths(17, 131_072, 18), exact=True),
         ["--dtype bfloat16", "--device cpu", "--context 66422", "--layers 7"],
     ),
 }

@@ -255,7 +255,7 @@ def test_attention_of_many_tokens_in_blocks(
     blocks = ops_cpu.attend_by_torch(q, keys, values, start)
     assert (blocks.dtype, blocks.shape) == (torch.bfloat16, q.shape)
     assert rms_error(blocks, exact) <= rms_error(reference, exact)
-    assert max(shape[-2] for shape in masks) == 3 * ops_cpu._QUERIES  # of the three heads that share keys
+    assert max(shape[-2] for shape in masks) == 3 * ops_cpu.QUERIES  # of the three heads that share keys
     assert len(masks) == 3
 
 

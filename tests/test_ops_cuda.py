@@ -45,6 +45,22 @@ def test_int8_times_few_rows() -> None:
     assert error(ops_cuda.fast_linear(x, rounded), exact) <= 1.5 * error(REFERENCE.linear(x, rounded), exact)
 
 
+@pytest.mark.parametrize(("most", "pieces"), [(1 << 28, 1), (2 * 200 * 2000, 2), (1, 3000)])
+def test_int8_times_many_rows(monkeypatch: pytest.MonkeyPatch, most: int, pieces: int) -> None:
+    """The whole matrix in one product, though it has more rows than the CPU widens; or as much as may be wide."""
+    x, matrix = random(20, 200), random(3000, 200, seed=1) * torch.rand(200).to(ON, DTYPE)
+    rounded, made = quantize(matrix), []
+    exact = x.double() @ widen(rounded, torch.float64).T
+    own = error(REFERENCE.linear(x, rounded), exact)
+    monkeypatch.setattr(ops_cuda, "WIDENED_BYTES", most)
+    product = torch.nn.functional.linear
+    monkeypatch.setattr(ops_cuda.F, "linear", lambda x, wide: made.append(wide.dtype) or product(x, wide))
+    y = ops_cuda.fast_linear(x, rounded)
+    assert made == [DTYPE] * pieces
+    assert y.dtype == DTYPE
+    assert error(y, exact) <= 1.5 * own
+
+
 def test_the_bits_of_a_row_do_not_depend_on_the_others() -> None:
     """So that prompt lookup gives the same tokens as without."""
     x, matrix = random(16, 300), random(40, 300, seed=1)
@@ -92,12 +108,19 @@ def test_rows_of_a_batch_attend_each_from_its_own_start() -> None:
 
 @pytest.mark.parametrize("n_keys", [40, 100])
 @pytest.mark.parametrize("batch", [(), (2,)])
-def test_a_prompt_attends(n_keys: int, batch: tuple[int, ...]) -> None:
-    """A whole prompt, and the second piece of one."""
+@pytest.mark.parametrize("has_flash", [True, False])
+def test_a_prompt_attends(
+    monkeypatch: pytest.MonkeyPatch, n_keys: int, batch: tuple[int, ...], has_flash: bool
+) -> None:
+    """A whole prompt, and the second piece of one; by flash attention's call, which torch carries out here too."""
+    by_blocks, attend_by_torch = [], ops_cuda.attend_by_torch
+    monkeypatch.setattr(ops_cuda, "can_use_flash_attention", lambda _: has_flash)
+    monkeypatch.setattr(ops_cuda, "attend_by_torch", lambda *all_of: by_blocks.append(1) or attend_by_torch(*all_of))
     q = random(*batch, 40, 8, 64).float()
     keys, values = random(*batch, n_keys, 2, 64, seed=1).float(), random(*batch, n_keys, 2, 64, seed=2).float()
     expected = attend(q, keys, values, n_keys - 40, no_tap, "")
     torch.testing.assert_close(ops_cuda.attend(q, keys, values, n_keys - 40, no_tap, ""), expected, atol=2e-6, rtol=0)
+    assert len(by_blocks) == (0 if has_flash else 1)
 
 
 def test_the_whole_pass(tiny: Model) -> None:

@@ -7,18 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 import llama3_raw
-from llama3_raw import UserError, synthetic
+from llama3_raw import UserError, measuring, peers, synthetic
 from llama3_raw.bench import main
+from llama3_raw.int8 import Int8, quantize, widen
 from llama3_raw.memory import Lengths, Plan, check_memory, needed
 from llama3_raw.params import Params
 from llama3_raw.synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint
-from llama3_raw.weights import tensor_places
+from llama3_raw.weights import MATRICES, tensor_places
 
 CPU = torch.device("cpu")
 PROMPT = "the answer to the ultimate question of life, the universe, and everything is "
@@ -93,6 +95,56 @@ def test_weights_made_on_the_device(tied: bool, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_made_in_int8(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same ones, rounded; each before the next is made, so that no two are wide at a time."""
+    monkeypatch.setitem(SYNTHETIC, "small", (SYNTHETIC["small"][0], tied))
+    checkpoint = synthetic_checkpoint("small")
+    plain = random_weights(checkpoint, CPU, random_seed=1)
+    wide: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(matrix: torch.Tensor) -> Int8:
+        assert all(other() is None for other in wide)
+        wide.append(weakref.ref(matrix))
+        return quantize(matrix)
+
+    monkeypatch.setattr(synthetic, "quantize", watched)
+    weights = random_weights(checkpoint, CPU, random_seed=1, quantized=True)
+    assert len(wide) == (14 if tied else 15)
+    assert torch.equal(weights.tok_embeddings, plain.tok_embeddings)
+    pairs = [(weights.output, plain.output)]
+    for ours, theirs in zip(weights.layers, plain.layers, strict=True):
+        assert torch.equal(ours.ffn_norm, theirs.ffn_norm)
+        pairs += [(getattr(ours, field), getattr(theirs, field)) for field in MATRICES if field != "output"]
+    for rounded, matrix in pairs:
+        assert isinstance(rounded, Int8)
+        assert all(torch.equal(*both) for both in zip(rounded, quantize(matrix), strict=True))
+
+
+@pytest.mark.usefixtures("small")
+def test_int8_beside_the_same_weights_in_bf16(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one run, without files."""
+    models = []
+    own = peers.Own
+
+    def watched(model: llama3_raw.Model, *arguments: object, **options: object) -> peers.Own:
+        models.append(model)
+        return own(model, *arguments, **options)
+
+    monkeypatch.setattr(peers, "Own", watched)
+    monkeypatch.setattr(measuring, "Own", watched)
+    arguments = ["--device", "cpu", "--prefill", "5", "--rounds", "1", "--seed", "3"]
+    assert main(["--make-synthetic", "small", *arguments, "--quantize", "int8", "--vs", "stored"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["vs"]["stored"]["decode_ratio"]["5"] > 0
+    stored, ours = (model.weights.layers[1].w2 for model in models)
+    assert torch.equal(stored, random_weights(synthetic_checkpoint("small"), CPU, random_seed=3).layers[1].w2)
+    assert torch.equal(ours.values, quantize(stored).values)
+
+
+@pytest.mark.usefixtures("small")
 def test_measured_without_a_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,20 +171,28 @@ def test_the_memory_is_asked_before_anything_is_made() -> None:
     need = needed(plan)
     assert (need.mapped, need.copied) == (0, 16_060_522_496)
     assert check_memory(plan, free=lambda _: need.own) is None
-    with pytest.raises(UserError, match=r"8b: 16.* are needed on cpu .*what fits: --layers 31$"):
+    with pytest.raises(UserError, match=r"8b: 16.* are needed on cpu .*what fits: --quantize int8, or --layers 31$"):
         check_memory(plan, free=lambda _: need.own - 1)
+    with pytest.raises(UserError, match=r"what fits: --quantize int8, or --device cpu, or --layers 21$"):
+        check_memory(plan._replace(device=torch.device("cuda")), {torch.device("cuda"): 12e9, CPU: 24e9}.__getitem__)
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
     "option",
-    ["--weights x", "--tokenizer x", "--quantize int8", "--max-ram 1GB", "--gguf x", "--vs llama.cpp"],
+    ["--weights x", "--tokenizer x", "--gpu-layers 1", "--max-ram 1GB", "--gguf x", "--vs llama.cpp"],
 )
 def test_options_that_need_files(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--make-synthetic", "small", *option.split()]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     named = option if option.startswith("--vs") else option.split()[0]
     assert line.startswith(f"llama3_raw: error: {named} is about a model in files")
+
+
+@pytest.mark.usefixtures("small")
+def test_int8_is_for_bf16(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--make-synthetic", "small", "--device", "cpu", "--quantize", "int8", "--dtype", "float32"]) == 2
+    assert "int8 matrices are fast in bfloat16 only, not in float32" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("small")
@@ -143,17 +203,21 @@ def test_two_folders(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
-def test_weights_made_on_a_gpu() -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_weights_made_on_a_gpu(quantized: bool) -> None:
     """They are where they should be, and beside them it takes next to nothing."""
     gpu = torch.device("cuda")
     checkpoint = synthetic_checkpoint("small")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    weights = random_weights(checkpoint, gpu)
-    n_bytes = needed(Plan(checkpoint, gpu, None, Lengths(1, 2, 2))).copied
+    weights = random_weights(checkpoint, gpu, quantized=quantized)
+    n_bytes = needed(Plan(checkpoint, gpu, None, Lengths(1, 2, 2), quantized=quantized)).copied
+    if quantized:  # scales, the largest matrix before it is rounded, some rows of it in fp32
+        n_bytes += 2 * 128256 * (128 + 2) + 3_000_000
     assert weights.norm.is_cuda
     assert torch.cuda.max_memory_allocated() - before <= n_bytes + 1_000_000
-    assert float(weights.output.float().std()) == pytest.approx(0.02, rel=0.02)
+    output = widen(weights.output, torch.float32) if isinstance(weights.output, Int8) else weights.output
+    assert float(output.float().std()) == pytest.approx(0.02, rel=0.02)
 
 
 def test_an_unknown_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import llama3_raw
 import llama3_raw.weights as weights_module
-from llama3_raw import Params, UserError
+from llama3_raw import Params
 from llama3_raw.int8 import Int8
 from llama3_raw.transfer import Move, Route, mover, staged_mover
 from llama3_raw.weights import build_weights, open_checkpoint, save_quantized, to_state_dict
@@ -156,26 +156,42 @@ def test_what_is_on_a_gpu_already_does_not_go_through_the_ring(device: PretendDe
     assert device.copies == 0
 
 
-def test_what_the_driver_does_not_pin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line that says so; and what it pins is let go, by the same address."""
-    registered: list[tuple[int, int]] = []
-    let_go: list[int] = []
+def test_what_the_driver_does_not_pin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line says so, and it goes on; what it pins is let go, by the same address. All of it on the GPU meant."""
+    did: list[tuple[object, ...]] = []
     error = 2  # cudaErrorMemoryAllocation
 
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        did.append(("on", device))
+        yield
+        did.append(("off",))
+
     def register(address: int, n_bytes: int, flags: int) -> int:
-        registered.append((address, n_bytes))
+        did.append(("pin", address, n_bytes))
         return error
 
-    library = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=let_go.append)
+    def kernel(*shape: int, device: torch.device) -> None:
+        did.append(("kernel", device))
+        raise torch.AcceleratorError("CUDA error: out of memory")  # that of before
+
+    library = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: did.append(("go", address)))
     monkeypatch.setattr(torch.cuda, "cudart", lambda: library)
-    gpu = torch.device("cuda", 0)
-    with pytest.raises(UserError, match=r"^cuda:0: 134 MB of memory cannot be pinned .* use --device cpu$"):
-        mover(gpu, 10**9).__enter__()
-    assert not let_go
-    error = 0
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch, "ones", kernel)
+    gpu = torch.device("cuda", 1)
     with mover(gpu, 10**9):
-        assert registered[-1][1] == 4 * 2**25
-    assert let_go == [registered[-1][0]]
+        pass
+    on, pin, off = ("on", gpu), ("pin", did[1][1], 4 * 2**25), ("off",)
+    assert did == [on, pin, ("kernel", gpu), off]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("llama3_raw: cuda:1: 134 MB of memory cannot be pinned for it (CUDA's error 2); the weights")
+    error = 0
+    did.clear()
+    with mover(gpu, 10**9):
+        pass
+    assert did == [on, ("pin", did[1][1], 4 * 2**25), off, on, ("go", did[1][1]), off]
+    assert not capsys.readouterr().err
 
 
 def write_meta(folder: Path, shards: list[dict[str, Tensor]]) -> Path:
