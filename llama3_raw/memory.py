@@ -32,6 +32,7 @@ class Lengths(NamedTuple):
     text: int  # with all that may be generated
     least: int  # the shortest that would still do
     scored: int = 0  # the most whose logits are all in memory at once, to see how likely each was
+    rows: int = 1  # texts at a time, each as long
 
     @staticmethod
     def of_one_pass(length: int) -> Lengths:
@@ -94,12 +95,15 @@ def needed(plan: Plan) -> Need:
         elif place.field != "tok_embeddings" or checkpoint.tied:  # else a prompt uses but a few of its rows
             mapped += n_bytes
     per_position = params.head_dim * itemsize
-    cache = 2 * params.n_layers * lengths.text * params.n_kv_heads * per_position
+    cache = 2 * params.n_layers * lengths.rows * lengths.text * params.n_kv_heads * per_position
     chunk = min(EXACT_PREFILL_CHUNK, lengths.prompt)
-    scores = max(chunk * lengths.prompt, lengths.text) * params.n_heads * score_bytes(itemsize)
-    repeated = 4 * lengths.text * params.n_heads * per_position  # keys and values for every head, and in other order
-    hidden = 3 * min(PREFILL_CHUNK, lengths.prompt) * params.hidden_dim * itemsize
-    logits = min(chunk, lengths.scored) * params.vocab_size * (itemsize + 4 + 4)  # as computed, fp32, logarithms of p
+    scores = max(chunk * lengths.prompt, lengths.rows * lengths.text) * params.n_heads * score_bytes(itemsize)
+    repeated = (
+        4 * lengths.rows * lengths.text * params.n_heads * per_position
+    )  # keys and values for every head, and in other order
+    hidden = 3 * min(PREFILL_CHUNK, lengths.rows * lengths.prompt) * params.hidden_dim * itemsize
+    with_logits = lengths.rows if lengths.rows > 1 else min(chunk, lengths.scored)
+    logits = with_logits * params.vocab_size * (itemsize + 4 + 4)  # as computed, fp32, logarithms of p
     work = scores + repeated + hidden + logits + (0 if device.type == "cpu" else _GPU_LIBRARIES)
     return Need(mapped, copied, cache, work, in_ram)
 
@@ -138,7 +142,8 @@ def check_memory(plan: Plan, free: Callable[[torch.device], int] = free_memory) 
     if not fits(plan):
         dtype = "int8" if plan.quantized else in_words(plan.dtype or plan.checkpoint.dtype)
         parts, device = f"weights in {dtype} {_gb(need.copied)}", plan.device
-        parts += f", a cache for {plan.lengths.text} tokens {_gb(need.cache)}, to work in {_gb(need.work)}"
+        texts = f"{plan.lengths.rows} texts of " if plan.lengths.rows > 1 else ""
+        parts += f", a cache for {texts}{plan.lengths.text} tokens {_gb(need.cache)}, to work in {_gb(need.work)}"
         takes = need.own
         if takes <= free(device):
             takes, device, parts = need.in_ram, _CPU, f"weights in {dtype} of the layers that are not on {device}"
@@ -203,6 +208,12 @@ def _offers(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
             offers.append(f"--gpu-layers {gpu_layers}")
     if fits(plan._replace(device=_CPU, gpu_layers=None)):
         offers.append("--device cpu" + (" without --gpu-layers" if plan.gpu_layers else ""))
+    fewer = range(1, lengths.rows)
+    rows = bisect.bisect_left(
+        fewer, True, key=lambda rows: not fits(plan._replace(lengths=lengths._replace(rows=rows)))
+    )
+    if rows:
+        offers.append(f"--batch-size {fewer[rows - 1]}")
     shorter = range(lengths.least, lengths.text)
     count = bisect.bisect_left(
         shorter,
