@@ -7,13 +7,14 @@ file in the end is the same.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -277,43 +278,51 @@ class _Progress:
 
 
 class Journal:
-    """The results of a run as they come, in a file that any kill leaves readable: its first line says of which run."""
+    """The results of a run as they come, in a file that any kill leaves readable: its first line says of which run.
 
-    def __init__(self, file: Path, run: Mapping[str, Any]):
-        """Opens the file to go on, or makes it. Raises UserError where it is of another run."""
-        self.results: dict[int, Result] = {}  # by the number of the line
-        self._opened: BinaryIO = open(file, "a+b", buffering=0)  # noqa: SIM115
-        self._opened.seek(0)
-        whole = 0  # bytes; a line that a kill has torn, and what stands behind it, is written anew
-        for line in self._opened.readlines():
-            if not line.endswith(b"\n"):
-                break
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            if whole == 0:
-                check_same_run(entry, run, file)
-            else:
-                self.results.setdefault(entry["line"], entry["result"])
-            whole += len(line)
-        self._opened.truncate(whole)
-        if whole == 0:
-            self._append(dict(run))
+    results: those that are written, by the number of the line.
+    """
+
+    def __init__(self, opened: BinaryIO, results: dict[int, Result]):
+        """For `open_journal`, which knows what the file holds."""
+        self._opened = opened
+        self.results = results
 
     def write(self, line: int, result: Result) -> None:
         """A result that was there before stays as it is."""
         if line not in self.results:
             self.results[line] = result
-            self._append({"line": line, "result": result})
+            self.append({"line": line, "result": result})
 
-    def close(self) -> None:
-        """Writes nothing more."""
-        self._opened.close()
-
-    def _append(self, entry: Mapping[str, Any]) -> None:
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Writes a line, and returns when the disk has it."""
         self._opened.write(as_line(entry))
         os.fsync(self._opened.fileno())
+
+
+@contextlib.contextmanager
+def open_journal(file: Path, run: Mapping[str, Any]) -> Iterator[Journal]:
+    """The journal in a file, to go on with, or a new one. Raises UserError where it is of another run."""
+    with open(file, "a+b", buffering=0) as opened:
+        opened.seek(0)
+        entries = []
+        whole = 0  # bytes; a line that a kill has torn, and what stands behind it, is written anew
+        for line in opened.readlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            entries.append(entry)
+            whole += len(line)
+        if entries:
+            check_same_run(entries[0], run, file)
+        opened.truncate(whole)
+        journal = Journal(opened, {entry["line"]: entry["result"] for entry in entries[1:]})
+        if not entries:
+            journal.append(run)
+        yield journal
 
 
 def as_line(entry: Mapping[str, Any]) -> bytes:
@@ -467,18 +476,17 @@ def _run(
     if not part.exists() and is_finished(out, record, run):
         print(f"llama3_raw: {options.output} is finished already; to compute it anew, remove it", file=sys.stderr)
         return
-    journal = Journal(part, run)
-    # a group of which a row is missing is computed as a whole again, since its rows depend on each other by rounding
-    missing = [group for group in groups if any(task.request.line not in journal.results for task in group)]
-    if missing:
-        if journal.results:
-            print(f"llama3_raw: going on; {len(journal.results)} texts are there already", file=sys.stderr)
-        model, ops, which = load_model(chosen, lengths_of(missing), options.reference)
-        print(f"llama3_raw: {which}", file=sys.stderr)
-        if any(isinstance(task.request.prompt[0], Message) for group in missing for task in group):
-            warn_of_base_model(model)
-        compute(model, missing, range(len(missing)), journal, context, ops)
-    journal.close()
+    with open_journal(part, run) as journal:
+        # a group of which a row is missing is computed as a whole again: its rows depend on each other by rounding
+        missing = [group for group in groups if any(task.request.line not in journal.results for task in group)]
+        if missing:
+            if journal.results:
+                print(f"llama3_raw: going on; {len(journal.results)} texts are there already", file=sys.stderr)
+            model, ops, which = load_model(chosen, lengths_of(missing), options.reference)
+            print(f"llama3_raw: {which}", file=sys.stderr)
+            if any(isinstance(task.request.prompt[0], Message) for group in missing for task in group):
+                warn_of_base_model(model)
+            compute(model, missing, range(len(missing)), journal, context, ops)
     results = {**bad, **journal.results}
     content = b"".join(as_line(results[line]) for line in sorted(results))
     replace_whole(out, content)
