@@ -38,7 +38,7 @@ from .generation import suitable_ops
 from .measuring import Figures, longest_text, measure
 from .memory import Lengths, Plan, check_memory
 from .ops import Ops
-from .peers import LLAMA_CPP, PEERS, check_peers, open_peers
+from .peers import LLAMA_CPP, PEERS, Batch, check_peers, open_peers
 from .synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint
 from .tap_costs import LENGTH, TapFigures, measure_taps
 from .weights import Model, first_layers, in_words
@@ -229,6 +229,12 @@ def build_parser() -> ArgumentParser:
         help=f"engines to measure in turn with this one, on the same weights: {', '.join(PEERS)}",
     )
     parser.add_argument(
+        "--batch",
+        type=positive_int,
+        metavar="N",
+        help="also measure N texts at a time, as python -m llama3_raw.batch computes them, in turn with one alone",
+    )
+    parser.add_argument(
         "--gguf",
         type=not_empty,
         metavar="FILE",
@@ -289,11 +295,13 @@ def main(arguments: Sequence[str]) -> int:
     usual = _PLOTTED if options.plot else prefill[:1]
     contexts = _lengths_within(limit, options.contexts, usual, "--contexts", more)
     longest = longest_text(prefill, contexts, new_tokens)
-    lengths = Lengths(prompt=prefill[-1], text=longest, least=longest)
+    lengths = Lengths(prompt=prefill[-1], text=longest, least=longest, rows=options.batch or 1)
     check_peers(chosen, lengths, options.vs)
     model, ops, which = _load(chosen, lengths)
     with open_peers(options.vs, chosen, model, options.gguf, longest) as peers:
         print(f"llama3_raw: {which}", file=sys.stderr)
+        if options.batch:
+            peers.append(Batch(model, options.batch, longest, ops))
         figures = measure(model, prefill, contexts, new_tokens, options.rounds, peers, ops, options.max_ram is None)
     show(figures, time_start(chosen, prefill[0]) if chosen.random_seed is None else None)
     if options.plot:
@@ -346,7 +354,7 @@ def _load(chosen: ChosenModel, lengths: Lengths) -> tuple[Model, Ops, str]:
 
 
 def _measure_taps(options: argparse.Namespace) -> int:
-    for option in ("prefill", "contexts", "vs", "gguf", "plot", "max_ram", "gpu_layers"):
+    for option in ("prefill", "contexts", "vs", "batch", "gguf", "plot", "max_ram", "gpu_layers"):
         if getattr(options, option):
             raise UserError(f"--taps measures something else; leave --{option.replace('_', '-')} out")
     chosen = _choose(options)

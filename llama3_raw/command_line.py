@@ -322,7 +322,7 @@ def choose_model(
             raise
         tokenizer = None
     if tokenizer is None and needs_tokenizer:
-        raise UserError(f"{folder.path}: there is no tokenizer.model; give --tokenizer FILE, or token ids with --ids")
+        raise UserError(f"{folder.path}: there is no tokenizer.model; give --tokenizer FILE, or the text as token ids")
     return ChosenModel(folder, checkpoint, tokenizer, device, dtype, options.max_ram, quantized, options.gpu_layers)
 
 

@@ -34,6 +34,7 @@ class Lengths(NamedTuple):
     text: int  # with all that may be generated
     least: int  # the shortest that would still do
     scored: int = 0  # the most whose logits are all in memory at once, to see how likely each was
+    rows: int = 1  # texts at a time, each as long
 
     @staticmethod
     def of_one_pass(length: int) -> Lengths:
@@ -97,19 +98,23 @@ def needed(plan: Plan) -> Need:
         elif place.field != "tok_embeddings" or checkpoint.tied:  # else a prompt uses but a few of its rows
             mapped += n_bytes
     per_position = params.head_dim * itemsize
-    cache = 2 * params.n_layers * lengths.text * params.n_kv_heads * per_position
+    cache = 2 * params.n_layers * lengths.rows * lengths.text * params.n_kv_heads * per_position
     chunk = min(EXACT_PREFILL_CHUNK, lengths.prompt)
+    rows = lengths.rows
     if device.type == "cuda" and not exact:
         sharing = params.n_heads // params.n_kv_heads  # a block's mask, once and in the dtype; flash attention has none
-        attention = min(QUERIES, lengths.prompt) * sharing * lengths.text * (1 + 2 * itemsize)
-        rows = max(params.hidden_dim, params.vocab_size)
-        widened = min(WIDENED_BYTES, rows * params.dim * itemsize) if quantized or checkpoint.scales else 0
+        attention = min(QUERIES, lengths.prompt) * sharing * rows * lengths.text * (1 + 2 * itemsize)
+        longest = max(params.hidden_dim, params.vocab_size)
+        widened = min(WIDENED_BYTES, longest * params.dim * itemsize) if quantized or checkpoint.scales else 0
     else:
-        scores = max(chunk * lengths.prompt, lengths.text) * params.n_heads * score_bytes(itemsize)
-        repeated = 4 * lengths.text * params.n_heads * per_position  # keys and values for every head, in other order
+        scores = max(chunk * lengths.prompt, rows * lengths.text) * params.n_heads * score_bytes(itemsize)
+        repeated = (
+            4 * rows * lengths.text * params.n_heads * per_position
+        )  # keys and values for every head, in new order
         attention, widened = scores + repeated, 0
-    hidden = 3 * min(PREFILL_CHUNK, lengths.prompt) * params.hidden_dim * itemsize
-    logits = min(chunk, lengths.scored) * params.vocab_size * (itemsize + 4 + 4)  # as computed, fp32, logarithms of p
+    hidden = 3 * min(PREFILL_CHUNK, rows * lengths.prompt) * params.hidden_dim * itemsize
+    with_logits = rows if rows > 1 else min(chunk, lengths.scored)
+    logits = with_logits * params.vocab_size * (itemsize + 4 + 4)  # as computed, fp32, logarithms of p
     work = attention + widened + hidden + logits + (0 if device.type == "cpu" else _GPU_LIBRARIES)
     return Need(mapped, copied, cache, work, in_ram)
 
@@ -148,7 +153,8 @@ def check_memory(plan: Plan, free: Callable[[torch.device], int] = free_memory) 
     if not fits(plan):
         dtype = "int8" if plan.quantized else in_words(plan.dtype or plan.checkpoint.dtype)
         parts, device = f"weights in {dtype} {_gb(need.copied)}", plan.device
-        parts += f", a cache for {plan.lengths.text} tokens {_gb(need.cache)}, to work in {_gb(need.work)}"
+        texts = f"{plan.lengths.rows} texts of " if plan.lengths.rows > 1 else ""
+        parts += f", a cache for {texts}{plan.lengths.text} tokens {_gb(need.cache)}, to work in {_gb(need.work)}"
         takes = need.own
         if takes <= free(device):
             takes, device, parts = need.in_ram, _CPU, f"weights in {dtype} of the layers that are not on {device}"
@@ -213,6 +219,12 @@ def _offers(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
             offers.append(f"--gpu-layers {gpu_layers}")
     if fits(plan._replace(device=_CPU, gpu_layers=None)):
         offers.append("--device cpu" + (" without --gpu-layers" if plan.gpu_layers else ""))
+    fewer = range(1, lengths.rows)
+    rows = bisect.bisect_left(
+        fewer, True, key=lambda rows: not fits(plan._replace(lengths=lengths._replace(rows=rows)))
+    )
+    if rows:
+        offers.append(f"--batch-size {fewer[rows - 1]}")
     shorter = range(lengths.least, lengths.text)
     count = bisect.bisect_left(
         shorter,

@@ -139,20 +139,25 @@ def make_ops(kernels: ctypes.CDLL) -> Ops:
         return y
 
     def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor:
-        """As model.attend, but there are no scores to tap."""
+        """As model.attend, but there are no scores to tap. A row of a batch has the same bits as alone."""
         n_tokens, n_heads, head_dim = q.shape[-3:]
         n_kv_heads = keys.shape[-2]
-        lone = all(_is_plain_bf16(x) and x.dim() == 3 and x.stride()[1:] == (head_dim, 1) for x in (q, keys, values))
+        are_plain = all(
+            _is_plain_bf16(x) and x.dim() <= 4 and x.stride()[-2:] == (head_dim, 1) for x in (q, keys, values)
+        )
         use_tiles = has_tiles and n_heads // n_kv_heads % 4 == 0
-        if not lone or not isinstance(start, int) or head_dim % 32 or (n_tokens > FEW and not use_tiles):
+        if not are_plain or head_dim % 32 or (n_tokens > FEW and not use_tiles):
             return attend_by_torch(q, keys, values, start)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        strides = (q.stride(0), keys.stride(0), values.stride(0))
-        for first in range(0, n_tokens, FEW):  # so that what is made on the way stays small
-            few, to = q[first : first + FEW], out[first : first + FEW]
-            shape = _Shape(len(few), n_heads, n_kv_heads, head_dim, start + first, use_tiles, *strides)
-            if c_attend(*map(_pointer, (few, keys, values, to)), ctypes.byref(shape)):
-                raise MemoryError(f"no memory to attend to {keys.shape[0]} tokens")
+        rows = zip(*(x.view(-1, *x.shape[-3:]) for x in (q, keys, values, out)), strict=True)  # one for a lone prompt
+        starts = itertools.repeat(start) if isinstance(start, int) else start.view(-1).tolist()
+        for (q_row, keys_row, values_row, out_row), begin in zip(rows, starts, strict=False):
+            strides = (q_row.stride(0), keys_row.stride(0), values_row.stride(0))
+            for first in range(0, n_tokens, FEW):  # so that what is made on the way stays small
+                few, to = q_row[first : first + FEW], out_row[first : first + FEW]
+                shape = _Shape(len(few), n_heads, n_kv_heads, head_dim, begin + first, use_tiles, *strides)
+                if c_attend(*map(_pointer, (few, keys_row, values_row, to)), ctypes.byref(shape)):
+                    raise MemoryError(f"no memory to attend to {begin + n_tokens} tokens")
         return out
 
     return Ops(embed=F.embedding, linear=fast_linear, attend=attend, reduce=lambda x: x)

@@ -20,10 +20,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .batch_generation import Row, generate_batch
 from .captured import CapturedPasses
 from .command_line import ChosenModel
 from .errors import UserError, in_short, needed_package
-from .generation import generate, ops_for
+from .generation import StopReason, generate, ops_for
 from .gguf_file import is_gguf_of, write_gguf
 from .implementations import hf_model
 from .limits import seconds_of, wait_for
@@ -100,6 +101,35 @@ class Own:
             ops=self._ops,
             captured=self._captured,
         )
+
+
+class Batch:
+    """This engine with several texts at a time, whose tokens all count: seconds are those of a token, by their number.
+
+    For `decode` the prompts are computed first, which does not count.
+    """
+
+    def __init__(self, model: Model, rows: int, longest: int, ops: Ops | None = None):
+        self.name = f"batch of {rows}"
+        self.version = f"{rows} texts at a time, the tokens of all of them"
+        self._model = model
+        self._rows = rows
+        self._ids = random_ids(model, longest)
+        self._ops = ops
+
+    def prefill(self, length: int) -> float:
+        events = self._generate(length, 1)
+        return seconds_of(lambda: list(events), self._model.weights.norm.device) / self._rows
+
+    def decode(self, context: int, count: int) -> float:
+        events = self._generate(context, 1 + count)
+        for _ in range(self._rows):  # the first tokens
+            next(events)
+        return seconds_of(lambda: list(events), self._model.weights.norm.device) / self._rows
+
+    def _generate(self, length: int, count: int) -> Iterator[tuple[int, int | StopReason]]:
+        rows = [Row(self._ids[:length], count)] * self._rows
+        return generate_batch(self._model, rows, stop_ids=(), ops=self._ops)
 
 
 class Transformers:

@@ -51,6 +51,13 @@ def test_what_8b_needs() -> None:
     assert 300e6 < needed(Plan(checkpoint(), CPU, None, Lengths(8000, 8192, 8001))).work < 2e9
 
 
+def test_a_batch() -> None:
+    """Each text has a cache of its own, and its logits; the weights are there once."""
+    one, many = (needed(Plan(checkpoint(), CPU, None, Lengths(17, 273, 18, rows=rows))) for rows in (1, 16))
+    assert (many.mapped, many.copied, many.cache) == (one.mapped, one.copied, 16 * one.cache)
+    assert many.work - one.work > 16 * 128256 * 10
+
+
 def test_copies_on_the_cpu() -> None:
     """wq and wk of Hugging Face's files stand in another order; the matrices of shards are joined."""
     lengths = Lengths(1, 1, 2)
@@ -131,6 +138,10 @@ REFUSED = {
         ["no --dtype", "--layers 22"],
     ),
     "a long cache": (Plan(checkpoint(), CPU, None, Lengths(17, 200_000, 18)), ["--context 145792", "--layers 21"]),
+    "a large batch": (
+        Plan(checkpoint(), CPU, None, Lengths(17, 1273, 18, rows=200)),
+        ["--batch-size 113", "--context 718", "--layers 14"],
+    ),
     "fp32 in two shards": (
         Plan(checkpoint(shards=2, dtype=torch.float32), CPU, None, Lengths(17, 273, 18)),
         ["--dtype bfloat16", "--layers 22"],
@@ -176,6 +187,9 @@ def test_what_is_offered_fits_and_one_more_does_not(case: str) -> None:
         elif option == "--context":
             assert fits(plan._replace(lengths=plan.lengths._replace(text=int(value))))
             assert not fits(plan._replace(lengths=plan.lengths._replace(text=int(value) + 1)))
+        elif option == "--batch-size":
+            assert fits(plan._replace(lengths=plan.lengths._replace(rows=int(value))))
+            assert not fits(plan._replace(lengths=plan.lengths._replace(rows=int(value) + 1)))
         elif option == "--gpu-layers":
             assert fits(plan._replace(gpu_layers=int(value)))
             assert not fits(plan._replace(gpu_layers=int(value) + 1))
