@@ -32,13 +32,14 @@ from .command_line import (
     seed,
     set_threads,
 )
+from .engines import Batch
 from .errors import ArgumentParser, UserError, command_line_tool, in_short, needed_package, not_empty
 from .estimate import run_estimate
 from .generation import suitable_ops
 from .measuring import Figures, longest_text, measure
 from .memory import Lengths, Plan, check_memory
 from .ops import Ops
-from .peers import LLAMA_CPP, PEERS, Batch, check_peers, open_peers
+from .peers import LLAMA_CPP, PEERS, check_peers, open_peers
 from .synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint
 from .tap_costs import LENGTH, TapFigures, measure_taps
 from .weights import Model, first_layers, in_words

@@ -12,124 +12,27 @@ import re
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batch_generation import Row, generate_batch
-from .captured import CapturedPasses
 from .command_line import ChosenModel
+from .engines import TWO_PROCESSES, Engine, Own, random_ids, two_processes
 from .errors import UserError, in_short, needed_package
-from .generation import StopReason, generate, ops_for
 from .gguf_file import is_gguf_of, write_gguf
 from .implementations import hf_model
-from .limits import seconds_of, wait_for
+from .limits import seconds_of
 from .machine import free_memory
 from .memory import Lengths, Plan, needed
-from .model import KVCache
-from .ops import Ops
 from .synthetic import random_weights
 from .weights import Model, Weights, build_weights, first_layers
 
 TRANSFORMERS, TRANSFORMERS_COMPILED, LLAMA_CPP, STORED = "transformers", "transformers-compiled", "llama.cpp", "stored"
-PEERS = (TRANSFORMERS, TRANSFORMERS_COMPILED, LLAMA_CPP, STORED)
+PEERS = (TRANSFORMERS, TRANSFORMERS_COMPILED, LLAMA_CPP, STORED, TWO_PROCESSES)
 _ON_A_GPU = (TRANSFORMERS, TRANSFORMERS_COMPILED, STORED)
-_UNTIMED = 2  # tokens: on a GPU the pass over a prompt is another than that over a token, whose first may be captured
-
-
-class Engine(Protocol):
-    """Something that runs a model, and is measured."""
-
-    name: str
-    version: str  # in words: what exactly is run
-
-    def prefill(self, length: int) -> float:
-        """-> the seconds from a prompt of so many tokens to the token that comes next."""
-
-    def decode(self, context: int, count: int) -> float:
-        """-> the seconds for so many tokens, one at a time, behind `context` tokens."""
-
-
-def random_ids(model: Model, length: int) -> list[int]:
-    """The prompt that all engines get: the speed does not depend on what it says."""
-    return torch.randint(model.params.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
-
-
-class Own:
-    """This engine, in the shape of the others. For `decode` the cache is full of random numbers."""
-
-    def __init__(self, model: Model, longest: int, ops: Ops | None = None, name: str = "llama3_raw", version: str = ""):
-        self.name = name
-        self.version = version
-        self._model = model
-        self._ops = ops
-        self._ids = random_ids(model, longest)
-        self.cache = KVCache.allocate(model.params, max_seq_len=longest, like=model.weights)
-        for tensor in (*self.cache.keys, *self.cache.values):
-            tensor.normal_()
-        self._device = self.cache.keys[0].device
-        self._captured = CapturedPasses.where_possible(model, self.cache, ops or ops_for(model.weights))
-
-    def prefill(self, length: int) -> float:
-        tokens = self._generate(self._ids[:length], 0, 1)
-        return seconds_of(lambda: list(tokens), self._device)
-
-    def decode(self, context: int, count: int) -> float:
-        before = 0 if self._device.type == "cpu" else min(_UNTIMED, context)
-        tokens = self._generate(self._ids[:1], context - before, before + count)
-        wait_for(self._device)
-        for _ in range(before):
-            next(tokens)
-        begun = time.perf_counter()  # the token is here; a GPU that is at the next one already has only just begun it
-        for _ in tokens:
-            pass
-        wait_for(self._device)
-        return time.perf_counter() - begun
-
-    def _generate(self, ids: Sequence[int], start: int, count: int) -> Iterator[int]:
-        return generate(
-            self._model,
-            ids,
-            max_new_tokens=count,
-            stop_ids=(),
-            cache=self.cache,
-            start=start,
-            ops=self._ops,
-            captured=self._captured,
-        )
-
-
-class Batch:
-    """This engine with several texts at a time, whose tokens all count: seconds are those of a token, by their number.
-
-    For `decode` the prompts are computed first, which does not count.
-    """
-
-    def __init__(self, model: Model, rows: int, longest: int, ops: Ops | None = None):
-        self.name = f"batch of {rows}"
-        self.version = f"{rows} texts at a time, the tokens of all of them"
-        self._model = model
-        self._rows = rows
-        self._ids = random_ids(model, longest)
-        self._ops = ops
-
-    def prefill(self, length: int) -> float:
-        events = self._generate(length, 1)
-        return seconds_of(lambda: list(events), self._model.weights.norm.device) / self._rows
-
-    def decode(self, context: int, count: int) -> float:
-        events = self._generate(context, 1 + count)
-        for _ in range(self._rows):  # the first tokens
-            next(events)
-        return seconds_of(lambda: list(events), self._model.weights.norm.device) / self._rows
-
-    def _generate(self, length: int, count: int) -> Iterator[tuple[int, int | StopReason]]:
-        rows = [Row(self._ids[:length], count)] * self._rows
-        return generate_batch(self._model, rows, stop_ids=(), ops=self._ops)
 
 
 class Transformers:
@@ -327,7 +230,9 @@ def memory_together(plan: Plan, peers: Sequence[str]) -> int:
     itemsize = (plan.dtype or plan.checkpoint.dtype).itemsize
     wq_and_wk = params.n_layers * (params.n_heads + params.n_kv_heads) * params.head_dim * params.dim * itemsize
     stored = sum(needed(plan._replace(quantized=False))[:2])
+    columns = params.n_layers * (params.n_heads * params.head_dim + params.hidden_dim) * params.dim * itemsize
     weights_of = {TRANSFORMERS: wq_and_wk, TRANSFORMERS_COMPILED: wq_and_wk, LLAMA_CPP: stored, STORED: 0}
+    weights_of[TWO_PROCESSES] = columns  # of wo and w2, which each copies its part of
     if plan.quantized and any(peer != LLAMA_CPP for peer in peers):
         weights += stored
     return weights + sum(weights_of[peer] for peer in peers) + (1 + len(peers)) * (need.cache + need.work)
@@ -345,6 +250,11 @@ def check_peers(chosen: ChosenModel, lengths: Lengths, names: Sequence[str]) -> 
         raise UserError("--vs takes the weights as others have them; give the original folder, with --quantize int8")
     if chosen.max_ram is not None:
         raise UserError("--vs needs all weights in memory for the other engines; leave --max-ram out")
+    if TWO_PROCESSES in names and (chosen.quantized or chosen.random_seed is not None):
+        raise UserError(
+            f"--vs {TWO_PROCESSES} is about a model in files, not rounded as it is loaded; leave --quantize "
+            "out, and give --weights FOLDER"
+        )
     if STORED in names and not chosen.quantized:
         raise UserError("--vs stored compares --quantize int8 with the weights as they are stored; give that too")
     free = free_memory(chosen.device) * 9 // 10  # the rest is for what else runs, or pages would come and go
@@ -392,6 +302,10 @@ def open_peers(
         for name in dict.fromkeys(names):
             if name in (TRANSFORMERS, TRANSFORMERS_COMPILED):
                 engines.append((Transformers if name == TRANSFORMERS else CompiledTransformers)(model, longest))
+                continue
+            if name == TWO_PROCESSES:
+                shared = (chosen.folder.path, model.params.n_layers, chosen.dtype, longest)
+                engines.append(stack.enter_context(two_processes(*shared)))
                 continue
             if name == STORED:
                 engines.append(Own(model, longest, name=STORED, version="with the weights as they are stored"))

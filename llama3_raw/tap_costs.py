@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import model as model_room
+from .engines import random_ids
 from .model import REFERENCE, KVCache, forward
 from .ops import Ops
-from .peers import random_ids
 from .tracing import trace
 from .weights import Model
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, forward, trace
 from llama3_raw.bench import main
-from llama3_raw.peers import random_ids
+from llama3_raw.engines import random_ids
 from llama3_raw.tap_costs import model_without_taps
 
 TINY = str(Path(__file__).parent.parent / "weights" / "tiny")
