@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ from .command_line import (
     add_sampling_options,
     check_context,
     check_output,
+    choose_device,
     choose_model,
     chosen_sampling,
     load_model,
@@ -42,6 +44,7 @@ from .generation import StopReason, check_ids
 from .memory import Lengths
 from .ops import Ops
 from .ops_cpu import FEW
+from .ranks import Ranks, started
 from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .weights import Model, in_words
@@ -60,6 +63,7 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {  # what a line may say, and
     "seed": ((int,), "a whole number"),
     "stop": ((str, list), "a string or a list of strings"),
 }
+_TOLD = ("texts ended", "new tokens", "steps of the bar")  # what processes tell the first one, by these names
 _ROLES = ("system", "user", "assistant")
 
 
@@ -206,15 +210,14 @@ def grouped(tasks: Iterable[Task], size: int) -> list[Group]:
 
 
 def compute(
-    model: Model, groups: Sequence[Group], numbers: Iterable[int], journal: Journal, context: int, ops: Ops
+    model: Model, groups: Sequence[Group], journal: Journal, context: int, ops: Ops, ranks: Ranks | None = None
 ) -> None:
-    """Computes the groups of these numbers, each whole, and writes each result down when its text has ended.
+    """Computes the groups, each whole, and writes each result down when its text has ended.
 
-    numbers: asked for the next one when a group is done, so that several workers may share the groups out.
+    ranks: as one of several processes; each row of them takes the next group that none has taken.
     """
-    with _Progress(groups) as progress:
-        for number in numbers:
-            group = groups[number]
+    with _Progress(groups, ranks) as progress:
+        for group in groups if ranks is None else _shared_out(groups, ranks):
             rows = [_row(task, model.tokenizer) for task in group]
             new: list[list[int]] = [[] for _ in group]
             for place, event in generate_batch(model, rows, context=context, ops=ops):
@@ -224,6 +227,16 @@ def compute(
                 else:
                     new[place].append(event)
                     progress.step(group[place], len(new[place]))
+
+
+def _shared_out(groups: Sequence[Group], ranks: Ranks) -> Iterator[Group]:
+    """The groups that this process computes, with those that it shares the model with."""
+    while True:
+        number = ranks.store.add("groups taken", 1) - 1 if ranks.tensor.rank == 0 else None
+        number = ranks.tensor.from_first(number)
+        if number >= len(groups):
+            return
+        yield groups[number]
 
 
 def _row(task: Task, tokenizer: Tokenizer | None) -> Row:
@@ -248,12 +261,19 @@ def _result(task: Task, new: Sequence[int], reason: StopReason, tokenizer: Token
 
 
 class _Progress:
-    """A bar over all tokens that there may be; what is left when a text ends early is counted as done."""
+    """A bar over all tokens that there may be; what is left when a text ends early is counted as done.
 
-    def __init__(self, groups: Sequence[Group]):
+    The first of several processes shows it, the others tell it what they have done when a text has ended.
+    """
+
+    def __init__(self, groups: Sequence[Group], ranks: Ranks | None):
         tasks = [task for group in groups for task in group]
         self._ended, self._all, self._new = 0, len(tasks), 0
-        self._begun = time.perf_counter()
+        self._store = ranks.store if ranks is not None and ranks.data.size > 1 else None
+        self._is_first = ranks is None or ranks.rank == 0
+        self._tells = ranks is None or ranks.tensor.rank == 0
+        self._told = [0, 0, 0]  # by the others: texts that ended, new tokens, what they are in the bar
+        self._asked = self._begun = time.perf_counter()
         total = sum(len(task.ids) + task.budget for task in tasks)
         form = "{desc}: {percentage:3.0f}%|{bar}| {postfix}{remaining} left"
         self._bar = tqdm(total=total, desc="prompts", bar_format=form, leave=False, smoothing=0.1)
@@ -267,14 +287,25 @@ class _Progress:
     def step(self, task: Task, count: int) -> None:
         """The text has got its token number `count`."""
         self._new += 1
-        speed = self._new / (time.perf_counter() - self._begun)
+        now = time.perf_counter()
+        steps = 1 + (len(task.ids) if count == 1 else 0)
+        if self._store is not None and self._is_first and now > self._asked + 1:
+            told, self._told, self._asked = self._told, [self._store.add(name, 0) for name in _TOLD], now
+            ended, new, others_steps = (after - before for before, after in zip(told, self._told, strict=True))
+            self._ended += ended
+            self._new += new
+            steps += others_steps
+        speed = self._new / (now - self._begun)
         self._bar.set_postfix_str(f"{self._ended}/{self._all} ended, {speed:.1f} tok/s, ", refresh=False)
-        self._bar.update(1 + (len(task.ids) if count == 1 else 0))
+        self._bar.update(steps)
 
     def end(self, task: Task, count: int) -> None:
         """The text has ended with so many tokens."""
         self._ended += 1
         self._bar.update(task.budget - count + (0 if count else len(task.ids)))
+        if self._store is not None and self._tells and not self._is_first:
+            for name, number in zip(_TOLD, (1, count, len(task.ids) + task.budget), strict=True):
+                self._store.add(name, number)
 
 
 class Journal:
@@ -283,8 +314,8 @@ class Journal:
     results: those that are written, by the number of the line.
     """
 
-    def __init__(self, opened: BinaryIO, results: dict[int, Result]):
-        """For `open_journal`, which knows what the file holds."""
+    def __init__(self, opened: BinaryIO | None, results: dict[int, Result]):
+        """For `open_journal`, which knows what the file holds. opened: None writes nothing."""
         self._opened = opened
         self.results = results
 
@@ -296,8 +327,9 @@ class Journal:
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Writes a line, and returns when the disk has it."""
-        self._opened.write(as_line(entry))
-        os.fsync(self._opened.fileno())
+        if self._opened is not None:
+            self._opened.write(as_line(entry))
+            os.fsync(self._opened.fileno())
 
 
 @contextlib.contextmanager
@@ -340,7 +372,9 @@ def check_same_run(found: Any, run: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def describe_run(options: argparse.Namespace, content: bytes, chosen: ChosenModel) -> dict[str, Any]:
+def describe_run(
+    options: argparse.Namespace, content: bytes, chosen: ChosenModel, ranks: Ranks | None
+) -> dict[str, Any]:
     """What the results depend on, by what it is called: a run in which all of it is the same may be gone on with."""
     checkpoint, tokenizer = chosen.checkpoint, chosen.tokenizer
     model = hashlib.sha256(repr(checkpoint.params).encode())
@@ -353,6 +387,7 @@ def describe_run(options: argparse.Namespace, content: bytes, chosen: ChosenMode
         "weights": model.hexdigest(),
         "tokenizer": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest() if tokenizer else None,
         "--device": chosen.device.type,
+        "--tp": ranks.tensor.size if ranks else 1,
         "--gpu-layers": chosen.gpu_layers,
         "--dtype": in_words(chosen.dtype or checkpoint.dtype),
         "--quantize": chosen.quantized,
@@ -408,6 +443,13 @@ def build_parser() -> ArgumentParser:
     group.add_argument(
         "--stop", action="append", default=[], type=not_empty, metavar="TEXT", help="stop before TEXT (may be repeated)"
     )
+    parser.add_argument(
+        "--tp",
+        type=positive_int,
+        metavar="N",
+        help="under torchrun: N processes share a model, the next N have another copy and take other prompts (default: "
+        "all share one)",
+    )
     parser.add_argument("--context", type=positive_int, metavar="N", help="the most tokens of a text, prompt included")
     add_sampling_options(parser)
     add_model_options(parser)
@@ -417,8 +459,19 @@ def build_parser() -> ArgumentParser:
 
 @command_line_tool
 def main(arguments: Sequence[str]) -> int:
-    """Runs the tool; -> exit status: 1 where a line could not be computed."""
+    """Runs the tool; -> exit status: 1 where a line could not be computed, but for several processes."""
     options = build_parser().parse_args(arguments)
+    try:
+        with started(choose_device(options.device), options.tp) as ranks:
+            n_bad = _batch(options, ranks)
+    except KeyboardInterrupt:
+        print("\nllama3_raw: stopped by Ctrl-C; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 1 if n_bad and ranks is None else 0  # torchrun would take it for a crash
+
+
+def _batch(options: argparse.Namespace, ranks: Ranks | None) -> int:
+    """Computes the prompts that the options name; -> how many lines could not be computed."""
     sampling = chosen_sampling(options)
     check_output("-o", options.output)
     out = Path(options.output).resolve()
@@ -430,7 +483,7 @@ def main(arguments: Sequence[str]) -> int:
     if not requests and not bad:
         raise UserError(f'{options.prompts}: is empty; give lines such as {{"prompt": "Once upon a time"}}')
     has_text = any(request.stop or not isinstance(request.prompt[0], int) for request in requests)
-    chosen = choose_model(options, needs_tokenizer=has_text)
+    chosen = choose_model(options, needs_tokenizer=has_text, ranks=ranks)
     longest = chosen.checkpoint.params.max_seq_len
     check_context(options.context, longest)
     context = options.context or longest
@@ -440,18 +493,9 @@ def main(arguments: Sequence[str]) -> int:
             tasks.append(task_of(request, chosen, context))
         except UserError as error:
             bad[request.line] = bad_line(request.line, request.id, error)
-    run = describe_run(options, content, chosen)
-    try:
-        with FileLock(f"{out}.lock", timeout=0) as lock:
-            try:
-                _run(options, chosen, grouped(tasks, options.batch_size), bad, run, context, out)
-            finally:
-                Path(lock.lock_file).unlink(missing_ok=True)
-    except Timeout as error:
-        raise UserError(f"{options.output}: another run is writing it; wait for it, or end it first") from error
-    except KeyboardInterrupt:
-        print("\nllama3_raw: stopped by Ctrl-C; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+    run = describe_run(options, content, chosen, ranks)
+    with _alone(out, ranks):
+        _run(options, chosen, grouped(tasks, options.batch_size), bad, run, context, out, ranks)
     if bad:
         first = min(bad)
         print(
@@ -459,7 +503,23 @@ def main(arguments: Sequence[str]) -> int:
             f"{bad[first]['error']}",
             file=sys.stderr,
         )
-    return 1 if bad else 0
+    return len(bad)
+
+
+@contextlib.contextmanager
+def _alone(out: Path, ranks: Ranks | None) -> Iterator[None]:
+    """Keeps other runs from writing the same output. Raises UserError where one does."""
+    if ranks is not None and ranks.rank > 0:
+        yield
+        return
+    try:
+        with FileLock(f"{out}.lock", timeout=0) as lock:
+            try:
+                yield
+            finally:
+                Path(lock.lock_file).unlink(missing_ok=True)
+    except Timeout as error:
+        raise UserError(f"{out}: another run is writing it; wait for it, or end it first") from error
 
 
 def _run(
@@ -470,29 +530,66 @@ def _run(
     run: Mapping[str, Any],
     context: int,
     out: Path,
+    ranks: Ranks | None,
 ) -> None:
     """Computes what is not there yet, and writes the output."""
-    part, record = (out.with_name(f"{out.name}.{suffix}") for suffix in ("part", "run"))
-    if not part.exists() and is_finished(out, record, run):
+    record = out.with_name(f"{out.name}.run")
+    is_first = ranks is None or ranks.rank == 0
+    done: dict[int, Result] | None = None
+    if is_first and (_journals(out) or not is_finished(out, record, run)):
+        done = _written(out, run)
+    if ranks is not None:
+        done = ranks.everyone.from_first(done)
+    if done is None:
         print(f"llama3_raw: {options.output} is finished already; to compute it anew, remove it", file=sys.stderr)
         return
-    with open_journal(part, run) as journal:
-        # a group of which a row is missing is computed as a whole again: its rows depend on each other by rounding
-        missing = [group for group in groups if any(task.request.line not in journal.results for task in group)]
-        if missing:
-            if journal.results:
-                print(f"llama3_raw: going on; {len(journal.results)} texts are there already", file=sys.stderr)
-            model, ops, which = load_model(chosen, lengths_of(missing), options.reference)
-            print(f"llama3_raw: {which}", file=sys.stderr)
-            if any(isinstance(task.request.prompt[0], Message) for group in missing for task in group):
-                warn_of_base_model(model)
-            compute(model, missing, range(len(missing)), journal, context, ops)
-    results = {**bad, **journal.results}
-    content = b"".join(as_line(results[line]) for line in sorted(results))
-    replace_whole(out, content)
-    replace_whole(record, as_line({**run, "output": hashlib.sha256(content).hexdigest()}))
-    part.unlink()
-    print(f"llama3_raw: {options.output} is written: {len(journal.results)} texts", file=sys.stderr)
+    # a group of which a row is missing is computed as a whole again: its rows depend on each other by rounding
+    missing = [group for group in groups if any(task.request.line not in done for task in group)]
+    if missing:
+        if done:
+            print(f"llama3_raw: going on; {len(done)} texts are there already", file=sys.stderr)
+        model, ops, which = load_model(chosen, lengths_of(missing), options.reference, ranks)
+        print(f"llama3_raw: {which}", file=sys.stderr)
+        if any(isinstance(task.request.prompt[0], Message) for group in missing for task in group):
+            warn_of_base_model(model)
+        with _own_journal(out, run, done, ranks) as journal:
+            compute(model, missing, journal, context, ops, ranks)
+    if ranks is not None:
+        ranks.everyone.wait()
+    if is_first:
+        results = _written(out, run)
+        content = b"".join(as_line({**bad, **results}[line]) for line in sorted({**bad, **results}))
+        replace_whole(out, content)
+        replace_whole(record, as_line({**run, "output": hashlib.sha256(content).hexdigest()}))
+        for file in _journals(out):
+            file.unlink()
+        print(f"llama3_raw: {options.output} is written: {len(results)} texts", file=sys.stderr)
+
+
+def _journals(out: Path) -> list[Path]:
+    """Of a run of one process, or of each of several."""
+    return sorted(out.parent.glob(f"{glob.escape(out.name)}.part*"))
+
+
+def _written(out: Path, run: Mapping[str, Any]) -> dict[int, Result]:
+    """What all journals hold. Raises UserError where one is of another run."""
+    results: dict[int, Result] = {}
+    for file in _journals(out):
+        with open_journal(file, run) as journal:
+            results |= {line: result for line, result in journal.results.items() if line not in results}
+    return results
+
+
+@contextlib.contextmanager
+def _own_journal(out: Path, run: Mapping[str, Any], done: dict[int, Result], ranks: Ranks | None) -> Iterator[Journal]:
+    """The journal that this process writes: of those that share a model, the first one does."""
+    if ranks is not None and ranks.tensor.rank > 0:
+        yield Journal(None, done)
+        return
+    number = f".{ranks.data.rank}" if ranks is not None and ranks.data.rank > 0 else ""
+    with open_journal(out.with_name(f"{out.name}.part{number}"), run) as journal:
+        journal.results = done
+        yield journal
 
 
 def lengths_of(groups: Sequence[Group]) -> Lengths:

@@ -376,7 +376,7 @@ def load_model(
     plan = Plan(checkpoint, device, dtype, lengths, max_ram, quantized, gpu_layers, exact=reference)
     warning = check_memory(plan)
     if ranks is not None:
-        ranks.tensor.wait()  # until the others have looked at the memory too, which loading takes
+        ranks.everyone.wait()  # until the others have looked at the memory too, which loading takes
     if warning and max_ram is None:
         print(f"llama3_raw: warning: {warning}", file=sys.stderr)
     room = memory_for_weights(plan)  # asked before they are read in
@@ -385,7 +385,7 @@ def load_model(
     with_bar = size >= _PROGRESS_BAR_FROM and not warning
     weights = build_weights(checkpoint, device, dtype, with_bar, quantized, gpu_layers)
     ops = ops_for(weights, exact=reference)
-    if ranks is not None:
+    if ranks is not None and ranks.tensor.size > 1:
         ops = parallel_ops(ops, weights, ranks.tensor)
     if max_ram is not None:
         lacking = least_memory(weights) - room
@@ -400,7 +400,8 @@ def load_model(
     if gpu_layers is not None:
         where += f" (the matrices behind the first {gpu_layers} layers on the CPU)"
     if ranks is not None:
-        where += f", shared by {ranks.tensor.size} processes"
+        where += f", shared by {ranks.tensor.size} processes" if ranks.tensor.size > 1 else ""
+        where += f", {ranks.data.size} times" if ranks.data.size > 1 else ""
     return Model(chosen.checkpoint.params, weights, tokenizer), ops, f"{folder.path} ({folder.why}) on {where}"
 
 

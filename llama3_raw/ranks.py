@@ -71,12 +71,13 @@ class Group(NamedTuple):
 
 
 class Ranks(NamedTuple):
-    """All processes, as a grid: those of a row share a model, those of a column share the work."""
+    """All processes, as a grid: those of a row share a model, and each row has some of the work."""
 
     rank: int  # of this process among all
     size: int
     tensor: Group  # tensor parallel: each has a part of every layer
     data: Group  # data parallel: each has a part of the prompts
+    everyone: Group
     store: Any  # torch.distributed.Store: names with values, which all of them see
 
 
@@ -98,12 +99,13 @@ def started(device: torch.device, tensor_parallel: int | None = None) -> Iterato
     is killed, another says which, and all end. Raises UserError where the number does not divide that of all.
     """
     size = number_of_processes()
+    width = tensor_parallel or size
+    if size % width:
+        count = f"torchrun has started {size} processes" if size > 1 else "there is one process"
+        raise UserError(f"--tp {width}: {count}, which make no groups of {width} (see torchrun --nproc-per-node)")
     if size == 1:
         yield None
         return
-    width = tensor_parallel or size
-    if size % width:
-        raise UserError(f"--tp {width}: torchrun has started {size} processes, which make no groups of {width}")
     store, rank, size = next(rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=PrefixStore("groups", store), rank=rank, world_size=size)
@@ -112,7 +114,7 @@ def started(device: torch.device, tensor_parallel: int | None = None) -> Iterato
         name: Group(mesh.get_local_rank(name), mesh.size(i), mesh.get_group(name))
         for i, name in enumerate(("data", "tensor"))
     }
-    ranks = Ranks(rank, size, groups["tensor"], groups["data"], store)
+    ranks = Ranks(rank, size, groups["tensor"], groups["data"], Group(rank, size, dist.group.WORLD), store)
     watch = _Watch(rank, size, store.clone())  # a connection of its own: this one may be waiting for an answer
     watch.start()
     last_words = ""

@@ -94,6 +94,21 @@ def test_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert figures["vs"] == {}
 
 
+def test_beside_a_batch(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a batch all tokens count, and only those that are timed: behind the first of each text."""
+    assert main(["--weights", str(TINY), "--prefill", "5", "--rounds", "1", "--batch", "3"]) == 0
+    table, figures = output_of(capsys)
+    assert "beside 3 texts at a time, the tokens of all of them" in table
+    assert figures["vs"]["batch of 3"]["decode_tokens_per_second"].keys() == {"5"}
+    passes = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(peers, "seconds_of", lambda work, device: float(len(work())))
+        batch = peers.Batch(tiny, 3, 9)
+        passes = [batch.prefill(5), batch.decode(5, 4)]
+    # a token of each text and then its end, over three texts
+    assert passes == [1 + 1, 4 + 1]
+
+
 @needs_xllamacpp
 @pytest.mark.usefixtures("no_llama_bench")
 def test_beside_both_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
