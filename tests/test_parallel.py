@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -188,3 +189,49 @@ def test_ctrl_c_ends_all(tmp_path: Path) -> None:
     assert not any(worker.is_running() for worker in workers)
     _, end = own_lines((tmp_path / "stderr").read_text())
     assert re.fullmatch(r"llama3_raw: stopped by Ctrl-C after \d+ new tokens", end)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], bytes]:
+    """The arguments that compute some prompts, and what one process makes of them."""
+    folder = tmp_path_factory.mktemp("prompts")
+    lines = [
+        json.dumps({"prompt": f"{STORY}, {name}", "max_tokens": 30}) for name in ["Tom", "Lily", "Sam", "Ben", "Mia"]
+    ]
+    (folder / "prompts.jsonl").write_text("\n".join([*lines, "not JSON"]))
+    command = ["-m", "llama3_raw.batch", str(folder / "prompts.jsonl"), "--weights", str(TINY), "--dtype", "float32"]
+    command += ["--batch-size", "2"]
+    subprocess.run([sys.executable, *command, "-o", str(folder / "alone")], capture_output=True)
+    return command, (folder / "alone").read_bytes()
+
+
+def test_many_prompts_by_one_model(prompts: tuple[list[str], bytes], tmp_path: Path) -> None:
+    command, expected = prompts
+    done = torchrun(2, *command, "-o", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out").read_bytes() == expected
+    which, written, bad = own_lines(done.stderr)
+    assert which.endswith("shared by 2 processes")
+    assert written.endswith("is written: 5 texts")
+    assert "1 of 6 lines could not be computed; line 6" in bad
+
+
+def test_many_prompts_by_two_models_one_of_which_is_killed(prompts: tuple[list[str], bytes], tmp_path: Path) -> None:
+    command, expected = prompts
+    command = [*command, "--tp", "1", "-o", str(tmp_path / "out")]
+    with open(tmp_path / "stderr", "wb") as stderr:
+        run = subprocess.Popen([*TORCHRUN, "2", *command], stderr=stderr)
+        try:
+            journals = [tmp_path / "out.part", tmp_path / "out.part.1"]
+            while not all(file.exists() and file.stat().st_size for file in journals):  # both are at work
+                assert run.poll() is None, (tmp_path / "stderr").read_text()
+                time.sleep(0.01)
+            next(child for child in psutil.Process(run.pid).children() if child.environ()["RANK"] == "1").kill()
+            assert run.wait(timeout=60) != 0
+        finally:
+            run.kill()
+    assert not (tmp_path / "out").exists()
+    done = torchrun(2, *command)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out").read_bytes() == expected
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "out.run", "stderr"]
