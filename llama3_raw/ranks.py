@@ -59,8 +59,7 @@ class Group(NamedTuple):
 
     def wait(self) -> None:
         """Waits until all of them are here."""
-        with _hearing():
-            dist.barrier(group=self.handle)
+        self.all_reduce(torch.zeros(1))  # on the CPU, wherever the model is
 
     def from_first(self, value: Any) -> Any:
         """What the first of them has brought, anything that can be pickled."""
@@ -106,8 +105,14 @@ def started(device: torch.device, tensor_parallel: int | None = None) -> Iterato
     if size == 1:
         yield None
         return
-    store, rank, size = next(rendezvous("env://"))
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        store, rank, size = next(rendezvous("env://"))
+    except ValueError as error:
+        raise UserError(f"WORLD_SIZE is {size}, but {error}; start the processes by torchrun") from error
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=PrefixStore("groups", store), rank=rank, world_size=size)
     mesh = init_device_mesh(device.type, (size // width, width), mesh_dim_names=("data", "tensor"))
     groups = {
