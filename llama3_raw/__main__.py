@@ -34,7 +34,7 @@ from .command_line import (
     warn_of_base_model,
 )
 from .dialog import Message, encode_dialog
-from .errors import ArgumentParser, UserError, command_line_tool, not_empty
+from .errors import ArgumentParser, UserError, command_line_tool, for_several_processes, not_empty
 from .generation import StopReason, generate
 from .int8 import Int8
 from .lookup import LookupPolicy
@@ -126,12 +126,13 @@ def _with_plain_stats(arguments: Sequence[str]) -> list[str]:
 
 
 @command_line_tool
+@for_several_processes
 def main(arguments: Sequence[str]) -> int:
     """Runs the tool; -> exit status."""
     options = build_parser().parse_args(_with_plain_stats(arguments))
     if options.save_quantized:
         return _save_quantized(options)
-    with started(choose_device(options.device)) as ranks:
+    with started(lambda: choose_device(options.device)) as ranks:
         return _continue(options, ranks)
 
 
@@ -162,7 +163,7 @@ def _continue(options: argparse.Namespace, ranks: Ranks | None) -> int:
     sampling = chosen_sampling(options)  # complains of what is out of range now, not after a long load
     lookup = LookupPolicy(options.lookup)
     load_start = time.perf_counter()
-    chosen = choose_model(options, needs_tokenizer=not options.ids, ranks=ranks)
+    chosen = choose_model(options, needs_tokenizer=not options.ids)
     tokenizer, longest = chosen.tokenizer, chosen.checkpoint.params.max_seq_len
     check_context(options.context, longest)
     if options.break_at:

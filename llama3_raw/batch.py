@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import glob
+import errno
 import hashlib
 import json
 import os
@@ -39,7 +39,7 @@ from .command_line import (
     warn_of_base_model,
 )
 from .dialog import Message, encode_dialog
-from .errors import ArgumentParser, UserError, command_line_tool, in_short, not_empty
+from .errors import ArgumentParser, UserError, command_line_tool, for_several_processes, in_short, not_empty
 from .generation import StopReason, check_ids
 from .memory import Lengths
 from .ops import Ops
@@ -88,7 +88,7 @@ class Task(NamedTuple):
     budget: int  # new tokens at most
 
 
-Group = list[Task]
+Tasks = list[Task]
 """Tasks that are computed together, from the first to the last, wherever and whenever that is."""
 
 
@@ -199,7 +199,7 @@ def task_of(request: Request, chosen: ChosenModel, context: int) -> Task:
     return Task(request, ids, min(request.max_tokens, context - len(ids)))
 
 
-def grouped(tasks: Iterable[Task], size: int) -> list[Group]:
+def grouped(tasks: Iterable[Task], size: int) -> list[Tasks]:
     """Cuts the tasks into groups of about the same length, the longest first.
 
     Which go together depends on the input and the settings alone, so that a group comes to the same whoever computes it
@@ -210,7 +210,7 @@ def grouped(tasks: Iterable[Task], size: int) -> list[Group]:
 
 
 def compute(
-    model: Model, groups: Sequence[Group], journal: Journal, context: int, ops: Ops, ranks: Ranks | None = None
+    model: Model, groups: Sequence[Tasks], journal: Journal, context: int, ops: Ops, ranks: Ranks | None = None
 ) -> None:
     """Computes the groups, each whole, and writes each result down when its text has ended.
 
@@ -229,10 +229,10 @@ def compute(
                     progress.step(group[place], len(new[place]))
 
 
-def _shared_out(groups: Sequence[Group], ranks: Ranks) -> Iterator[Group]:
+def _shared_out(groups: Sequence[Tasks], ranks: Ranks) -> Iterator[Tasks]:
     """The groups that this process computes, with those that it shares the model with."""
     while True:
-        number = ranks.store.add("groups taken", 1) - 1 if ranks.tensor.rank == 0 else None
+        number = ranks.add("groups taken", 1) - 1 if ranks.tensor.rank == 0 else None
         number = ranks.tensor.from_first(number)
         if number >= len(groups):
             return
@@ -266,10 +266,10 @@ class _Progress:
     The first of several processes shows it, the others tell it what they have done when a text has ended.
     """
 
-    def __init__(self, groups: Sequence[Group], ranks: Ranks | None):
+    def __init__(self, groups: Sequence[Tasks], ranks: Ranks | None):
         tasks = [task for group in groups for task in group]
         self._ended, self._all, self._new = 0, len(tasks), 0
-        self._store = ranks.store if ranks is not None and ranks.data.size > 1 else None
+        self._ranks = ranks if ranks is not None and ranks.data.size > 1 else None
         self._is_first = ranks is None or ranks.rank == 0
         self._tells = ranks is None or ranks.tensor.rank == 0
         self._told = [0, 0, 0]  # by the others: texts that ended, new tokens, what they are in the bar
@@ -289,8 +289,8 @@ class _Progress:
         self._new += 1
         now = time.perf_counter()
         steps = 1 + (len(task.ids) if count == 1 else 0)
-        if self._store is not None and self._is_first and now > self._asked + 1:
-            told, self._told, self._asked = self._told, [self._store.add(name, 0) for name in _TOLD], now
+        if self._ranks is not None and self._is_first and now > self._asked + 1:
+            told, self._told, self._asked = self._told, [self._ranks.add(name, 0) for name in _TOLD], now
             ended, new, others_steps = (after - before for before, after in zip(told, self._told, strict=True))
             self._ended += ended
             self._new += new
@@ -303,9 +303,9 @@ class _Progress:
         """The text has ended with so many tokens."""
         self._ended += 1
         self._bar.update(task.budget - count + (0 if count else len(task.ids)))
-        if self._store is not None and self._tells and not self._is_first:
+        if self._ranks is not None and self._tells and not self._is_first:
             for name, number in zip(_TOLD, (1, count, len(task.ids) + task.budget), strict=True):
-                self._store.add(name, number)
+                self._ranks.add(name, number)
 
 
 class Journal:
@@ -328,13 +328,15 @@ class Journal:
     def append(self, entry: Mapping[str, Any]) -> None:
         """Writes a line, and returns when the disk has it."""
         if self._opened is not None:
-            self._opened.write(as_line(entry))
+            content = as_line(entry)
+            if self._opened.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._opened.name)
             os.fsync(self._opened.fileno())
 
 
 @contextlib.contextmanager
 def open_journal(file: Path, run: Mapping[str, Any]) -> Iterator[Journal]:
-    """The journal in a file, to go on with, or a new one. Raises UserError where it is of another run."""
+    """The journal in a file, to go on with, or a new one. Raises UserError where it is of another run, or none."""
     with open(file, "a+b", buffering=0) as opened:
         opened.seek(0)
         entries = []
@@ -348,8 +350,9 @@ def open_journal(file: Path, run: Mapping[str, Any]) -> Iterator[Journal]:
                 break
             entries.append(entry)
             whole += len(line)
-        if entries:
-            check_same_run(entries[0], run, file)
+        opened.seek(0)
+        if entries or b"\n" in opened.read():  # else a kill has torn the first line
+            check_same_run(entries[0] if entries else None, run, file)
         opened.truncate(whole)
         journal = Journal(opened, {entry["line"]: entry["result"] for entry in entries[1:]})
         if not entries:
@@ -458,11 +461,12 @@ def build_parser() -> ArgumentParser:
 
 
 @command_line_tool
+@for_several_processes
 def main(arguments: Sequence[str]) -> int:
     """Runs the tool; -> exit status: 1 where a line could not be computed, but for several processes."""
     options = build_parser().parse_args(arguments)
     try:
-        with started(choose_device(options.device), options.tp) as ranks:
+        with started(lambda: choose_device(options.device), options.tp) as ranks:
             n_bad = _batch(options, ranks)
     except KeyboardInterrupt:
         print("\nllama3_raw: stopped by Ctrl-C; the same command goes on where it stopped", file=sys.stderr)
@@ -483,7 +487,7 @@ def _batch(options: argparse.Namespace, ranks: Ranks | None) -> int:
     if not requests and not bad:
         raise UserError(f'{options.prompts}: is empty; give lines such as {{"prompt": "Once upon a time"}}')
     has_text = any(request.stop or not isinstance(request.prompt[0], int) for request in requests)
-    chosen = choose_model(options, needs_tokenizer=has_text, ranks=ranks)
+    chosen = choose_model(options, needs_tokenizer=has_text)
     longest = chosen.checkpoint.params.max_seq_len
     check_context(options.context, longest)
     context = options.context or longest
@@ -494,6 +498,10 @@ def _batch(options: argparse.Namespace, ranks: Ranks | None) -> int:
         except UserError as error:
             bad[request.line] = bad_line(request.line, request.id, error)
     run = describe_run(options, content, chosen, ranks)
+    if ranks is not None and ranks.everyone.from_first(run) != run:
+        raise UserError(
+            f"{options.prompts}: not all processes read the same prompts and weights; give all the same files"
+        )
     with _alone(out, ranks):
         _run(options, chosen, grouped(tasks, options.batch_size), bad, run, context, out, ranks)
     if bad:
@@ -525,7 +533,7 @@ def _alone(out: Path, ranks: Ranks | None) -> Iterator[None]:
 def _run(
     options: argparse.Namespace,
     chosen: ChosenModel,
-    groups: list[Group],
+    groups: list[Tasks],
     bad: Mapping[int, Result],
     run: Mapping[str, Any],
     context: int,
@@ -535,9 +543,7 @@ def _run(
     """Computes what is not there yet, and writes the output."""
     record = out.with_name(f"{out.name}.run")
     is_first = ranks is None or ranks.rank == 0
-    done: dict[int, Result] | None = None
-    if is_first and (_journals(out) or not is_finished(out, record, run)):
-        done = _written(out, run)
+    done = _done(out, record, run) if is_first else None
     if ranks is not None:
         done = ranks.everyone.from_first(done)
     if done is None:
@@ -558,6 +564,12 @@ def _run(
         ranks.everyone.wait()
     if is_first:
         results = _written(out, run)
+        lacking = sum(task.request.line not in results for group in groups for task in group)
+        if lacking:
+            raise UserError(
+                f"{out}: the results of {lacking} lines are not there; all processes have to write into one folder, "
+                "which machines share; mend that, and give the same command again"
+            )
         content = b"".join(as_line({**bad, **results}[line]) for line in sorted({**bad, **results}))
         replace_whole(out, content)
         replace_whole(record, as_line({**run, "output": hashlib.sha256(content).hexdigest()}))
@@ -566,9 +578,26 @@ def _run(
         print(f"llama3_raw: {options.output} is written: {len(results)} texts", file=sys.stderr)
 
 
+def _done(out: Path, record: Path, run: Mapping[str, Any]) -> dict[int, Result] | None:
+    """The results that an earlier run has left; None where it is finished."""
+    journals = _journals(out)
+    try:
+        finished = is_finished(out, record, run)
+    except UserError:
+        if not journals:
+            raise
+        finished = False  # a kill came before the record was there
+    if not finished:
+        return _written(out, run)
+    for file in journals:  # or before these were gone
+        file.unlink()
+    return None
+
+
 def _journals(out: Path) -> list[Path]:
     """Of a run of one process, or of each of several."""
-    return sorted(out.parent.glob(f"{glob.escape(out.name)}.part*"))
+    name = re.compile(re.escape(f"{out.name}.part") + r"(\.\d+)?")
+    return sorted(file for file in out.parent.iterdir() if name.fullmatch(file.name))
 
 
 def _written(out: Path, run: Mapping[str, Any]) -> dict[int, Result]:
@@ -592,10 +621,10 @@ def _own_journal(out: Path, run: Mapping[str, Any], done: dict[int, Result], ran
         yield journal
 
 
-def lengths_of(groups: Sequence[Group]) -> Lengths:
+def lengths_of(groups: Sequence[Tasks]) -> Lengths:
     """What the group that takes the most memory takes."""
 
-    def text(group: Group) -> int:
+    def text(group: Tasks) -> int:
         return max(len(task.ids) + task.budget for task in group)
 
     largest = max(groups, key=lambda group: len(group) * text(group))

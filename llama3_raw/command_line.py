@@ -16,14 +16,14 @@ from typing import NamedTuple
 import torch
 
 from .dialog import is_base_model
-from .errors import UserError, in_short, not_empty
+from .errors import UserError, in_short, not_empty, number_of_processes
 from .generation import check_ids, ops_for
 from .lookup import MOST
 from .machine import default_threads, processes_here, processors
 from .memory import Lengths, Plan, check_memory, memory_for_weights
 from .ops import Ops
 from .parallel import parallel_ops
-from .ranks import Ranks, local_rank, number_of_processes
+from .ranks import Ranks, local_rank
 from .read_ahead import least_memory, read_ahead
 from .sampling import Sampling
 from .sharding import Shard
@@ -291,17 +291,12 @@ def byte_size(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(prefix.upper())))
 
 
-def choose_model(
-    options: argparse.Namespace, needs_tokenizer: bool = True, named_by: str = "--weights", ranks: Ranks | None = None
-) -> ChosenModel:
+def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, named_by: str = "--weights") -> ChosenModel:
     """The model that the options of `add_model_options` name, checked, but for its weights, which are not read yet.
 
     Unless the tool `needs_tokenizer`, one in the folder that is missing or does not fit is no obstacle. named_by: the
-    option that options.weights came from. ranks: for a tool that runs as several processes, those of torchrun; the
-    others want to be alone. Raises UserError.
+    option that options.weights came from. Raises UserError.
     """
-    if ranks is None and number_of_processes() > 1:
-        raise UserError("this tool runs as one process; start it without torchrun")
     set_threads(options.threads)
     device = choose_device(options.device)
     quantized = options.quantize is not None
@@ -429,6 +424,8 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: there is no such device; use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs here; use --device cpu")
+    if device.type == "mps" and number_of_processes() > 1:
+        raise UserError("--device mps: is for one process; give --device cpu, or run it without torchrun")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: torch sees no Apple GPU here; use --device cpu")
     return device

@@ -193,7 +193,7 @@ def _serve(
     """One of the two: loads its part, and does what comes by the pipe until that is closed."""
     os.environ.update(environment)
     torch.set_num_threads(threads)
-    with started(torch.device("cpu")) as ranks:
+    with started(lambda: torch.device("cpu")) as ranks:
         assert ranks is not None
         checkpoint = first_layers(open_checkpoint(folder), layers)
         part = shard_of(checkpoint, Shard(ranks.tensor.rank, ranks.tensor.size))

@@ -7,14 +7,22 @@ import contextlib
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, Protocol
 
+FIRST_ONE_SPEAKS = 5.0  # seconds that the first of several processes has to say what is wrong, before another one does
+_FOR_SEVERAL_PROCESSES: set[Callable[[Sequence[str]], int]] = set()
+
 
 class UserError(Exception):
     """What the user asked for cannot be done. The message is one line that names the file or option and the way out."""
+
+
+class ToldError(UserError):
+    """A UserError that has been shown already."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -46,9 +54,12 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
         # a stream that was closed before the start is None, and print would take stdout for it
         sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
         sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-        if int(os.environ.get("RANK") or 0) > 0:  # of several processes that torchrun has started, the first one speaks
+        rank = int(os.environ.get("RANK") or 0) if number_of_processes() > 1 else 0
+        if rank > 0:  # the first one speaks
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         try:
+            if number_of_processes() > 1 and main not in _FOR_SEVERAL_PROCESSES:
+                raise UserError("this tool runs as one process; start it without torchrun")
             status = main(arguments)
             sys.stdout.flush()
             return status
@@ -64,11 +75,27 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
                 raise
             if isinstance(error, OSError) and error.filename is None:  # stdout itself, on a full disk say
                 _give_up_stdout()
-            print(f"llama3_raw: error: {error_line(error)}", file=sys.stderr)
+            line = error_line(error)
+            if rank > 0 and not isinstance(error, ToldError):
+                time.sleep(FIRST_ONE_SPEAKS)  # if the first one says so too, and ends, torchrun ends this one meanwhile
+                line, sys.stderr = f"rank {rank}: {line}", sys.__stderr__
+            if not isinstance(error, ToldError):
+                print(f"llama3_raw: error: {line}", file=sys.stderr)
             return 2
 
     entry_point.__doc__ = main.__doc__
     return entry_point
+
+
+def for_several_processes(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """Marks the main of a tool that torchrun may start as several processes (see ranks.py)."""
+    _FOR_SEVERAL_PROCESSES.add(main)
+    return main
+
+
+def number_of_processes() -> int:
+    """How many processes torchrun has started to work together; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def is_for_the_user(error: Exception) -> bool:

@@ -19,7 +19,7 @@ import torch
 from .command_line import find_model, positive_int
 from .errors import ArgumentParser, UserError
 from .params import Params
-from .sharding import SHARDED_DIMENSION, Shard, cannot_split
+from .sharding import SHARDED_DIMENSION, Shard, cannot_split, possible_sizes
 from .synthetic import SYNTHETIC, synthetic_checkpoint
 from .weights import Checkpoint, TensorPlace, in_words, open_checkpoint
 
@@ -140,13 +140,8 @@ def check_split(params: Params, gpus: int) -> None:
     """Raises UserError where the model cannot be split evenly over so many GPUs, naming the numbers that can be."""
     obstacle = cannot_split(params, gpus)
     if obstacle:
-        possible = ", ".join(map(str, possible_splits(params)))
+        possible = ", ".join(map(str, possible_sizes(params)))
         raise UserError(f"--gpus {gpus}: so many cannot share {obstacle} evenly; what can be: {possible}")
-
-
-def possible_splits(params: Params) -> list[int]:
-    """The numbers of GPUs that a model can be split over."""
-    return [gpus for gpus in range(1, params.n_heads + 1) if not cannot_split(params, gpus)]
 
 
 def part_of(place: TensorPlace, params: Params, gpus: int) -> int:
@@ -243,7 +238,7 @@ def _offer(checkpoint: Checkpoint, cluster: Cluster, context: int, cache_tokens:
         return f"--batch {cache_tokens // context}"
     if cache_tokens > 0:
         return f"--batch 1 --context {cache_tokens}"
-    for gpus in possible_splits(checkpoint.params):
+    for gpus in possible_sizes(checkpoint.params):
         if _weights_on(checkpoint, gpus)[0] + context * cache_bytes(checkpoint, gpus) + _RESERVED <= cluster.gpu.memory:
             return f"--gpus {gpus} --batch 1"
     return "no number of them, take a larger --gpu"

@@ -83,7 +83,7 @@ def needed(plan: Plan) -> Need:
     itemsize = (dtype or checkpoint.dtype).itemsize
     mapped = copied = in_ram = 0
     if quantized and checkpoint.tied:  # output in int8, beside the embeddings
-        copied += params.vocab_size * params.dim
+        copied += sum(torch.Size(place.shape).numel() for place in checkpoint.parts if place.field == "tok_embeddings")
     for place, parts in checkpoint.parts.items():
         stored = parts[0].dtype
         to_int8 = quantized and place.field in MATRICES
@@ -212,7 +212,7 @@ def _offers(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
         offers.append("no --dtype")
     elif fits(plan._replace(dtype=torch.bfloat16)):
         offers.append("--dtype bfloat16")
-    if plan.device.type == "cuda" and not plan.made:
+    if plan.device.type == "cuda" and not plan.made and not checkpoint.of_shard:
         numbers = range(checkpoint.params.n_layers, 0, -1)
         gpu_layers = next((number for number in numbers if fits(plan._replace(gpu_layers=number))), None)
         if gpu_layers:

@@ -7,13 +7,14 @@ by NCCL between GPUs and by gloo between CPUs.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import psutil
@@ -21,10 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # not in its __all__
-from torch.distributed.device_mesh import init_device_mesh
 
-from .errors import UserError, error_line, is_for_the_user
+from .errors import FIRST_ONE_SPEAKS, ToldError, UserError, error_line, is_for_the_user, number_of_processes
 
+_LONGEST_WAIT = datetime.timedelta(days=30)  # who has nothing to do may wait long; who is gone is noticed otherwise
 _LOOK_EVERY = 0.5  # seconds
 _PATIENCE = 10.0  # seconds to wait for the others' word, when one is lost
 _KILLED = (
@@ -79,10 +80,10 @@ class Ranks(NamedTuple):
     everyone: Group
     store: Any  # torch.distributed.Store: names with values, which all of them see
 
-
-def number_of_processes() -> int:
-    """How many torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    def add(self, name: str, number: int) -> int:
+        """Adds to a number that all of them see, 0 at first -> what it is then."""
+        with _hearing():
+            return int(self.store.add(name, number))
 
 
 def local_rank() -> int:
@@ -91,11 +92,12 @@ def local_rank() -> int:
 
 
 @contextlib.contextmanager
-def started(device: torch.device, tensor_parallel: int | None = None) -> Iterator[Ranks | None]:
+def started(choose_device: Callable[[], torch.device], tensor_parallel: int | None = None) -> Iterator[Ranks | None]:
     """The processes that torchrun has started, ready to talk, while the block runs; None for a process alone.
 
-    tensor_parallel: how many of them share a model; None: all. When one ends by an error, it says so itself; when one
-    is killed, another says which, and all end. Raises UserError where the number does not divide that of all.
+    choose_device: names the one that this process computes on; may raise UserError. tensor_parallel: how many of them
+    share a model; None: all. When one ends by an error, it says so itself; when one is killed, another says which, and
+    all end. Raises UserError where the number does not divide that of all.
     """
     size = number_of_processes()
     width = tensor_parallel or size
@@ -109,38 +111,51 @@ def started(device: torch.device, tensor_parallel: int | None = None) -> Iterato
         store, rank, size = next(rendezvous("env://"))
     except ValueError as error:
         raise UserError(f"WORLD_SIZE is {size}, but {error}; start the processes by torchrun") from error
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=PrefixStore("groups", store), rank=rank, world_size=size)
-    mesh = init_device_mesh(device.type, (size // width, width), mesh_dim_names=("data", "tensor"))
-    groups = {
-        name: Group(mesh.get_local_rank(name), mesh.size(i), mesh.get_group(name))
-        for i, name in enumerate(("data", "tensor"))
-    }
-    ranks = Ranks(rank, size, groups["tensor"], groups["data"], Group(rank, size, dist.group.WORLD), store)
     watch = _Watch(rank, size, store.clone())  # a connection of its own: this one may be waiting for an answer
     watch.start()
     last_words = ""
     before = signal.signal(signal.SIGTERM, _terminate)  # torchrun's, when one has ended: first it is to be told which
     try:
-        yield ranks
+        yield _ranks(choose_device(), store, rank, size, width)
     except PeerLost as lost:
         watch.tell(str(lost))
     except Exception as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows is to be said; torchrun waits half a minute
+        last_words = error_line(error) or type(error).__name__
         if not is_for_the_user(error):
             raise
-        last_words = error_line(error)
-        if rank > 0 and not _says(store, 0, last_words):
-            _say(f"rank {rank}: {last_words}")
-        raise
+        if rank == 0 or not _says(store, 0, last_words):
+            _say(last_words if rank == 0 else f"rank {rank}: {last_words}")
+        raise ToldError(last_words) from error
     finally:
+        watch.stop()
         with contextlib.suppress(RuntimeError):  # where the store is gone, nobody listens
             store.set(f"ended/{rank}", last_words)
-        watch.stop()
-        signal.signal(signal.SIGTERM, before)
-        dist.destroy_process_group()
+        if not last_words:  # with an error, the others may be waiting in the middle of a pass
+            signal.signal(signal.SIGTERM, before)
+            dist.destroy_process_group()
+
+
+def _ranks(device: torch.device, store: Any, rank: int, size: int, width: int) -> Ranks:
+    """Joins the groups of the process."""
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend, store=PrefixStore("groups", store), rank=rank, world_size=size, timeout=_LONGEST_WAIT
+    )
+    rows = [list(range(first, first + width)) for first in range(0, size, width)]
+    columns = [list(range(first, size, width)) for first in range(width)]
+    row, column = (dist.new_subgroups_by_enumeration(ranks, _LONGEST_WAIT)[0] for ranks in (rows, columns))
+    return Ranks(
+        rank=rank,
+        size=size,
+        tensor=Group(rank % width, width, row),
+        data=Group(rank // width, size // width, column),
+        everyone=Group(rank, size, dist.group.WORLD),
+        store=store,
+    )
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
@@ -161,8 +176,8 @@ def _say(line: str) -> None:
 
 
 def _says(store: Any, rank: int, words: str) -> bool:
-    """Whether another process ends with the same words; it is given a second for that."""
-    deadline = time.monotonic() + 1
+    """Whether another process ends with the same words; it is given some seconds for that."""
+    deadline = time.monotonic() + FIRST_ONE_SPEAKS
     while not store.check([f"ended/{rank}"]):
         if time.monotonic() > deadline:
             return False
@@ -189,7 +204,9 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         with contextlib.suppress(RuntimeError):  # torchrun ends first: then it has ended all
             while not self._done.wait(_LOOK_EVERY):
-                if self._store.check(["lost"]) or any(map(self._is_gone, self._others)):
+                if self._store.check(["lost"]) or any(
+                    self._is_gone(other) or self._has_failed(other) for other in self._others
+                ):
                     self._end()
 
     def stop(self) -> None:
@@ -208,6 +225,17 @@ class _Watch(threading.Thread):
         os._exit(1)
 
     def _end(self) -> NoReturn:
+        try:
+            line = self._line_to_say()
+            if line:
+                _say(line)
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+        finally:
+            os._exit(1)
+
+    def _line_to_say(self) -> str | None:
+        """Why all end, unless another one says it."""
         self._store.set("lost", "")
         self._store.set(f"survived/{self._rank}", "")
         deadline = time.monotonic() + _PATIENCE
@@ -218,15 +246,15 @@ class _Watch(threading.Thread):
                 break
             time.sleep(0.05)
         has_ended = len(gone) < len(silent)  # which has said why, or had nothing to say
-        if gone:
-            which = " and ".join(f"rank {other} (process {self._processes[other]})" for other in gone)
-            line = f"{which} {'are' if gone[1:] else 'is'} gone: {_KILLED}"
-        else:
-            line = self._store.get("why").decode()
-        if (gone or not has_ended) and self._store.add("told", 1) == 1:
-            _say(line)
-        sys.stdout.flush()
-        os._exit(1)
+        if (has_ended and not gone) or self._store.add("told", 1) > 1:
+            return None
+        if not gone:
+            return str(self._store.get("why").decode()) if self._store.check(["why"]) else None
+        which = " and ".join(f"rank {other} (process {self._processes[other]})" for other in gone)
+        return f"{which} {'are' if gone[1:] else 'is'} gone: {_KILLED}"
+
+    def _has_failed(self, other: int) -> bool:
+        return bool(self._store.check([f"ended/{other}"]) and self._store.get(f"ended/{other}"))
 
     def _is_gone(self, other: int) -> bool:
         return self._has_died(other) and not self._store.check([f"ended/{other}"])

@@ -38,9 +38,9 @@ class Shard(NamedTuple):
         """
         obstacle = cannot_split(params, self.size)
         if obstacle:
-            fitting = [str(size) for size in range(1, params.n_heads + 1) if not cannot_split(params, size)]
+            fitting = ", ".join(map(str, possible_sizes(params)))
             raise UserError(
-                f"{self.size} processes cannot share {obstacle} evenly; start so many for a model: {', '.join(fitting)}"
+                f"{self.size} processes cannot share {obstacle} evenly; start so many for a model: {fitting}"
             )
         return replace(
             params,
@@ -68,6 +68,11 @@ def cannot_split(params: Params, size: int) -> str | None:
     if params.hidden_dim % size:
         return f"a feed-forward of {params.hidden_dim} values"
     return f"a vocabulary of {params.vocab_size} tokens" if params.vocab_size % size else None
+
+
+def possible_sizes(params: Params) -> list[int]:
+    """The numbers of processes that can share the model."""
+    return [size for size in range(1, params.n_heads + 1) if not cannot_split(params, size)]
 
 
 def take(parts: Sequence[Tensor], dimension: int, wanted: range) -> list[Tensor]:

@@ -59,7 +59,7 @@ def all_logits(
 
 
 if __name__ == "__main__":
-    with started(CPU) as these:
+    with started(lambda: CPU) as these:
         assert these is not None
         mine = Shard(these.tensor.rank, these.tensor.size)
         torch.save(all_logits(Path(sys.argv[1]), mine, these), Path(sys.argv[2], f"{these.rank}.pt"))

@@ -389,7 +389,9 @@ REFUSED: list[tuple[Callable[[Path], Path], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "options", "message"), REFUSED, ids=lambda value: getattr(value, "__name__", str(value)[:30]))
+@pytest.mark.parametrize(
+    ("make", "options", "message"), REFUSED, ids=lambda value: getattr(value, "__name__", str(value)[:30])
+)
 def test_refused(
     make: Callable[[Path], Path], options: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,18 +125,25 @@ def test_an_error_of_all_is_told_once(size: int, arguments: list[str], line: str
     assert told.startswith(f"llama3_raw: error: {line}")
 
 
-def test_an_error_of_one_is_told_by_it(tmp_path: Path) -> None:
-    """The second process finds no file; the first one, which waits for it, ends as well and says nothing."""
+@pytest.mark.parametrize("where", ["as it starts", "at work"])
+def test_an_error_of_one_is_told_by_it(tmp_path: Path, where: str) -> None:
+    """The second process has no GPU, or no disk; the first one, which waits for it, ends as well and says nothing."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import torch\n"
-        "from llama3_raw.errors import command_line_tool, UserError\n"
+        "import os, torch\n"
+        "from llama3_raw.errors import command_line_tool, for_several_processes, UserError\n"
         "from llama3_raw.ranks import started\n"
+        "def fail(now):\n"
+        f"    if now == {where!r} and os.environ['RANK'] == '1':\n"
+        "        raise UserError('its disk is full; make room')\n"
+        "def choose_device():\n"
+        "    fail('as it starts')\n"
+        "    return torch.device('cpu')\n"
         "@command_line_tool\n"
+        "@for_several_processes\n"
         "def main(arguments):\n"
-        "    with started(torch.device('cpu')) as ranks:\n"
-        "        if ranks.rank == 1:\n"
-        "            raise UserError('its disk is full; make room')\n"
+        "    with started(choose_device) as ranks:\n"
+        "        fail('at work')\n"
         "        ranks.tensor.all_reduce(torch.ones(1))\n"
         "raise SystemExit(main())\n"
     )
