@@ -567,39 +567,39 @@ def test_groups_depend_on_lengths_and_not_on_the_order_of_lines() -> None:
     assert [[task.request.line for task in group] for group in grouped(tasks[::-1], 2)] == expected
 
 
-def test_files_that_only_look_like_journals(lines: Path, tmp_path: Path) -> None:
+def test_files_that_only_look_like_journals(tmp_path: Path) -> None:
     """One has a name like theirs, the other the name, but is somebody's text: neither is touched."""
     beside = tmp_path / "out.jsonl.part.bak"
     beside.write_text("my own\nlines\n")
-    assert main([str(lines), "-o", str(tmp_path / "out.jsonl"), "--weights", str(TINY)]) == 0
+    assert main([str(write_lines(tmp_path)), "-o", str(tmp_path / "out.jsonl"), *SETTINGS]) == 0
     assert beside.read_text() == "my own\nlines\n"
     journal = tmp_path / "other.jsonl.part"
     journal.write_text("my own\nlines\n")
-    assert main([str(lines), "-o", str(tmp_path / "other.jsonl"), "--weights", str(TINY)]) == 2
+    assert main([str(write_lines(tmp_path)), "-o", str(tmp_path / "other.jsonl"), *SETTINGS]) == 2
     assert journal.read_text() == "my own\nlines\n"
 
 
 def test_killed_before_the_last_journal_was_removed(
-    lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing is computed again, not even loaded."""
     out = tmp_path / "out.jsonl"
-    command = [str(lines), "-o", str(out), "--weights", str(TINY)]
+    command = [str(write_lines(tmp_path)), "-o", str(out), *SETTINGS]
     assert main(command) == 0
     (tmp_path / "out.jsonl.part.1").write_bytes((tmp_path / "out.jsonl.run").read_bytes())
-    monkeypatch.setattr(batch, "load_model", None)
+    monkeypatch.setattr(batch, "load_model", no_model)
     assert main(command) == 0
     assert "is finished already" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl.part.1").exists()
 
 
 def test_a_result_that_is_nowhere_is_missed(
-    lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As where another process has written it into a folder of its own."""
     write = Journal.write
     monkeypatch.setattr(Journal, "write", lambda self, line, result: None if line == 1 else write(self, line, result))
-    assert main([str(lines), "-o", str(tmp_path / "out.jsonl"), "--weights", str(TINY)]) == 2
+    assert main([str(write_lines(tmp_path)), "-o", str(tmp_path / "out.jsonl"), *SETTINGS]) == 2
     assert "the results of 1 lines are not there" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
     assert (tmp_path / "out.jsonl.part").exists()
