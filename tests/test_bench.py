@@ -18,12 +18,25 @@ from references import random_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama3_raw
-from llama3_raw import Model, Params, UserError, bench, command_line, gguf_file, limits, measuring, memory, peers
+from llama3_raw import (
+    Model,
+    Params,
+    UserError,
+    bench,
+    command_line,
+    engines,
+    gguf_file,
+    limits,
+    measuring,
+    memory,
+    peers,
+)
 from llama3_raw.bench import build_parser, main
 from llama3_raw.command_line import choose_model
 from llama3_raw.engines import Own
 from llama3_raw.gguf_file import is_gguf_of, write_gguf
 from llama3_raw.limits import copy_speed, multiply_speed, seconds_of
+from llama3_raw.machine import processors
 from llama3_raw.measuring import Probes, Task, compare, measure, pairs, probes_of
 from llama3_raw.memory import Lengths, Plan
 from llama3_raw.params import RopeScaling
@@ -102,8 +115,8 @@ def test_beside_a_batch(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None
     assert figures["vs"]["batch of 3"]["decode_tokens_per_second"].keys() == {"5"}
     passes = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(peers, "seconds_of", lambda work, device: float(len(work())))
-        batch = peers.Batch(tiny, 3, 9)
+        patched.setattr(engines, "seconds_of", lambda work, device: float(len(work())))
+        batch = engines.Batch(tiny, 3, 9)
         passes = [batch.prefill(5), batch.decode(5, 4)]
     # a token of each text and then its end, over three texts
     assert passes == [1 + 1, 4 + 1]
@@ -111,6 +124,19 @@ def test_beside_a_batch(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None
 
 @needs_xllamacpp
 @pytest.mark.usefixtures("no_llama_bench")
+@pytest.mark.skipif(processors() < 2, reason="two processes share two threads")
+def test_beside_two_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--weights", str(TINY), "--prefill", "5", "--rounds", "1", "--vs", "two-processes"]
+    assert main([*options, "--threads", "2"]) == 0
+    table, figures = output_of(capsys)
+    assert "beside 2 processes with 1 thread each" in table
+    assert figures["vs"]["two-processes"]["decode_tokens_per_second"]["5"] > 0
+    assert main([*options, "--threads", "1"]) == 2
+    assert "shares the threads between two, and there is one" in capsys.readouterr().err
+    assert main([*options, "--quantize", "int8"]) == 2
+    assert "--vs two-processes is about a model in files" in capsys.readouterr().err
+
+
 def test_beside_both_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gguf, picture = tmp_path / "tiny.gguf", tmp_path / "speed.png"
     vs = ("--vs", "transformers", "llama.cpp", "--gguf", str(gguf), "--plot", str(picture), "--contexts", "5", "30")
@@ -355,7 +381,7 @@ def test_shares_of_what_a_gpu_can_do(
     speeds = {"copy": iter([1.0, 9e9, 5e9, 7e9]), "multiply": iter([1.0, 3e12, 1e12, 2e12])}
     probes = {name: lambda values=values: next(values) for name, values in speeds.items()}
     monkeypatch.setattr(measuring, "probes_of", lambda weights, read_loop: Probes(**probes))
-    monkeypatch.setattr(peers, "seconds_of", lambda work, device: 2.0)  # a prompt
+    monkeypatch.setattr(engines, "seconds_of", lambda work, device: 2.0)  # a prompt
     monkeypatch.setattr(Own, "decode", lambda *_: 4.0)
     monkeypatch.setattr(bench, "time_start", lambda *_: None)
     arguments = ["--rounds", "3", "--new-tokens", "8", "--plot", str(tmp_path / "speed.png")]
@@ -450,9 +476,9 @@ def test_decoding_on_a_gpu_is_timed_from_the_third_pass_on(
 
     own = Own(tiny, longest=10)
     own._device = torch.device(kind)
-    monkeypatch.setattr(peers, "wait_for", lambda device: None)
-    monkeypatch.setattr(peers, "generate", generate)
-    monkeypatch.setattr(peers.time, "perf_counter", lambda: float(len(made)))
+    monkeypatch.setattr(engines, "wait_for", lambda device: None)
+    monkeypatch.setattr(engines, "generate", generate)
+    monkeypatch.setattr(engines.time, "perf_counter", lambda: float(len(made)))
     assert own.decode(context, 4) == 4.0  # whatever comes before
     assert began == [first]
     assert len(made) == context - first + 4
