@@ -698,9 +698,9 @@ MACHINE = {
         free={"RAM": 10**10, "container": 7_000_000},
     ),
     "too little GPU memory": Case(
-        (CHECKPOINT, "needed on cuda", "503.0 MB are free; what fits: --gpu-layers 1, or --device cpu, or --layers 1"),
+        (CHECKPOINT, "needed on cuda", "502.0 MB are free; what fits: --gpu-layers 1, or --device cpu, or --layers 1"),
         arguments=("x", "--device", "cuda"),
-        free={"GPU": 503_000_000},
+        free={"GPU": 502_000_000},
     ),
     "too little RAM for the cache": Case(
         (CHECKPOINT, "a cache for 512 tokens", "1.2 MB are free; what fits: --context 4"),
