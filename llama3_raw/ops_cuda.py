@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from torch.nn.attention.bias import causal_lower_right
 
 from .errors import in_short
 from .int8 import Int8, Matrix, linear
@@ -162,6 +161,8 @@ def attend_to_prompt(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     (Dao 2023, FlashAttention-2) Query heads that share a kv head do so here too: no key is repeated. Elsewhere (fp32,
     GPUs older than the A100) it is by blocks: of torch's other ways none lets heads share, but the one with all scores.
     """
+    from torch.nn.attention.bias import causal_lower_right  # which brings torch.compile, two seconds, only where needed
+
     n_tokens, n_keys = q.shape[-3], keys.shape[-3]
     four = (1,) * (4 - q.dim())  # torch takes the fast way for four dimensions only
     q4, keys4, values4 = (x.transpose(-3, -2) for x in (q, keys, values))

@@ -257,3 +257,11 @@ def test_the_first_words_come_before_the_last() -> None:
         while os.read(process.stdout.fileno(), 4096):
             arrivals += 1
     assert arrivals > 20
+
+
+def test_a_start_does_not_wait_for_what_it_may_not_need() -> None:
+    """torch.compile alone takes two seconds to import."""
+    code = "import sys, llama3_raw.__main__; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in loaded
+    assert not {"torch._dynamo", "sympy", "transformers", "matplotlib", "huggingface_hub"} & set(loaded)
