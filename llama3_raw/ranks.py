@@ -133,7 +133,8 @@ def started(choose_device: Callable[[], torch.device], tensor_parallel: int | No
             store.set(f"ended/{rank}", last_words)
         if not last_words:  # with an error, the others may be waiting in the middle of a pass
             signal.signal(signal.SIGTERM, before)
-            dist.destroy_process_group()
+            if dist.is_initialized():  # else Ctrl-C came before
+                dist.destroy_process_group()
 
 
 def _ranks(device: torch.device, store: Any, rank: int, size: int, width: int) -> Ranks:
