@@ -537,7 +537,7 @@ def test_killed_at_random_points_it_ends_with_the_same_file(tmp_path: Path) -> N
             "-c",
             KILLER,
             str(tmp_path),
-            json.dumps([*SETTINGS, "--threads", "1", "--max-new-tokens", "12"]),
+            json.dumps([*SETTINGS, "--threads", "1", "--max-new-tokens", "6"]),
             str(seed),
         ],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
