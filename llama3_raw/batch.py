@@ -271,7 +271,7 @@ class _Progress:
         self._ended, self._all, self._new = 0, len(tasks), 0
         self._ranks = ranks if ranks is not None and ranks.data.size > 1 else None
         self._is_first = ranks is None or ranks.rank == 0
-        self._tells = ranks is None or ranks.tensor.rank == 0
+        self._tells = ranks is not None and ranks.tensor.rank == 0 and ranks.rank > 0
         self._told = [0, 0, 0]  # by the others: texts that ended, new tokens, what they are in the bar
         self._asked = self._begun = time.perf_counter()
         total = sum(len(task.ids) + task.budget for task in tasks)
@@ -303,7 +303,7 @@ class _Progress:
         """The text has ended with so many tokens."""
         self._ended += 1
         self._bar.update(task.budget - count + (0 if count else len(task.ids)))
-        if self._ranks is not None and self._tells and not self._is_first:
+        if self._ranks is not None and self._tells:
             for name, number in zip(_TOLD, (1, count, len(task.ids) + task.budget), strict=True):
                 self._ranks.add(name, number)
 

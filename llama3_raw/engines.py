@@ -27,7 +27,7 @@ from .ops import Ops
 from .parallel import parallel_ops
 from .ranks import started
 from .sharding import Shard
-from .weights import Model, build_weights, first_layers, open_checkpoint, shard_of
+from .weights import Model, load
 
 TWO_PROCESSES = "two-processes"
 _UNTIMED = 2  # tokens: on a GPU the pass over a prompt is another than that over a token, whose first may be captured
@@ -195,11 +195,9 @@ def _serve(
     torch.set_num_threads(threads)
     with started(lambda: torch.device("cpu")) as ranks:
         assert ranks is not None
-        checkpoint = first_layers(open_checkpoint(folder), layers)
-        part = shard_of(checkpoint, Shard(ranks.tensor.rank, ranks.tensor.size))
-        weights = build_weights(part, dtype=dtype)
-        ops = parallel_ops(ops_for(weights), weights, ranks.tensor)
-        engine = Own(Model(checkpoint.params, weights, None), longest, ops)
+        shard = Shard(ranks.tensor.rank, ranks.tensor.size)
+        model = load(folder, layers=layers, dtype=dtype, tokenizer=False, shard=shard)
+        engine = Own(model, longest, parallel_ops(ops_for(model.weights), model.weights, ranks.tensor))
         while True:
             try:
                 task, numbers = pipe.recv()
