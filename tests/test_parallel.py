@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,11 @@ def eight_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hf_model(with_more_heads(llama3_raw.load(TINY, dtype=torch.float32)), "eager").save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
     return folder
+
+
+def without_end(model: Path, folder: Path) -> Path:
+    """A copy of a model without its tokenizer: no token ends its text."""
+    return Path(shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns("tokenizer.model")))
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -155,7 +161,7 @@ def test_an_error_of_one_is_told_by_it(tmp_path: Path, where: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 @pytest.mark.parametrize(("size", "rank"), [(2, 0), (4, 2)])
 def test_a_killed_process_ends_the_rest(eight_heads: Path, tmp_path: Path, size: int, rank: int) -> None:
-    command = ["-m", "llama3_raw", "--weights", str(eight_heads), "--ids", "--temperature", "1", "1 2 3"]
+    command = ["-m", "llama3_raw", "--weights", str(without_end(eight_heads, tmp_path)), "--ids", "1 2 3"]
     with open(tmp_path / "stdout", "wb") as stdout, open(tmp_path / "stderr", "wb") as stderr:
         run = subprocess.Popen(
             [*TORCHRUN, str(size), *command, "--max-new-tokens", "500"], stdout=stdout, stderr=stderr
@@ -181,7 +187,7 @@ def test_a_killed_process_ends_the_rest(eight_heads: Path, tmp_path: Path, size:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")
 def test_ctrl_c_ends_all(tmp_path: Path) -> None:
-    command = ["-m", "llama3_raw", "--weights", str(TINY), "--ids", "--temperature", "1", "1 2 3"]
+    command = ["-m", "llama3_raw", "--weights", str(without_end(TINY, tmp_path)), "--ids", "1 2 3"]
     with open(tmp_path / "stdout", "wb") as stdout, open(tmp_path / "stderr", "wb") as stderr:
         run = subprocess.Popen([*TORCHRUN, "2", *command, "--max-new-tokens", "500"], stdout=stdout, stderr=stderr)
         try:
