@@ -6,6 +6,7 @@
 
 #include <math.h>
 #include <omp.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -568,6 +569,20 @@ int attend(const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *out, const
         }
     free(parts);
     return 0;
+}
+
+/* Counts this process up to `number`, in memory that several processes share, and looks whether all are there: 1 as soon
+   as they are, 0 after some milliseconds. Each has a count for itself in every eighth place. What a process wrote before
+   it counted is there for those who have seen the count. */
+int are_here(int64_t *counts, int64_t rank, int64_t size, int64_t number) {
+    __atomic_store_n(&counts[8 * rank], number, __ATOMIC_RELEASE);
+    int64_t looks = 0;
+    for (int64_t other = 0; other < size; other++)
+        while (__atomic_load_n(&counts[8 * other], __ATOMIC_ACQUIRE) < number) {
+            if (++looks > 20000) return 0;
+            if (looks > 1000) sched_yield(); /* there may be fewer processors than processes */
+        }
+    return 1;
 }
 
 /* The sum of about n floats, read in streams as linear does it: how fast the memory can be read. */

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .int8 import Matrix
+from .nearby import nearby
 from .ops import Ops
 from .ranks import Group
 from .weights import Weights
@@ -21,16 +22,19 @@ def parallel_ops(own: Ops, weights: Weights, group: Group) -> Ops:
     Every process of the group gets the same logits, those of the whole vocabulary.
     """
 
+    on_cpu = weights.norm.device.type == "cpu"
+    near = (nearby(group) if on_cpu else None) or group
+
     def embed(tokens: Tensor, table: Tensor) -> Tensor:
         """Tokens [..., T], a part of the table [vocab / size, dim] -> [..., T, dim]."""
         rows = tokens - group.rank * len(table)
         is_here = (rows >= 0) & (rows < len(table))
         found = own.embed(torch.where(is_here, rows, 0), table)
-        return group.all_reduce(found.masked_fill_(~is_here.unsqueeze(-1), 0))
+        return near.all_reduce(found.masked_fill_(~is_here.unsqueeze(-1), 0))
 
     def linear(x: Tensor, weight: Matrix) -> Tensor:
         """x [..., in], a part of the rows of a matrix -> [..., part of out]; of the output matrix all of them."""
         y = own.linear(x, weight)
-        return group.all_gather(y).movedim(0, -2).flatten(-2) if weight is weights.output else y
+        return near.all_gather(y).movedim(0, -2).flatten(-2) if weight is weights.output else y
 
-    return own._replace(embed=embed, linear=linear, reduce=group.all_reduce)
+    return own._replace(embed=embed, linear=linear, reduce=near.all_reduce)
