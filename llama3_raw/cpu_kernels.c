@@ -327,14 +327,13 @@ int linear_tiles(const bf16 *x, const bf16 *w, const Int8 *int8, bf16 *y, int64_
 int has_tiles(void) { return 0; }
 #endif
 
-/* y [n_rows, n_outputs] = x [n_rows, length] w^T, at most 16 rows, w [n_outputs, length] in int8. -> 0, or 1 where there
-   is no memory. */
+/* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length] in int8. -> 0, or 1 where there is no memory. */
 int linear_int8(const bf16 *x, const bf16 *unused, const Int8 *w, bf16 *y, int64_t n_rows, int64_t n_outputs,
                 int64_t length) {
     (void)unused;
-    int16_t *rounded = malloc(n_rows * length * sizeof *rounded);
-    if (!rounded) return 1;
-    float scales[16];
+    float *scales = malloc(n_rows * (sizeof *scales + length * sizeof(int16_t)));
+    if (!scales) return 1;
+    int16_t *rounded = (int16_t *)(scales + n_rows);
     for (int64_t r = 0; r < n_rows; r++)
         scales[r] = round_token(x + r * length, w->column_scales, rounded + r * length, length);
 #pragma omp parallel for schedule(static) if (n_rows * n_outputs * length > LITTLE)
@@ -351,7 +350,7 @@ int linear_int8(const bf16 *x, const bf16 *unused, const Int8 *w, bf16 *y, int64
             }
             y[r * n_outputs + o] = narrow((float)sum * (w->row_scales[o] * scales[r]));
         }
-    free(rounded);
+    free(scales);
     return 0;
 }
 

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import itertools
+import math
 import os
 import re
 import shlex
@@ -30,7 +31,8 @@ from .int8 import Int8, Matrix, linear
 from .ops import Ops, Tap
 
 FEW = 16  # tokens: up to so many are computed by the kernels on every processor, all with the same bits
-_MOST_BY_TILES = 128  # tokens: with more, torch is faster, which brings the matrix into another order first
+_MOST = 128  # tokens: with more, torch is faster, which brings the matrix into another order first, or widens it
+_MOST_INT8 = 64  # the same, for int8 without tiles; by tiles there is no such number
 _LONGEST = 2**17  # values of a row; above that the sum of int8 products might overflow 32 bits
 QUERIES = 128  # tokens that attend to earlier ones at a time, where there are more than a few
 _SOURCE = Path(__file__).with_name("cpu_kernels.c")
@@ -115,16 +117,24 @@ def make_ops(kernels: ctypes.CDLL) -> Ops:
     """The operations with these kernels. A product that they do not do (fp32, say) is torch's."""
     has_tiles, c_attend = bool(kernels.has_tiles()), kernels.attend
 
+    def most_rows(is_int8: bool, by_tiles: bool) -> float:
+        if by_tiles:
+            return math.inf if is_int8 else _MOST
+        if not fp32_is_faster():
+            return FEW
+        return _MOST_INT8 if is_int8 else _MOST
+
     def fast_linear(x: Tensor, weight: Matrix) -> Tensor:
         """x [..., in], weight [out, in] -> [..., out]; few rows of bf16 at the speed of the memory."""
         outputs, length = weight.shape
         rows = x.numel() // length
         is_int8 = isinstance(weight, Int8)
         by_tiles = has_tiles and outputs % 32 == 0 and length % (64 if is_int8 else 32) == 0 and length <= _LONGEST
-        most = FEW if not by_tiles else rows if is_int8 else _MOST_BY_TILES
-        if not (0 < rows <= most and length % 32 == 0 and _is_plain_bf16(x)):
+        if not (0 < rows and length % 32 == 0 and _is_plain_bf16(x)):
             return linear_by_torch(x, weight)
         if not (isinstance(weight, Int8) or (_is_plain_bf16(weight) and weight.is_contiguous())):
+            return linear_by_torch(x, weight)
+        if rows > FEW and rows > most_rows(is_int8, by_tiles):
             return linear_by_torch(x, weight)
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], outputs))

@@ -74,7 +74,7 @@ MANY = [(544, 2112), (288, 64), (130, 128), (96, 96)]
 
 @pytest.mark.parametrize(("outputs", "length"), MANY)
 def test_many_rows(ops: Ops, outputs: int, length: int) -> None:
-    """By torch, or by tiles: there a row has the same bits among all numbers of rows up to 128."""
+    """By torch, or by the kernels: there a row has the same bits among all numbers of rows up to 128."""
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(300, length, generator=generator).bfloat16()
     w = torch.randn(outputs, length, generator=generator).bfloat16()
@@ -84,15 +84,24 @@ def test_many_rows(ops: Ops, outputs: int, length: int) -> None:
         assert rms_error(ops.linear(x[:rows], w), exact[:rows]) <= 1.01 * theirs
 
 
+@pytest.mark.parametrize("instruction_set", ["amx", "avx2", "baseline"])
 @pytest.mark.parametrize(("outputs", "length"), [MANY[0], MANY[1]])
-def test_by_tiles_a_row_has_the_same_bits_among_any_number(outputs: int, length: int) -> None:
-    ops = built_for("amx")
+def test_a_row_has_the_same_bits_among_any_number(
+    instruction_set: str, outputs: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By tiles, and where torch would have to widen the matrix."""
+    monkeypatch.setattr(ops_cpu, "fp32_is_faster", lambda: True)
+    ops = built_for(instruction_set)
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(128, length, generator=generator).bfloat16()
     w = torch.randn(outputs, length, generator=generator).bfloat16()
     together = ops.linear(x, w)
     for rows in (1, 2, 15, 16, 17, 31, 33, 127):
         assert torch.equal(ops.linear(x[-rows:], w), together[-rows:])
+    x, w8 = x[:64], random_int8(outputs, length, generator)
+    together = ops.linear(x, w8)
+    for rows in (1, 16, 17, 63):
+        assert torch.equal(ops.linear(x[-rows:], w8), together[-rows:])
 
 
 def random_int8(outputs: int, length: int, generator: torch.Generator) -> Int8:
