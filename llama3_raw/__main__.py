@@ -39,12 +39,13 @@ from .generation import StopReason, generate
 from .int8 import Int8
 from .lookup import LookupPolicy
 from .memory import Lengths
+from .model_files import save_quantized
 from .ops import Tap
 from .ranks import Ranks, started
 from .stepping import break_at
 from .taps import chain, check_names
 from .tokenizer import Tokenizer
-from .weights import Model, in_words, save_quantized
+from .weights import Model, in_words
 
 
 def build_parser() -> ArgumentParser:

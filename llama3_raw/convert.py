@@ -38,7 +38,7 @@ Format = Literal["meta", "hf"]
 
 _MOST_SHARDS = 100  # they are numbered from 00 to 99
 _LARGEST_FILE = 5_000_000_000  # bytes of tensors in a file of Hugging Face's, unless a single one has more
-_CHUNK = 1 << 24  # bytes of a tensor in memory at a time
+_CHUNK = 1 << 22  # bytes of a tensor in memory at a time
 # what Hugging Face's folders have beside the config and the weights
 _HF_FILES = (
     "tokenizer.json",

@@ -1,6 +1,6 @@
-"""Files of a model that are written in place: first their structure alone, then the bytes of each tensor where they go.
+"""Files of a model that are written: in a folder that gets its name when it is whole, and never all of it in memory.
 
-So a model larger than the memory can be written. And the folder around them, which gets its name when it is whole.
+First their structure alone, then the bytes of each tensor where they go; or, in int8, a file for each layer.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from .errors import UserError, in_short
-from .weights import DTYPES
+from .int8 import quantize
+from .weights import DTYPES, MATRICES, Checkpoint, by_stored_name, find_files, tensor_places, whole_tensor
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SPARE = 10_000_000  # bytes on the disk for what is small
@@ -28,9 +32,9 @@ def write_empty_checkpoint(file: Path, tensors: Mapping[str, Tensor]) -> dict[st
 
     tensors: by name, on the device meta. The checksums of the tensors stay zero. Raises OSError.
     """
-    # memory that is never touched costs nothing
-    empty = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
     try:
+        # memory that is never touched costs nothing, unless the process may not even ask for so much
+        empty = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items()}
         with torch.serialization.skip_data():
             torch.save(empty, file)
     except RuntimeError as error:  # torch's word for what the system refuses
@@ -93,3 +97,43 @@ def new_folder(folder: Path, n_bytes: int) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)  # gone already where it has its name
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {in_short(error)}; name another folder") from error
+
+
+def save_quantized(
+    source: Path,
+    checkpoint: Checkpoint,
+    folder: Path,
+    tokenizer_file: Path | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> None:
+    """Writes the checkpoint of the model folder `source` into another `folder`, its matrices in int8; `load` maps it.
+
+    A file of safetensors for each layer, which is all that is in memory at a time, by Meta's names, a matrix with its
+    scales beside it. The other tensors are in `dtype`; None: as they are stored. progress: shows a bar on stderr.
+    Raises what `new_folder` raises.
+    """
+    params_file, _ = find_files(source)
+    n_layers = checkpoint.params.n_layers
+    embeddings = next(place for place in checkpoint.parts if place.field == "tok_embeddings")
+    n_values = sum(torch.Size(place.shape).numel() for place in tensor_places(checkpoint.params))
+    n_bytes = n_values + 4 * torch.Size(embeddings.shape).numel()  # at most: the embeddings are not in int8
+    with new_folder(folder, n_bytes) as part:
+        numbers = range(n_layers + 1)
+        for number in tqdm(numbers, desc=f"writing {folder}", unit="layer", disable=not progress, leave=False):
+            tensors: dict[str, Tensor] = {}
+            for place in tensor_places(checkpoint.params):
+                if place.layer != (number if number < n_layers else None):
+                    continue
+                tensor = whole_tensor(checkpoint, place if place in checkpoint.parts else embeddings)  # where tied
+                matrix = quantize(tensor) if place.field in MATRICES else tensor.to(dtype).contiguous()
+                tensors |= by_stored_name(place.meta_name, matrix)
+            file = part / f"int8.{number:03}.safetensors"
+            try:
+                save_file(tensors, file)
+            except SafetensorError as error:  # its word for what the system refuses
+                raise OSError(in_short(error)) from error
+            file.chmod(params_file.stat().st_mode)  # otherwise nobody else could read it
+        if tokenizer_file is not None:
+            shutil.copyfile(tokenizer_file, part / "tokenizer.model")
+        shutil.copyfile(params_file, part / params_file.name)

@@ -1,9 +1,9 @@
 """What processes on one machine tell each other through memory that they share, where little is to be said often.
 
 A token asks for two sums in each layer, of some kilobytes. Gloo takes a millisecond for one on a virtual machine, where
-waking a thread is slow: it wakes three of them, and its receiving thread waits for the lock of its sending one by asking
-again and again. Here each process writes what it brings into its own part of the memory, counts that up, and looks at
-the counts of the others until they are as high.
+to wake a thread is slow: it wakes three of them, and the one that receives asks again and again for the lock of the one
+that sends. Here each process writes what it brings into its own part of the memory, counts that up, and looks at the
+counts of the others until they are as high.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Nearby:
         self._are_here = kernels.are_here
         counts, parts = torch.frombuffer(memory, dtype=torch.uint8).split([group.size * _COUNT, 2 * group.size * _MOST])
         self._counts = ctypes.c_void_p(counts.data_ptr())
-        self._parts = parts.view(2, group.size, _MOST)
+        self._parts: Tensor = parts.view(2, group.size, _MOST)
         self._times = 0
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Nearby:
         Who writes for that one has seen that all are at the next, and thus have read this: so two places are enough.
         """
         self._times += 1
-        place = self._parts[self._times % 2, :, : x.nbytes].view(x.dtype).unflatten(1, x.shape or (1,))
+        place = self._parts[self._times % 2, :, : x.nbytes].view(x.dtype).view(self.group.size, *x.shape)
         place[self.group.rank] = x
         numbers = [ctypes.c_int64(number) for number in (self.group.rank, self.group.size, self._times)]
         while not self._are_here(self._counts, *numbers):
@@ -61,7 +61,7 @@ class Nearby:
 
 
 def nearby(group: Group) -> Nearby | None:
-    """The group with memory that its processes share; None where they cannot, on several machines or without a compiler.
+    """The group with memory that its processes share; None where there is none, on several machines, or no compiler.
 
     All of them call it, and all get the same answer.
     """

@@ -130,7 +130,7 @@ def make_ops(kernels: ctypes.CDLL) -> Ops:
         rows = x.numel() // length
         is_int8 = isinstance(weight, Int8)
         by_tiles = has_tiles and outputs % 32 == 0 and length % (64 if is_int8 else 32) == 0 and length <= _LONGEST
-        if not (0 < rows and length % 32 == 0 and _is_plain_bf16(x)):
+        if not (rows > 0 and length % 32 == 0 and _is_plain_bf16(x)):
             return linear_by_torch(x, weight)
         if not (isinstance(weight, Int8) or (_is_plain_bf16(weight) and weight.is_contiguous())):
             return linear_by_torch(x, weight)

@@ -10,10 +10,8 @@ import json
 import mmap
 import pickle
 import re
-import shutil
 import struct
 import sys
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -24,7 +22,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -175,11 +172,11 @@ def to_state_dict(params: Params, weights: Weights) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for place in tensor_places(params, tied=weights.output is weights.tok_embeddings):
         matrix = getattr(weights if place.layer is None else weights.layers[place.layer], place.field)
-        tensors |= _by_name(place.meta_name, matrix)
+        tensors |= by_stored_name(place.meta_name, matrix)
     return tensors
 
 
-def _by_name(name: str, matrix: Matrix) -> dict[str, Tensor]:
+def by_stored_name(name: str, matrix: Matrix) -> dict[str, Tensor]:
     """A matrix by its name, the scales of a quantised one beside it."""
     endings = ("", *_SCALES) if isinstance(matrix, Int8) else ("",)
     return {name + ending: tensor for ending, tensor in zip(endings, tensors_of(matrix), strict=True)}
@@ -523,7 +520,7 @@ def build_weights(
                 for part in parts:
                     read_exactly(part)
             try:
-                moved = move(_whole(checkpoint, place), None if place in scales else dtype)
+                moved = move(whole_tensor(checkpoint, place), None if place in scales else dtype)
                 matrix: Matrix = moved
                 if place in scales:
                     matrix = Int8(moved, *(move(scale, None) for scale in scales[place]))
@@ -560,7 +557,7 @@ def devices_of(weights: Weights) -> set[torch.device]:
     return {tensor.device for matrix in matrices for tensor in tensors_of(matrix)} | {weights.norm.device}
 
 
-def _whole(checkpoint: Checkpoint, place: TensorPlace) -> Tensor:
+def whole_tensor(checkpoint: Checkpoint, place: TensorPlace) -> Tensor:
     """A tensor as Meta has it in one file: shards joined, the rows of wq and wk in interleaved pairs."""
     parts = checkpoint.parts[place]
     dimension = SHARDED_DIMENSION.get(place.field)
@@ -571,59 +568,6 @@ def _whole(checkpoint: Checkpoint, place: TensorPlace) -> Tensor:
         for part in parts:
             let_go(part)  # the copy is there instead
     return tensor
-
-
-def save_quantized(
-    source: Path,
-    checkpoint: Checkpoint,
-    folder: Path,
-    tokenizer_file: Path | None = None,
-    dtype: torch.dtype | None = None,
-    progress: bool = False,
-) -> None:
-    """Writes the checkpoint of the model folder `source` into another `folder`, its matrices in int8; `load` maps it.
-
-    A file of safetensors for each layer, which is all that is in memory at a time, by Meta's names, a matrix with its
-    scales beside it. The other tensors are in `dtype`; None: as they are stored. The folder gets its name when all of
-    it is written. progress: shows a bar on stderr. Raises UserError where there is one of that name, or it cannot be
-    written.
-    """
-    params_file, _ = find_files(source)
-    n_layers = checkpoint.params.n_layers
-    embeddings = next(place for place in checkpoint.parts if place.field == "tok_embeddings")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already, and is not empty; name another folder, or remove it first")
-    part = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", suffix=".part", dir=folder.parent))
-        part.chmod(folder.parent.stat().st_mode)
-        n_values = sum(torch.Size(place.shape).numel() for place in tensor_places(checkpoint.params))
-        n_bytes = n_values + 4 * torch.Size(embeddings.shape).numel()  # at most: the embeddings are not in int8
-        free = shutil.disk_usage(part).free
-        if free < n_bytes:
-            raise UserError(f"{folder}: {n_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on that disk")
-        numbers = range(n_layers + 1)
-        for number in tqdm(numbers, desc=f"writing {folder}", unit="layer", disable=not progress, leave=False):
-            tensors: dict[str, Tensor] = {}
-            for place in tensor_places(checkpoint.params):
-                if place.layer != (number if number < n_layers else None):
-                    continue
-                tensor = _whole(checkpoint, place if place in checkpoint.parts else embeddings)  # where they are tied
-                matrix = quantize(tensor) if place.field in MATRICES else tensor.to(dtype).contiguous()
-                tensors |= _by_name(place.meta_name, matrix)
-            file = part / f"int8.{number:03}.safetensors"
-            save_file(tensors, file)
-            file.chmod(params_file.stat().st_mode)  # otherwise nobody else could read it
-        if tokenizer_file is not None:
-            shutil.copyfile(tokenizer_file, part / "tokenizer.model")
-        shutil.copyfile(params_file, part / params_file.name)
-        part.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be written: {in_short(error)}; name another folder") from error
-    finally:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
 
 
 def _is_hf(names: Iterable[str]) -> bool:

@@ -26,8 +26,9 @@ from torch import Tensor
 import llama3_raw
 from llama3_raw import Params, convert, forward, model_files
 from llama3_raw.convert import main
+from llama3_raw.model_files import save_quantized
 from llama3_raw.params import RopeScaling
-from llama3_raw.weights import open_checkpoint, save_quantized, tensor_places, to_state_dict
+from llama3_raw.weights import open_checkpoint, tensor_places, to_state_dict
 
 # every dimension divides by 8; with 8 shards two rows of wk are in each, less than a head
 DIVISIBLE = {
@@ -422,6 +423,19 @@ def test_a_full_disk_is_seen_before(
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(model_files.shutil, "disk_usage", lambda _: usage(1000))
     assert "0.0 GB are needed, 0.0 GB are free" in refusal(capsys, "tiny", tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_the_system_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a limit on addresses (ulimit -v), which the tensors of the file's structure take, though no memory."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(model_files.torch, "empty_like", refused)
+    assert "can't allocate memory; name another" in refusal(capsys, "tiny", tmp_path / "new", "--shards", "2")
     assert list(tmp_path.iterdir()) == []
 
 

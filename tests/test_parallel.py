@@ -116,6 +116,46 @@ def test_chance_is_the_same_everywhere() -> None:
     assert F.cross_entropy(logits[:-1], torch.tensor(ids[1:])) < 2  # nats a token; 7.7 for tokens by chance
 
 
+NEARBY = """
+import random, time, torch
+from pathlib import Path
+from llama3_raw.nearby import nearby
+from llama3_raw.ranks import started
+
+with started(lambda: torch.device("cpu")) as ranks:
+    group = ranks.tensor
+    near = nearby(group)
+    assert not list(Path("/dev/shm").glob("llama3_raw-*"))
+    if near is not None:
+        late = random.Random(group.rank)
+        for i in range(3000):
+            time.sleep(late.choice([0.002] + 30 * [0]))  # now this one is last, now that one, by more than a round
+            brought = torch.arange(i % 700) + i * torch.arange(1, group.size + 1).unsqueeze(1)
+            assert torch.equal(near.all_reduce(brought[group.rank].clone()), brought.sum(0))
+            assert torch.equal(near.all_gather(brought[group.rank]), brought)
+        assert near.all_gather(torch.tensor(group.rank)).tolist() == list(range(group.size))
+        large = torch.full((1 << 20,), float(group.rank))  # more than there is room for
+        assert torch.equal(near.all_gather(large)[:, -1], torch.arange(float(group.size)))
+        assert near.all_reduce(large)[-1] == sum(range(group.size))
+        one = torch.ones(1, dtype=torch.bfloat16)  # 256 + 1 is 256 there
+        assert near.all_reduce(256 * one if group.rank == 0 else one) == 256 + group.size - 1
+    group.wait()
+    if group.rank == 0:
+        print("shared" if near else "not shared")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory is shared by a file in /dev/shm")
+@pytest.mark.parametrize("compiler", ["cc", "false"])
+def test_sums_by_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
+    """Whoever is late; and without a compiler by gloo, as all processes know."""
+    monkeypatch.setenv("CC", compiler)
+    (tmp_path / "script.py").write_text(NEARBY)
+    done = torchrun(3, str(tmp_path / "script.py"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ("shared\n" if compiler == "cc" else "not shared\n")
+
+
 def test_an_error_of_all_is_told_once() -> None:
     done = torchrun(4, "-m", "llama3_raw", "--weights", str(TINY), STORY)
     assert done.returncode != 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,10 +15,11 @@ from torch import Tensor
 
 import llama3_raw
 import llama3_raw.weights as weights_module
-from llama3_raw import Params
+from llama3_raw import Params, convert
 from llama3_raw.int8 import Int8
+from llama3_raw.model_files import save_quantized
 from llama3_raw.transfer import Move, Route, mover, staged_mover
-from llama3_raw.weights import build_weights, open_checkpoint, save_quantized, to_state_dict
+from llama3_raw.weights import build_weights, open_checkpoint
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 CPU = torch.device("cpu")
@@ -194,28 +194,15 @@ def test_what_the_driver_does_not_pin(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert not capsys.readouterr().err
 
 
-def write_meta(folder: Path, shards: list[dict[str, Tensor]]) -> Path:
-    folder.mkdir()
-    (folder / "params.json").write_text(json.dumps(SMALL))
-    for number, shard in enumerate(shards):
-        torch.save(shard, folder / f"consolidated.{number:02}.pth")
-    return folder
-
-
 def model_folder(tmp_path: Path, case: str) -> Path:
     """A model of each kind that loading has something to do with."""
-    params = Params.from_meta(SMALL)
-    weights = random_weights(params, torch.bfloat16, seed=0, tied=case == "tied")
     if case in ("hf", "tied"):
-        hf_model(params, weights).save_pretrained(tmp_path)
+        params = Params.from_meta(SMALL)
+        hf_model(params, random_weights(params, torch.bfloat16, seed=0, tied=case == "tied")).save_pretrained(tmp_path)
         return tmp_path
     if case == "shards":
-        shards: list[dict[str, Tensor]] = [{}, {}]
-        for name, tensor in to_state_dict(params, weights).items():
-            parts = [tensor] * 2 if tensor.dim() == 1 else tensor.chunk(2, 1 if ".wo." in name or ".w2." in name else 0)
-            for shard, part in zip(shards, parts, strict=True):
-                shard[name] = part.clone()
-        return write_meta(tmp_path / "shards", shards)
+        assert convert.main([str(TINY), str(tmp_path / "shards"), "--shards", "2"]) == 0
+        return tmp_path / "shards"
     if case == "int8":
         save_quantized(TINY, open_checkpoint(TINY), tmp_path / "int8")
         return tmp_path / "int8"

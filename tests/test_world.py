@@ -36,7 +36,8 @@ import llama3_raw
 from llama3_raw import Params, Tokenizer, UserError, bench, chat, machine, perplexity
 from llama3_raw.__main__ import main
 from llama3_raw.errors import command_line_tool
-from llama3_raw.weights import open_checkpoint, save_quantized, tensor_places, to_state_dict
+from llama3_raw.model_files import save_quantized
+from llama3_raw.weights import open_checkpoint, tensor_places, to_state_dict
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "weights" / "tiny"
