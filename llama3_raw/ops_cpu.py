@@ -190,19 +190,25 @@ def linear_by_torch(x: Tensor, weight: Matrix) -> Tensor:
 def fp32_is_faster() -> bool:
     """Whether torch multiplies in fp32 faster than in bf16 on this CPU; measured once, in milliseconds.
 
-    The difference is at least twofold in either direction on all processors that were tried, so that the answer (and
-    with it the rounding) is always the same.
+    On one thread, by the processor's time that it takes: others who compute do not count. The difference is at least
+    twofold in either direction on all processors that were tried, so that the answer (and with it the rounding) is
+    always the same.
     """
     x, matrix = torch.ones(64, 1024, dtype=torch.bfloat16), torch.ones(512, 1024, dtype=torch.bfloat16)
     seconds: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(3):
-        for in_fp32, times in seconds.items():
-            start = time.perf_counter()
-            if in_fp32:
-                F.linear(x.float(), matrix.float())
-            else:
-                F.linear(x, matrix)
-            times.append(time.perf_counter() - start)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(5):
+            for in_fp32, times in seconds.items():
+                start = time.thread_time()
+                if in_fp32:
+                    F.linear(x.float(), matrix.float())
+                else:
+                    F.linear(x, matrix)
+                times.append(time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
     return min(seconds[True]) < min(seconds[False])
 
 

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,24 @@ def test_the_largest_sums_of_an_int8_product(ops: Ops) -> None:
     w = quantize(torch.ones(32, 14336))
     y = ops.linear(torch.ones(2, 14336).bfloat16(), w)
     assert torch.equal(y, torch.full((2, 32), 14336.0).bfloat16())
+
+
+@pytest.mark.parametrize("slower", [torch.float32, torch.bfloat16])
+def test_who_else_computes_makes_no_difference(monkeypatch: pytest.MonkeyPatch, slower: torch.dtype) -> None:
+    """The other product waits for a processor each time: on a busy machine bf16 was taken for the faster one."""
+
+    def linear(x: Tensor, _: Tensor) -> None:
+        if x.dtype == slower:
+            end = time.thread_time() + 0.003
+            while time.thread_time() < end:
+                pass
+        else:
+            time.sleep(0.03)
+
+    monkeypatch.setattr(ops_cpu.F, "linear", linear)
+    threads = torch.get_num_threads()
+    assert ops_cpu.fp32_is_faster.__wrapped__() == (slower == torch.bfloat16)
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("in_fp32", [True, False])
