@@ -1,5 +1,5 @@
-/* The operations that cost time: products with a matrix in bf16 or int8, and attention over a bf16 cache. Built on first
-   use by ops_cpu.py for the processor at hand.
+/* The operations that cost time: products with a matrix in bf16 or int8, and attention over a bf16 cache; and how processes
+   wait for each other. Built on first use by ops_cpu.py for the processor at hand.
 
    Whatever stands beside it, a token's result comes from the same operations in the same order: every sum runs over its
    terms in one fixed order, whose pieces do not depend on how many tokens or threads there are. */
@@ -327,6 +327,8 @@ int linear_tiles(const bf16 *x, const bf16 *w, const Int8 *int8, bf16 *y, int64_
 int has_tiles(void) { return 0; }
 #endif
 
+int width(void) { return WIDTH; }
+
 /* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length] in int8. -> 0, or 1 where there is no memory. */
 int linear_int8(const bf16 *x, const bf16 *unused, const Int8 *w, bf16 *y, int64_t n_rows, int64_t n_outputs,
                 int64_t length) {
@@ -571,14 +573,14 @@ int attend(const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *out, const
 }
 
 /* Counts this process up to `number`, in memory that several processes share, and looks whether all are there: 1 as soon
-   as they are, 0 after some milliseconds. Each has a count for itself in every eighth place. What a process wrote before
+   as they are, 0 after about five milliseconds. Each has a count for itself in every eighth place. What a process wrote before
    it counted is there for those who have seen the count. */
 int are_here(int64_t *counts, int64_t rank, int64_t size, int64_t number) {
     __atomic_store_n(&counts[8 * rank], number, __ATOMIC_RELEASE);
     int64_t looks = 0;
     for (int64_t other = 0; other < size; other++)
         while (__atomic_load_n(&counts[8 * other], __ATOMIC_ACQUIRE) < number) {
-            if (++looks > 20000) return 0;
+            if (++looks > 5000) return 0;
             if (looks > 1000) sched_yield(); /* there may be fewer processors than processes */
         }
     return 1;

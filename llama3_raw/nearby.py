@@ -8,6 +8,7 @@ counts of the others until they are as high.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 
 from .ops_cpu import CannotBuild, build_kernels
-from .ranks import Group
+from .ranks import Group, PeerLost
 
 _FOLDER = Path("/dev/shm")  # files in memory, on Linux; who finds a file there is on the same machine
 _MOST = 1 << 20  # bytes that a process brings at a time: what is more is of a prompt, and worth gloo's way
 _COUNT = 64  # bytes from one count to the next, so that each has a cache line for itself
-_PAUSE = 5e-4  # seconds between two looks, where the others take long
+_LONGEST_PAUSE = 0.02  # seconds between two looks, where the others take long
+_LATE = 1.0  # seconds of waiting, from which on one of them may have ended without an error; if lost, it is told anyway
 
 
 class Nearby:
@@ -39,8 +41,14 @@ class Nearby:
         self._times = 0
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of what each has brought, in the order of the ranks and rounded once; perhaps in place of x."""
-        return self._gather(x).sum(0, dtype=x.dtype) if x.nbytes <= _MOST else self.group.all_reduce(x)
+        """The sum of what each has brought, of floats, in the order of the ranks and rounded once; or in place of x."""
+        if x.nbytes > _MOST:
+            return self.group.all_reduce(x)
+        parts = self._gather(x)
+        total = parts[0].to(torch.float32, copy=True)
+        for part in parts[1:]:
+            total += part
+        return total.to(x.dtype)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[...] of the same shape everywhere -> [size, ...], what each has brought."""
@@ -55,8 +63,12 @@ class Nearby:
         place = self._parts[self._times % 2, :, : x.nbytes].view(x.dtype).view(self.group.size, *x.shape)
         place[self.group.rank] = x
         numbers = [ctypes.c_int64(number) for number in (self.group.rank, self.group.size, self._times)]
+        begun = time.monotonic()
         while not self._are_here(self._counts, *numbers):
-            time.sleep(_PAUSE)  # also the moment for Ctrl-C
+            waited = time.monotonic() - begun
+            if waited > _LATE and self.group.has_ended() and not self._are_here(self._counts, *numbers):
+                raise PeerLost("another process has ended")
+            time.sleep(min(_LONGEST_PAUSE, waited / 4))  # also the moment for Ctrl-C
         return place
 
 
@@ -65,19 +77,21 @@ def nearby(group: Group) -> Nearby | None:
 
     All of them call it, and all get the same answer.
     """
+    kernels = _kernels()
     file = _FOLDER / f"llama3_raw-{group.from_first(secrets.token_hex(16))}"
+    group.wait()  # with all of them here, the file has a name for a moment only
     try:
         if group.rank == 0:
             _make(file, group.size * (_COUNT + 2 * _MOST))
         group.wait()
-        memory, kernels = _open(file), _kernels()
+        memory = _open(file)
         can = torch.tensor([int(memory is not None and kernels is not None)])
         if group.all_reduce(can).item() < group.size or memory is None or kernels is None:
             return None
         return Nearby(group, kernels, memory)
     finally:  # its memory lasts as long as somebody has it open, even if all are killed
         if group.rank == 0:
-            file.unlink(missing_ok=True)
+            _remove(file)
 
 
 def _make(file: Path, size: int) -> None:
@@ -88,9 +102,14 @@ def _make(file: Path, size: int) -> None:
     try:
         os.posix_fallocate(descriptor, 0, size)  # now, where the folder may be full, and not as it is written to
     except OSError:
-        file.unlink()
+        _remove(file)
     finally:
         os.close(descriptor)
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(OSError):  # it was not made, or nothing can be in that folder
+        file.unlink()
 
 
 def _open(file: Path) -> mmap.mmap | None:

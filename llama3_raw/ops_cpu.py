@@ -78,13 +78,10 @@ def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
     key = hashlib.sha256(b"\0".join((_SOURCE.read_bytes(), " ".join(flags).encode(), defined))).hexdigest()[:20]
     library = _cache_folder() / f"cpu_kernels-{key}.so"
     if not library.exists():
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            objects, built = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-            _run([*compiler, *flags, "-c", str(_SOURCE), "-o", str(objects)])
-            # without -fopenmp, so that it takes OpenMP from torch: two pools of threads would fight for the processors
-            undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-            _run([*compiler, "-shared", *undefined, str(objects), "-o", str(built), "-lm"])
-            built.replace(library)
+        try:
+            _build(compiler, flags, library)
+        except OSError as error:
+            raise CannotBuild(f"{library} cannot be written ({error.strerror})") from error
     try:
         for library_of_torch in (Path(torch.__file__).parent / "lib").iterdir():
             if re.match(r"lib(g|i)?omp", library_of_torch.name):
@@ -92,6 +89,16 @@ def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise CannotBuild(f"{library} cannot be loaded ({error})") from error
+
+
+def _build(compiler: Sequence[str], flags: Sequence[str], library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        objects, built = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+        _run([*compiler, *flags, "-c", str(_SOURCE), "-o", str(objects)])
+        # without -fopenmp, so that it takes OpenMP from torch: two pools of threads would fight for the processors
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        _run([*compiler, "-shared", *undefined, str(objects), "-o", str(built), "-lm"])
+        built.replace(library)
 
 
 def _cache_folder() -> Path:
@@ -120,7 +127,7 @@ def make_ops(kernels: ctypes.CDLL) -> Ops:
     def most_rows(is_int8: bool, by_tiles: bool) -> float:
         if by_tiles:
             return math.inf if is_int8 else _MOST
-        if not fp32_is_faster():
+        if kernels.width() < 8 or not fp32_is_faster():  # NEON is not measured, beside Apple's matrix units, say
             return FEW
         return _MOST_INT8 if is_int8 else _MOST
 
@@ -196,17 +203,18 @@ def fp32_is_faster() -> bool:
     """
     x, matrix = torch.ones(64, 1024, dtype=torch.bfloat16), torch.ones(512, 1024, dtype=torch.bfloat16)
     seconds: dict[bool, list[float]] = {True: [], False: []}
+    clock = time.perf_counter if sys.platform == "win32" else time.thread_time  # which moves by 16 ms there
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for _ in range(5):
             for in_fp32, times in seconds.items():
-                start = time.thread_time()
+                start = clock()
                 if in_fp32:
                     F.linear(x.float(), matrix.float())
                 else:
                     F.linear(x, matrix)
-                times.append(time.thread_time() - start)
+                times.append(clock() - start)
     finally:
         torch.set_num_threads(threads)
     return min(seconds[True]) < min(seconds[False])

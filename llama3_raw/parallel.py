@@ -19,7 +19,7 @@ from .weights import Weights
 def parallel_ops(own: Ops, weights: Weights, group: Group) -> Ops:
     """The operations of `own` for the process's part of the weights, which the group has in the order of its ranks.
 
-    Every process of the group gets the same logits, those of the whole vocabulary.
+    All processes of the group call it at the same time. Each gets the same logits, those of the whole vocabulary.
     """
 
     on_cpu = weights.norm.device.type == "cpu"

@@ -1,7 +1,7 @@
 """Several processes that work together, as torchrun starts them: their groups, who speaks, what is said of a lost one.
 
 torchrun tells each process its number (rank) in the environment; torch.distributed carries what they tell each other,
-by NCCL between GPUs and by gloo between CPUs.
+by NCCL between GPUs and by gloo between CPUs. (What they add up often and in little, on one machine: nearby.py.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import psutil
@@ -43,6 +43,7 @@ class Group(NamedTuple):
     rank: int  # of this process, from 0 on
     size: int
     handle: Any  # torch's ProcessGroup
+    has_ended: Callable[[], bool]  # whether one of them has, with or without an error
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of what each has brought, in place of x."""
@@ -149,12 +150,19 @@ def _ranks(device: torch.device, store: Any, rank: int, size: int, width: int) -
     rows = [list(range(first, first + width)) for first in range(0, size, width)]
     columns = [list(range(first, size, width)) for first in range(width)]
     row, column = (dist.new_subgroups_by_enumeration(ranks, _LONGEST_WAIT)[0] for ranks in (rows, columns))
+
+    def group(ranks: Sequence[int], handle: Any) -> Group:
+        def has_ended() -> bool:
+            return any(store.check([f"ended/{other}"]) for other in ranks)
+
+        return Group(ranks.index(rank), len(ranks), handle, has_ended)
+
     return Ranks(
         rank=rank,
         size=size,
-        tensor=Group(rank % width, width, row),
-        data=Group(rank // width, size // width, column),
-        everyone=Group(rank, size, dist.group.WORLD),
+        tensor=group(rows[rank // width], row),
+        data=group(columns[rank % width], column),
+        everyone=group(range(size), dist.group.WORLD),
         store=store,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -85,7 +86,7 @@ def test_many_rows(ops: Ops, outputs: int, length: int) -> None:
         assert rms_error(ops.linear(x[:rows], w), exact[:rows]) <= 1.01 * theirs
 
 
-@pytest.mark.parametrize("instruction_set", ["amx", "avx2", "baseline"])
+@pytest.mark.parametrize("instruction_set", ["amx", "avx2"])
 @pytest.mark.parametrize(("outputs", "length"), [MANY[0], MANY[1]])
 def test_a_row_has_the_same_bits_among_any_number(
     instruction_set: str, outputs: int, length: int, monkeypatch: pytest.MonkeyPatch
@@ -127,7 +128,7 @@ def test_int8_products(ops: Ops, outputs: int, length: int) -> None:
             assert rms_error(y, exact[:rows]) <= 1.05 * rounding
             assert torch.equal(y, together[:rows])
             assert torch.equal(ops.linear(x[rows - 1], w), together[rows - 1])
-        else:  # without tiles torch does it, where the matrix is rounded to bf16 too
+        else:  # without tiles torch may do it, where the matrix is rounded to bf16 too
             assert rms_error(y, exact[:rows]) <= 2 * rounding
 
 
@@ -384,6 +385,16 @@ def test_the_kernels_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     time = built.stat().st_mtime_ns
     ops_cpu.build_kernels()
     assert [file.stat().st_mtime_ns for file in (tmp_path / "llama3_raw").iterdir()] == [time]
+
+
+def test_a_cache_folder_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(ops_cpu.tempfile, "TemporaryDirectory", full)
+    with pytest.raises(ops_cpu.CannotBuild, match=r"\.so cannot be written \(No space left on device\)"):
+        ops_cpu.build_kernels()
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/self/maps")

@@ -22,8 +22,9 @@ from of_ranks import all_logits
 from torch import Tensor
 
 import llama3_raw
-from llama3_raw import Model, convert, generate
+from llama3_raw import Model, convert, generate, nearby
 from llama3_raw.implementations import hf_model
+from llama3_raw.ranks import Group
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 STORY = "Once upon a time"
@@ -133,7 +134,7 @@ with started(lambda: torch.device("cpu")) as ranks:
         late = random.Random(group.rank)
         for i in range(3000):
             time.sleep(late.choice([0.002] + 30 * [0]))  # now this one is last, now that one, by more than a round
-            brought = torch.arange(i % 700) + i * torch.arange(1, group.size + 1).unsqueeze(1)
+            brought = torch.arange(i % 700.0) + i * torch.arange(1.0, group.size + 1).unsqueeze(1)
             assert torch.equal(near.all_reduce(brought[group.rank].clone()), brought.sum(0))
             assert torch.equal(near.all_gather(brought[group.rank]), brought)
         assert near.all_gather(torch.tensor(group.rank)).tolist() == list(range(group.size))
@@ -157,6 +158,35 @@ def test_sums_by_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     done = torchrun(3, str(tmp_path / "script.py"))
     assert done.returncode == 0, done.stderr
     assert done.stdout == ("shared\n" if compiler == "cc" else "not shared\n")
+
+
+def test_who_ends_early_keeps_nobody(tmp_path: Path) -> None:
+    """Without an error, of which the others would be told; by gloo they would hear that nobody is there any more."""
+    (tmp_path / "script.py").write_text(
+        "import torch\n"
+        "from llama3_raw.nearby import nearby\n"
+        "from llama3_raw.ranks import started\n"
+        "with started(lambda: torch.device('cpu')) as ranks:\n"
+        "    near = nearby(ranks.tensor)\n"
+        "    if ranks.rank == 0:\n"
+        "        near.all_reduce(torch.ones(1))\n"
+    )
+    assert torchrun(2, str(tmp_path / "script.py")).returncode != 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what lies in /dev/shm is no file elsewhere")
+def test_a_folder_that_takes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = Group(0, 1, None, lambda: False)
+    monkeypatch.setattr(Group, "from_first", lambda _, value: value)
+    monkeypatch.setattr(Group, "all_reduce", lambda _, x: x)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(nearby, "_FOLDER", tmp_path / "file")
+    assert nearby.nearby(alone) is None
+    monkeypatch.setattr(nearby, "_FOLDER", tmp_path)
+    shared = nearby.nearby(alone)
+    assert shared is not None
+    assert shared.all_gather(torch.ones(2, 3)).shape == (1, 2, 3)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_error_of_all_is_told_once() -> None:
