@@ -131,7 +131,7 @@ def test_trained_weights_know_the_capital_of_france(smollm2: Model) -> None:
 
 def test_bf16_error_is_no_larger_than_that_of_hf(smollm2: Model) -> None:
     """Both against the fp32 result, root mean square over all logits of four prompts."""
-    tokens = tokens_for(smollm2.params, 4, 64)
+    tokens = tokens_for(smollm2.params, 4, 32)
     weights = cast(smollm2.weights, torch.bfloat16)
     exact = cast(weights, torch.float32)
     with torch.no_grad():

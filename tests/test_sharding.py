@@ -161,8 +161,7 @@ def test_a_part_takes_a_part_of_the_memory(tmp_path: Path, n_files: int) -> None
     weights = random_weights(params, torch.bfloat16, seed=0)
     n_bytes = sum(tensor.nbytes for tensor in flat(weights))
     folder = write_shards(tmp_path / "model", content, weights, n_files)
-    for rank in (0, 3):
-        command = [sys.executable, "-c", MEASURED, str(folder), str(rank), "4"]
-        taken = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        around = 9 * 2 * 2**21  # at both ends of each matrix the system may bring a large page
-        assert 0.98 * n_bytes / 4 < taken < n_bytes / 4 + around < n_bytes / 2
+    command = [sys.executable, "-c", MEASURED, str(folder), "2", "4"]
+    taken = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    around = 9 * 2 * 2**21  # at both ends of each matrix the system may bring a large page
+    assert 0.98 * n_bytes / 4 < taken < n_bytes / 4 + around < n_bytes / 2
