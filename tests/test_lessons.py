@@ -59,14 +59,35 @@ def test_the_lessons_are_there() -> None:
     assert [int(lesson.name[:2]) for lesson in LESSONS] == list(range(1, 11))
 
 
+@pytest.mark.parametrize("lesson", [LESSONS[0], LESSONS[5]], ids=lambda lesson: lesson.stem)
+def test_starts_without_a_warning(lesson: Path, tmp_path: Path) -> None:
+    """One that prints and one that draws; what they import is the same in all."""
+    draws = "draws=True" in lesson.read_text()
+    assert draws == (lesson == LESSONS[5])
+    done = run(lesson, "--weights", "tiny", *(["--picture", "picture.png"] if draws else []), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr  # the line that names the model
+
+
+def run_here(lesson: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    """As `run`, in this process, which saves half of the time."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # how a lesson ends on a closed pipe is its own affair
+    monkeypatch.setattr(sys, "argv", [str(lesson), *options])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runpy.run_path(str(lesson), run_name="__main__")
+
+
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
-def test_runs_on_the_built_in_model(lesson: Path, tmp_path: Path) -> None:
+def test_runs_on_the_built_in_model(
+    lesson: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     draws = "draws=True" in lesson.read_text()
     picture = tmp_path / "picture.png"
-    done = run(lesson, "--weights", "tiny", *(["--picture", str(picture)] if draws else []), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr  # the line that names the model, and no warning
-    assert len(done.stdout.splitlines()) > 10
+    run_here(lesson, monkeypatch, "--weights", "tiny", *(["--picture", str(picture)] if draws else []))
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1, err  # the line that names the model, and no warning
+    assert len(out.splitlines()) > 10
     if draws:
         assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -75,12 +96,7 @@ def test_runs_on_the_built_in_model(lesson: Path, tmp_path: Path) -> None:
 def test_runs_on_another_model(
     lesson: Path, with_llama_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process, which saves half of the time."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # how a lesson ends on a closed pipe is its own affair
-    monkeypatch.setattr(sys, "argv", [str(lesson), "--weights", str(with_llama_tokenizer)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        runpy.run_path(str(lesson), run_name="__main__")
+    run_here(lesson, monkeypatch, "--weights", str(with_llama_tokenizer))
     assert "llama" in capsys.readouterr().err
 
 
