@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
 from .command_line import (
     add_compile_option,
     add_lookup_option,
@@ -34,7 +35,7 @@ from .command_line import (
     warn_of_base_model,
 )
 from .dialog import Message, encode_dialog
-from .errors import ArgumentParser, UserError, command_line_tool, for_several_processes, not_empty
+from .errors import UserError
 from .generation import StopReason, generate
 from .int8 import Int8
 from .lookup import LookupPolicy

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .batch_generation import Row, generate_batch
+from .cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
 from .command_line import (
     ChosenModel,
     add_model_options,
@@ -39,7 +40,7 @@ from .command_line import (
     warn_of_base_model,
 )
 from .dialog import Message, encode_dialog
-from .errors import ArgumentParser, UserError, command_line_tool, for_several_processes, in_short, not_empty
+from .errors import UserError, in_short
 from .generation import StopReason, check_ids
 from .memory import Lengths
 from .ops import Ops

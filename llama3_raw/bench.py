@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from .command_line import (
     DTYPES_BY_NAME,
     ChosenModel,
@@ -33,7 +34,7 @@ from .command_line import (
     set_threads,
 )
 from .engines import Batch
-from .errors import ArgumentParser, UserError, command_line_tool, in_short, needed_package, not_empty
+from .errors import UserError, in_short, needed_package
 from .estimate import run_estimate
 from .generation import suitable_ops
 from .measuring import Figures, longest_text, measure

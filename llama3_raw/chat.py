@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from .cli.entry_point import ArgumentParser, command_line_tool
 from .command_line import (
     add_compile_option,
     add_lookup_option,
@@ -25,7 +26,7 @@ from .command_line import (
     warn_of_base_model,
 )
 from .dialog import DEFAULT_CONTEXT, Conversation, read_dialog, write_dialog
-from .errors import ArgumentParser, UserError, command_line_tool
+from .errors import UserError
 from .generation import StopReason
 from .lookup import LookupPolicy
 from .memory import Lengths

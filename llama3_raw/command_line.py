@@ -15,18 +15,20 @@ from typing import NamedTuple
 
 import torch
 
+from .cli.entry_point import not_empty
 from .dialog import is_base_model
-from .errors import UserError, in_short, not_empty, number_of_processes
+from .errors import UserError, in_short
 from .generation import check_ids, ops_for
 from .lookup import MOST
-from .machine import default_threads, processes_here, processors
+from .machine import default_threads, processors
 from .memory import Lengths, Plan, check_memory, memory_for_weights
 from .ops import Ops
 from .parallel import parallel_ops
-from .ranks import Ranks, local_rank
+from .ranks import Ranks
 from .read_ahead import least_memory, read_ahead
 from .sampling import Sampling
 from .sharding import Shard
+from .system.processes import local_rank, number_of_processes, processes_here
 from .tokenizer import Tokenizer
 from .weights import (
     DTYPES,

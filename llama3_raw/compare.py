@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from .command_line import (
     DTYPES_BY_NAME,
     ChosenModel,
@@ -32,7 +33,7 @@ from .command_line import (
     load_model,
     read_prompt,
 )
-from .errors import ArgumentParser, UserError, command_line_tool, in_short, not_empty
+from .errors import UserError, in_short
 from .implementations import check_hf, check_meta, trace_hf, trace_meta
 from .memory import Lengths
 from .model import REFERENCE, forward

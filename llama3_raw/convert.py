@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from .command_line import find_model, positive_int, set_threads
-from .errors import ArgumentParser, UserError, command_line_tool, not_empty
+from .errors import UserError
 from .model_files import new_folder, write_at, write_empty_checkpoint, write_empty_safetensors
 from .params import Params
 from .sharding import SHARDED_DIMENSION, join, take

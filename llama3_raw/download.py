@@ -25,7 +25,8 @@ from filelock import FileLock, Timeout
 from huggingface_hub import constants, get_token
 from tqdm import tqdm
 
-from .errors import ArgumentParser, UserError, command_line_tool, in_short, not_empty, page_or_pointer
+from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
+from .errors import UserError, in_short, page_or_pointer
 from .sources import ALGORITHMS, BlobStore, Digest, Hub, Interrupted, RemoteFile, Source, Stream
 
 

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import torch
 
+from .cli.entry_point import ArgumentParser
 from .command_line import find_model, positive_int
-from .errors import ArgumentParser, UserError
+from .errors import UserError
 from .params import Params
 from .sharding import SHARDED_DIMENSION, Shard, cannot_split, possible_sizes
 from .synthetic import SYNTHETIC, synthetic_checkpoint

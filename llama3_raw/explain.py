@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from .command_line import (
     add_model_options,
     check_output,
@@ -17,7 +18,7 @@ from .command_line import (
     read_prompt,
     write_whole,
 )
-from .errors import ArgumentParser, UserError, command_line_tool, needed_package, not_empty
+from .errors import UserError, needed_package
 from .memory import Lengths
 from .tracing import check_trace
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from .system.processes import processes_here
+
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
+
 _OWN_CONTROL_GROUPS = Path("/proc/self/cgroup")
 
 
@@ -25,11 +28,6 @@ def free_memory(device: torch.device) -> int:
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     return min([int(psutil.virtual_memory().available), *container_free()]) // processes_here()
-
-
-def processes_here() -> int:
-    """How many processes torchrun has started on this machine to work together; 1 without it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def container_free(groups: Path = _CONTROL_GROUPS, own: Path = _OWN_CONTROL_GROUPS) -> Iterator[int]:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from .cli.entry_point import ArgumentParser, command_line_tool
 from .command_line import add_model_options, check_context, choose_model, load_model, parse_ids, positive_int, read_text
-from .errors import ArgumentParser, UserError, command_line_tool
+from .errors import UserError
 from .generation import check_ids, check_logits, ops_for
 from .memory import Lengths
 from .model import KVCache, forward

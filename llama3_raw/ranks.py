@@ -23,11 +23,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # not in its __all__
 
-from .errors import FIRST_ONE_SPEAKS, ToldError, UserError, error_line, is_for_the_user, number_of_processes
+from .errors import FIRST_ONE_SPEAKS, ToldError, UserError, error_line, is_for_the_user
+from .system.processes import number_of_processes
 
 _LONGEST_WAIT = datetime.timedelta(days=30)  # who has nothing to do may wait long; who is gone is noticed otherwise
+
 _LOOK_EVERY = 0.5  # seconds
+
 _PATIENCE = 10.0  # seconds to wait for the others' word, when one is lost
+
 _KILLED = (
     "it was killed, perhaps by the system for lack of memory; free some, or start fewer processes, and run it again"
 )
@@ -85,11 +89,6 @@ class Ranks(NamedTuple):
         """Adds to a number that all of them see, 0 at first -> what it is then."""
         with _hearing():
             return int(self.store.add(name, number))
-
-
-def local_rank() -> int:
-    """The number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK") or 0)
 
 
 @contextlib.contextmanager

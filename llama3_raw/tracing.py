@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from .command_line import (
     DTYPES_BY_NAME,
     add_model_options,
@@ -34,7 +35,7 @@ from .command_line import (
     read_prompt,
     write_whole,
 )
-from .errors import ArgumentParser, UserError, command_line_tool, in_short, not_empty, read_beginning
+from .errors import UserError, in_short, read_beginning
 from .generation import check_ids, suitable_ops
 from .machine import free_memory
 from .memory import Lengths, score_bytes

@@ -35,7 +35,7 @@ from torch import Tensor
 import llama3_raw
 from llama3_raw import Params, Tokenizer, UserError, bench, chat, machine, perplexity
 from llama3_raw.__main__ import main
-from llama3_raw.errors import command_line_tool
+from llama3_raw.cli.entry_point import command_line_tool
 from llama3_raw.model_files import save_quantized
 from llama3_raw.weights import open_checkpoint, tensor_places, to_state_dict
 
