@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from llama3_raw.command_line import write_whole
 from llama3_raw.errors import needed_package
+from llama3_raw.system.files import write_whole
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from tqdm import tqdm
 
 from llama3_raw.cli.entry_point import ArgumentParser, command_line_tool
-from llama3_raw.command_line import write_whole
+from llama3_raw.system.files import write_whole
 
 HERE = Path(__file__).parent
 NOTEBOOK = HERE / "walkthrough.ipynb"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llama3_raw import Tokenizer, UserError
-from llama3_raw.command_line import write_whole
 from llama3_raw.errors import needed_package
+from llama3_raw.system.files import write_whole
 from llama3_raw.tokenizer import SPLIT_PATTERN
 
 

@@ -29,7 +29,6 @@ from .command_line import (
     chosen_sampling,
     load_model,
     parse_ids,
-    peak_memory,
     positive_int,
     read_prompt,
     warn_of_base_model,
@@ -42,8 +41,9 @@ from .lookup import LookupPolicy
 from .memory import Lengths
 from .model_files import save_quantized
 from .ops import Tap
-from .ranks import Ranks, started
 from .stepping import break_at
+from .system.machine import peak_memory
+from .system.process_groups import Ranks, started
 from .taps import chain, check_names
 from .tokenizer import Tokenizer
 from .weights import Model, in_words

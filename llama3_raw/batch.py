@@ -31,7 +31,6 @@ from .command_line import (
     add_model_options,
     add_sampling_options,
     check_context,
-    check_output,
     choose_device,
     choose_model,
     chosen_sampling,
@@ -45,8 +44,9 @@ from .generation import StopReason, check_ids
 from .memory import Lengths
 from .ops import Ops
 from .ops_cpu import FEW
-from .ranks import Ranks, started
 from .sampling import Sampling
+from .system.files import check_output
+from .system.process_groups import Ranks, started
 from .tokenizer import Tokenizer
 from .weights import Model, in_words
 

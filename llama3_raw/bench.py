@@ -31,7 +31,6 @@ from .command_line import (
     load_model,
     positive_int,
     seed,
-    set_threads,
 )
 from .engines import Batch
 from .errors import UserError, in_short, needed_package
@@ -42,6 +41,7 @@ from .memory import Lengths, Plan, check_memory
 from .ops import Ops
 from .peers import LLAMA_CPP, PEERS, check_peers, open_peers
 from .synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint
+from .system.machine import set_threads
 from .tap_costs import LENGTH, TapFigures, measure_taps
 from .weights import Model, first_layers, in_words
 

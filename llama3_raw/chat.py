@@ -21,7 +21,6 @@ from .command_line import (
     choose_model,
     chosen_sampling,
     load_model,
-    peak_memory,
     positive_int,
     warn_of_base_model,
 )
@@ -30,6 +29,7 @@ from .errors import UserError
 from .generation import StopReason
 from .lookup import LookupPolicy
 from .memory import Lengths
+from .system.machine import peak_memory
 
 PROMPT = "> "
 

@@ -6,10 +6,7 @@ import argparse
 import math
 import os
 import re
-import stat
 import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,15 +17,15 @@ from .dialog import is_base_model
 from .errors import UserError, in_short
 from .generation import check_ids, ops_for
 from .lookup import MOST
-from .machine import default_threads, processors
 from .memory import Lengths, Plan, check_memory, memory_for_weights
 from .ops import Ops
 from .parallel import parallel_ops
-from .ranks import Ranks
 from .read_ahead import least_memory, read_ahead
 from .sampling import Sampling
 from .sharding import Shard
-from .system.processes import local_rank, number_of_processes, processes_here
+from .system.machine import set_threads
+from .system.process_groups import Ranks
+from .system.processes import local_rank, number_of_processes
 from .tokenizer import Tokenizer
 from .weights import (
     DTYPES,
@@ -44,9 +41,10 @@ from .weights import (
 )
 
 DEFAULT_MODEL = "Meta-Llama-3-8B"
+
 BUILT_IN_MODEL = "tiny"
+
 _PROGRESS_BAR_FROM = 1_000_000_000  # bytes of weights; smaller models load before a bar could be read
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # which torch obeys by itself
 
 DTYPES_BY_NAME = {in_words(dtype): dtype for dtype in DTYPES.values()}
 
@@ -152,39 +150,6 @@ def chosen_ids(chosen: ChosenModel, prompt: str, *, are_ids: bool = False, speci
     if len(ids) > params.max_seq_len:
         raise UserError(f"the prompt has {len(ids)} tokens, the model's context is {params.max_seq_len}; shorten it")
     return ids
-
-
-def check_output(option: str, name: str) -> None:
-    """Raises UserError, before the work is done, where `write_whole` could not write a file of this name."""
-    file = Path(name).resolve()
-    if file.exists() and not file.is_file():
-        raise UserError(f"{option} {name}: is no file; give the name of one, there or not")
-    if file.exists() and not os.access(file, os.W_OK):
-        raise UserError(f"{option} {name}: is read-only; choose another name, or remove it")
-    if not file.parent.is_dir():
-        raise UserError(f"{option} {name}: there is no folder {file.parent}; make it first")
-    if not os.access(file.parent, os.W_OK):
-        raise UserError(f"{option} {name}: you may not write in {file.parent}; choose another place")
-
-
-def write_whole(name: str | Path, write: Callable[[Path], object]) -> None:
-    """Has `write` fill a file, which takes the name once it is whole; what was there before stays until then.
-
-    Raises UserError where it cannot be written, and leaves nothing behind then.
-    """
-    file = Path(name).resolve()  # behind a link, the file itself
-    try:
-        if file.exists() and not file.is_file():
-            raise UserError(f"{name}: is no file; give the name of one, there or not")
-        with tempfile.TemporaryDirectory(prefix=".llama3_raw-", dir=file.parent) as folder:
-            part = Path(folder, file.name)
-            part.touch()
-            mode = (file if file.exists() else part).stat().st_mode
-            write(part)
-            part.chmod(stat.S_IMODE(mode))
-            part.replace(file)
-    except OSError as error:
-        raise UserError(f"{name}: cannot be written ({error.strerror or error}); choose another place") from error
 
 
 def add_lookup_option(group: argparse._ArgumentGroup) -> None:
@@ -333,22 +298,6 @@ def check_int8(quantized: bool, device: torch.device, dtype: torch.dtype) -> Non
         raise UserError(f"int8 matrices are fast in bfloat16 only, not in {in_words(dtype)}; give --dtype bfloat16")
 
 
-def set_threads(threads: int | None) -> None:
-    """Has torch compute with so many threads; None: as many as suit the machine, or as the environment says.
-
-    Raises UserError for more threads than this process has processors.
-    """
-    if threads is None:
-        # which torchrun sets to 1 for several processes, whatever there is
-        by_torchrun = processes_here() > 1 and os.environ.get("OMP_NUM_THREADS") == "1"
-        if by_torchrun or not any(map(os.environ.get, _THREAD_VARIABLES)):
-            torch.set_num_threads(default_threads())
-        return
-    if threads > processors():
-        raise UserError(f"--threads {threads}: this process may use {processors()} processors; give at most that")
-    torch.set_num_threads(threads)
-
-
 def check_context(context: int | None, longest: int) -> None:
     """Raises UserError for a --context beyond the model's own, in tokens."""
     if context and context > longest:
@@ -487,18 +436,3 @@ def _find_named(name: str, option: str) -> Path:
             raise UserError(f"{option} {name}: neither a folder here nor in the Hugging Face cache") from None
     known = ", ".join(there) or "nothing"
     raise UserError(f"{option} {name}: there is no such folder, and weights/ holds {known}")
-
-
-def peak_memory() -> int | None:
-    """The most memory this process has held, in bytes, mapped files included; None where the system does not tell."""
-    try:  # Linux: VmHWM, since ru_maxrss also remembers the process that started this one
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

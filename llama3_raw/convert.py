@@ -19,11 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
-from .command_line import find_model, positive_int, set_threads
+from .command_line import find_model, positive_int
 from .errors import UserError
 from .model_files import new_folder, write_at, write_empty_checkpoint, write_empty_safetensors
 from .params import Params
 from .sharding import SHARDED_DIMENSION, join, take
+from .system.machine import set_threads
 from .weights import (
     Checkpoint,
     TensorPlace,

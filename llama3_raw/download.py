@@ -26,8 +26,9 @@ from huggingface_hub import constants, get_token
 from tqdm import tqdm
 
 from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
-from .errors import UserError, in_short, page_or_pointer
+from .errors import UserError, in_short
 from .sources import ALGORITHMS, BlobStore, Digest, Hub, Interrupted, RemoteFile, Source, Stream
+from .system.files import page_or_pointer
 
 
 class Offer(NamedTuple):

@@ -25,8 +25,8 @@ from .limits import seconds_of, wait_for
 from .model import KVCache
 from .ops import Ops
 from .parallel import parallel_ops
-from .ranks import started
 from .sharding import Shard
+from .system.process_groups import started
 from .weights import Model, load
 
 TWO_PROCESSES = "two-processes"

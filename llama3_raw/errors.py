@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from pathlib import Path
 from types import ModuleType
 
 FIRST_ONE_SPEAKS = 5.0  # seconds that the first of several processes has to say what is wrong, before another one does
@@ -52,43 +51,6 @@ def needed_package(name: str, needed_by: str, extra: str = "bench") -> ModuleTyp
             f"{needed_by} needs the package {name} ({in_short(error)}); pip install {name}, or all that {extra} can "
             f"use: pip install -e '.[{extra}]'"
         ) from error
-
-
-def page_or_pointer(beginning: bytes) -> str | None:
-    """What the first bytes of a model file show it to be where it is no such file, in words; else None."""
-    text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()  # some pages begin with a byte order mark
-    if text.startswith(b"<") and not text.startswith(b"<unk>"):
-        return "an HTML page (a login or error page, say)"
-    if text.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the file it points to"
-    return None
-
-
-def read_beginning(path: Path) -> bytes:
-    """The first bytes of a model file. Raises UserError where it is missing, empty, or a page or a pointer instead."""
-    try:
-        if path.exists() and not path.is_file():  # it would wait for a pipe
-            raise UserError(f"{path}: is not a file; put the model's file in its place")
-        with open(path, "rb") as file:
-            beginning = file.read(512)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; check its name and your rights to it") from error
-    if not beginning:
-        raise UserError(f"{path}: the file is empty; download it again")
-    other = page_or_pointer(beginning)
-    if other:
-        way_out = "run `git lfs pull`" if "git-lfs" in other else "download the file itself"
-        raise UserError(f"{path}: this is {other}; {way_out}")
-    return beginning
-
-
-def read_small_file(path: Path) -> bytes:
-    """A whole file of a kind that is never large. Raises UserError as `read_beginning` does, and for 100 MB or more."""
-    read_beginning(path)
-    size = path.stat().st_size
-    if size >= 100_000_000:
-        raise UserError(f"{path}: has {size / 1e6:,.0f} MB, where a few should do; it must be another file")
-    return path.read_bytes()
 
 
 def in_short(what: object) -> str:

@@ -9,17 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
-from .command_line import (
-    add_model_options,
-    check_output,
-    choose_model,
-    chosen_ids,
-    load_model,
-    read_prompt,
-    write_whole,
-)
+from .command_line import add_model_options, choose_model, chosen_ids, load_model, read_prompt
 from .errors import UserError, needed_package
 from .memory import Lengths
+from .system.files import check_output, write_whole
 from .tracing import check_trace
 
 

@@ -17,9 +17,9 @@ import torch
 
 from .errors import UserError
 from .generation import EXACT_PREFILL_CHUNK, PREFILL_CHUNK
-from .machine import free_memory
 from .ops_cpu import QUERIES
 from .ops_cuda import WIDENED_BYTES
+from .system.machine import free_memory
 from .weights import MATRICES, Checkpoint, first_layers, goes_to_gpu, in_words
 
 _CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torch import Tensor
 from .int8 import Matrix
 from .nearby import nearby
 from .ops import Ops
-from .ranks import Group
+from .system.process_groups import Group
 from .weights import Weights
 
 

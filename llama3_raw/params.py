@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, in_short, read_small_file
+from .errors import UserError, in_short
+from .system.files import read_small_file
 
 # beyond what any model has; a file that says more is damaged
 _LARGEST = 2**31

@@ -25,9 +25,9 @@ from .errors import UserError, in_short, needed_package
 from .gguf_file import is_gguf_of, write_gguf
 from .implementations import hf_model
 from .limits import seconds_of
-from .machine import free_memory
 from .memory import Lengths, Plan, needed
 from .synthetic import random_weights
+from .system.machine import free_memory
 from .weights import Model, Weights, build_weights, first_layers
 
 TRANSFORMERS, TRANSFORMERS_COMPILED, LLAMA_CPP, STORED = "transformers", "transformers-compiled", "llama.cpp", "stored"

@@ -25,7 +25,7 @@ from torch import Tensor
 from .errors import UserError
 from .int8 import Matrix, tensors_of
 from .ops import Ops
-from .pages import PAGEOUT, POPULATE_READ, RANDOM, Span, advise
+from .system.madvise import PAGEOUT, POPULATE_READ, RANDOM, Span, advise
 from .weights import Weights
 
 _FIELDS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")  # of a layer, in the order in which the forward pass asks for them

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import tiktoken
 
-from .errors import UserError, read_beginning, read_small_file
+from .errors import UserError
+from .system.files import read_beginning, read_small_file
 
 # Meta's pattern: text is cut into these pieces first, and only bytes within a piece are merged
 SPLIT_PATTERN = (

@@ -28,20 +28,19 @@ from .command_line import (
     DTYPES_BY_NAME,
     add_model_options,
     add_prompt_options,
-    check_output,
     choose_model,
     chosen_ids,
     load_model,
     read_prompt,
-    write_whole,
 )
-from .errors import UserError, in_short, read_beginning
+from .errors import UserError, in_short
 from .generation import check_ids, suitable_ops
-from .machine import free_memory
 from .memory import Lengths, score_bytes
 from .model import REFERENCE, forward, no_tap
 from .ops import Ops, Tap
 from .params import Params, RopeScaling
+from .system.files import check_output, read_beginning, write_whole
+from .system.machine import free_memory
 from .taps import FIRST, LAST, SHAPES_IN_A_LAYER, Patterns, chain, pass_without_content
 from .weights import Model, in_words
 

@@ -25,11 +25,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import UserError, in_short, read_beginning, read_small_file
+from .errors import UserError, in_short
 from .int8 import Int8, Matrix, quantize, tensors_of
-from .pages import let_go, read_exactly
 from .params import Params
 from .sharding import SHARDED_DIMENSION, Shard, join, take
+from .system.files import read_beginning, read_small_file
+from .system.madvise import let_go, read_exactly
 from .tokenizer import Tokenizer
 from .transfer import mover
 

@@ -36,11 +36,11 @@ from llama3_raw.command_line import choose_model
 from llama3_raw.engines import Own
 from llama3_raw.gguf_file import is_gguf_of, write_gguf
 from llama3_raw.limits import copy_speed, multiply_speed, seconds_of
-from llama3_raw.machine import processors
 from llama3_raw.measuring import Probes, Task, compare, measure, pairs, probes_of
 from llama3_raw.memory import Lengths, Plan
 from llama3_raw.params import RopeScaling
 from llama3_raw.peers import CompiledTransformers, LlamaBench, Transformers, Xllamacpp, check_peers, open_peers
+from llama3_raw.system.machine import processors
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 QUICK = ("--weights", str(TINY), "--prefill", "20", "5", "--rounds", "2")

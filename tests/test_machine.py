@@ -11,9 +11,9 @@ import psutil
 import pytest
 import torch
 
-from llama3_raw import machine
 from llama3_raw.__main__ import main
-from llama3_raw.machine import (
+from llama3_raw.system import machine
+from llama3_raw.system.machine import (
     container_free,
     container_quotas,
     default_threads,

@@ -16,9 +16,9 @@ from references import hf_model, random_weights
 
 from llama3_raw import Model, Params, UserError, command_line, generate
 from llama3_raw.__main__ import main
-from llama3_raw.machine import free_memory
 from llama3_raw.memory import Lengths, Plan, check_memory, needed
 from llama3_raw.synthetic import SYNTHETIC
+from llama3_raw.system.machine import free_memory
 from llama3_raw.weights import Checkpoint, build_weights, first_layers, open_checkpoint, tensor_places, to_state_dict
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"

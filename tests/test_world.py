@@ -33,10 +33,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import llama3_raw
-from llama3_raw import Params, Tokenizer, UserError, bench, chat, machine, perplexity
+from llama3_raw import Params, Tokenizer, UserError, bench, chat, perplexity
 from llama3_raw.__main__ import main
 from llama3_raw.cli.entry_point import command_line_tool
 from llama3_raw.model_files import save_quantized
+from llama3_raw.system import machine
 from llama3_raw.weights import open_checkpoint, tensor_places, to_state_dict
 
 ROOT = Path(__file__).parent.parent

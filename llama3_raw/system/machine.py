@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from .system.processes import processes_here
+from ..errors import UserError
+from .processes import processes_here
 
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
@@ -103,3 +104,37 @@ def _control_groups(controller: str, groups: Path, own: Path) -> Iterator[tuple[
             if not folder.is_relative_to(root):
                 break
             yield version, folder
+
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # which torch obeys by itself
+
+
+def set_threads(threads: int | None) -> None:
+    """Has torch compute with so many threads; None: as many as suit the machine, or as the environment says.
+
+    Raises UserError for more threads than this process has processors.
+    """
+    if threads is None:
+        # which torchrun sets to 1 for several processes, whatever there is
+        by_torchrun = processes_here() > 1 and os.environ.get("OMP_NUM_THREADS") == "1"
+        if by_torchrun or not any(map(os.environ.get, _THREAD_VARIABLES)):
+            torch.set_num_threads(default_threads())
+        return
+    if threads > processors():
+        raise UserError(f"--threads {threads}: this process may use {processors()} processors; give at most that")
+    torch.set_num_threads(threads)
+
+
+def peak_memory() -> int | None:
+    """The most memory this process has held, in bytes, mapped files included; None where the system does not tell."""
+    try:  # Linux: VmHWM, since ru_maxrss also remembers the process that started this one
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # not in its __all__
 
-from .errors import FIRST_ONE_SPEAKS, ToldError, UserError, error_line, is_for_the_user
-from .system.processes import number_of_processes
+from ..errors import FIRST_ONE_SPEAKS, ToldError, UserError, error_line, is_for_the_user
+from .processes import number_of_processes
 
 _LONGEST_WAIT = datetime.timedelta(days=30)  # who has nothing to do may wait long; who is gone is noticed otherwise
 
