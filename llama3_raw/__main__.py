@@ -36,11 +36,11 @@ from .command_line import (
 from .dialog import Message, encode_dialog
 from .errors import UserError
 from .generation import StopReason, generate
-from .int8 import Int8
 from .lookup import LookupPolicy
 from .memory import Lengths
 from .model_files import save_quantized
 from .ops import Tap
+from .quantization.int8 import Int8
 from .stepping import break_at
 from .system.machine import peak_memory
 from .system.process_groups import Ranks, started

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from . import ops_cpu
 from .engines import Engine, Own
-from .int8 import Matrix, tensors_of
 from .limits import copy_speed, multiply_speed, seconds_of
 from .ops import Ops
+from .quantization.matrix import Matrix, tensors_of
 from .weights import Model, Weights
 
 _LONG = 1000  # tokens: half a minute's work on 8B, and done once, on the CPU

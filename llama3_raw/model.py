@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .int8 import linear
 from .ops import Ops, Tap
 from .params import Params
+from .quantization.matrix import linear
 from .weights import LayerWeights, Weights
 
 

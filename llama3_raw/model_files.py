@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import UserError, in_short
-from .int8 import quantize
+from .quantization.int8 import quantize
 from .weights import DTYPES, MATRICES, Checkpoint, by_stored_name, find_files, tensor_places, whole_tensor
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

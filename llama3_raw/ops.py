@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from .int8 import Matrix
+from .quantization.matrix import Matrix
 
 Tap = Callable[[str, Tensor], Tensor]
 """tap(name, tensor) -> tensor: called at every named point of the forward pass, which goes on with what it returns."""

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from .errors import in_short
-from .int8 import Int8, Matrix, linear
 from .ops import Ops, Tap
 from .ops_cpu import FEW, attend_by_torch
+from .quantization.int8 import Int8
+from .quantization.matrix import Matrix, linear
 
 try:
     from . import cuda_kernels

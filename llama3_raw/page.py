@@ -35,10 +35,10 @@ from torch import Tensor
 
 from . import plots
 from .errors import UserError
-from .int8 import Int8
 from .model import REFERENCE, attend, attention, forward, layer, rms_norm, rope, rope_frequencies, swiglu
 from .ops import Ops
 from .params import Params
+from .quantization.int8 import Int8
 from .sampling import sample
 from .tokenizer import SPLIT_PATTERN, Tokenizer
 from .tracing import Trace, trace

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .int8 import Matrix
 from .nearby import nearby
 from .ops import Ops
+from .quantization.matrix import Matrix
 from .system.process_groups import Group
 from .weights import Weights
 

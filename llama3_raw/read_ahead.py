@@ -23,8 +23,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .errors import UserError
-from .int8 import Matrix, tensors_of
 from .ops import Ops
+from .quantization.matrix import Matrix, tensors_of
 from .system.madvise import PAGEOUT, POPULATE_READ, RANDOM, Span, advise
 from .weights import Weights
 

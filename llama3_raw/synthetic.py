@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import UserError, in_short
-from .int8 import quantize
 from .model_files import write_at, write_empty_checkpoint
 from .params import Params
+from .quantization.int8 import quantize
 from .tokenizer import Tokenizer
 from .weights import MATRICES, Checkpoint, TensorPlace, Weights, build_weights, tensor_places
 

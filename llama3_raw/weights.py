@@ -26,8 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import UserError, in_short
-from .int8 import Int8, Matrix, quantize, tensors_of
 from .params import Params
+from .quantization.int8 import Int8, quantize
+from .quantization.matrix import Matrix, tensors_of
 from .sharding import SHARDED_DIMENSION, Shard, join, take
 from .system.files import read_beginning, read_small_file
 from .system.madvise import let_go, read_exactly

@@ -29,6 +29,12 @@ TINY = ROOT / "weights" / "tiny"
 sys.path[:0] = [str(ROOT / "examples")]
 from stories15m import Stories15M, load_stories15m  # noqa: E402  # from examples/
 
+# pytest-xdist's processes share the cores: with a thread for each core in each of them, they would wait for each other
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ and "OMP_NUM_THREADS" not in os.environ:
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
+
 # in the background of a shell SIGINT is ignored, and processes that the tests start would inherit that
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,18 +44,6 @@ hypothesis.settings.register_profile(
     "shared machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], derandomize=True
 )
 hypothesis.settings.load_profile("shared machine")
-
-
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The whole suite runs in a process for each core, up to four. A part of it runs in this one, where print and
-    breakpoint() reach the terminal, and so does what needs all of the machine's memory."""
-    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
-    if not is_whole or config.option.markexpr != "not full_size":
-        return 0
-    workers = min(4, os.cpu_count() or 1)
-    # with a thread for each core in each of them, they would wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", str((os.cpu_count() or 1) // workers))
-    return workers
 
 
 def fetch(name: str, command: list[str]) -> Path:

@@ -13,8 +13,8 @@ from torch import Tensor
 from llama3_raw import REFERENCE, KVCache, Model, Weights, forward, generate
 from llama3_raw.captured import CapturedPasses
 from llama3_raw.generation import suitable_ops
-from llama3_raw.int8 import quantize
 from llama3_raw.lookup import LookupPolicy
+from llama3_raw.quantization.int8 import quantize
 from llama3_raw.weights import MATRICES
 
 ON = torch.device("cuda")

@@ -20,10 +20,11 @@ from torch import Tensor
 import llama3_raw
 from llama3_raw import REFERENCE, Model, Params, UserError, Weights, forward, generate
 from llama3_raw.__main__ import main
-from llama3_raw.int8 import Int8, Matrix, linear, quantize, tensors_of, widen
 from llama3_raw.memory import Lengths, Plan, needed
 from llama3_raw.model_files import save_quantized
 from llama3_raw.ops_cpu import fast_ops
+from llama3_raw.quantization.int8 import Int8, quantize, widen
+from llama3_raw.quantization.matrix import Matrix, linear, tensors_of
 from llama3_raw.weights import MATRICES, from_state_dict, open_checkpoint, to_state_dict
 
 CPU = torch.device("cpu")

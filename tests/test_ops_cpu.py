@@ -17,9 +17,9 @@ from references import cast
 from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, forward, generate, ops_cpu
-from llama3_raw.int8 import Int8, quantize, widen
 from llama3_raw.model import no_tap
 from llama3_raw.ops import Ops
+from llama3_raw.quantization.int8 import Int8, quantize, widen
 
 ROOT = Path(__file__).parent.parent
 
@@ -207,7 +207,7 @@ def test_who_else_computes_makes_no_difference(monkeypatch: pytest.MonkeyPatch, 
 def test_products_that_torch_widens(monkeypatch: pytest.MonkeyPatch, in_fp32: bool) -> None:
     """In pieces, where the processor has no instructions for bf16, and of int8: as exact, in the dtype that came in."""
     monkeypatch.setattr(ops_cpu, "fp32_is_faster", lambda: in_fp32)
-    monkeypatch.setattr("llama3_raw.int8._ROWS", 32)
+    monkeypatch.setattr("llama3_raw.quantization.matrix.ROWS_AT_ONCE", 32)
     generator = torch.Generator().manual_seed(12)
     x = torch.randn(2, 20, 96, generator=generator).bfloat16()
     w = torch.randn(70, 96, generator=generator).bfloat16()

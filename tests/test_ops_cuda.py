@@ -12,8 +12,8 @@ from references import cast, converted
 from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, forward, ops_cuda
-from llama3_raw.int8 import Int8, quantize, widen
 from llama3_raw.model import attend, no_tap
+from llama3_raw.quantization.int8 import Int8, quantize, widen
 
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 ON = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,8 +17,8 @@ import llama3_raw
 from llama3_raw import REFERENCE, KVCache, Model, Params, UserError, bench, compare, forward, perplexity, tracing
 from llama3_raw.__main__ import main
 from llama3_raw.generation import generate, ops_for
-from llama3_raw.int8 import Matrix
 from llama3_raw.ops_mixed import mixed_ops
+from llama3_raw.quantization.matrix import Matrix
 from llama3_raw.weights import Checkpoint, build_weights, tensor_places, to_state_dict
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"

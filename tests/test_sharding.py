@@ -14,9 +14,9 @@ from references import flat, hf_model, random_weights
 from torch import Tensor
 
 from llama3_raw import Params, UserError, Weights, load
-from llama3_raw.int8 import Int8, widen
 from llama3_raw.memory import Lengths, Plan, needed
 from llama3_raw.model_files import save_quantized
+from llama3_raw.quantization.int8 import Int8, widen
 from llama3_raw.sharding import SHARDED_DIMENSION, Shard, cannot_split
 from llama3_raw.weights import open_checkpoint, shard_of, tensor_places, to_state_dict
 

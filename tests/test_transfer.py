@@ -16,8 +16,8 @@ from torch import Tensor
 import llama3_raw
 import llama3_raw.weights as weights_module
 from llama3_raw import Params, convert
-from llama3_raw.int8 import Int8
 from llama3_raw.model_files import save_quantized
+from llama3_raw.quantization.int8 import Int8
 from llama3_raw.transfer import Move, Route, mover, staged_mover
 from llama3_raw.weights import build_weights, open_checkpoint
 

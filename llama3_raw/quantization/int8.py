@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-_ROWS = 1024  # at a time: a whole matrix in fp32 would take four times the memory of the result
+ROWS_AT_ONCE = 1024  # at a time: a whole matrix in fp32 would take four times the memory of the result
 
 
 class Int8(NamedTuple):
@@ -34,14 +33,6 @@ class Int8(NamedTuple):
         return sum(tensor.nbytes for tensor in self)
 
 
-Matrix = Tensor | Int8
-
-
-def tensors_of(matrix: Matrix) -> tuple[Tensor, ...]:
-    """The tensors that a matrix lies in."""
-    return tuple(matrix) if isinstance(matrix, Int8) else (matrix,)
-
-
 def quantize(matrix: Tensor) -> Int8:
     """[out, in] in any floating dtype -> the nearest whole numbers, for scales that make rows and columns alike.
 
@@ -51,13 +42,13 @@ def quantize(matrix: Tensor) -> Int8:
     cost ten times as much in perplexity.)
     """
     largest = torch.zeros(matrix.shape[1], device=matrix.device)
-    for rows in matrix.split(_ROWS):
+    for rows in matrix.split(ROWS_AT_ONCE):
         sizes = rows.abs().float()
         largest = torch.maximum(largest, sizes.div_(_not_zero(sizes.amax(dim=-1, keepdim=True))).amax(dim=0))
     column_scales = _not_zero(largest)
     values = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
     row_scales = torch.empty(matrix.shape[0], device=matrix.device)
-    for rows, rounded, scales in zip(matrix.split(_ROWS), values.split(_ROWS), row_scales.split(_ROWS), strict=True):
+    for rows, rounded, scales in zip(matrix.split(ROWS_AT_ONCE), values.split(ROWS_AT_ONCE), row_scales.split(ROWS_AT_ONCE), strict=True):
         even = rows.float() / column_scales
         scales.copy_(_not_zero(even.abs().amax(dim=-1) / 127))  # [rows]
         rounded.copy_(even.div_(scales.unsqueeze(-1)).round_())
@@ -71,19 +62,3 @@ def _not_zero(scales: Tensor) -> Tensor:
 def widen(matrix: Int8, dtype: torch.dtype) -> Tensor:
     """The matrix [out, in] that an int8 one stands for."""
     return (matrix.values * matrix.row_scales.unsqueeze(-1) * matrix.column_scales).to(dtype)
-
-
-def linear(x: Tensor, weight: Matrix, dtype: torch.dtype | None = None) -> Tensor:
-    """x [..., in], weight [out, in] -> [..., out] in x's dtype; computed in `dtype`, which None leaves to x.
-
-    What has to be widened is so by some rows at a time.
-    """
-    dtype = dtype or x.dtype
-    if isinstance(weight, Int8):
-        rows = zip(weight.values.split(_ROWS), weight.row_scales.split(_ROWS), strict=True)
-        pieces = (widen(Int8(values, scales, weight.column_scales), dtype) for values, scales in rows)
-    elif weight.dtype == dtype:
-        return F.linear(x, weight)
-    else:
-        pieces = (piece.to(dtype) for piece in weight.split(_ROWS))
-    return torch.cat([F.linear(x.to(dtype), piece).to(x.dtype) for piece in pieces], dim=-1)

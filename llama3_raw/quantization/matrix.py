@@ -1,0 +1,32 @@
+"""`Matrix`: what `linear` multiplies by, a tensor or a quantised matrix."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .int8 import ROWS_AT_ONCE, Int8, widen
+
+Matrix = Tensor | Int8
+
+
+def tensors_of(matrix: Matrix) -> tuple[Tensor, ...]:
+    """The tensors that a matrix lies in."""
+    return tuple(matrix) if isinstance(matrix, Int8) else (matrix,)
+
+
+def linear(x: Tensor, weight: Matrix, dtype: torch.dtype | None = None) -> Tensor:
+    """x [..., in], weight [out, in] -> [..., out] in x's dtype; computed in `dtype`, which None leaves to x.
+
+    What has to be widened is so by some rows at a time.
+    """
+    dtype = dtype or x.dtype
+    if isinstance(weight, Int8):
+        rows = zip(weight.values.split(ROWS_AT_ONCE), weight.row_scales.split(ROWS_AT_ONCE), strict=True)
+        pieces = (widen(Int8(values, scales, weight.column_scales), dtype) for values, scales in rows)
+    elif weight.dtype == dtype:
+        return F.linear(x, weight)
+    else:
+        pieces = (piece.to(dtype) for piece in weight.split(ROWS_AT_ONCE))
+    return torch.cat([F.linear(x.to(dtype), piece).to(x.dtype) for piece in pieces], dim=-1)
