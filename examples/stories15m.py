@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 
 from llama3_raw import Params, UserError, Weights
-from llama3_raw.weights import from_state_dict, tensor_places
+from llama3_raw.checkpoint.loading import from_state_dict
+from llama3_raw.weights import tensor_places
 
 BOS, EOS = 1, 2
 MEMBER = "package/src/llama2.data"

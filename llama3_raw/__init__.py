@@ -4,60 +4,48 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .errors import UserError
-    from .generation import StopReason, generate
-    from .model import REFERENCE, KVCache, forward
-    from .params import Params
-    from .stepping import break_at
-    from .taps import chain, patch
-    from .tokenizer import Tokenizer
-    from .tracing import Trace, load_trace, trace
-    from .weights import LayerWeights, Model, Weights, load
+    from . import plots as plots
+    from .checkpoint.loading import load as load
+    from .errors import UserError as UserError
+    from .generation import StopReason as StopReason
+    from .generation import generate as generate
+    from .model import REFERENCE as REFERENCE
+    from .model import KVCache as KVCache
+    from .model import forward as forward
+    from .params import Params as Params
+    from .stepping import break_at as break_at
+    from .taps import chain as chain
+    from .taps import patch as patch
+    from .tokenizer import Tokenizer as Tokenizer
+    from .tracing import Trace as Trace
+    from .tracing import load_trace as load_trace
+    from .tracing import trace as trace
+    from .weights import LayerWeights as LayerWeights
+    from .weights import Model as Model
+    from .weights import Weights as Weights
 
-__all__ = [
-    "REFERENCE",
-    "KVCache",
-    "LayerWeights",
-    "Model",
-    "Params",
-    "StopReason",
-    "Tokenizer",
-    "Trace",
-    "UserError",
-    "Weights",
-    "break_at",
-    "chain",
-    "forward",
-    "generate",
-    "load",
-    "load_trace",
-    "patch",
-    "trace",
-]
-_ROOMS = (
-    "errors",
-    "params",
-    "tokenizer",
-    "sampling",
-    "weights",
-    "ops",
-    "model",
-    "generation",
-    "machine",
-    "taps",
-    "stepping",
-    "tracing",
-    "plots",
-)
+_HOMES = {  # module -> the names of the public API that live there
+    "checkpoint.loading": ("load",),
+    "errors": ("UserError",),
+    "generation": ("StopReason", "generate"),
+    "model": ("REFERENCE", "KVCache", "forward"),
+    "params": ("Params",),
+    "stepping": ("break_at",),
+    "taps": ("chain", "patch"),
+    "tokenizer": ("Tokenizer",),
+    "tracing": ("Trace", "load_trace", "trace"),
+    "weights": ("LayerWeights", "Model", "Weights"),
+}
+_MODULES = {name: name for name in ("errors", "params", "tokenizer", "weights", "ops", "model", "generation", "plots")}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [*_MODULE_OF, "plots"]
 
 
 def __getattr__(name: str) -> Any:
-    """What is asked for, from the room it lives in, imported only now: a download must not wait seconds for torch."""
-    if name in _ROOMS:
-        return import_module(f".{name}", __name__)
-    if name in __all__:
-        for room in _ROOMS:
-            found = vars(import_module(f".{room}", __name__))
-            if name in found:
-                return found[name]
+    """A name of the API, imported when it is first asked for: a download need not wait seconds for torch."""
+    if name in _MODULE_OF:
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    if name in _MODULES:
+        return import_module(f".{_MODULES[name]}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

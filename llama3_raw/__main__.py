@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .checkpoint.writing import save_quantized
 from .cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
 from .command_line import (
     add_compile_option,
@@ -38,7 +39,6 @@ from .errors import UserError
 from .generation import StopReason, generate
 from .lookup import LookupPolicy
 from .memory import Lengths
-from .model_files import save_quantized
 from .ops import Tap
 from .quantization.int8 import Int8
 from .stepping import break_at

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint.checkpoint import first_layers
 from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from .command_line import (
     DTYPES_BY_NAME,
@@ -43,7 +44,7 @@ from .peers import LLAMA_CPP, PEERS, check_peers, open_peers
 from .synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint
 from .system.machine import set_threads
 from .tap_costs import LENGTH, TapFigures, measure_taps
-from .weights import Model, first_layers, in_words
+from .weights import Model, in_words
 
 _PREFILL = (17, 256, 2048)
 _PLOTTED = (17, 256, 1024, 2048, 4096)

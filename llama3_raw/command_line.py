@@ -12,6 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from .checkpoint.checkpoint import Checkpoint, first_layers, open_checkpoint, shard_of
+from .checkpoint.files import find_tokenizer
+from .checkpoint.loading import build_weights, check_gpu_layers
+from .checkpoint.sharding import Shard
 from .cli.entry_point import not_empty
 from .dialog import is_base_model
 from .errors import UserError, in_short
@@ -22,23 +26,11 @@ from .ops import Ops
 from .parallel import parallel_ops
 from .read_ahead import least_memory, read_ahead
 from .sampling import Sampling
-from .sharding import Shard
 from .system.machine import set_threads
 from .system.process_groups import Ranks
 from .system.processes import local_rank, number_of_processes
 from .tokenizer import Tokenizer
-from .weights import (
-    DTYPES,
-    Checkpoint,
-    Model,
-    build_weights,
-    check_gpu_layers,
-    find_tokenizer,
-    first_layers,
-    in_words,
-    open_checkpoint,
-    shard_of,
-)
+from .weights import DTYPES, Model, in_words
 
 DEFAULT_MODEL = "Meta-Llama-3-8B"
 

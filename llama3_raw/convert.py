@@ -18,23 +18,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .checkpoint.checkpoint import Checkpoint, interleave_pairs, open_checkpoint, split_pairs
+from .checkpoint.files import find_files, find_tokenizer
+from .checkpoint.sharding import SHARDED_DIMENSION, join, take
+from .checkpoint.writing import new_folder, write_at, write_empty_checkpoint, write_empty_safetensors
 from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from .command_line import find_model, positive_int
 from .errors import UserError
-from .model_files import new_folder, write_at, write_empty_checkpoint, write_empty_safetensors
 from .params import Params
-from .sharding import SHARDED_DIMENSION, join, take
 from .system.machine import set_threads
-from .weights import (
-    Checkpoint,
-    TensorPlace,
-    find_files,
-    find_tokenizer,
-    in_words,
-    interleave_pairs,
-    open_checkpoint,
-    split_pairs,
-)
+from .weights import TensorPlace, in_words
 
 Format = Literal["meta", "hf"]
 

@@ -19,15 +19,16 @@ import torch
 
 from .batch_generation import Row, generate_batch
 from .captured import CapturedPasses
+from .checkpoint.loading import load
+from .checkpoint.sharding import Shard
 from .errors import UserError
 from .generation import StopReason, generate, ops_for
 from .limits import seconds_of, wait_for
 from .model import KVCache
 from .ops import Ops
 from .parallel import parallel_ops
-from .sharding import Shard
 from .system.process_groups import started
-from .weights import Model, load
+from .weights import Model
 
 TWO_PROCESSES = "two-processes"
 _UNTIMED = 2  # tokens: on a GPU the pass over a prompt is another than that over a token, whose first may be captured

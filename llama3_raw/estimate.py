@@ -16,13 +16,14 @@ from typing import NamedTuple
 
 import torch
 
+from .checkpoint.checkpoint import Checkpoint, open_checkpoint
+from .checkpoint.sharding import SHARDED_DIMENSION, Shard, cannot_split, possible_sizes
 from .cli.entry_point import ArgumentParser
 from .command_line import find_model, positive_int
 from .errors import UserError
 from .params import Params
-from .sharding import SHARDED_DIMENSION, Shard, cannot_split, possible_sizes
 from .synthetic import SYNTHETIC, synthetic_checkpoint
-from .weights import Checkpoint, TensorPlace, in_words, open_checkpoint
+from .weights import TensorPlace, in_words
 
 _NVLINK, _PCIE, _NETWORK = 15e-6, 50e-6, 47e-6
 """Seconds that an all-reduce of a few KB takes: within a node, without NVLink, and over InfiniBand.

@@ -15,12 +15,14 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from .checkpoint.checkpoint import Checkpoint, first_layers
+from .checkpoint.loading import goes_to_gpu
 from .errors import UserError
 from .generation import EXACT_PREFILL_CHUNK, PREFILL_CHUNK
 from .ops_cpu import QUERIES
 from .ops_cuda import WIDENED_BYTES
 from .system.machine import free_memory
-from .weights import MATRICES, Checkpoint, first_layers, goes_to_gpu, in_words
+from .weights import MATRICES, in_words
 
 _CPU = torch.device("cpu")
 _GPU_LIBRARIES = 500_000_000  # bytes that cuBLAS and the like take for themselves once they run

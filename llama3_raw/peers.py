@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint.checkpoint import first_layers
+from .checkpoint.loading import build_weights
 from .command_line import ChosenModel
 from .engines import TWO_PROCESSES, Engine, Own, random_ids, two_processes
 from .errors import UserError, in_short, needed_package
@@ -28,7 +30,7 @@ from .limits import seconds_of
 from .memory import Lengths, Plan, needed
 from .synthetic import random_weights
 from .system.machine import free_memory
-from .weights import Model, Weights, build_weights, first_layers
+from .weights import Model, Weights
 
 TRANSFORMERS, TRANSFORMERS_COMPILED, LLAMA_CPP, STORED = "transformers", "transformers-compiled", "llama.cpp", "stored"
 PEERS = (TRANSFORMERS, TRANSFORMERS_COMPILED, LLAMA_CPP, STORED, TWO_PROCESSES)

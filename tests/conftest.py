@@ -21,7 +21,7 @@ from filelock import FileLock
 
 import llama3_raw
 from llama3_raw import Model, Params
-from llama3_raw.weights import from_state_dict
+from llama3_raw.checkpoint.loading import from_state_dict
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"

@@ -9,9 +9,9 @@ import torch
 
 import llama3_raw
 from llama3_raw import REFERENCE, KVCache, forward
+from llama3_raw.checkpoint.sharding import Shard
 from llama3_raw.generation import suitable_ops
 from llama3_raw.parallel import parallel_ops
-from llama3_raw.sharding import Shard
 from llama3_raw.system.process_groups import started
 
 PROMPT = [3, 141, 59, 26, 53, 58, 97, 93, 23, 84, 62, 64]
@@ -43,7 +43,7 @@ def logits_of(model: llama3_raw.Model, ops: llama3_raw.ops.Ops) -> dict[str, tor
 
 
 def all_logits(
-    folder: Path, shard: Shard | None = None, ranks: llama3_raw.ranks.Ranks | None = None
+    folder: Path, shard: Shard | None = None, ranks: llama3_raw.system.process_groups.Ranks | None = None
 ) -> dict[str, torch.Tensor]:
     """What `logits_of` gives in fp32 and bf16, by the exact operations and the fast ones."""
     found = {}

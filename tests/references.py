@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from llama3_raw import LayerWeights, Model, Params, Weights, forward
+from llama3_raw.checkpoint.loading import from_state_dict, to_state_dict
 from llama3_raw.generation import StopReason
 from llama3_raw.params import RopeScaling
-from llama3_raw.weights import from_state_dict, tensor_places, to_state_dict
+from llama3_raw.weights import tensor_places
 
 
 def random_weights(params: Params, dtype: torch.dtype, seed: int, tied: bool = False) -> Weights:

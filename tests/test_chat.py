@@ -330,7 +330,7 @@ def test_what_a_conversation_needs(tiny: Model) -> None:
 
 @pytest.fixture(scope="session")
 def taught_folder(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from llama3_raw.weights import to_state_dict
+    from llama3_raw.checkpoint.loading import to_state_dict
 
     folder = Path(shutil.copytree(TINY, tmp_path_factory.mktemp("chat") / "model"))
     torch.save(to_state_dict(tiny.params, taught(tiny).weights), folder / "consolidated.00.pth")

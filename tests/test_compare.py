@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llama3_raw import LayerWeights, Model, Trace, UserError, trace
+from llama3_raw.checkpoint.loading import to_state_dict
 from llama3_raw.compare import Difference, Logits, compare, difference, how_it_is_made, main
 from llama3_raw.implementations import trace_hf, trace_meta
 from llama3_raw.model import REFERENCE, token_positions
 from llama3_raw.ops import Tap
-from llama3_raw.weights import to_state_dict
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 PROMPT = "Once upon a time, there was a little girl named Lily."

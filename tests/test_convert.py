@@ -24,11 +24,14 @@ from test_weights import TINY
 from torch import Tensor
 
 import llama3_raw
-from llama3_raw import Params, convert, forward, model_files
+from llama3_raw import Params, convert, forward
+from llama3_raw.checkpoint import writing
+from llama3_raw.checkpoint.checkpoint import open_checkpoint
+from llama3_raw.checkpoint.loading import to_state_dict
+from llama3_raw.checkpoint.writing import save_quantized
 from llama3_raw.convert import main
-from llama3_raw.model_files import save_quantized
 from llama3_raw.params import RopeScaling
-from llama3_raw.weights import open_checkpoint, tensor_places, to_state_dict
+from llama3_raw.weights import tensor_places
 
 # every dimension divides by 8; with 8 shards two rows of wk are in each, less than a head
 DIVISIBLE = {
@@ -421,7 +424,7 @@ def test_a_full_disk_is_seen_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(model_files.shutil, "disk_usage", lambda _: usage(1000))
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: usage(1000))
     assert "0.0 GB are needed, 0.0 GB are free" in refusal(capsys, "tiny", tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
@@ -434,7 +437,7 @@ def test_memory_that_the_system_refuses(
     def refused(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(model_files.torch, "empty_like", refused)
+    monkeypatch.setattr(writing.torch, "empty_like", refused)
     assert "can't allocate memory; name another" in refusal(capsys, "tiny", tmp_path / "new", "--shards", "2")
     assert list(tmp_path.iterdir()) == []
 
@@ -449,7 +452,7 @@ def test_nothing_is_left_behind(
     def write_at(*arguments: Any) -> None:
         if next(count) == 20:
             raise error
-        model_files.write_at(*arguments)
+        writing.write_at(*arguments)
 
     monkeypatch.setattr(convert, "write_at", write_at)
     assert main(["tiny", str(tmp_path / "new"), "--shards", "2"]) == (2 if isinstance(error, OSError) else 130)
@@ -503,7 +506,7 @@ def test_in_the_memory_of_two_tensors(tmp_path: Path) -> None:
     empty = {place.meta_name: torch.empty(place.shape, dtype=torch.bfloat16, device="meta") for place in places}
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "params.json").write_text(json.dumps(content))
-    model_files.write_empty_checkpoint(tmp_path / "meta" / "consolidated.00.pth", empty)
+    writing.write_empty_checkpoint(tmp_path / "meta" / "consolidated.00.pth", empty)
     assert sum(sizes) > 7 * max(sizes)
     done = subprocess.run([sys.executable, "-c", WATCHED], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

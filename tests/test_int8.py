@@ -20,12 +20,14 @@ from torch import Tensor
 import llama3_raw
 from llama3_raw import REFERENCE, Model, Params, UserError, Weights, forward, generate
 from llama3_raw.__main__ import main
+from llama3_raw.checkpoint.checkpoint import open_checkpoint
+from llama3_raw.checkpoint.loading import from_state_dict, to_state_dict
+from llama3_raw.checkpoint.writing import save_quantized
 from llama3_raw.memory import Lengths, Plan, needed
-from llama3_raw.model_files import save_quantized
 from llama3_raw.ops_cpu import fast_ops
 from llama3_raw.quantization.int8 import Int8, quantize, widen
 from llama3_raw.quantization.matrix import Matrix, linear, tensors_of
-from llama3_raw.weights import MATRICES, from_state_dict, open_checkpoint, to_state_dict
+from llama3_raw.weights import MATRICES
 
 CPU = torch.device("cpu")
 WQ = "layers.0.attention.wq.weight"
@@ -310,7 +312,8 @@ from pathlib import Path
 import llama3_raw
 def anonymous():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
-llama3_raw.weights.quantize(torch.ones(64, 64))
+from llama3_raw.quantization.int8 import quantize
+quantize(torch.ones(64, 64))
 before = anonymous()
 weights = llama3_raw.load(sys.argv[1], quantized=sys.argv[2] == "quantized").weights
 ctypes.CDLL(None).malloc_trim(0)  # what is free, but kept for later

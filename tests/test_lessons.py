@@ -19,8 +19,8 @@ from references import random_weights
 from tiktoken_ext import openai_public
 
 from llama3_raw import Params, Tokenizer
+from llama3_raw.checkpoint.loading import to_state_dict
 from llama3_raw.page import merges_of
-from llama3_raw.weights import to_state_dict
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LESSONS = sorted(EXAMPLES.glob("[0-9][0-9]_*.py"))

@@ -16,10 +16,12 @@ from references import hf_model, random_weights
 
 from llama3_raw import Model, Params, UserError, command_line, generate
 from llama3_raw.__main__ import main
+from llama3_raw.checkpoint.checkpoint import Checkpoint, first_layers, open_checkpoint
+from llama3_raw.checkpoint.loading import build_weights, to_state_dict
 from llama3_raw.memory import Lengths, Plan, check_memory, needed
 from llama3_raw.synthetic import SYNTHETIC
 from llama3_raw.system.machine import free_memory
-from llama3_raw.weights import Checkpoint, build_weights, first_layers, open_checkpoint, tensor_places, to_state_dict
+from llama3_raw.weights import tensor_places
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -238,7 +240,8 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 from llama3_raw.memory import Lengths, Plan, needed
-from llama3_raw.weights import build_weights, open_checkpoint
+from llama3_raw.checkpoint.checkpoint import open_checkpoint
+from llama3_raw.checkpoint.loading import build_weights
 def anonymous():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
 opened = open_checkpoint(Path(sys.argv[1]))

@@ -16,10 +16,12 @@ from torch import Tensor
 import llama3_raw
 from llama3_raw import REFERENCE, KVCache, Model, Params, UserError, bench, compare, forward, perplexity, tracing
 from llama3_raw.__main__ import main
+from llama3_raw.checkpoint.checkpoint import Checkpoint
+from llama3_raw.checkpoint.loading import build_weights, to_state_dict
 from llama3_raw.generation import generate, ops_for
 from llama3_raw.ops_mixed import mixed_ops
 from llama3_raw.quantization.matrix import Matrix
-from llama3_raw.weights import Checkpoint, build_weights, tensor_places, to_state_dict
+from llama3_raw.weights import tensor_places
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 SMALL = {"dim": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 96, "norm_eps": 1e-5, "multiple_of": 32}
@@ -41,7 +43,7 @@ def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
-    monkeypatch.setattr("llama3_raw.weights.mover", plain_mover)
+    monkeypatch.setattr("llama3_raw.checkpoint.loading.mover", plain_mover)
     with PretendGpu():
         yield
 

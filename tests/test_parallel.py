@@ -121,7 +121,7 @@ NEARBY = """
 import random, time, torch
 from pathlib import Path
 from llama3_raw.nearby import nearby
-from llama3_raw.ranks import started
+from llama3_raw.system.process_groups import started
 
 with started(lambda: torch.device("cpu")) as ranks:
     group = ranks.tensor
@@ -165,7 +165,7 @@ def test_who_ends_early_keeps_nobody(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(
         "import torch\n"
         "from llama3_raw.nearby import nearby\n"
-        "from llama3_raw.ranks import started\n"
+        "from llama3_raw.system.process_groups import started\n"
         "with started(lambda: torch.device('cpu')) as ranks:\n"
         "    near = nearby(ranks.tensor)\n"
         "    if ranks.rank == 0:\n"
@@ -210,8 +210,9 @@ def test_an_error_of_one_is_told_by_it(tmp_path: Path, where: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import os, torch\n"
-        "from llama3_raw.errors import command_line_tool, for_several_processes, UserError\n"
-        "from llama3_raw.ranks import started\n"
+        "from llama3_raw.cli.entry_point import command_line_tool, for_several_processes\n"
+        "from llama3_raw.errors import UserError\n"
+        "from llama3_raw.system.process_groups import started\n"
         "def fail(now):\n"
         f"    if now == {where!r} and os.environ['RANK'] == '1':\n"
         "        raise UserError('its disk is full; make room')\n"

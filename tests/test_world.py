@@ -35,10 +35,13 @@ from torch import Tensor
 import llama3_raw
 from llama3_raw import Params, Tokenizer, UserError, bench, chat, perplexity
 from llama3_raw.__main__ import main
+from llama3_raw.checkpoint.checkpoint import open_checkpoint
+from llama3_raw.checkpoint.loading import to_state_dict
+from llama3_raw.checkpoint.mapping import map_checkpoint
+from llama3_raw.checkpoint.writing import save_quantized
 from llama3_raw.cli.entry_point import command_line_tool
-from llama3_raw.model_files import save_quantized
 from llama3_raw.system import machine
-from llama3_raw.weights import open_checkpoint, tensor_places, to_state_dict
+from llama3_raw.weights import tensor_places
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "weights" / "tiny"
@@ -928,7 +931,7 @@ def test_the_code_in_the_pickle_would_have_run(tmp_path: Path) -> None:
     """What the table's row refuses does its work where it is not refused."""
     save_code(tmp_path)
     with pytest.raises(UserError, match="mkdir, which could run code"):
-        llama3_raw.weights._map_checkpoint(tmp_path / CHECKPOINT)
+        map_checkpoint(tmp_path / CHECKPOINT)
     assert not (tmp_path / "it ran").exists()
     torch.load(tmp_path / CHECKPOINT, weights_only=False)
     assert (tmp_path / "it ran").exists()

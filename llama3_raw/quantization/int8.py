@@ -48,7 +48,9 @@ def quantize(matrix: Tensor) -> Int8:
     column_scales = _not_zero(largest)
     values = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
     row_scales = torch.empty(matrix.shape[0], device=matrix.device)
-    for rows, rounded, scales in zip(matrix.split(ROWS_AT_ONCE), values.split(ROWS_AT_ONCE), row_scales.split(ROWS_AT_ONCE), strict=True):
+    for rows, rounded, scales in zip(
+        matrix.split(ROWS_AT_ONCE), values.split(ROWS_AT_ONCE), row_scales.split(ROWS_AT_ONCE), strict=True
+    ):
         even = rows.float() / column_scales
         scales.copy_(_not_zero(even.abs().amax(dim=-1) / 127))  # [rows]
         rounded.copy_(even.div_(scales.unsqueeze(-1)).round_())

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .params import Params
+from ..errors import UserError
+from ..params import Params
 
 # the dimension on which a tensor is split; those not named here are whole everywhere
 SHARDED_DIMENSION = {

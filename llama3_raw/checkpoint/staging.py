@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .system.machine import default_threads
+from ..system.machine import default_threads
 
 _BUFFERS = 4  # in the ring; behind a tensor that fills its buffer but a little, others are still on their way
 _BUFFER_BYTES = 1 << 25

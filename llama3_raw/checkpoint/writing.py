@@ -19,9 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import UserError, in_short
-from .quantization.int8 import quantize
-from .weights import DTYPES, MATRICES, Checkpoint, by_stored_name, find_files, tensor_places, whole_tensor
+from ..errors import UserError, in_short
+from ..quantization.int8 import quantize
+from ..weights import DTYPES, MATRICES, tensor_places
+from .checkpoint import Checkpoint, whole_tensor
+from .files import find_files
+from .loading import by_stored_name
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SPARE = 10_000_000  # bytes on the disk for what is small
