@@ -15,8 +15,8 @@ from stories15m import BOS, EOS, Stories15M, load_stories15m
 from tqdm import tqdm
 
 from llama3_raw import KVCache, UserError, forward
+from llama3_raw.backends.choose import suitable_ops
 from llama3_raw.errors import in_short
-from llama3_raw.generation import suitable_ops
 from llama3_raw.sampling import Sampling, sample
 
 SAMPLING = Sampling(temperature=0.8, min_p=0.02)

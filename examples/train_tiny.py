@@ -36,12 +36,12 @@ from tqdm import tqdm
 from train_tokenizer import train_tokenizer
 
 from llama3_raw import Model, Params, Tokenizer, UserError, Weights, forward, generate
+from llama3_raw.backends.choose import suitable_ops
 from llama3_raw.checkpoint.loading import from_state_dict, to_state_dict
 from llama3_raw.cli.entry_point import ArgumentParser, command_line_tool
 from llama3_raw.command_line import positive_int, read_text
 from llama3_raw.command_line import seed as seed_type
 from llama3_raw.errors import in_short, needed_package
-from llama3_raw.generation import suitable_ops
 from llama3_raw.system.files import write_whole
 from llama3_raw.system.machine import set_threads
 from llama3_raw.tokenizer import N_SPECIAL_TOKENS

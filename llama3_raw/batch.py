@@ -24,6 +24,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from .backends.cpu import FEW
 from .batch_generation import Row, generate_batch
 from .cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
 from .command_line import (
@@ -43,7 +44,6 @@ from .errors import UserError, in_short
 from .generation import StopReason, check_ids
 from .memory import Lengths
 from .ops import Ops
-from .ops_cpu import FEW
 from .sampling import Sampling
 from .system.files import check_output
 from .system.process_groups import Ranks, started

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .backends.choose import ops_for
 from .errors import UserError
-from .generation import EXACT_PREFILL_CHUNK, PREFILL_CHUNK, StopReason, check_ids, check_logits, ops_for
+from .generation import EXACT_PREFILL_CHUNK, PREFILL_CHUNK, StopReason, check_ids, check_logits
 from .model import REFERENCE, KVCache, forward
 from .ops import Ops
 from .sampling import Sampling, sample

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from .backends.choose import suitable_ops
 from .checkpoint.checkpoint import first_layers
 from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from .command_line import (
@@ -36,7 +37,6 @@ from .command_line import (
 from .engines import Batch
 from .errors import UserError, in_short, needed_package
 from .estimate import run_estimate
-from .generation import suitable_ops
 from .measuring import Figures, longest_text, measure
 from .memory import Lengths, Plan, check_memory
 from .ops import Ops

@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from .backends.choose import ops_for
+from .backends.streaming import least_memory, read_ahead
+from .backends.tensor_parallel import parallel_ops
 from .checkpoint.checkpoint import Checkpoint, first_layers, open_checkpoint, shard_of
 from .checkpoint.files import find_tokenizer
 from .checkpoint.loading import build_weights, check_gpu_layers
@@ -19,12 +22,10 @@ from .checkpoint.sharding import Shard
 from .cli.entry_point import not_empty
 from .dialog import is_base_model
 from .errors import UserError, in_short
-from .generation import check_ids, ops_for
+from .generation import check_ids
 from .lookup import MOST
 from .memory import Lengths, Plan, check_memory, memory_for_weights
 from .ops import Ops
-from .parallel import parallel_ops
-from .read_ahead import least_memory, read_ahead
 from .sampling import Sampling
 from .system.machine import set_threads
 from .system.process_groups import Ranks

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .captured import CapturedPasses
+from .backends.choose import ops_for
+from .backends.cuda_graphs import CapturedPasses
 from .errors import UserError
-from .generation import StopReason, generate, ops_for
+from .generation import StopReason, generate
 from .lookup import LookupPolicy
 from .model import KVCache
 from .ops import Ops

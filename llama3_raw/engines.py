@@ -17,16 +17,17 @@ from typing import Protocol
 
 import torch
 
+from .backends.choose import ops_for
+from .backends.cuda_graphs import CapturedPasses
+from .backends.tensor_parallel import parallel_ops
 from .batch_generation import Row, generate_batch
-from .captured import CapturedPasses
 from .checkpoint.loading import load
 from .checkpoint.sharding import Shard
 from .errors import UserError
-from .generation import StopReason, generate, ops_for
+from .generation import StopReason, generate
 from .limits import seconds_of, wait_for
 from .model import KVCache
 from .ops import Ops
-from .parallel import parallel_ops
 from .system.process_groups import started
 from .weights import Model
 

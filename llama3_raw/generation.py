@@ -12,37 +12,23 @@ from collections.abc import Collection, Generator, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .captured import CapturedPasses, on_its_way
+from .backends.choose import ops_for
+from .backends.cuda_graphs import CapturedPasses, on_its_way
 from .errors import UserError
 from .lookup import LookupPolicy, Proposer
 from .model import REFERENCE, KVCache, forward, no_tap
 from .ops import Ops, Tap
-from .ops_cpu import fast_ops
-from .ops_cuda import cuda_ops
-from .ops_mixed import mixed_ops
 from .params import Params
 from .sampling import Sampling, sample
-from .weights import Model, Weights, devices_of
+from .weights import Model
 
 PREFILL_CHUNK = 1024  # tokens of the prompt in one forward pass: from so many on, matrix products are hardly faster
+
 EXACT_PREFILL_CHUNK = 256  # with the exact operations, which have the scores [n_heads, chunk, S] in memory
 
 # new tokens: a pass of 32 layers took 24 s to compile, found on the disk, and 142 s when it was new (measured on the
 # CPU, one thread, narrow layers); it may save 3 ms a token of 8B, of 1,500 small kernels 2 µs each (an estimate)
 _COMPILED_FROM = 4096
-
-
-def suitable_ops(device: torch.device) -> Ops:
-    """The set of operations that suits the device."""
-    return {"cpu": fast_ops, "cuda": cuda_ops}.get(device.type, lambda: REFERENCE)()
-
-
-def ops_for(weights: Weights, exact: bool = False) -> Ops:
-    """The set of operations that suits where the weights lie, on one device or two. exact: only of REFERENCE's."""
-    device = weights.norm.device
-    own = REFERENCE if exact else suitable_ops(device)
-    elsewhere = devices_of(weights) - {device}
-    return mixed_ops(own, REFERENCE if exact else suitable_ops(elsewhere.pop())) if elsewhere else own
 
 
 def check_ids(ids: Iterable[int], params: Params) -> None:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-from . import ops_cpu
+from .backends import cpu as ops_cpu
 from .engines import Engine, Own
 from .limits import copy_speed, multiply_speed, seconds_of
 from .ops import Ops

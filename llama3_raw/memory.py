@@ -15,12 +15,12 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from .backends.cpu import QUERIES
+from .backends.cuda import WIDENED_BYTES
 from .checkpoint.checkpoint import Checkpoint, first_layers
 from .checkpoint.loading import goes_to_gpu
 from .errors import UserError
 from .generation import EXACT_PREFILL_CHUNK, PREFILL_CHUNK
-from .ops_cpu import QUERIES
-from .ops_cuda import WIDENED_BYTES
 from .system.machine import free_memory
 from .weights import MATRICES, in_words
 

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from .backends.choose import suitable_ops
 from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from .command_line import (
     DTYPES_BY_NAME,
@@ -34,7 +35,7 @@ from .command_line import (
     read_prompt,
 )
 from .errors import UserError, in_short
-from .generation import check_ids, suitable_ops
+from .generation import check_ids
 from .memory import Lengths, score_bytes
 from .model import REFERENCE, forward, no_tap
 from .ops import Ops, Tap

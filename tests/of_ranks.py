@@ -9,9 +9,9 @@ import torch
 
 import llama3_raw
 from llama3_raw import REFERENCE, KVCache, forward
+from llama3_raw.backends.choose import suitable_ops
+from llama3_raw.backends.tensor_parallel import parallel_ops
 from llama3_raw.checkpoint.sharding import Shard
-from llama3_raw.generation import suitable_ops
-from llama3_raw.parallel import parallel_ops
 from llama3_raw.system.process_groups import started
 
 PROMPT = [3, 141, 59, 26, 53, 58, 97, 93, 23, 84, 62, 64]

@@ -18,10 +18,10 @@ from references import cast, run
 
 import llama3_raw
 from llama3_raw import REFERENCE, KVCache, Model, UserError, batch, batch_generation, forward, generate
+from llama3_raw.backends.cpu import CannotBuild, build_kernels, fast_ops
 from llama3_raw.batch import Journal, grouped, main
 from llama3_raw.batch_generation import Row, generate_batch
 from llama3_raw.generation import StopReason
-from llama3_raw.ops_cpu import CannotBuild, build_kernels, fast_ops
 from llama3_raw.sampling import Sampling
 
 ROOT = Path(__file__).parent.parent

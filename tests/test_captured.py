@@ -16,8 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import llama3_raw
-from llama3_raw import REFERENCE, KVCache, Model, captured, forward, generate, ops_cuda
-from llama3_raw.captured import CapturedPasses
+from llama3_raw import REFERENCE, KVCache, Model, forward, generate
+from llama3_raw.backends import cuda as ops_cuda
+from llama3_raw.backends import cuda_graphs as captured
+from llama3_raw.backends.choose import suitable_ops
+from llama3_raw.backends.cuda_graphs import CapturedPasses
 from llama3_raw.dialog import Conversation
 from llama3_raw.lookup import LookupPolicy
 
@@ -155,7 +158,7 @@ def test_a_tap_sees_every_pass(model: Model, ids: list[int]) -> None:
 
 def test_nothing_is_captured_off_a_gpu(model: Model) -> None:
     cache = KVCache.allocate(model.params, max_seq_len=4, like=model.weights)
-    assert CapturedPasses.where_possible(model, cache, llama3_raw.generation.suitable_ops(torch.device("cpu"))) is None
+    assert CapturedPasses.where_possible(model, cache, suitable_ops(torch.device("cpu"))) is None
 
 
 def test_a_dialog_keeps_its_graph(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,11 +20,11 @@ from torch import Tensor
 import llama3_raw
 from llama3_raw import REFERENCE, Model, Params, UserError, Weights, forward, generate
 from llama3_raw.__main__ import main
+from llama3_raw.backends.cpu import fast_ops
 from llama3_raw.checkpoint.checkpoint import open_checkpoint
 from llama3_raw.checkpoint.loading import from_state_dict, to_state_dict
 from llama3_raw.checkpoint.writing import save_quantized
 from llama3_raw.memory import Lengths, Plan, needed
-from llama3_raw.ops_cpu import fast_ops
 from llama3_raw.quantization.int8 import Int8, quantize, widen
 from llama3_raw.quantization.matrix import Matrix, linear, tensors_of
 from llama3_raw.weights import MATRICES

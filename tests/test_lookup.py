@@ -15,8 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from references import random_weights, run
 
-from llama3_raw import KVCache, Model, Params, UserError, dialog, ops_cpu
+from llama3_raw import KVCache, Model, Params, UserError, dialog
 from llama3_raw import __main__ as command
+from llama3_raw.backends import cpu as ops_cpu
 from llama3_raw.dialog import Conversation
 from llama3_raw.generation import StopReason, generate
 from llama3_raw.lookup import LONGEST, MOST, EarlierText, LookupPolicy, Proposer

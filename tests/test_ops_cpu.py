@@ -16,7 +16,8 @@ import torch
 from references import cast
 from torch import Tensor
 
-from llama3_raw import REFERENCE, KVCache, Model, forward, generate, ops_cpu
+from llama3_raw import REFERENCE, KVCache, Model, forward, generate
+from llama3_raw.backends import cpu as ops_cpu
 from llama3_raw.model import no_tap
 from llama3_raw.ops import Ops
 from llama3_raw.quantization.int8 import Int8, quantize, widen
@@ -346,7 +347,7 @@ def test_generate_takes_them(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> No
     calls = []
     fast = ops_cpu.fast_ops()
     counting = fast._replace(linear=lambda x, w: calls.append(x.shape) or fast.linear(x, w))
-    monkeypatch.setattr("llama3_raw.generation.fast_ops", lambda: counting)
+    monkeypatch.setattr("llama3_raw.backends.choose.fast_ops", lambda: counting)
     assert list(generate(tiny, [1, 2, 3], max_new_tokens=3, stop_ids=()))
     assert calls
     calls.clear()
@@ -400,7 +401,7 @@ def test_a_cache_folder_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/self/maps")
 def test_there_is_one_pool_of_threads() -> None:
     """The kernels take OpenMP from torch: no second library with a pool of its own is loaded."""
-    code = "from llama3_raw.ops_cpu import build_kernels\nbuild_kernels()\nprint(open('/proc/self/maps').read())"
+    code = "from llama3_raw.backends.cpu import build_kernels\nbuild_kernels()\nprint(open('/proc/self/maps').read())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(set(re.findall(r"\S+/lib[gi]?omp[^/\s]*", done.stdout))) == 1
 

@@ -11,7 +11,8 @@ import torch
 from references import cast, converted
 from torch import Tensor
 
-from llama3_raw import REFERENCE, KVCache, Model, forward, ops_cuda
+from llama3_raw import REFERENCE, KVCache, Model, forward
+from llama3_raw.backends import cuda as ops_cuda
 from llama3_raw.model import attend, no_tap
 from llama3_raw.quantization.int8 import Int8, quantize, widen
 
@@ -151,7 +152,7 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from llama3_raw import cuda_kernels
+from llama3_raw.backends import cuda_kernels
 
 F32, I32, BF16 = "*fp32", "i32", "*bf16"
 CASES = [

@@ -16,10 +16,11 @@ from torch import Tensor
 import llama3_raw
 from llama3_raw import REFERENCE, KVCache, Model, Params, UserError, bench, compare, forward, perplexity, tracing
 from llama3_raw.__main__ import main
+from llama3_raw.backends.choose import ops_for, suitable_ops
+from llama3_raw.backends.offload import mixed_ops
 from llama3_raw.checkpoint.checkpoint import Checkpoint
 from llama3_raw.checkpoint.loading import build_weights, to_state_dict
-from llama3_raw.generation import generate, ops_for
-from llama3_raw.ops_mixed import mixed_ops
+from llama3_raw.generation import generate
 from llama3_raw.quantization.matrix import Matrix
 from llama3_raw.weights import tensor_places
 
@@ -38,7 +39,7 @@ def plain_mover(device: torch.device, largest: int) -> Iterator[Callable[[Tensor
 @pytest.fixture
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A pretended GPU of 100 GB; random numbers there are the CPU's, and so are the operations: the exact ones."""
-    monkeypatch.setattr("llama3_raw.generation.cuda_ops", lambda: REFERENCE)
+    monkeypatch.setattr("llama3_raw.backends.choose.cuda_ops", lambda: REFERENCE)
     generator = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -131,14 +132,14 @@ def test_each_product_is_computed_where_its_matrix_lies() -> None:
 @pytest.mark.usefixtures("_gpu")
 def test_ops_are_mixed_only_where_the_weights_are() -> None:
     assert ops_for(build_weights(checkpoint(), GPU)) is REFERENCE
-    assert ops_for(build_weights(checkpoint())) is llama3_raw.generation.suitable_ops(torch.device("cpu"))
+    assert ops_for(build_weights(checkpoint())) is suitable_ops(torch.device("cpu"))
     assert ops_for(build_weights(checkpoint(), GPU, gpu_layers=3)) is not REFERENCE  # the embeddings are not there
     assert ops_for(build_weights(checkpoint(tied=True), GPU, gpu_layers=3)) is REFERENCE
 
 
 @pytest.mark.usefixtures("_gpu")
 def test_generate_and_perplexity_find_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama3_raw.generation.fast_ops", lambda: REFERENCE)  # so that the bits can be the same
+    monkeypatch.setattr("llama3_raw.backends.choose.fast_ops", lambda: REFERENCE)  # so that the bits can be the same
     one = llama3_raw.load(TINY)
     two = llama3_raw.load(TINY, device="cuda", gpu_layers=2)
     assert not isinstance(two.weights.layers[2].wq, OnGpu)

@@ -22,7 +22,8 @@ from of_ranks import all_logits
 from torch import Tensor
 
 import llama3_raw
-from llama3_raw import Model, convert, generate, nearby
+from llama3_raw import Model, convert, generate
+from llama3_raw.backends import nearby
 from llama3_raw.implementations import hf_model
 from llama3_raw.system.process_groups import Group
 
@@ -120,7 +121,7 @@ def test_chance_is_the_same_everywhere() -> None:
 NEARBY = """
 import random, time, torch
 from pathlib import Path
-from llama3_raw.nearby import nearby
+from llama3_raw.backends.nearby import nearby
 from llama3_raw.system.process_groups import started
 
 with started(lambda: torch.device("cpu")) as ranks:
@@ -164,7 +165,7 @@ def test_who_ends_early_keeps_nobody(tmp_path: Path) -> None:
     """Without an error, of which the others would be told; by gloo they would hear that nobody is there any more."""
     (tmp_path / "script.py").write_text(
         "import torch\n"
-        "from llama3_raw.nearby import nearby\n"
+        "from llama3_raw.backends.nearby import nearby\n"
         "from llama3_raw.system.process_groups import started\n"
         "with started(lambda: torch.device('cpu')) as ranks:\n"
         "    near = nearby(ranks.tensor)\n"

@@ -18,12 +18,13 @@ import torch
 from test_memory import CPU, GPU, checkpoint
 
 import llama3_raw
-from llama3_raw import REFERENCE, KVCache, Model, UserError, bench, command_line, forward, generate, read_ahead
+from llama3_raw import REFERENCE, KVCache, Model, UserError, bench, command_line, forward, generate
 from llama3_raw.__main__ import main
+from llama3_raw.backends import streaming as read_ahead
+from llama3_raw.backends.cpu import fast_ops
+from llama3_raw.backends.streaming import least_memory
 from llama3_raw.memory import Lengths, Plan, check_memory
 from llama3_raw.ops import Ops
-from llama3_raw.ops_cpu import fast_ops
-from llama3_raw.read_ahead import least_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reading ahead is built on Linux's madvise")
 

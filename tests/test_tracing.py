@@ -17,7 +17,7 @@ from torch import Tensor
 
 import llama3_raw
 from llama3_raw import REFERENCE, Model, Trace, UserError, chain, forward, load_trace, patch, trace
-from llama3_raw.ops_cpu import fast_ops
+from llama3_raw.backends.cpu import fast_ops
 from llama3_raw.taps import pass_without_content
 from llama3_raw.tracing import Origin, Statistics, check_trace, main
 

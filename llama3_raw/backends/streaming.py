@@ -22,11 +22,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .errors import UserError
-from .ops import Ops
-from .quantization.matrix import Matrix, tensors_of
-from .system.madvise import PAGEOUT, POPULATE_READ, RANDOM, Span, advise
-from .weights import Weights
+from ..errors import UserError
+from ..ops import Ops
+from ..quantization.matrix import Matrix, tensors_of
+from ..system.madvise import PAGEOUT, POPULATE_READ, RANDOM, Span, advise
+from ..weights import Weights
 
 _FIELDS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")  # of a layer, in the order in which the forward pass asks for them
 _IN_FLIGHT = 2  # matrices: one is multiplied while the next one is read

@@ -1,4 +1,4 @@
-"""The GPU's kernels, in Triton's language, which is Python's syntax: what ops_cuda.py calls.
+"""The GPU's kernels, in Triton's language, which is Python's syntax: what cuda.py calls.
 
 A kernel runs as many programs side by side, each for its part; the names in capitals are fixed when it is compiled.
 """

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import Ops, Tap
-from .quantization.int8 import Int8
-from .quantization.matrix import Matrix, linear
+from ..ops import Ops, Tap
+from ..quantization.int8 import Int8
+from ..quantization.matrix import Matrix, linear
 
 FEW = 16  # tokens: up to so many are computed by the kernels on every processor, all with the same bits
 _MOST = 128  # tokens: with more, torch is faster, which brings the matrix into another order first, or widens it

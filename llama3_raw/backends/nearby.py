@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .ops_cpu import CannotBuild, build_kernels
-from .system.process_groups import Group, PeerLost
+from ..system.process_groups import Group, PeerLost
+from .cpu import CannotBuild, build_kernels
 
 _FOLDER = Path("/dev/shm")  # files in memory, on Linux; who finds a file there is on the same machine
 _MOST = 1 << 20  # bytes that a process brings at a time: what is more is of a prompt, and worth gloo's way

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .ops import Ops
-from .quantization.matrix import Matrix, tensors_of
+from ..ops import Ops
+from ..quantization.matrix import Matrix, tensors_of
 
 
 def mixed_ops(gpu: Ops, cpu: Ops) -> Ops:

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
-from .errors import in_short
-from .ops import Ops, Tap
-from .ops_cpu import FEW, attend_by_torch
-from .quantization.int8 import Int8
-from .quantization.matrix import Matrix, linear
+from ..errors import in_short
+from ..ops import Ops, Tap
+from ..quantization.int8 import Int8
+from ..quantization.matrix import Matrix, linear
+from .cpu import FEW, attend_by_torch
 
 try:
     from . import cuda_kernels

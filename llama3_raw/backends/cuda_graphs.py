@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops_cuda
-from .errors import in_short
-from .model import KVCache, forward
-from .ops import Ops
-from .ops_cpu import FEW
-from .weights import Model, devices_of
+from ..errors import in_short
+from ..model import KVCache, forward
+from ..ops import Ops
+from ..weights import Model, devices_of
+from . import cuda as ops_cuda
+from .cpu import FEW
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Takes a function -> one that does the same work on the same tensors, and gives the same tensor each time."""

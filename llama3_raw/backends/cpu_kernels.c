@@ -1,5 +1,5 @@
 /* The operations that cost time: products with a matrix in bf16 or int8, and attention over a bf16 cache; and how
-   processes wait for each other. Built on first use by ops_cpu.py for the processor at hand.
+   processes wait for each other. Built on first use by cpu.py for the processor at hand.
 
    Whatever stands beside it, a token's result comes from the same operations in the same order: every sum runs over its
    terms in one fixed order, whose pieces do not depend on how many tokens or threads there are. */

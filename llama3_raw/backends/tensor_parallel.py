@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import Ops
+from ..quantization.matrix import Matrix
+from ..system.process_groups import Group
+from ..weights import Weights
 from .nearby import nearby
-from .ops import Ops
-from .quantization.matrix import Matrix
-from .system.process_groups import Group
-from .weights import Weights
 
 
 def parallel_ops(own: Ops, weights: Weights, group: Group) -> Ops:
