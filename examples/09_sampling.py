@@ -17,8 +17,8 @@ from lesson import open_model, save, title
 from matplotlib.figure import Figure
 
 from llama3_raw import forward, generate
+from llama3_raw.decoding.sampling import Sampling, probabilities, sample
 from llama3_raw.plots import Picture
-from llama3_raw.sampling import Sampling, probabilities, sample
 
 model, tokenizer, picture = open_model(__doc__, draws=True)
 prompt = "She opened the box and saw a"

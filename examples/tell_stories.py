@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from llama3_raw import KVCache, UserError, forward
 from llama3_raw.backends.choose import suitable_ops
+from llama3_raw.decoding.sampling import Sampling, sample
 from llama3_raw.errors import in_short
-from llama3_raw.sampling import Sampling, sample
 
 SAMPLING = Sampling(temperature=0.8, min_p=0.02)
 LIKELIEST = 64  # only these are drawn from; min-p leaves fewer nearly always

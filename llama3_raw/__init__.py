@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import plots as plots
     from .checkpoint.loading import load as load
+    from .decoding.loop import StopReason as StopReason
+    from .decoding.loop import generate as generate
     from .errors import UserError as UserError
-    from .generation import StopReason as StopReason
-    from .generation import generate as generate
     from .model import REFERENCE as REFERENCE
     from .model import KVCache as KVCache
     from .model import forward as forward
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {  # module -> the names of the public API that live there
     "checkpoint.loading": ("load",),
     "errors": ("UserError",),
-    "generation": ("StopReason", "generate"),
+    "decoding.loop": ("StopReason", "generate"),
     "model": ("REFERENCE", "KVCache", "forward"),
     "params": ("Params",),
     "stepping": ("break_at",),
@@ -36,7 +36,7 @@ _HOMES = {  # module -> the names of the public API that live there
     "tracing": ("Trace", "load_trace", "trace"),
     "weights": ("LayerWeights", "Model", "Weights"),
 }
-_MODULES = {name: name for name in ("errors", "params", "tokenizer", "weights", "ops", "model", "generation", "plots")}
+_MODULES = {name: name for name in ("errors", "params", "tokenizer", "weights", "ops", "model", "plots")}
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [*_MODULE_OF, "plots"]

@@ -34,10 +34,10 @@ from .command_line import (
     read_prompt,
     warn_of_base_model,
 )
+from .decoding.loop import StopReason, generate
+from .decoding.prompt_lookup import LookupPolicy
 from .dialog import Message, encode_dialog
 from .errors import UserError
-from .generation import StopReason, generate
-from .lookup import LookupPolicy
 from .memory import Lengths
 from .ops import Tap
 from .quantization.int8 import Int8

@@ -25,7 +25,6 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .backends.cpu import FEW
-from .batch_generation import Row, generate_batch
 from .cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
 from .command_line import (
     ChosenModel,
@@ -39,12 +38,13 @@ from .command_line import (
     positive_int,
     warn_of_base_model,
 )
+from .decoding.batch import Row, generate_batch
+from .decoding.loop import StopReason, check_ids
+from .decoding.sampling import Sampling
 from .dialog import Message, encode_dialog
 from .errors import UserError, in_short
-from .generation import StopReason, check_ids
 from .memory import Lengths
 from .ops import Ops
-from .sampling import Sampling
 from .system.files import check_output
 from .system.process_groups import Ranks, started
 from .tokenizer import Tokenizer

@@ -24,10 +24,10 @@ from .command_line import (
     positive_int,
     warn_of_base_model,
 )
+from .decoding.loop import StopReason
+from .decoding.prompt_lookup import LookupPolicy
 from .dialog import DEFAULT_CONTEXT, Conversation, read_dialog, write_dialog
 from .errors import UserError
-from .generation import StopReason
-from .lookup import LookupPolicy
 from .memory import Lengths
 from .system.machine import peak_memory
 

@@ -20,13 +20,13 @@ from .checkpoint.files import find_tokenizer
 from .checkpoint.loading import build_weights, check_gpu_layers
 from .checkpoint.sharding import Shard
 from .cli.entry_point import not_empty
+from .decoding.loop import check_ids
+from .decoding.prompt_lookup import MOST
+from .decoding.sampling import Sampling
 from .dialog import is_base_model
 from .errors import UserError, in_short
-from .generation import check_ids
-from .lookup import MOST
 from .memory import Lengths, Plan, check_memory, memory_for_weights
 from .ops import Ops
-from .sampling import Sampling
 from .system.machine import set_threads
 from .system.process_groups import Ranks
 from .system.processes import local_rank, number_of_processes

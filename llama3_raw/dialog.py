@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from .backends.choose import ops_for
 from .backends.cuda_graphs import CapturedPasses
+from .decoding.loop import StopReason, generate
+from .decoding.prompt_lookup import LookupPolicy
+from .decoding.sampling import Sampling
 from .errors import UserError
-from .generation import StopReason, generate
-from .lookup import LookupPolicy
 from .model import KVCache
 from .ops import Ops
-from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .weights import Model
 

@@ -20,11 +20,11 @@ import torch
 from .backends.choose import ops_for
 from .backends.cuda_graphs import CapturedPasses
 from .backends.tensor_parallel import parallel_ops
-from .batch_generation import Row, generate_batch
 from .checkpoint.loading import load
 from .checkpoint.sharding import Shard
+from .decoding.batch import Row, generate_batch
+from .decoding.loop import StopReason, generate
 from .errors import UserError
-from .generation import StopReason, generate
 from .limits import seconds_of, wait_for
 from .model import KVCache
 from .ops import Ops

@@ -19,8 +19,8 @@ from .backends.cpu import QUERIES
 from .backends.cuda import WIDENED_BYTES
 from .checkpoint.checkpoint import Checkpoint, first_layers
 from .checkpoint.loading import goes_to_gpu
+from .decoding.loop import EXACT_PREFILL_CHUNK, PREFILL_CHUNK
 from .errors import UserError
-from .generation import EXACT_PREFILL_CHUNK, PREFILL_CHUNK
 from .system.machine import free_memory
 from .weights import MATRICES, in_words
 

@@ -34,12 +34,12 @@ from pygments.lexers import PythonLexer
 from torch import Tensor
 
 from . import plots
+from .decoding.sampling import sample
 from .errors import UserError
 from .model import REFERENCE, attend, attention, forward, layer, rms_norm, rope, rope_frequencies, swiglu
 from .ops import Ops
 from .params import Params
 from .quantization.int8 import Int8
-from .sampling import sample
 from .tokenizer import SPLIT_PATTERN, Tokenizer
 from .tracing import Trace, trace
 from .weights import Model, in_words, tensor_places

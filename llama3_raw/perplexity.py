@@ -17,8 +17,8 @@ from tqdm import tqdm
 from .backends.choose import ops_for
 from .cli.entry_point import ArgumentParser, command_line_tool
 from .command_line import add_model_options, check_context, choose_model, load_model, parse_ids, positive_int, read_text
+from .decoding.loop import check_ids, check_logits
 from .errors import UserError
-from .generation import check_ids, check_logits
 from .memory import Lengths
 from .model import KVCache, forward
 from .ops import Ops

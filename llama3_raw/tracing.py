@@ -34,8 +34,8 @@ from .command_line import (
     load_model,
     read_prompt,
 )
+from .decoding.loop import check_ids
 from .errors import UserError, in_short
-from .generation import check_ids
 from .memory import Lengths, score_bytes
 from .model import REFERENCE, forward, no_tap
 from .ops import Ops, Tap

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama3_raw import LayerWeights, Model, Params, Weights, forward
 from llama3_raw.checkpoint.loading import from_state_dict, to_state_dict
-from llama3_raw.generation import StopReason
+from llama3_raw.decoding.loop import StopReason
 from llama3_raw.params import RopeScaling
 from llama3_raw.weights import tensor_places
 

@@ -17,12 +17,13 @@ import torch
 from references import cast, run
 
 import llama3_raw
-from llama3_raw import REFERENCE, KVCache, Model, UserError, batch, batch_generation, forward, generate
+from llama3_raw import REFERENCE, KVCache, Model, UserError, batch, forward, generate
 from llama3_raw.backends.cpu import CannotBuild, build_kernels, fast_ops
 from llama3_raw.batch import Journal, grouped, main
-from llama3_raw.batch_generation import Row, generate_batch
-from llama3_raw.generation import StopReason
-from llama3_raw.sampling import Sampling
+from llama3_raw.decoding import batch as batch_generation
+from llama3_raw.decoding.batch import Row, generate_batch
+from llama3_raw.decoding.loop import StopReason
+from llama3_raw.decoding.sampling import Sampling
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "weights" / "tiny"

@@ -21,8 +21,9 @@ from llama3_raw.backends import cuda as ops_cuda
 from llama3_raw.backends import cuda_graphs as captured
 from llama3_raw.backends.choose import suitable_ops
 from llama3_raw.backends.cuda_graphs import CapturedPasses
+from llama3_raw.decoding import loop
+from llama3_raw.decoding.prompt_lookup import LookupPolicy
 from llama3_raw.dialog import Conversation
-from llama3_raw.lookup import LookupPolicy
 
 SETTINGS: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 3, "repetition_penalty": 1.2, "top_p": 0.9}]
 
@@ -192,7 +193,7 @@ def test_only_a_long_text_is_worth_compiling(
         return CapturedPasses(*arguments, capture=Recorded, compiled=False)
 
     monkeypatch.setattr(CapturedPasses, "where_possible", where_possible)
-    monkeypatch.setattr(llama3_raw.generation, "_COMPILED_FROM", 8)
+    monkeypatch.setattr(loop, "_COMPILED_FROM", 8)
     new = list(generate(model, ids, max_new_tokens=most, context=context, ops=REFERENCE))
     assert new == list(generate(model, ids, max_new_tokens=most, context=context, ops=REFERENCE, captured=False))
     assert asked == [compiled]

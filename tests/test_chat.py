@@ -26,9 +26,12 @@ from hypothesis import strategies as st
 from references import cast, random_weights
 from torch import Tensor
 
-from llama3_raw import Model, Params, Tokenizer, UserError, chat, generation
+from llama3_raw import Model, Params, Tokenizer, UserError, chat
 from llama3_raw.__main__ import main as continue_text
 from llama3_raw.chat import main, run_command
+from llama3_raw.decoding import loop as generation
+from llama3_raw.decoding.loop import StopReason, generate
+from llama3_raw.decoding.sampling import Sampling
 from llama3_raw.dialog import (
     Conversation,
     Message,
@@ -38,8 +41,6 @@ from llama3_raw.dialog import (
     read_dialog,
     write_dialog,
 )
-from llama3_raw.generation import StopReason, generate
-from llama3_raw.sampling import Sampling
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "weights" / "tiny"

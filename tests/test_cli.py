@@ -17,7 +17,7 @@ import pytest
 from llama3_raw import REFERENCE, Model, command_line
 from llama3_raw.__main__ import main
 from llama3_raw.command_line import find_model
-from llama3_raw.generation import generate
+from llama3_raw.decoding.loop import generate
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "weights" / "tiny"

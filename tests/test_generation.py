@@ -10,8 +10,9 @@ import torch
 from references import run
 from torch import Tensor
 
-from llama3_raw import REFERENCE, KVCache, Model, Params, UserError, Weights, generation
-from llama3_raw.generation import EXACT_PREFILL_CHUNK, PREFILL_CHUNK, StopReason, generate
+from llama3_raw import REFERENCE, KVCache, Model, Params, UserError, Weights
+from llama3_raw.decoding import loop as generation
+from llama3_raw.decoding.loop import EXACT_PREFILL_CHUNK, PREFILL_CHUNK, StopReason, generate
 
 VOCAB = 50
 PARAMS = Params.from_meta(

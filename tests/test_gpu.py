@@ -13,7 +13,7 @@ from torch import Tensor
 from llama3_raw import REFERENCE, KVCache, Model, Weights, forward, generate
 from llama3_raw.backends.choose import suitable_ops
 from llama3_raw.backends.cuda_graphs import CapturedPasses
-from llama3_raw.lookup import LookupPolicy
+from llama3_raw.decoding.prompt_lookup import LookupPolicy
 from llama3_raw.quantization.int8 import quantize
 from llama3_raw.weights import MATRICES
 

@@ -18,10 +18,10 @@ from references import random_weights, run
 from llama3_raw import KVCache, Model, Params, UserError, dialog
 from llama3_raw import __main__ as command
 from llama3_raw.backends import cpu as ops_cpu
+from llama3_raw.decoding.loop import StopReason, generate
+from llama3_raw.decoding.prompt_lookup import LONGEST, MOST, EarlierText, LookupPolicy, Proposer
+from llama3_raw.decoding.sampling import Sampling
 from llama3_raw.dialog import Conversation
-from llama3_raw.generation import StopReason, generate
-from llama3_raw.lookup import LONGEST, MOST, EarlierText, LookupPolicy, Proposer
-from llama3_raw.sampling import Sampling
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 PARAMS = Params.from_meta(

@@ -20,7 +20,7 @@ from llama3_raw.backends.choose import ops_for, suitable_ops
 from llama3_raw.backends.offload import mixed_ops
 from llama3_raw.checkpoint.checkpoint import Checkpoint
 from llama3_raw.checkpoint.loading import build_weights, to_state_dict
-from llama3_raw.generation import generate
+from llama3_raw.decoding.loop import generate
 from llama3_raw.quantization.matrix import Matrix
 from llama3_raw.weights import tensor_places
 

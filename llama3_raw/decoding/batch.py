@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends.choose import ops_for
-from .errors import UserError
-from .generation import EXACT_PREFILL_CHUNK, PREFILL_CHUNK, StopReason, check_ids, check_logits
-from .model import REFERENCE, KVCache, forward
-from .ops import Ops
+from ..backends.choose import ops_for
+from ..errors import UserError
+from ..model import REFERENCE, KVCache, forward
+from ..ops import Ops
+from ..weights import Model
+from .loop import EXACT_PREFILL_CHUNK, PREFILL_CHUNK, StopReason, check_ids, check_logits
 from .sampling import Sampling, sample
-from .weights import Model
 
 # tokens of several prompts in one pass. The CPU's matrix units give a token the same bits among up to so many as alone,
 # and with more are hardly faster; a GPU is

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .backends.cpu import FEW
-from .errors import UserError
+from ..backends.cpu import FEW
+from ..errors import UserError
 
 MOST = FEW - 1  # tokens to propose: with the one before them as many as the CPU kernels compute with the same bits
 LONGEST = 16  # tokens that are compared: of two places where so many are the same, the later one is taken

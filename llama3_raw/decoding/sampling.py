@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 _TINY = 1e-30  # what is much smaller is 0 in fp32
 

@@ -12,15 +12,15 @@ from collections.abc import Collection, Generator, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .backends.choose import ops_for
-from .backends.cuda_graphs import CapturedPasses, on_its_way
-from .errors import UserError
-from .lookup import LookupPolicy, Proposer
-from .model import REFERENCE, KVCache, forward, no_tap
-from .ops import Ops, Tap
-from .params import Params
+from ..backends.choose import ops_for
+from ..backends.cuda_graphs import CapturedPasses, on_its_way
+from ..errors import UserError
+from ..model import REFERENCE, KVCache, forward, no_tap
+from ..ops import Ops, Tap
+from ..params import Params
+from ..weights import Model
+from .prompt_lookup import LookupPolicy, Proposer
 from .sampling import Sampling, sample
-from .weights import Model
 
 PREFILL_CHUNK = 1024  # tokens of the prompt in one forward pass: from so many on, matrix products are hardly faster
 
