@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from lesson import open_model, save, show, title
 from matplotlib.figure import Figure
 
-from llama3_raw import plots, trace
+from llama3_raw import trace
 from llama3_raw.model import rms_norm, rope, rope_rotation, token_positions
+from llama3_raw.tracing import plots
 
 model, tokenizer, picture = open_model(__doc__, draws=True)
 params, layer = model.params, model.weights.layers[0]

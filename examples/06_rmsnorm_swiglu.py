@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from llama3_raw import REFERENCE, trace
 from llama3_raw.model import no_tap, rms_norm, swiglu
-from llama3_raw.plots import Picture
+from llama3_raw.tracing.plots import Picture
 
 model, tokenizer, picture = open_model(__doc__, draws=True)
 params, layers = model.params, model.weights.layers

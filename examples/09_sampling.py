@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from llama3_raw import forward, generate
 from llama3_raw.decoding.sampling import Sampling, probabilities, sample
-from llama3_raw.plots import Picture
+from llama3_raw.tracing.plots import Picture
 
 model, tokenizer, picture = open_model(__doc__, draws=True)
 prompt = "She opened the box and saw a"

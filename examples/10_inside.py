@@ -16,8 +16,9 @@ from lesson import open_model, save, show, title
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from llama3_raw import Trace, chain, forward, patch, plots, trace
+from llama3_raw import Trace, chain, forward, patch, trace
 from llama3_raw.model import rms_norm
+from llama3_raw.tracing import plots
 
 model, tokenizer, picture = open_model(__doc__, draws=True)
 params, weights = model.params, model.weights

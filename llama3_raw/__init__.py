@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import plots as plots
     from .checkpoint.loading import load as load
     from .decoding.loop import StopReason as StopReason
     from .decoding.loop import generate as generate
@@ -13,31 +12,32 @@ if TYPE_CHECKING:
     from .model import KVCache as KVCache
     from .model import forward as forward
     from .params import Params as Params
-    from .stepping import break_at as break_at
-    from .taps import chain as chain
-    from .taps import patch as patch
     from .tokenizer import Tokenizer as Tokenizer
-    from .tracing import Trace as Trace
-    from .tracing import load_trace as load_trace
-    from .tracing import trace as trace
+    from .tracing import plots as plots
+    from .tracing.debugger import break_at as break_at
+    from .tracing.record import Trace as Trace
+    from .tracing.record import load_trace as load_trace
+    from .tracing.record import trace as trace
+    from .tracing.taps import chain as chain
+    from .tracing.taps import patch as patch
     from .weights import LayerWeights as LayerWeights
     from .weights import Model as Model
     from .weights import Weights as Weights
 
 _HOMES = {  # module -> the names of the public API that live there
     "checkpoint.loading": ("load",),
-    "errors": ("UserError",),
     "decoding.loop": ("StopReason", "generate"),
+    "errors": ("UserError",),
     "model": ("REFERENCE", "KVCache", "forward"),
     "params": ("Params",),
-    "stepping": ("break_at",),
-    "taps": ("chain", "patch"),
     "tokenizer": ("Tokenizer",),
-    "tracing": ("Trace", "load_trace", "trace"),
+    "tracing.debugger": ("break_at",),
+    "tracing.record": ("Trace", "load_trace", "trace"),
+    "tracing.taps": ("chain", "patch"),
     "weights": ("LayerWeights", "Model", "Weights"),
 }
-_MODULES = {name: name for name in ("errors", "params", "tokenizer", "weights", "ops", "model", "plots")}
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+_MODULES = {"plots": "tracing.plots"} | {name: name for name in ("errors", "model", "ops", "params", "weights")}
 
 __all__ = [*_MODULE_OF, "plots"]
 

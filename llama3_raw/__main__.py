@@ -41,11 +41,11 @@ from .errors import UserError
 from .memory import Lengths
 from .ops import Tap
 from .quantization.int8 import Int8
-from .stepping import break_at
 from .system.machine import peak_memory
 from .system.process_groups import Ranks, started
-from .taps import chain, check_names
 from .tokenizer import Tokenizer
+from .tracing.debugger import break_at
+from .tracing.taps import chain, check_names
 from .weights import Model, in_words
 
 

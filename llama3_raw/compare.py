@@ -39,8 +39,8 @@ from .memory import Lengths
 from .model import REFERENCE, forward
 from .ops import Ops, Tap
 from .params import Params
-from .taps import FIRST, LAST, Patterns, chain, check_names
-from .tracing import Origin, Trace, check_trace, count_layers, load_trace, not_alike, tokens_of_one_prompt, trace
+from .tracing.record import Origin, Trace, check_trace, count_layers, load_trace, not_alike, tokens_of_one_prompt, trace
+from .tracing.taps import FIRST, LAST, Patterns, chain, check_names
 from .weights import Model, in_words
 
 TOP_K = 10  # the likeliest tokens whose overlap is told

@@ -13,7 +13,7 @@ from .command_line import add_model_options, choose_model, chosen_ids, load_mode
 from .errors import UserError, needed_package
 from .memory import Lengths
 from .system.files import check_output, write_whole
-from .tracing import check_trace
+from .tracing.record import check_trace
 
 
 def build_parser() -> ArgumentParser:

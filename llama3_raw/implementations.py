@@ -23,8 +23,8 @@ from .checkpoint.checkpoint import split_pairs
 from .checkpoint.loading import to_state_dict
 from .errors import UserError, needed_package
 from .params import Params, RopeScaling
-from .taps import chain
-from .tracing import Trace, check_trace, count_layers
+from .tracing.record import Trace, check_trace, count_layers
+from .tracing.taps import chain
 from .weights import Model, tensor_places
 
 

@@ -21,11 +21,14 @@ from .checkpoint.checkpoint import Checkpoint, first_layers
 from .checkpoint.loading import goes_to_gpu
 from .decoding.loop import EXACT_PREFILL_CHUNK, PREFILL_CHUNK
 from .errors import UserError
+from .ops import score_bytes
 from .system.machine import free_memory
 from .weights import MATRICES, in_words
 
 _CPU = torch.device("cpu")
+
 _GPU_LIBRARIES = 500_000_000  # bytes that cuBLAS and the like take for themselves once they run
+
 _CPU_LIBRARIES = 100_000_000  # bytes that torch's take then (measured: 70e6 with a prompt of 256 tokens)
 
 
@@ -71,11 +74,6 @@ class Need(NamedTuple):
     def own(self) -> int:
         """What the system cannot drop and read again, on the device of the run."""
         return self.copied + self.cache + self.work
-
-
-def score_bytes(itemsize: int) -> int:
-    """What an attention score of so many bytes takes in all until it is used, in bytes. (Measured)"""
-    return 12 if itemsize == 4 else 24  # another dtype than fp32 has each score in fp32 as well
 
 
 def needed(plan: Plan) -> Need:

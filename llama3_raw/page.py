@@ -33,7 +33,6 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 from torch import Tensor
 
-from . import plots
 from .decoding.sampling import sample
 from .errors import UserError
 from .model import REFERENCE, attend, attention, forward, layer, rms_norm, rope, rope_frequencies, swiglu
@@ -41,7 +40,8 @@ from .ops import Ops
 from .params import Params
 from .quantization.int8 import Int8
 from .tokenizer import SPLIT_PATTERN, Tokenizer
-from .tracing import Trace, trace
+from .tracing import plots
+from .tracing.record import Trace, trace
 from .weights import Model, in_words, tensor_places
 
 MOST_TOKENS = 128  # more would fill the page with tables that nobody reads

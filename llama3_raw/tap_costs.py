@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import model as model_room
+from . import model as model_module
 from .engines import random_ids
 from .model import REFERENCE, KVCache, forward
 from .ops import Ops
-from .tracing import trace
+from .tracing.record import trace
 from .weights import Model
 
 LENGTH = 17  # tokens of the prompt
@@ -56,10 +56,10 @@ class _WithoutTaps(ast.NodeTransformer):
 
 def model_without_taps() -> ModuleType:
     """model.py as it would be if nobody ever looked inside, as a module beside it."""
-    tree = ast.fix_missing_locations(_WithoutTaps().visit(ast.parse(inspect.getsource(model_room))))
-    module = ModuleType(f"{model_room.__name__}_without_taps")
-    module.__package__ = model_room.__package__
-    exec(compile(tree, str(model_room.__file__), "exec"), vars(module))
+    tree = ast.fix_missing_locations(_WithoutTaps().visit(ast.parse(inspect.getsource(model_module))))
+    module = ModuleType(f"{model_module.__name__}_without_taps")
+    module.__package__ = model_module.__package__
+    exec(compile(tree, str(model_module.__file__), "exec"), vars(module))
     return module
 
 

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from references import cast, seen_by_hand
 from torch import Tensor
 
-from llama3_raw import REFERENCE, Model, Tokenizer, Trace, UserError, generate, plots, trace
+from llama3_raw import REFERENCE, Model, Tokenizer, Trace, UserError, generate, trace
 from llama3_raw import page as page_room
 from llama3_raw.explain import main
 from llama3_raw.model import rope_frequencies
 from llama3_raw.page import build_page, merges_of, pieces_of
+from llama3_raw.tracing import plots
 
 TINY = str(Path(__file__).parent.parent / "weights" / "tiny")
 PROMPT = "Once upon a time"  # README's

@@ -14,7 +14,7 @@ from references import random_weights
 from torch import Tensor
 
 import llama3_raw
-from llama3_raw import REFERENCE, KVCache, Model, Params, UserError, bench, compare, forward, perplexity, tracing
+from llama3_raw import REFERENCE, KVCache, Model, Params, UserError, bench, compare, forward, perplexity
 from llama3_raw.__main__ import main
 from llama3_raw.backends.choose import ops_for, suitable_ops
 from llama3_raw.backends.offload import mixed_ops
@@ -22,6 +22,7 @@ from llama3_raw.checkpoint.checkpoint import Checkpoint
 from llama3_raw.checkpoint.loading import build_weights, to_state_dict
 from llama3_raw.decoding.loop import generate
 from llama3_raw.quantization.matrix import Matrix
+from llama3_raw.tracing import __main__ as tracing
 from llama3_raw.weights import tensor_places
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"

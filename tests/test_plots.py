@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama3_raw import Model, Trace, UserError, forward, plots, trace
-from llama3_raw.plots import read_logit_lens, token_text
+from llama3_raw import Model, Trace, UserError, forward, trace
+from llama3_raw.tracing import plots
+from llama3_raw.tracing.plots import read_logit_lens, token_text
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ from torch import Tensor
 import llama3_raw
 from llama3_raw import REFERENCE, Model, Trace, UserError, chain, forward, load_trace, patch, trace
 from llama3_raw.backends.cpu import fast_ops
-from llama3_raw.taps import pass_without_content
-from llama3_raw.tracing import Origin, Statistics, check_trace, main
+from llama3_raw.tracing.__main__ import Statistics, main
+from llama3_raw.tracing.record import Origin, check_trace
+from llama3_raw.tracing.taps import pass_without_content
 
 TINY = str(Path(__file__).parent.parent / "weights" / "tiny")
 LAYERS = range(4)
@@ -245,7 +246,7 @@ def test_the_memory_is_known_before_it_is_spent(tiny: Model, monkeypatch: pytest
     scores = kept["layers.0.attention.scores"].nbytes  # the largest of all, of which a pass makes several
     assert kept.nbytes > 4 * 2 * scores  # and is as computed: scores and probs of four layers, and more
     free = {"cpu": kept.nbytes, "meta": 0}
-    monkeypatch.setattr("llama3_raw.tracing.free_memory", lambda device: free[device.type])
+    monkeypatch.setattr("llama3_raw.tracing.record.free_memory", lambda device: free[device.type])
     check = functools.partial(check_trace, tiny.params, torch.bfloat16, 512)
     with pytest.raises(UserError, match=r"a trace of 0\.04 GB, and 0\.\d\d GB in all on cpu, do not fit: 0\.04 GB are"):
         check()
@@ -289,7 +290,7 @@ def test_what_was_there_stays_until_a_trace_is_whole(
         raise SafetensorError("No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("llama3_raw.tracing.save_file", disk_full)
+        patched.setattr("llama3_raw.tracing.record.save_file", disk_full)
         with pytest.raises(
             UserError, match=r"link: cannot be written \(No space left on device\); choose another place"
         ):

@@ -9,10 +9,10 @@ from types import FrameType, TracebackType
 
 from torch import Tensor
 
-from .model import forward
-from .ops import Tap
+from ..model import forward
+from ..ops import Tap
+from ..weights import in_words
 from .taps import Patterns
-from .weights import in_words
 
 
 def break_at(*patterns: str) -> Tap:
@@ -53,7 +53,7 @@ class _Debugger(pdb.Pdb):
             stdout=None if sys.stdout.isatty() else sys.stderr,  # stdout is for the text alone
             nosigint=True,  # Ctrl-C is up to the tool
             # not to be stepped into: how a stop is set up, and the taps
-            skip=("bdb", __name__, f"{__package__}.taps", f"{__package__}.tracing"),
+            skip=("bdb", __name__, f"{__package__}.taps", f"{__package__}.record"),
         )
         self._to_show: tuple[str, Tensor] | None = None
         self._input_ended = False

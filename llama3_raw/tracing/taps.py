@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .model import REFERENCE
-from .ops import Attend, Ops, Tap
-from .params import Params
-from .weights import in_words
+from ..errors import UserError
+from ..model import REFERENCE
+from ..ops import Attend, Ops, Tap
+from ..params import Params
+from ..weights import in_words
 
 FIRST, LAST = "tok_embeddings", "logits"  # the names with which every pass begins and ends
 SHAPES_IN_A_LAYER = {  # of a lone prompt of T tokens, in the order of the pass

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import UserError, needed_package
-from .model import REFERENCE, rms_norm, rope_frequencies
-from .ops import Ops
-from .params import Params
-from .tokenizer import Tokenizer
-from .tracing import Trace
-from .weights import Model
+from ..errors import UserError, needed_package
+from ..model import REFERENCE, rms_norm, rope_frequencies
+from ..ops import Ops
+from ..params import Params
+from ..tokenizer import Tokenizer
+from ..weights import Model
+from .record import Trace
 
 needed_package("matplotlib", "llama3_raw.plots", "explain")
 from matplotlib.axes import Axes  # noqa: E402

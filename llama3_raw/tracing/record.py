@@ -1,21 +1,16 @@
-"""python -m llama3_raw.tracing: the tensors of one forward pass by name, as a table or a file.
-
-`Trace` is the tap that keeps copies, `trace` a pass with it.
-"""
+"""`Trace`, the tap that keeps copies of the tensors of a forward pass, and `trace`, a pass with it."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import json
-import math
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,27 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .backends.choose import suitable_ops
-from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
-from .command_line import (
-    DTYPES_BY_NAME,
-    add_model_options,
-    add_prompt_options,
-    choose_model,
-    chosen_ids,
-    load_model,
-    read_prompt,
-)
-from .decoding.loop import check_ids
-from .errors import UserError, in_short
-from .memory import Lengths, score_bytes
-from .model import REFERENCE, forward, no_tap
-from .ops import Ops, Tap
-from .params import Params, RopeScaling
-from .system.files import check_output, read_beginning, write_whole
-from .system.machine import free_memory
+from ..decoding.loop import check_ids
+from ..errors import UserError, in_short
+from ..model import REFERENCE, forward, no_tap
+from ..ops import Ops, Tap, score_bytes
+from ..params import Params, RopeScaling
+from ..system.files import read_beginning, write_whole
+from ..system.machine import free_memory
+from ..weights import Model
 from .taps import FIRST, LAST, SHAPES_IN_A_LAYER, Patterns, chain, pass_without_content
-from .weights import Model, in_words
 
 
 def not_alike(params: Params, others: Params) -> str | None:
@@ -300,88 +283,3 @@ def check_trace(
                 f"{model_device}, do not fit: {free / 1e9:.2f} GB are free on {place}; name fewer tensors, keep the "
                 "last position only, or shorten the prompt"
             )
-
-
-class Statistics(NamedTuple):
-    """What a tensor is like; the figures are of its finite values (a mask makes scores -inf)."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    mean: float
-    std: float
-    min: float
-    max: float
-    non_finite: float  # the share of the others
-
-    @staticmethod
-    def of(tensor: Tensor) -> Statistics:
-        """The figures, NaN where no value is finite; std is that of the values themselves (divided by n)."""
-        finite = tensor[tensor.isfinite()].double()
-        share = 1 - finite.numel() / max(1, tensor.numel())
-        low, high = finite.aminmax() if finite.numel() else (math.nan, math.nan)
-        std = finite.std(correction=0) if finite.numel() else math.nan  # torch would warn
-        return Statistics(tuple(tensor.shape), tensor.dtype, *map(float, (finite.mean(), std, low, high, share)))
-
-
-def show(tensors: Mapping[str, Tensor]) -> None:
-    """Prints a line of figures for each tensor."""
-    width = max(map(len, tensors))
-    print(f"{'name':<{width}}  {'shape':<16} {'dtype':<9}" + "".join(f"{name:>11}" for name in Statistics._fields[2:]))
-    for name, tensor in tensors.items():
-        shape, dtype, *figures, non_finite = Statistics.of(tensor)
-        shown = "".join(f"{figure:11.4g}" for figure in figures)
-        print(f"{name:<{width}}  {list(shape)!s:<16} {in_words(dtype):<9}{shown}{non_finite:11.1%}")
-
-
-def build_parser() -> ArgumentParser:
-    """The options of `python -m llama3_raw.tracing`."""
-    parser = ArgumentParser(
-        prog="python -m llama3_raw.tracing",
-        description="Runs a prompt through the model once, and shows or keeps the tensors in between, by name.",
-    )
-    add_prompt_options(parser)
-    group = parser.add_argument_group("tensors")
-    group.add_argument(
-        "--names",
-        action="append",
-        type=not_empty,
-        metavar="PATTERN",
-        help="which, with * ? [0-9] as in a shell (may be repeated; default: all): 'layers.0.*' is all of layer 0, "
-        "'layers.*.residual' the output of each layer",
-    )
-    group.add_argument("-o", "--output", type=not_empty, metavar="FILE", help="write them as safetensors")
-    group.add_argument("--stats", action="store_true", help="print what each is like (as without -o)")
-    group.add_argument("--last-position", action="store_true", help="of the last token only")
-    group.add_argument("--keep-dtype", choices=DTYPES_BY_NAME, help="keep them in this (default: as they are)")
-    group.add_argument("--fast", action="store_true", help="by the fast operations, which have no attention.scores")
-    add_model_options(parser)
-    return parser
-
-
-@command_line_tool
-def main(arguments: Sequence[str]) -> int:
-    """Runs the tool; -> exit status."""
-    options = build_parser().parse_args(arguments)
-    prompt = read_prompt(options.prompt, "python -m llama3_raw.tracing")
-    if options.output:
-        check_output("-o", options.output)
-    chosen = choose_model(options, needs_tokenizer=not options.ids)
-    ids = chosen_ids(chosen, prompt, are_ids=options.ids, special=options.special)
-    names = options.names or ["*"]
-    how: dict[str, Any] = {"dtype": DTYPES_BY_NAME.get(options.keep_dtype), "last_position": options.last_position}
-    ops = suitable_ops(chosen.device) if options.fast else REFERENCE
-    # before the weights are read in, which may take a while
-    check_trace(chosen.checkpoint.params, chosen.dtype or chosen.checkpoint.dtype, len(ids), *names, **how, ops=ops)
-    model, ops, which = load_model(chosen, Lengths.of_one_pass(len(ids)), reference=not options.fast)
-    print(f"llama3_raw: {which}", file=sys.stderr)
-    kept = trace(model, ids, *names, **how, ops=ops, device="cpu", progress=True)
-    if options.stats or not options.output:
-        show(kept)
-    if options.output:
-        kept.save(options.output)
-        print(f"llama3_raw: {options.output}: {len(kept)} tensors, {kept.nbytes:,} bytes", file=sys.stderr)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
