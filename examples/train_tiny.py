@@ -39,8 +39,8 @@ from llama3_raw import Model, Params, Tokenizer, UserError, Weights, forward, ge
 from llama3_raw.backends.choose import suitable_ops
 from llama3_raw.checkpoint.loading import from_state_dict, to_state_dict
 from llama3_raw.cli.entry_point import ArgumentParser, command_line_tool
-from llama3_raw.command_line import positive_int, read_text
-from llama3_raw.command_line import seed as seed_type
+from llama3_raw.cli.options import positive_int, read_text
+from llama3_raw.cli.options import seed as seed_type
 from llama3_raw.errors import in_short, needed_package
 from llama3_raw.system.files import write_whole
 from llama3_raw.system.machine import set_threads

@@ -19,26 +19,23 @@ from torch import Tensor
 
 from .checkpoint.writing import save_quantized
 from .cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
-from .command_line import (
+from .cli.memory_plan import Lengths
+from .cli.models import choose_device, choose_model, load_model
+from .cli.options import (
     add_compile_option,
     add_lookup_option,
     add_model_options,
     add_sampling_options,
     check_context,
-    choose_device,
-    choose_model,
     chosen_sampling,
-    load_model,
     parse_ids,
     positive_int,
     read_prompt,
-    warn_of_base_model,
 )
 from .decoding.loop import StopReason, generate
 from .decoding.prompt_lookup import LookupPolicy
-from .dialog import Message, encode_dialog
+from .dialog import Message, encode_dialog, warn_of_base_model
 from .errors import UserError
-from .memory import Lengths
 from .ops import Tap
 from .quantization.int8 import Int8
 from .system.machine import peak_memory

@@ -26,24 +26,14 @@ from tqdm import tqdm
 
 from .backends.cpu import FEW
 from .cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
-from .command_line import (
-    ChosenModel,
-    add_model_options,
-    add_sampling_options,
-    check_context,
-    choose_device,
-    choose_model,
-    chosen_sampling,
-    load_model,
-    positive_int,
-    warn_of_base_model,
-)
+from .cli.memory_plan import Lengths
+from .cli.models import ChosenModel, choose_device, choose_model, load_model
+from .cli.options import add_model_options, add_sampling_options, check_context, chosen_sampling, positive_int
 from .decoding.batch import Row, generate_batch
 from .decoding.loop import StopReason, check_ids
 from .decoding.sampling import Sampling
-from .dialog import Message, encode_dialog
+from .dialog import Message, encode_dialog, warn_of_base_model
 from .errors import UserError, in_short
-from .memory import Lengths
 from .ops import Ops
 from .system.files import check_output
 from .system.process_groups import Ranks, started

@@ -22,23 +22,13 @@ import torch
 from .backends.choose import suitable_ops
 from .checkpoint.checkpoint import first_layers
 from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
-from .command_line import (
-    DTYPES_BY_NAME,
-    ChosenModel,
-    ModelFolder,
-    add_model_options,
-    check_int8,
-    choose_device,
-    choose_model,
-    load_model,
-    positive_int,
-    seed,
-)
+from .cli.memory_plan import Lengths, Plan, check_memory
+from .cli.models import ChosenModel, ModelFolder, check_int8, choose_device, choose_model, load_model
+from .cli.options import DTYPES_BY_NAME, add_model_options, positive_int, seed
 from .engines import Batch
 from .errors import UserError, in_short, needed_package
 from .estimate import run_estimate
 from .measuring import Figures, longest_text, measure
-from .memory import Lengths, Plan, check_memory
 from .ops import Ops
 from .peers import LLAMA_CPP, PEERS, check_peers, open_peers
 from .synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint

@@ -12,23 +12,21 @@ from pathlib import Path
 from typing import TextIO
 
 from .cli.entry_point import ArgumentParser, command_line_tool
-from .command_line import (
+from .cli.memory_plan import Lengths
+from .cli.models import choose_model, load_model
+from .cli.options import (
     add_compile_option,
     add_lookup_option,
     add_model_options,
     add_sampling_options,
     check_context,
-    choose_model,
     chosen_sampling,
-    load_model,
     positive_int,
-    warn_of_base_model,
 )
 from .decoding.loop import StopReason
 from .decoding.prompt_lookup import LookupPolicy
-from .dialog import DEFAULT_CONTEXT, Conversation, read_dialog, write_dialog
+from .dialog import DEFAULT_CONTEXT, Conversation, read_dialog, warn_of_base_model, write_dialog
 from .errors import UserError
-from .memory import Lengths
 from .system.machine import peak_memory
 
 PROMPT = "> "

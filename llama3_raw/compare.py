@@ -23,19 +23,11 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
-from .command_line import (
-    DTYPES_BY_NAME,
-    ChosenModel,
-    add_model_options,
-    add_prompt_options,
-    choose_model,
-    chosen_ids,
-    load_model,
-    read_prompt,
-)
+from .cli.memory_plan import Lengths
+from .cli.models import ChosenModel, choose_model, chosen_ids, load_model
+from .cli.options import DTYPES_BY_NAME, add_model_options, add_prompt_options, read_prompt
 from .errors import UserError, in_short
 from .implementations import check_hf, check_meta, trace_hf, trace_meta
-from .memory import Lengths
 from .model import REFERENCE, forward
 from .ops import Ops, Tap
 from .params import Params

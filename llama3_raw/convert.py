@@ -23,7 +23,8 @@ from .checkpoint.files import find_files, find_tokenizer
 from .checkpoint.sharding import SHARDED_DIMENSION, join, take
 from .checkpoint.writing import new_folder, write_at, write_empty_checkpoint, write_empty_safetensors
 from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
-from .command_line import find_model, positive_int
+from .cli.models import find_model
+from .cli.options import positive_int
 from .errors import UserError
 from .params import Params
 from .system.machine import set_threads

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -314,3 +315,12 @@ def write_dialog(file: Path, messages: Sequence[Message]) -> None:
     finally:
         with contextlib.suppress(OSError, ValueError):
             part.unlink(missing_ok=True)
+
+
+def warn_of_base_model(model: Model) -> None:
+    """Prints a line on stderr if the model, of which a chat is asked, is a base model."""
+    if is_base_model(model):
+        print(
+            "llama3_raw: warning: a base model, it seems, not trained to answer; choose an Instruct model for a chat",
+            file=sys.stderr,
+        )

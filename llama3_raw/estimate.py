@@ -19,7 +19,8 @@ import torch
 from .checkpoint.checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.sharding import SHARDED_DIMENSION, Shard, cannot_split, possible_sizes
 from .cli.entry_point import ArgumentParser
-from .command_line import find_model, positive_int
+from .cli.models import find_model
+from .cli.options import positive_int
 from .errors import UserError
 from .params import Params
 from .synthetic import SYNTHETIC, synthetic_checkpoint

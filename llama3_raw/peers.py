@@ -21,13 +21,13 @@ from torch import Tensor
 
 from .checkpoint.checkpoint import first_layers
 from .checkpoint.loading import build_weights
-from .command_line import ChosenModel
+from .cli.memory_plan import Lengths, Plan, needed
+from .cli.models import ChosenModel
 from .engines import TWO_PROCESSES, Engine, Own, random_ids, two_processes
 from .errors import UserError, in_short, needed_package
 from .gguf_file import is_gguf_of, write_gguf
 from .implementations import hf_model
 from .limits import seconds_of
-from .memory import Lengths, Plan, needed
 from .synthetic import random_weights
 from .system.machine import free_memory
 from .weights import Model, Weights

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from .backends.choose import ops_for
 from .cli.entry_point import ArgumentParser, command_line_tool
-from .command_line import add_model_options, check_context, choose_model, load_model, parse_ids, positive_int, read_text
+from .cli.memory_plan import Lengths
+from .cli.models import choose_model, load_model
+from .cli.options import add_model_options, check_context, parse_ids, positive_int, read_text
 from .decoding.loop import check_ids, check_logits
 from .errors import UserError
-from .memory import Lengths
 from .model import KVCache, forward
 from .ops import Ops
 from .params import Params

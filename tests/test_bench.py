@@ -18,26 +18,15 @@ from references import random_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama3_raw
-from llama3_raw import (
-    Model,
-    Params,
-    UserError,
-    bench,
-    command_line,
-    engines,
-    gguf_file,
-    limits,
-    measuring,
-    memory,
-    peers,
-)
+from llama3_raw import Model, Params, UserError, bench, engines, gguf_file, limits, measuring, peers
 from llama3_raw.bench import build_parser, main
-from llama3_raw.command_line import choose_model
+from llama3_raw.cli import memory_plan, models
+from llama3_raw.cli.memory_plan import Lengths, Plan
+from llama3_raw.cli.models import choose_model
 from llama3_raw.engines import Own
 from llama3_raw.gguf_file import is_gguf_of, write_gguf
 from llama3_raw.limits import copy_speed, multiply_speed, seconds_of
 from llama3_raw.measuring import Probes, Task, compare, measure, pairs, probes_of
-from llama3_raw.memory import Lengths, Plan
 from llama3_raw.params import RopeScaling
 from llama3_raw.peers import CompiledTransformers, LlamaBench, Transformers, Xllamacpp, check_peers, open_peers
 from llama3_raw.system.machine import processors
@@ -365,10 +354,10 @@ def test_what_is_offered_where_it_does_not_fit_is_an_option_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Measuring has no --context, with which other tools have a shorter text."""
-    monkeypatch.setattr(command_line, "check_memory", lambda plan: memory.check_memory(plan, lambda _: needs - 1))
+    monkeypatch.setattr(models, "check_memory", lambda plan: memory_plan.check_memory(plan, lambda _: needs - 1))
     arguments = [*QUICK, "--dtype", "float32"]  # which takes memory of its own
     chosen = choose_model(build_parser().parse_args(arguments), needs_tokenizer=False)
-    needs = memory.needed(Plan(chosen.checkpoint, chosen.device, chosen.dtype, Lengths(20, 21, 2))).own
+    needs = memory_plan.needed(Plan(chosen.checkpoint, chosen.device, chosen.dtype, Lengths(20, 21, 2))).own
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert "what fits: no --dtype, or --layers 3" in err

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from llama3_raw import REFERENCE, Model, command_line
+from llama3_raw import REFERENCE, Model, UserError
 from llama3_raw.__main__ import main
-from llama3_raw.command_line import find_model
+from llama3_raw.cli import models
+from llama3_raw.cli.models import find_model
 from llama3_raw.decoding.loop import generate
 
 ROOT = Path(__file__).parent.parent
@@ -196,7 +197,7 @@ class TestWhichModel:
     def tree(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "package").mkdir()
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(command_line, "__file__", str(tmp_path / "package" / "command_line.py"))
+        monkeypatch.setattr(models, "_PACKAGE", tmp_path / "package")
         monkeypatch.delenv("LLAMA3_RAW_WEIGHTS", raising=False)
         self.add("tiny")
         return tmp_path
@@ -217,7 +218,7 @@ class TestWhichModel:
     def test_several(self) -> None:
         self.add("mine")
         self.add("yours", "config.json")
-        with pytest.raises(command_line.UserError, match="several models in weights/: mine, yours; choose one"):
+        with pytest.raises(UserError, match="several models in weights/: mine, yours; choose one"):
             find_model()
         self.add("Meta-Llama-3-8B")
         assert find_model().path.name == "Meta-Llama-3-8B"
@@ -229,7 +230,7 @@ class TestWhichModel:
         assert find_model().path.name == "mine"
         assert find_model("tiny").path.name == "tiny"
         monkeypatch.setenv("LLAMA3_RAW_WEIGHTS", "lost")
-        with pytest.raises(command_line.UserError, match=r"\$LLAMA3_RAW_WEIGHTS lost"):
+        with pytest.raises(UserError, match=r"\$LLAMA3_RAW_WEIGHTS lost"):
             find_model()
 
     def test_the_hugging_face_cache(self, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +244,7 @@ class TestWhichModel:
         (repo / "refs").mkdir()
         (repo / "refs" / "main").write_text("0" * 40)
         assert find_model("somebody/cached").path == snapshot
-        with pytest.raises(command_line.UserError, match="nor in the Hugging Face cache"):
+        with pytest.raises(UserError, match="nor in the Hugging Face cache"):
             find_model("somebody/else")
 
 

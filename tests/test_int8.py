@@ -24,7 +24,7 @@ from llama3_raw.backends.cpu import fast_ops
 from llama3_raw.checkpoint.checkpoint import open_checkpoint
 from llama3_raw.checkpoint.loading import from_state_dict, to_state_dict
 from llama3_raw.checkpoint.writing import save_quantized
-from llama3_raw.memory import Lengths, Plan, needed
+from llama3_raw.cli.memory_plan import Lengths, Plan, needed
 from llama3_raw.quantization.int8 import Int8, quantize, widen
 from llama3_raw.quantization.matrix import Matrix, linear, tensors_of
 from llama3_raw.weights import MATRICES

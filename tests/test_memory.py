@@ -14,11 +14,12 @@ import pytest
 import torch
 from references import hf_model, random_weights
 
-from llama3_raw import Model, Params, UserError, command_line, generate
+from llama3_raw import Model, Params, UserError, generate
 from llama3_raw.__main__ import main
 from llama3_raw.checkpoint.checkpoint import Checkpoint, first_layers, open_checkpoint
 from llama3_raw.checkpoint.loading import build_weights, to_state_dict
-from llama3_raw.memory import Lengths, Plan, check_memory, needed
+from llama3_raw.cli import models
+from llama3_raw.cli.memory_plan import Lengths, Plan, check_memory, needed
 from llama3_raw.synthetic import SYNTHETIC
 from llama3_raw.system.machine import free_memory
 from llama3_raw.weights import tensor_places
@@ -102,7 +103,7 @@ def test_scores_are_those_of_the_exact_operations() -> None:
 @pytest.mark.parametrize("option", [[], ["--reference"]])
 def test_the_operations_are_those_of_the_run(monkeypatch: pytest.MonkeyPatch, option: list[str]) -> None:
     plans = []
-    monkeypatch.setattr(command_line, "check_memory", plans.append)
+    monkeypatch.setattr(models, "check_memory", plans.append)
     assert main(["--weights", str(TINY), "--device", "cpu", "One", "--max-new-tokens", "1", *option]) == 0
     assert [plan.exact for plan in plans] == [bool(option)]
 
@@ -225,7 +226,7 @@ def test_a_model_larger_than_the_memory_runs_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretend(monkeypatch, 3_000_000)
-    monkeypatch.setattr(command_line, "_PROGRESS_BAR_FROM", 0)
+    monkeypatch.setattr(models, "_PROGRESS_BAR_FROM", 0)
     assert main(["--weights", str(TINY), "--device", "cpu", "Once upon a time", "--max-new-tokens", "3"]) == 0
     out, err = capsys.readouterr()
     assert out == ", there was"
@@ -239,7 +240,7 @@ def test_a_model_larger_than_the_memory_runs_with_one_warning(
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from llama3_raw.memory import Lengths, Plan, needed
+from llama3_raw.cli.memory_plan import Lengths, Plan, needed
 from llama3_raw.checkpoint.checkpoint import open_checkpoint
 from llama3_raw.checkpoint.loading import build_weights
 def anonymous():

@@ -18,12 +18,13 @@ import torch
 from test_memory import CPU, GPU, checkpoint
 
 import llama3_raw
-from llama3_raw import REFERENCE, KVCache, Model, UserError, bench, command_line, forward, generate
+from llama3_raw import REFERENCE, KVCache, Model, UserError, bench, forward, generate
 from llama3_raw.__main__ import main
 from llama3_raw.backends import streaming as read_ahead
 from llama3_raw.backends.cpu import fast_ops
 from llama3_raw.backends.streaming import least_memory
-from llama3_raw.memory import Lengths, Plan, check_memory
+from llama3_raw.cli.memory_plan import Lengths, Plan, check_memory
+from llama3_raw.cli.options import byte_size
 from llama3_raw.ops import Ops
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reading ahead is built on Linux's madvise")
@@ -184,7 +185,7 @@ def test_weights_that_would_be_copied_are_refused(plan: Plan, words: list[str]) 
     [("4GB", 4_000_000_000), ("4000MB", 4_000_000_000), ("3.5GiB", 3_758_096_384), ("512 mib", 536_870_912)],
 )
 def test_sizes_are_what_they_say(text: str, n_bytes: int) -> None:
-    assert command_line.byte_size(text) == n_bytes
+    assert byte_size(text) == n_bytes
 
 
 @pytest.mark.parametrize("text", ["4", "4G", "GB", "-4GB", "4,5GB", "1e3MB", "٤GB"])
@@ -231,7 +232,7 @@ def group() -> Iterator[Group]:
 def run_in(group: Group, max_ram: str, model: list[str], ids: list[int]) -> tuple[list[int], int]:
     """Runs the command line in a group with as much memory; -> the tokens, and the most memory the process held."""
     command = [sys.executable, "-m", "llama3_raw", *model, "--max-ram", max_ram, "--max-new-tokens", "3", "--stats"]
-    done = group.run(command_line.byte_size(max_ram), [*command, "json", "--ids", " ".join(map(str, ids))])
+    done = group.run(byte_size(max_ram), [*command, "json", "--ids", " ".join(map(str, ids))])
     assert done.returncode == 0, done.stderr
     stats = json.loads(done.stderr.splitlines()[-1])
     return [int(token) for token in done.stdout.split()], stats["peak_ram_bytes"]
@@ -247,7 +248,7 @@ def test_the_least_that_is_named_will_do(folder: Path, model: Model, group: Grou
     assert least is not None
     tokens, peak = run_in(group, least[1], arguments, [1, 2, 3])
     assert tokens == list(generate(model, [1, 2, 3], max_new_tokens=3))
-    assert peak <= command_line.byte_size(least[1])
+    assert peak <= byte_size(least[1])
 
 
 @pytest.mark.full_size

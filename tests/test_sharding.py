@@ -18,7 +18,7 @@ from llama3_raw.checkpoint.checkpoint import open_checkpoint, shard_of
 from llama3_raw.checkpoint.loading import to_state_dict
 from llama3_raw.checkpoint.sharding import SHARDED_DIMENSION, Shard, cannot_split
 from llama3_raw.checkpoint.writing import save_quantized
-from llama3_raw.memory import Lengths, Plan, needed
+from llama3_raw.cli.memory_plan import Lengths, Plan, needed
 from llama3_raw.quantization.int8 import Int8, widen
 from llama3_raw.weights import tensor_places
 

@@ -16,7 +16,7 @@ import torch
 import llama3_raw
 from llama3_raw import UserError, measuring, peers, synthetic
 from llama3_raw.bench import main
-from llama3_raw.memory import Lengths, Plan, check_memory, needed
+from llama3_raw.cli.memory_plan import Lengths, Plan, check_memory, needed
 from llama3_raw.params import Params
 from llama3_raw.quantization.int8 import Int8, quantize, widen
 from llama3_raw.synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint
@@ -244,7 +244,7 @@ def peak_of(command: list[str]) -> tuple[int, str]:
     """The most memory that a command held, in bytes (VmHWM, mapped files included), and its stderr."""
     watch = (
         "import runpy, sys, atexit\n"
-        "from llama3_raw.command_line import peak_memory\n"
+        "from llama3_raw.system.machine import peak_memory\n"
         "atexit.register(lambda: print('PEAK', peak_memory(), file=sys.stderr))\n"
         f"sys.argv = {command!r}\n"
         f"runpy.run_module({command[0]!r}, run_name='__main__', alter_sys=True)\n"

@@ -15,16 +15,9 @@ from torch import Tensor
 
 from ..backends.choose import suitable_ops
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
-from ..command_line import (
-    DTYPES_BY_NAME,
-    add_model_options,
-    add_prompt_options,
-    choose_model,
-    chosen_ids,
-    load_model,
-    read_prompt,
-)
-from ..memory import Lengths
+from ..cli.memory_plan import Lengths
+from ..cli.models import choose_model, chosen_ids, load_model
+from ..cli.options import DTYPES_BY_NAME, add_model_options, add_prompt_options, read_prompt
 from ..model import REFERENCE
 from ..system.files import check_output
 from ..weights import in_words

@@ -15,15 +15,15 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from .backends.cpu import QUERIES
-from .backends.cuda import WIDENED_BYTES
-from .checkpoint.checkpoint import Checkpoint, first_layers
-from .checkpoint.loading import goes_to_gpu
-from .decoding.loop import EXACT_PREFILL_CHUNK, PREFILL_CHUNK
-from .errors import UserError
-from .ops import score_bytes
-from .system.machine import free_memory
-from .weights import MATRICES, in_words
+from ..backends.cpu import QUERIES
+from ..backends.cuda import WIDENED_BYTES
+from ..checkpoint.checkpoint import Checkpoint, first_layers
+from ..checkpoint.loading import goes_to_gpu
+from ..decoding.loop import EXACT_PREFILL_CHUNK, PREFILL_CHUNK
+from ..errors import UserError
+from ..ops import score_bytes
+from ..system.machine import free_memory
+from ..weights import MATRICES, in_words
 
 _CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""What the command lines of all tools share: the options that choose and load a model, and what a run has used."""
+"""From the options to a loaded model: which one, on which device, with which operations."""
 
 from __future__ import annotations
 
@@ -12,34 +12,28 @@ from typing import NamedTuple
 
 import torch
 
-from .backends.choose import ops_for
-from .backends.streaming import least_memory, read_ahead
-from .backends.tensor_parallel import parallel_ops
-from .checkpoint.checkpoint import Checkpoint, first_layers, open_checkpoint, shard_of
-from .checkpoint.files import find_tokenizer
-from .checkpoint.loading import build_weights, check_gpu_layers
-from .checkpoint.sharding import Shard
-from .cli.entry_point import not_empty
-from .decoding.loop import check_ids
-from .decoding.prompt_lookup import MOST
-from .decoding.sampling import Sampling
-from .dialog import is_base_model
-from .errors import UserError, in_short
-from .memory import Lengths, Plan, check_memory, memory_for_weights
-from .ops import Ops
-from .system.machine import set_threads
-from .system.process_groups import Ranks
-from .system.processes import local_rank, number_of_processes
-from .tokenizer import Tokenizer
-from .weights import DTYPES, Model, in_words
+from ..backends.choose import ops_for
+from ..backends.streaming import least_memory, read_ahead
+from ..backends.tensor_parallel import parallel_ops
+from ..checkpoint.checkpoint import Checkpoint, first_layers, open_checkpoint, shard_of
+from ..checkpoint.files import find_tokenizer
+from ..checkpoint.loading import build_weights, check_gpu_layers
+from ..checkpoint.sharding import Shard
+from ..decoding.loop import check_ids
+from ..errors import UserError
+from ..ops import Ops
+from ..system.machine import set_threads
+from ..system.process_groups import Ranks
+from ..system.processes import local_rank, number_of_processes
+from ..tokenizer import Tokenizer
+from ..weights import Model, in_words
+from .memory_plan import Lengths, Plan, check_memory, memory_for_weights
+from .options import DEFAULT_MODEL, DTYPES_BY_NAME, parse_ids
 
-DEFAULT_MODEL = "Meta-Llama-3-8B"
-
+_PACKAGE = Path(__file__).parents[1]
 BUILT_IN_MODEL = "tiny"
 
 _PROGRESS_BAR_FROM = 1_000_000_000  # bytes of weights; smaller models load before a bar could be read
-
-DTYPES_BY_NAME = {in_words(dtype): dtype for dtype in DTYPES.values()}
 
 
 class ModelFolder(NamedTuple):
@@ -63,71 +57,6 @@ class ChosenModel(NamedTuple):
     random_seed: int | None = None  # of random weights, which lie in no file; None: those of the folder
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the group "model": which one, where and in what it computes, with how much memory and how many threads."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--weights",
-        type=not_empty,
-        metavar="MODEL",
-        help="a folder, a name in weights/, or org/repo in the Hugging Face cache "
-        f"(default: $LLAMA3_RAW_WEIGHTS, else weights/{DEFAULT_MODEL}, else the only model in weights/, else the "
-        "small built-in one)",
-    )
-    group.add_argument(
-        "--tokenizer", type=not_empty, metavar="FILE", help="a tokenizer.model (default: the one beside the weights)"
-    )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
-    group.add_argument("--dtype", choices=DTYPES_BY_NAME, help="compute in this (default: as the weights are stored)")
-    group.add_argument("--layers", type=int, metavar="N", help="run only the first N layers")
-    group.add_argument(
-        "--gpu-layers",
-        type=int,
-        metavar="N",
-        help="for a model that does not fit on the GPU: only the matrices of the first N layers go there, those of the "
-        "others stay on the CPU and are computed with there (CUDA; default: all go there)",
-    )
-    group.add_argument(
-        "--quantize", choices=("int8",), help="round the matrices to int8 as they are loaded: half the memory and time"
-    )
-    group.add_argument(
-        "--max-ram",
-        type=byte_size,
-        metavar="SIZE",
-        help="run in this much memory, all included (4GB, 3500MB, 3.5GiB): weights that do not fit are read from the "
-        "disk for each token (CPU; default: what is free)",
-    )
-    group.add_argument(
-        "--threads",
-        type=positive_int,
-        metavar="N",
-        help="CPU threads (default: $OMP_NUM_THREADS, else the physical cores that this process may use, by its "
-        "affinity and its container's quota)",
-    )
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the prompt, --ids and --special, for tools that look at one pass over it."""
-    parser.add_argument("prompt", nargs="?", help="the text; - reads it from stdin")
-    group = parser.add_argument_group("text")
-    group.add_argument("--ids", action="store_true", help="the prompt is token ids; needs no tokenizer")
-    group.add_argument(
-        "--special", action="store_true", help="names such as <|eot_id|> in the prompt are special tokens"
-    )
-
-
-def read_prompt(prompt: str | None, tool: str) -> str:
-    """The prompt of a tool's command line; "-" reads it from stdin. Raises UserError where there is none."""
-    if prompt is None:
-        raise UserError(f'give a prompt: {tool} "Once upon a time", or - to read it from stdin')
-    if prompt == "-":
-        prompt = read_text("-").removesuffix("\n").removesuffix("\r")  # the line end that echo and editors add
-    if not prompt:
-        raise UserError("the prompt is empty; give at least one character")
-    return prompt
-
-
 def chosen_ids(chosen: ChosenModel, prompt: str, *, are_ids: bool = False, special: bool = False) -> list[int]:
     """The tokens of a prompt, for a tool that looks at one pass over it.
 
@@ -143,112 +72,6 @@ def chosen_ids(chosen: ChosenModel, prompt: str, *, are_ids: bool = False, speci
     if len(ids) > params.max_seq_len:
         raise UserError(f"the prompt has {len(ids)} tokens, the model's context is {params.max_seq_len}; shorten it")
     return ids
-
-
-def add_lookup_option(group: argparse._ArgumentGroup) -> None:
-    """Adds --lookup. Its range is checked by `LookupPolicy` itself."""
-    group.add_argument(
-        "--lookup",
-        type=int,
-        default=0,
-        metavar="N",
-        help=f"propose up to N tokens, at most {MOST}, from earlier text and check them at once, where that is faster; "
-        "the same tokens on a CPU in bfloat16, elsewhere up to rounding (default: 0, off)",
-    )
-
-
-def add_compile_option(group: argparse._ArgumentGroup) -> None:
-    """Adds --no-compile."""
-    group.add_argument(
-        "--no-compile",
-        action="store_true",
-        help="on a GPU, run each pass step by step, so that a debugger can stop in it: slower, but for the first token",
-    )
-
-
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the settings of `Sampling`, and --seed. Their ranges are checked by `Sampling` itself."""
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token (default: %(default)s)"
-    )
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (0: all)")
-    group.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="only the likeliest, up to P in sum (default: %(default)s)",
-    )
-    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="only tokens P times as likely as the top")
-    group.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="R",
-        help="make tokens seen before less likely (1: off)",
-    )
-    group.add_argument("--seed", type=seed, help="draw the same tokens each time")
-
-
-def chosen_sampling(options: argparse.Namespace) -> Sampling:
-    """What the options of `add_sampling_options` say. Raises UserError for what is out of range."""
-    return Sampling(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-    )
-
-
-def seed(text: str) -> int:
-    """The type of --seed: what torch's generators take."""
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"should be from 0 to 2**63 - 1, is {value}")
-    return value
-
-
-def positive_int(text: str) -> int:
-    """The type of options that count something."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"should be 1 or more, is {value}")
-    return value
-
-
-def read_text(file: str) -> str:
-    """The text in a file; "-" reads it from stdin. Raises UserError where it cannot be read or is not UTF-8."""
-    try:
-        if file != "-":
-            return Path(file).read_bytes().decode("utf-8")
-        if sys.stdin is None:
-            raise UserError("stdin is closed; give it a file by < FILE")
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        name = "stdin" if file == "-" else file
-        raise UserError(f"{name}: not valid UTF-8 at byte {error.start}; convert the text to UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}; check its name and your rights to it") from error
-
-
-def parse_ids(text: str, source: str) -> list[int]:
-    """Token ids separated by spaces, commas or lines. Raises UserError naming the source for what is no such number."""
-    words = re.split(r"[\s,]+", text.strip(" \t\r\n,[]"))
-    for word in words:
-        if not re.fullmatch(r"[0-9]{1,18}", word):
-            raise UserError(f"{source}: {in_short(repr(word))} is not a token id; give numbers separated by spaces")
-    return [int(word) for word in words]
-
-
-def byte_size(text: str) -> int:
-    """The type of options that give an amount of memory, in bytes: a number with its unit."""
-    matched = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B", text, re.IGNORECASE)
-    if not matched:
-        raise argparse.ArgumentTypeError(f"should be a size such as 4GB, 3500MB or 3.5GiB, is {text!r}")
-    number, prefix, binary = matched.groups()
-    return int(float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(prefix.upper())))
 
 
 def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, named_by: str = "--weights") -> ChosenModel:
@@ -289,12 +112,6 @@ def check_int8(quantized: bool, device: torch.device, dtype: torch.dtype) -> Non
         )
     if dtype != torch.bfloat16:
         raise UserError(f"int8 matrices are fast in bfloat16 only, not in {in_words(dtype)}; give --dtype bfloat16")
-
-
-def check_context(context: int | None, longest: int) -> None:
-    """Raises UserError for a --context beyond the model's own, in tokens."""
-    if context and context > longest:
-        raise UserError(f"--context {context}: the model's own context is {longest} tokens")
 
 
 def load_model(
@@ -344,15 +161,6 @@ def load_model(
     return Model(chosen.checkpoint.params, weights, tokenizer), ops, f"{folder.path} ({folder.why}) on {where}"
 
 
-def warn_of_base_model(model: Model) -> None:
-    """Prints a line on stderr if the model, of which a chat is asked, is a base model."""
-    if is_base_model(model):
-        print(
-            "llama3_raw: warning: a base model, it seems, not trained to answer; choose an Instruct model for a chat",
-            file=sys.stderr,
-        )
-
-
 def choose_device(name: str) -> torch.device:
     """--device -> the device, once it is sure to be there. Raises UserError."""
     if name == "auto":
@@ -396,7 +204,7 @@ def find_model(weights: str | None = None, named_by: str = "--weights") -> Model
 def local_models() -> dict[str, Path]:
     """Name -> folder of every model in weights/ of the current folder, then in that of the source tree."""
     found: dict[str, Path] = {}
-    for root in (Path("weights"), Path(__file__).parent.parent / "weights"):
+    for root in (Path("weights"), _PACKAGE.parent / "weights"):
         for folder in sorted(root.iterdir()) if root.is_dir() else ():
             if any((folder / file).exists() for file in ("params.json", "config.json", "original/params.json")):
                 found.setdefault(folder.name, folder)
@@ -405,8 +213,8 @@ def local_models() -> dict[str, Path]:
 
 def _built_in_folder() -> Path:
     """weights/tiny of the source tree, or its copy inside the installed package."""
-    installed = Path(__file__).parent / "built_in"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "weights" / BUILT_IN_MODEL
+    installed = _PACKAGE / "built_in"
+    return installed if installed.is_dir() else _PACKAGE.parent / "weights" / BUILT_IN_MODEL
 
 
 def _find_named(name: str, option: str) -> Path:
