@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .chat.dialog import Message, encode_dialog, warn_of_base_model
 from .checkpoint.writing import save_quantized
 from .cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
 from .cli.memory_plan import Lengths
@@ -34,7 +35,6 @@ from .cli.options import (
 )
 from .decoding.loop import StopReason, generate
 from .decoding.prompt_lookup import LookupPolicy
-from .dialog import Message, encode_dialog, warn_of_base_model
 from .errors import UserError
 from .ops import Tap
 from .quantization.int8 import Int8

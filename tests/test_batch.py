@@ -17,9 +17,12 @@ import torch
 from references import cast, run
 
 import llama3_raw
-from llama3_raw import REFERENCE, KVCache, Model, UserError, batch, forward, generate
+from llama3_raw import REFERENCE, KVCache, Model, UserError, forward, generate
 from llama3_raw.backends.cpu import CannotBuild, build_kernels, fast_ops
-from llama3_raw.batch import Journal, grouped, main
+from llama3_raw.batch import __main__ as batch
+from llama3_raw.batch.__main__ import main
+from llama3_raw.batch.journal import Journal
+from llama3_raw.batch.requests import Request, Task, grouped
 from llama3_raw.decoding import batch as batch_generation
 from llama3_raw.decoding.batch import Row, generate_batch
 from llama3_raw.decoding.loop import StopReason
@@ -482,7 +485,7 @@ def test_one_run_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from llama3_raw import batch
+from llama3_raw.batch import __main__ as batch
 
 def run(arguments, seconds=None, at_call=None):
     '''-> the status (-9: killed), and how long it took'''
@@ -558,9 +561,9 @@ def test_killed_at_random_points_it_ends_with_the_same_file(tmp_path: Path) -> N
 
 
 def test_groups_depend_on_lengths_and_not_on_the_order_of_lines() -> None:
-    def task(line: int, length: int, budget: int) -> batch.Task:
-        request = batch.Request(line, None, [1], budget, Sampling(), 0, ())
-        return batch.Task(request, [1] * length, budget)
+    def task(line: int, length: int, budget: int) -> Task:
+        request = Request(line, None, [1], budget, Sampling(), 0, ())
+        return Task(request, [1] * length, budget)
 
     tasks = [task(1, 5, 10), task(2, 90, 10), task(3, 5, 30), task(4, 7, 1), task(5, 5, 10)]
     expected = [[2, 4], [3, 1], [5]]

@@ -21,9 +21,9 @@ from llama3_raw.backends import cuda as ops_cuda
 from llama3_raw.backends import cuda_graphs as captured
 from llama3_raw.backends.choose import suitable_ops
 from llama3_raw.backends.cuda_graphs import CapturedPasses
+from llama3_raw.chat.conversation import Conversation
 from llama3_raw.decoding import loop
 from llama3_raw.decoding.prompt_lookup import LookupPolicy
-from llama3_raw.dialog import Conversation
 
 SETTINGS: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 3, "repetition_penalty": 1.2, "top_p": 0.9}]
 

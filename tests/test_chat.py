@@ -26,21 +26,15 @@ from hypothesis import strategies as st
 from references import cast, random_weights
 from torch import Tensor
 
-from llama3_raw import Model, Params, Tokenizer, UserError, chat
+from llama3_raw import Model, Params, Tokenizer, UserError
 from llama3_raw.__main__ import main as continue_text
-from llama3_raw.chat import main, run_command
+from llama3_raw.chat import __main__ as chat
+from llama3_raw.chat.__main__ import main, run_command
+from llama3_raw.chat.conversation import Conversation
+from llama3_raw.chat.dialog import Message, encode_dialog, encode_message, is_base_model, read_dialog, write_dialog
 from llama3_raw.decoding import loop as generation
 from llama3_raw.decoding.loop import StopReason, generate
 from llama3_raw.decoding.sampling import Sampling
-from llama3_raw.dialog import (
-    Conversation,
-    Message,
-    encode_dialog,
-    encode_message,
-    is_base_model,
-    read_dialog,
-    write_dialog,
-)
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "weights" / "tiny"

@@ -15,13 +15,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from references import random_weights, run
 
-from llama3_raw import KVCache, Model, Params, UserError, dialog
+from llama3_raw import KVCache, Model, Params, UserError
 from llama3_raw import __main__ as command
 from llama3_raw.backends import cpu as ops_cpu
+from llama3_raw.chat import conversation
+from llama3_raw.chat.conversation import Conversation
 from llama3_raw.decoding.loop import StopReason, generate
 from llama3_raw.decoding.prompt_lookup import LONGEST, MOST, EarlierText, LookupPolicy, Proposer
 from llama3_raw.decoding.sampling import Sampling
-from llama3_raw.dialog import Conversation
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 PARAMS = Params.from_meta(
@@ -158,7 +159,7 @@ def test_one_who_stops_midway_goes_on_with_the_cache(small: Model) -> None:
 
 def test_a_conversation_is_the_same(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over turns, with answers that are broken off; proposals come from earlier turns too."""
-    monkeypatch.setattr(dialog, "LookupPolicy", Eager)
+    monkeypatch.setattr(conversation, "LookupPolicy", Eager)
 
     def talk(lookup: int) -> tuple[list[str], list[int], LookupPolicy]:
         conversation = Conversation(

@@ -1,82 +1,25 @@
-"""Meta's dialog format as plain functions, and `Conversation`, which keeps the KV cache over the turns of a dialog."""
+"""`Conversation`: a dialog whose KV cache is kept over its turns."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import random
-import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
-from .backends.choose import ops_for
-from .backends.cuda_graphs import CapturedPasses
-from .decoding.loop import StopReason, generate
-from .decoding.prompt_lookup import LookupPolicy
-from .decoding.sampling import Sampling
-from .errors import UserError
-from .model import KVCache
-from .ops import Ops
-from .tokenizer import Tokenizer
-from .weights import Model
+from ..backends.choose import ops_for
+from ..backends.cuda_graphs import CapturedPasses
+from ..decoding.loop import StopReason, generate
+from ..decoding.prompt_lookup import LookupPolicy
+from ..decoding.sampling import Sampling
+from ..errors import UserError
+from ..model import KVCache
+from ..ops import Ops
+from ..weights import Model
+from .dialog import Message, encode_header, encode_message
 
 DEFAULT_CONTEXT = 8192  # tokens; 1 GB of cache in 8B, where the 131,072 of Llama 3.1 would take 17
-
-
-class Message(NamedTuple):
-    """What one side of a dialog says. role: system, user or assistant."""
-
-    role: str
-    content: str
-
-
-def encode_header(tokenizer: Tokenizer, role: str) -> list[int]:
-    """The tokens before what a role says."""
-    start, end = (tokenizer.special_tokens[f"<|{side}_header_id|>"] for side in ("start", "end"))
-    return [start, *tokenizer.encode(role), end, *tokenizer.encode("\n\n")]
-
-
-def encode_message(tokenizer: Tokenizer, message: Message) -> list[int]:
-    """Header, content, <|eot_id|>. Names of special tokens in the content are plain text.
-
-    The content goes without the space around it, as in Meta's llama3 repository (ChatFormat in llama/tokenizer.py) and
-    in the template of the models on Hugging Face; the later llama-models leaves the space there.
-    """
-    header = encode_header(tokenizer, message.role)
-    return [*header, *tokenizer.encode(message.content.strip()), tokenizer.eot_id]
-
-
-def encode_dialog(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """A dialog -> the prompt to which the model gives the next answer: it ends with the assistant's header.
-
-    (encode_dialog_prompt in ChatFormat. The template of Llama 3.1 on Hugging Face also makes up a system message with
-    dates; Meta's code does not, nor does this.)
-    """
-    ids = [tokenizer.bos_id]
-    for message in messages:
-        ids += encode_message(tokenizer, message)
-    return ids + encode_header(tokenizer, "assistant")
-
-
-def is_base_model(model: Model) -> bool:
-    """Whether the model has never been trained on this format: whether its tokens are embedded like unused ones.
-
-    Rows of tokens that training never met stay where they began, or move all together where embeddings are tied (in
-    Llama 3 8B they are next to zero: github.com/meta-llama/llama3/issues/77). Nothing else tells in Meta's files: those
-    of a base and of an Instruct model differ in the weights alone, and a folder may have any name.
-    """
-    assert model.tokenizer is not None
-    embeddings, special = model.weights.tok_embeddings, model.tokenizer.special_tokens
-    unused = embeddings[-100:].float()  # [100, dim]: reserved in every Llama 3
-    format_ids = [special[name] for name in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")]
-    centre = unused.mean(dim=0)
-    farthest_unused = (unused - centre).norm(dim=-1).max()
-    distances = (embeddings[format_ids].float() - centre).norm(dim=-1)  # [3]
-    return bool((distances <= 2 * farthest_unused).all())
 
 
 class Exchange(NamedTuple):
@@ -266,61 +209,3 @@ def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens at the beginning are the same."""
     length = min(len(first), len(second))
     return next((i for i in range(length) if first[i] != second[i]), length)
-
-
-def read_dialog(file: Path) -> list[Message]:
-    """[{"role": …, "content": …}, …] in JSON -> the messages: maybe one of the system, then user and assistant in turn.
-
-    Raises UserError naming what is wrong.
-    """
-    try:
-        if not file.is_file():  # it would wait for a pipe or a terminal
-            raise UserError(f"{file}: {'is not a file' if file.exists() else 'there is no such file'}; check its name")
-        content = json.loads(file.read_bytes())
-        if not isinstance(content, list):
-            raise TypeError(f"is a {type(content).__name__}")
-        # encode: half a character ("\ud800") is valid JSON, but no text
-        messages = [Message(entry["role"], entry["content"].encode().decode()) for entry in content]
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f'{file}: not a dialog, [{{"role": "user", "content": "…"}}, …] in JSON ({error})') from error
-    said = messages[1:] if messages and messages[0].role == "system" else messages
-    for i, message in enumerate(said):
-        expected = ("user", "assistant")[i % 2]
-        if message.role != expected:
-            place = i + 1 + len(messages) - len(said)
-            raise UserError(f"{file}: message {place} should have the role {expected!r}, has {message.role!r}")
-    if len(said) % 2:
-        raise UserError(f"{file}: the last question has no answer; add one, or take the question out")
-    return messages
-
-
-def write_dialog(file: Path, messages: Sequence[Message]) -> None:
-    """Writes what `read_dialog` reads, or leaves what is there. Raises UserError where that is no dialog."""
-    part = Path(f"{file}.{os.getpid()}.part")
-    try:
-        if file.exists():
-            read_dialog(file)
-        content = json.dumps([message._asdict() for message in messages], ensure_ascii=False, indent=1)
-        with open(part, "x", encoding="utf-8") as opened:
-            opened.write(content + "\n")
-        part.replace(file)
-    except UserError as error:
-        raise UserError(f"{error}; not replaced, choose another name") from error
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise UserError(
-            f"{file}: cannot be written: {getattr(error, 'strerror', error)}; choose another name"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError, ValueError):
-            part.unlink(missing_ok=True)
-
-
-def warn_of_base_model(model: Model) -> None:
-    """Prints a line on stderr if the model, of which a chat is asked, is a base model."""
-    if is_base_model(model):
-        print(
-            "llama3_raw: warning: a base model, it seems, not trained to answer; choose an Instruct model for a chat",
-            file=sys.stderr,
-        )

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from .cli.entry_point import ArgumentParser, command_line_tool
-from .cli.memory_plan import Lengths
-from .cli.models import choose_model, load_model
-from .cli.options import (
+from ..cli.entry_point import ArgumentParser, command_line_tool
+from ..cli.memory_plan import Lengths
+from ..cli.models import choose_model, load_model
+from ..cli.options import (
     add_compile_option,
     add_lookup_option,
     add_model_options,
@@ -23,11 +23,12 @@ from .cli.options import (
     chosen_sampling,
     positive_int,
 )
-from .decoding.loop import StopReason
-from .decoding.prompt_lookup import LookupPolicy
-from .dialog import DEFAULT_CONTEXT, Conversation, read_dialog, warn_of_base_model, write_dialog
-from .errors import UserError
-from .system.machine import peak_memory
+from ..decoding.loop import StopReason
+from ..decoding.prompt_lookup import LookupPolicy
+from ..errors import UserError
+from ..system.machine import peak_memory
+from .conversation import DEFAULT_CONTEXT, Conversation
+from .dialog import read_dialog, warn_of_base_model, write_dialog
 
 PROMPT = "> "
 

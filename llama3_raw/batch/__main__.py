@@ -1,0 +1,317 @@
+"""python -m llama3_raw.batch PROMPTS -o OUT: many prompts at once, a line of JSON each, and as many lines of results.
+
+What is done is written down as it comes. After whatever ended a run, the same command goes on where it stopped, and the
+file in the end is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..backends.cpu import FEW
+from ..chat.dialog import Message, warn_of_base_model
+from ..cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
+from ..cli.memory_plan import Lengths
+from ..cli.models import ChosenModel, choose_device, choose_model, load_model
+from ..cli.options import add_model_options, add_sampling_options, check_context, chosen_sampling, positive_int
+from ..decoding.batch import Row, generate_batch
+from ..decoding.loop import StopReason
+from ..errors import UserError
+from ..ops import Ops
+from ..system.files import check_output
+from ..system.process_groups import Ranks, started
+from ..tokenizer import Tokenizer
+from ..weights import Model, in_words
+from .journal import Journal, alone, as_line, journal_files, own_journal, read_results, replace_whole, results_so_far
+from .requests import FIELDS, SAMPLING_FIELDS, Request, Result, Task, Tasks, bad_line, grouped, read_requests, task_of
+
+_TOLD = ("texts ended", "new tokens", "steps of the bar")  # what processes tell the first one, by these names
+
+
+def compute(
+    model: Model, groups: Sequence[Tasks], journal: Journal, context: int, ops: Ops, ranks: Ranks | None = None
+) -> None:
+    """Computes the groups, each whole, and writes each result down when its text has ended.
+
+    ranks: as one of several processes; each row of them takes the next group that none has taken.
+    """
+    with _Progress(groups, ranks) as progress:
+        for group in groups if ranks is None else _shared_out(groups, ranks):
+            rows = [_row(task, model.tokenizer) for task in group]
+            new: list[list[int]] = [[] for _ in group]
+            for place, event in generate_batch(model, rows, context=context, ops=ops):
+                if isinstance(event, StopReason):
+                    journal.write(group[place].request.line, _result(group[place], new[place], event, model.tokenizer))
+                    progress.end(group[place], len(new[place]))
+                else:
+                    new[place].append(event)
+                    progress.step(group[place], len(new[place]))
+
+
+def _shared_out(groups: Sequence[Tasks], ranks: Ranks) -> Iterator[Tasks]:
+    """The groups that this process computes, with those that it shares the model with."""
+    while True:
+        number = ranks.add("groups taken", 1) - 1 if ranks.tensor.rank == 0 else None
+        number = ranks.tensor.from_first(number)
+        if number >= len(groups):
+            return
+        yield groups[number]
+
+
+def _row(task: Task, tokenizer: Tokenizer | None) -> Row:
+    request = task.request
+    stops = [text.encode("utf-8") for text in request.stop]
+
+    def is_over(new: Sequence[int]) -> bool:
+        """A stop text ends in the newest token, and each token has a byte of it at least."""
+        return any(stop in b"".join(map(tokenizer.token_bytes, new[-len(stop) :])) for stop in stops if tokenizer)
+
+    return Row(task.ids, request.max_tokens, request.sampling, request.seed, is_over)
+
+
+def _result(task: Task, new: Sequence[int], reason: StopReason, tokenizer: Tokenizer | None) -> Result:
+    request = task.request
+    return {
+        "id": request.id,
+        **({"text": "".join(tokenizer.stream(new, request.stop))} if tokenizer else {"tokens": list(new)}),
+        "finish_reason": "stop" if reason is StopReason.END_TOKEN else "length",
+        "usage": {"prompt_tokens": len(task.ids), "completion_tokens": len(new)},
+    }
+
+
+class _Progress:
+    """A bar over all tokens that there may be; what is left when a text ends early is counted as done.
+
+    The first of several processes shows it, the others tell it what they have done when a text has ended.
+    """
+
+    def __init__(self, groups: Sequence[Tasks], ranks: Ranks | None):
+        tasks = [task for group in groups for task in group]
+        self._ended, self._all, self._new = 0, len(tasks), 0
+        self._ranks = ranks if ranks is not None and ranks.data.size > 1 else None
+        self._is_first = ranks is None or ranks.rank == 0
+        self._tells = ranks is not None and ranks.tensor.rank == 0 and ranks.rank > 0
+        self._told = [0, 0, 0]  # by the others: texts that ended, new tokens, what they are in the bar
+        self._asked = self._begun = time.perf_counter()
+        total = sum(len(task.ids) + task.budget for task in tasks)
+        form = "{desc}: {percentage:3.0f}%|{bar}| {postfix}{remaining} left"
+        self._bar = tqdm(total=total, desc="prompts", bar_format=form, leave=False, smoothing=0.1)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def step(self, task: Task, count: int) -> None:
+        """The text has got its token number `count`."""
+        self._new += 1
+        now = time.perf_counter()
+        steps = 1 + (len(task.ids) if count == 1 else 0)
+        if self._ranks is not None and self._is_first and now > self._asked + 1:
+            told, self._told, self._asked = self._told, [self._ranks.add(name, 0) for name in _TOLD], now
+            ended, new, others_steps = (after - before for before, after in zip(told, self._told, strict=True))
+            self._ended += ended
+            self._new += new
+            steps += others_steps
+        speed = self._new / (now - self._begun)
+        self._bar.set_postfix_str(f"{self._ended}/{self._all} ended, {speed:.1f} tok/s, ", refresh=False)
+        self._bar.update(steps)
+
+    def end(self, task: Task, count: int) -> None:
+        """The text has ended with so many tokens."""
+        self._ended += 1
+        self._bar.update(task.budget - count + (0 if count else len(task.ids)))
+        if self._ranks is not None and self._tells:
+            for name, number in zip(_TOLD, (1, count, len(task.ids) + task.budget), strict=True):
+                self._ranks.add(name, number)
+
+
+def describe_run(
+    options: argparse.Namespace, content: bytes, chosen: ChosenModel, ranks: Ranks | None
+) -> dict[str, Any]:
+    """What the results depend on, by what it is called: a run in which all of it is the same may be gone on with."""
+    checkpoint, tokenizer = chosen.checkpoint, chosen.tokenizer
+    model = hashlib.sha256(repr(checkpoint.params).encode())
+    for place, parts in checkpoint.parts.items():  # the beginning of each tensor: not all is read, and yet all counts
+        for part in parts:
+            beginning = part.reshape(-1)[:1024].contiguous().view(torch.uint8).numpy().tobytes()
+            model.update(f"{place.meta_name} {list(part.shape)} {part.dtype}".encode() + beginning)
+    return {
+        "prompts": hashlib.sha256(content).hexdigest(),
+        "weights": model.hexdigest(),
+        "tokenizer": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest() if tokenizer else None,
+        "--device": chosen.device.type,
+        "--tp": ranks.tensor.size if ranks else 1,
+        "--gpu-layers": chosen.gpu_layers,
+        "--dtype": in_words(chosen.dtype or checkpoint.dtype),
+        "--quantize": chosen.quantized,
+        "--reference": options.reference,
+        "--batch-size": options.batch_size,
+        "--context": options.context,
+        "--max-new-tokens": options.max_new_tokens,
+        "--stop": options.stop,
+        **{f"--{name.replace('_', '-')}": getattr(options, name) for name in SAMPLING_FIELDS},
+        "--seed": options.seed,
+    }
+
+
+def build_parser() -> ArgumentParser:
+    """The options of `python -m llama3_raw.batch`."""
+    parser = ArgumentParser(prog="python -m llama3_raw.batch", description=__doc__)
+    parser.add_argument(
+        "prompts", metavar="PROMPTS", help=f"a file with an object of JSON in each line; fields: {', '.join(FIELDS)}"
+    )
+    parser.add_argument("-o", "--output", required=True, type=not_empty, metavar="OUT", help="the file to write")
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=FEW,
+        metavar="N",
+        help="texts at a time (default: %(default)s; a CPU computes up to so many tokens for the price of few)",
+    )
+    group = parser.add_argument_group("text, where a line does not say")
+    group.add_argument(
+        "--max-new-tokens", type=positive_int, default=256, metavar="N", help="max_tokens (default: %(default)s)"
+    )
+    group.add_argument(
+        "--stop", action="append", default=[], type=not_empty, metavar="TEXT", help="stop before TEXT (may be repeated)"
+    )
+    parser.add_argument(
+        "--tp",
+        type=positive_int,
+        metavar="N",
+        help="under torchrun: N processes share a model, the next N have another copy and take other prompts (default: "
+        "all share one)",
+    )
+    parser.add_argument("--context", type=positive_int, metavar="N", help="the most tokens of a text, prompt included")
+    add_sampling_options(parser)
+    add_model_options(parser)
+    parser.add_argument("--reference", action="store_true", help="the exact operations, bit for bit Meta's, but slower")
+    return parser
+
+
+@command_line_tool
+@for_several_processes
+def main(arguments: Sequence[str]) -> int:
+    """Runs the tool; -> exit status: 1 where a line could not be computed, but for several processes."""
+    options = build_parser().parse_args(arguments)
+    try:
+        with started(lambda: choose_device(options.device), options.tp) as ranks:
+            n_bad = _batch(options, ranks)
+    except KeyboardInterrupt:
+        print("\nllama3_raw: stopped by Ctrl-C; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 1 if n_bad and ranks is None else 0  # torchrun would take it for a crash
+
+
+def _batch(options: argparse.Namespace, ranks: Ranks | None) -> int:
+    """Computes the prompts that the options name; -> how many lines could not be computed."""
+    sampling = chosen_sampling(options)
+    check_output("-o", options.output)
+    out = Path(options.output).resolve()
+    content = Path(options.prompts).read_bytes()
+    if out == Path(options.prompts).resolve():
+        raise UserError(f"-o {options.output}: is the file with the prompts; choose another name")
+    defaults = Request(0, None, "", options.max_new_tokens, sampling, options.seed or 0, tuple(options.stop))
+    requests, bad = read_requests(content, defaults)
+    if not requests and not bad:
+        raise UserError(f'{options.prompts}: is empty; give lines such as {{"prompt": "Once upon a time"}}')
+    has_text = any(request.stop or not isinstance(request.prompt[0], int) for request in requests)
+    chosen = choose_model(options, needs_tokenizer=has_text)
+    longest = chosen.checkpoint.params.max_seq_len
+    check_context(options.context, longest)
+    context = options.context or longest
+    tasks = []
+    for request in requests:
+        try:
+            tasks.append(task_of(request, chosen, context))
+        except UserError as error:
+            bad[request.line] = bad_line(request.line, request.id, error)
+    run = describe_run(options, content, chosen, ranks)
+    if ranks is not None and ranks.everyone.from_first(run) != run:
+        raise UserError(
+            f"{options.prompts}: not all processes read the same prompts and weights; give all the same files"
+        )
+    with alone(out, ranks):
+        _run(options, chosen, grouped(tasks, options.batch_size), bad, run, context, out, ranks)
+    if bad:
+        first = min(bad)
+        print(
+            f"llama3_raw: {len(bad)} of {len(bad) + len(tasks)} lines could not be computed; line {first}: "
+            f"{bad[first]['error']}",
+            file=sys.stderr,
+        )
+    return len(bad)
+
+
+def _run(
+    options: argparse.Namespace,
+    chosen: ChosenModel,
+    groups: list[Tasks],
+    bad: Mapping[int, Result],
+    run: Mapping[str, Any],
+    context: int,
+    out: Path,
+    ranks: Ranks | None,
+) -> None:
+    """Computes what is not there yet, and writes the output."""
+    record = out.with_name(f"{out.name}.run")
+    is_first = ranks is None or ranks.rank == 0
+    done = results_so_far(out, record, run) if is_first else None
+    if ranks is not None:
+        done = ranks.everyone.from_first(done)
+    if done is None:
+        print(f"llama3_raw: {options.output} is finished already; to compute it anew, remove it", file=sys.stderr)
+        return
+    # a group of which a row is missing is computed as a whole again: its rows depend on each other by rounding
+    missing = [group for group in groups if any(task.request.line not in done for task in group)]
+    if missing:
+        if done:
+            print(f"llama3_raw: going on; {len(done)} texts are there already", file=sys.stderr)
+        model, ops, which = load_model(chosen, lengths_of(missing), options.reference, ranks)
+        print(f"llama3_raw: {which}", file=sys.stderr)
+        if any(isinstance(task.request.prompt[0], Message) for group in missing for task in group):
+            warn_of_base_model(model)
+        with own_journal(out, run, done, ranks) as journal:
+            compute(model, missing, journal, context, ops, ranks)
+    if ranks is not None:
+        ranks.everyone.wait()
+    if is_first:
+        results = read_results(out, run)
+        lacking = sum(task.request.line not in results for group in groups for task in group)
+        if lacking:
+            raise UserError(
+                f"{out}: the results of {lacking} lines are not there; all processes have to write into one folder, "
+                "which machines share; mend that, and give the same command again"
+            )
+        content = b"".join(as_line({**bad, **results}[line]) for line in sorted({**bad, **results}))
+        replace_whole(out, content)
+        replace_whole(record, as_line({**run, "output": hashlib.sha256(content).hexdigest()}))
+        for file in journal_files(out):
+            file.unlink()
+        print(f"llama3_raw: {options.output} is written: {len(results)} texts", file=sys.stderr)
+
+
+def lengths_of(groups: Sequence[Tasks]) -> Lengths:
+    """What the group that takes the most memory takes."""
+
+    def text(group: Tasks) -> int:
+        return max(len(task.ids) + task.budget for task in group)
+
+    largest = max(groups, key=lambda group: len(group) * text(group))
+    prompt = max(len(task.ids) for group in groups for task in group)
+    return Lengths(prompt=prompt, text=max(text(largest), prompt), least=prompt + 1, rows=len(largest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

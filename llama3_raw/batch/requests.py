@@ -1,0 +1,175 @@
+"""The lines of a file of prompts: what each asks for, and what is wrong with those that ask for nothing sensible."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from ..chat.dialog import Message, encode_dialog
+from ..cli.models import ChosenModel
+from ..decoding.loop import check_ids
+from ..decoding.sampling import Sampling
+from ..errors import UserError, in_short
+
+Result = dict[str, Any]
+"""A line of the output."""
+
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+FIELDS: dict[str, tuple[tuple[type, ...], str]] = {  # what a line may say, and as what
+    "id": ((str, int, float), "a string or a number"),
+    "prompt": ((str, list), "a string or a list of token ids"),
+    "messages": ((list,), 'a list of {"role": …, "content": …}'),
+    "max_tokens": ((int,), "a whole number"),
+    **dict.fromkeys(SAMPLING_FIELDS, ((int, float), "a number")),
+    "top_k": ((int,), "a whole number"),
+    "seed": ((int,), "a whole number"),
+    "stop": ((str, list), "a string or a list of strings"),
+}
+
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a line asks for. ids: the tokens of the prompt, once a tokenizer has made them."""
+
+    line: int  # its number in the file, from 1
+    id: str | float | None
+    prompt: str | list[int] | list[Message]
+    max_tokens: int
+    sampling: Sampling
+    seed: int
+    stop: tuple[str, ...]
+
+
+class Task(NamedTuple):
+    """A request that can be computed."""
+
+    request: Request
+    ids: list[int]  # of the prompt
+    budget: int  # new tokens at most
+
+
+Tasks = list[Task]
+"""Tasks that are computed together, from the first to the last, wherever and whenever that is."""
+
+
+def read_requests(content: bytes, defaults: Request) -> tuple[list[Request], dict[int, Result]]:
+    """The lines of a file -> the requests, and by the number of the line what is wrong with the others.
+
+    defaults: what counts where a line does not say; its seed is that of line 0, and each line has the next one. Blank
+    lines are left out.
+    """
+    requests, bad = [], {}
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        fields: Any = None
+        try:
+            fields = _parsed(line)
+            requests.append(_request(number, fields, defaults))
+        except UserError as error:
+            bad[number] = bad_line(number, fields.get("id") if isinstance(fields, dict) else None, error)
+    return requests, bad
+
+
+def bad_line(number: int, id: Any, error: UserError) -> Result:
+    """What stands in the output for a line that cannot be computed."""
+    message = re.sub(r"^--([a-z-]+)", lambda option: option[1].replace("-", "_"), str(error))  # fields, not options
+    return {"line": number, "id": id if type(id) in FIELDS["id"][0] else None, "error": message}
+
+
+def _parsed(line: bytes) -> Any:
+    """Raises UserError for what is no JSON."""
+    try:
+        fields = json.loads(line.decode("utf-8"))
+        json.dumps(fields, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"is not valid UTF-8 at byte {error.start} of the line") from error
+    except UnicodeEncodeError as error:  # "\ud800"
+        raise UserError("holds half a character, which is no text") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"is not JSON: {in_short(error)}") from error
+    return fields
+
+
+def _request(number: int, fields: Any, defaults: Request) -> Request:
+    """Raises UserError for a line that says too little, too much or something else."""
+    if not isinstance(fields, dict):
+        raise UserError(f'should be an object, {{"prompt": …}}, is {in_short(json.dumps(fields))}')
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name, value in given.items():
+        if name not in FIELDS:
+            raise UserError(f"{in_short(name)}: there is no such field; there are {', '.join(FIELDS)}")
+        types, expected = FIELDS[name]
+        if type(value) not in types:
+            raise UserError(f"{name} should be {expected}, is {in_short(json.dumps(value, ensure_ascii=False))}")
+    if ("prompt" in given) == ("messages" in given):
+        raise UserError("should have a prompt or messages" + (", not both" if "prompt" in given else ""))
+    prompt = _messages(given["messages"]) if "messages" in given else given["prompt"]
+    if not prompt:
+        raise UserError(f"{'messages' if 'messages' in given else 'prompt'} should not be empty")
+    if isinstance(given.get("prompt"), list) and any(type(token) is not int for token in prompt):
+        raise UserError("prompt should be a string or a list of token ids, holds something else")
+    max_tokens = given.get("max_tokens", defaults.max_tokens)
+    if max_tokens < 1:
+        raise UserError(f"max_tokens should be 1 or more, is {max_tokens}")
+    own_seed = given.get("seed", (defaults.seed + number) % 2**63)
+    if not 0 <= own_seed < 2**63:
+        raise UserError(f"seed should be from 0 to 2**63 - 1, is {own_seed}")
+    stop = given.get("stop", list(defaults.stop))
+    stop = [stop] if isinstance(stop, str) else stop
+    if not all(isinstance(text, str) and text for text in stop):
+        raise UserError("stop should be a string or a list of strings, none of them empty")
+    try:
+        settings = {name: float(given[name]) for name in SAMPLING_FIELDS if name in given and name != "top_k"}
+    except OverflowError as error:
+        raise UserError(f"a number is too large ({error})") from error
+    settings |= {"top_k": given["top_k"]} if "top_k" in given else {}
+    sampling = Sampling(**{**asdict(defaults.sampling), **settings})
+    return Request(number, given.get("id"), prompt, max_tokens, sampling, own_seed, tuple(stop))
+
+
+def _messages(entries: list[Any]) -> list[Message]:
+    """Raises UserError for what is no dialog to which an answer is due."""
+    messages = []
+    for entry in entries:
+        if not isinstance(entry, dict) or entry.keys() != {"role", "content"} or not isinstance(entry["content"], str):
+            raise UserError('messages should be a list of {"role": …, "content": …}, with text as content')
+        if entry["role"] not in _ROLES:
+            raise UserError(f"role should be one of {', '.join(_ROLES)}, is {in_short(json.dumps(entry['role']))}")
+        messages.append(Message(**entry))
+    if messages and messages[-1].role == "assistant":
+        raise UserError("messages should end with the user's, which is to be answered")
+    return messages
+
+
+def task_of(request: Request, chosen: ChosenModel, context: int) -> Task:
+    """The request in tokens. Raises UserError for those that the model cannot take."""
+    tokenizer, prompt = chosen.tokenizer, request.prompt
+    if isinstance(prompt, str):
+        assert tokenizer is not None  # main has seen to it
+        ids = tokenizer.encode(prompt, bos=True)
+    elif isinstance(prompt[0], Message):
+        assert tokenizer is not None
+        ids = encode_dialog(tokenizer, prompt)
+    else:
+        ids = prompt
+    check_ids(ids, chosen.checkpoint.params)
+    if len(ids) > context:
+        raise UserError(f"the prompt has {len(ids)} tokens, the context holds {context}; shorten it")
+    return Task(request, ids, min(request.max_tokens, context - len(ids)))
+
+
+def grouped(tasks: Iterable[Task], size: int) -> list[Tasks]:
+    """Cuts the tasks into groups of about the same length, the longest first.
+
+    Which go together depends on the input and the settings alone, so that a group comes to the same whoever computes it
+    and how often. The longest first: what does not fit shows at once, and several workers end at about the same time.
+    """
+    ordered = sorted(tasks, key=lambda task: (-len(task.ids), -task.budget, task.request.line))
+    return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
