@@ -23,10 +23,10 @@ from .checkpoint.checkpoint import first_layers
 from .checkpoint.loading import build_weights
 from .cli.memory_plan import Lengths, Plan, needed
 from .cli.models import ChosenModel
+from .compare.references import hf_model
 from .engines import TWO_PROCESSES, Engine, Own, random_ids, two_processes
 from .errors import UserError, in_short, needed_package
 from .gguf_file import is_gguf_of, write_gguf
-from .implementations import hf_model
 from .limits import seconds_of
 from .synthetic import random_weights
 from .system.machine import free_memory

@@ -20,8 +20,11 @@ from torch import Tensor
 
 from llama3_raw import LayerWeights, Model, Trace, UserError, trace
 from llama3_raw.checkpoint.loading import to_state_dict
-from llama3_raw.compare import Difference, Logits, compare, difference, how_it_is_made, main
-from llama3_raw.implementations import trace_hf, trace_meta
+from llama3_raw.compare import compare
+from llama3_raw.compare.__main__ import main
+from llama3_raw.compare.difference import Difference, Logits, difference
+from llama3_raw.compare.references import trace_hf, trace_meta
+from llama3_raw.compare.steps import how_it_is_made
 from llama3_raw.model import REFERENCE, token_positions
 from llama3_raw.ops import Tap
 

@@ -14,12 +14,13 @@ from references import random_weights
 from torch import Tensor
 
 import llama3_raw
-from llama3_raw import REFERENCE, KVCache, Model, Params, UserError, bench, compare, forward, perplexity
+from llama3_raw import REFERENCE, KVCache, Model, Params, UserError, bench, forward, perplexity
 from llama3_raw.__main__ import main
 from llama3_raw.backends.choose import ops_for, suitable_ops
 from llama3_raw.backends.offload import mixed_ops
 from llama3_raw.checkpoint.checkpoint import Checkpoint
 from llama3_raw.checkpoint.loading import build_weights, to_state_dict
+from llama3_raw.compare import __main__ as compare
 from llama3_raw.decoding.loop import generate
 from llama3_raw.quantization.matrix import Matrix
 from llama3_raw.tracing import __main__ as tracing

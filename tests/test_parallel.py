@@ -24,7 +24,7 @@ from torch import Tensor
 import llama3_raw
 from llama3_raw import Model, convert, generate
 from llama3_raw.backends import nearby
-from llama3_raw.implementations import hf_model
+from llama3_raw.compare.references import hf_model
 from llama3_raw.system.process_groups import Group
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

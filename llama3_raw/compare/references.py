@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .checkpoint.checkpoint import split_pairs
-from .checkpoint.loading import to_state_dict
-from .errors import UserError, needed_package
-from .params import Params, RopeScaling
-from .tracing.record import Trace, check_trace, count_layers
-from .tracing.taps import chain
-from .weights import Model, tensor_places
+from ..checkpoint.checkpoint import split_pairs
+from ..checkpoint.loading import to_state_dict
+from ..errors import UserError, needed_package
+from ..params import Params, RopeScaling
+from ..tracing.record import Trace, check_trace, count_layers
+from ..tracing.taps import chain
+from ..weights import Model, tensor_places
 
 
 def hf_model(model: Model, attention: str) -> Any:
