@@ -18,17 +18,30 @@ from references import random_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama3_raw
-from llama3_raw import Model, Params, UserError, bench, engines, gguf_file, limits, measuring, peers
-from llama3_raw.bench import build_parser, main
+from llama3_raw import Model, Params, UserError
+from llama3_raw.bench import __main__ as bench
+from llama3_raw.bench import baselines as peers
+from llama3_raw.bench import engines
+from llama3_raw.bench import measure as measuring
+from llama3_raw.bench import roofline as limits
+from llama3_raw.bench.__main__ import build_parser, main
+from llama3_raw.bench.baselines import (
+    CompiledTransformers,
+    LlamaBench,
+    Transformers,
+    Xllamacpp,
+    check_peers,
+    open_peers,
+)
+from llama3_raw.bench.engines import Own
+from llama3_raw.bench.measure import Probes, Task, compare, measure, pairs, probes_of
+from llama3_raw.bench.roofline import copy_speed, multiply_speed, seconds_of
+from llama3_raw.checkpoint import gguf as gguf_file
+from llama3_raw.checkpoint.gguf import is_gguf_of, write_gguf
 from llama3_raw.cli import memory_plan, models
 from llama3_raw.cli.memory_plan import Lengths, Plan
 from llama3_raw.cli.models import choose_model
-from llama3_raw.engines import Own
-from llama3_raw.gguf_file import is_gguf_of, write_gguf
-from llama3_raw.limits import copy_speed, multiply_speed, seconds_of
-from llama3_raw.measuring import Probes, Task, compare, measure, pairs, probes_of
 from llama3_raw.params import RopeScaling
-from llama3_raw.peers import CompiledTransformers, LlamaBench, Transformers, Xllamacpp, check_peers, open_peers
 from llama3_raw.system.machine import processors
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"

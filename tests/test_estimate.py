@@ -11,12 +11,12 @@ import torch
 
 import llama3_raw
 from llama3_raw import KVCache, Params, UserError
-from llama3_raw.bench import main
+from llama3_raw.bench.__main__ import main
+from llama3_raw.bench.estimate import GPUS, Cluster, check_split, estimate, part_of
+from llama3_raw.bench.measure import _matrices
+from llama3_raw.bench.synthetic import SYNTHETIC, synthetic_checkpoint
 from llama3_raw.checkpoint.checkpoint import open_checkpoint
 from llama3_raw.checkpoint.writing import save_quantized
-from llama3_raw.estimate import GPUS, Cluster, check_split, estimate, part_of
-from llama3_raw.measuring import _matrices
-from llama3_raw.synthetic import SYNTHETIC, synthetic_checkpoint
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 H200 = Cluster("h200")

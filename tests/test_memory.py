@@ -16,11 +16,11 @@ from references import hf_model, random_weights
 
 from llama3_raw import Model, Params, UserError, generate
 from llama3_raw.__main__ import main
+from llama3_raw.bench.synthetic import SYNTHETIC
 from llama3_raw.checkpoint.checkpoint import Checkpoint, first_layers, open_checkpoint
 from llama3_raw.checkpoint.loading import build_weights, to_state_dict
 from llama3_raw.cli import models
 from llama3_raw.cli.memory_plan import Lengths, Plan, check_memory, needed
-from llama3_raw.synthetic import SYNTHETIC
 from llama3_raw.system.machine import free_memory
 from llama3_raw.weights import tensor_places
 

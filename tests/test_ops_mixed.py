@@ -14,10 +14,11 @@ from references import random_weights
 from torch import Tensor
 
 import llama3_raw
-from llama3_raw import REFERENCE, KVCache, Model, Params, UserError, bench, forward, perplexity
+from llama3_raw import REFERENCE, KVCache, Model, Params, UserError, forward, perplexity
 from llama3_raw.__main__ import main
 from llama3_raw.backends.choose import ops_for, suitable_ops
 from llama3_raw.backends.offload import mixed_ops
+from llama3_raw.bench import __main__ as bench
 from llama3_raw.checkpoint.checkpoint import Checkpoint
 from llama3_raw.checkpoint.loading import build_weights, to_state_dict
 from llama3_raw.compare import __main__ as compare

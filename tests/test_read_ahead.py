@@ -18,11 +18,12 @@ import torch
 from test_memory import CPU, GPU, checkpoint
 
 import llama3_raw
-from llama3_raw import REFERENCE, KVCache, Model, UserError, bench, forward, generate
+from llama3_raw import REFERENCE, KVCache, Model, UserError, forward, generate
 from llama3_raw.__main__ import main
 from llama3_raw.backends import streaming as read_ahead
 from llama3_raw.backends.cpu import fast_ops
 from llama3_raw.backends.streaming import least_memory
+from llama3_raw.bench import __main__ as bench
 from llama3_raw.cli.memory_plan import Lengths, Plan, check_memory
 from llama3_raw.cli.options import byte_size
 from llama3_raw.ops import Ops

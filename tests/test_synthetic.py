@@ -14,12 +14,15 @@ import pytest
 import torch
 
 import llama3_raw
-from llama3_raw import UserError, measuring, peers, synthetic
-from llama3_raw.bench import main
+from llama3_raw import UserError
+from llama3_raw.bench import baselines as peers
+from llama3_raw.bench import measure as measuring
+from llama3_raw.bench import synthetic
+from llama3_raw.bench.__main__ import main
+from llama3_raw.bench.synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint
 from llama3_raw.cli.memory_plan import Lengths, Plan, check_memory, needed
 from llama3_raw.params import Params
 from llama3_raw.quantization.int8 import Int8, quantize, widen
-from llama3_raw.synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint
 from llama3_raw.weights import MATRICES, tensor_places
 
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, forward, trace
-from llama3_raw.bench import main
-from llama3_raw.engines import random_ids
-from llama3_raw.tap_costs import model_without_taps
+from llama3_raw.bench.__main__ import main
+from llama3_raw.bench.engines import random_ids
+from llama3_raw.bench.tap_overhead import model_without_taps
 
 TINY = str(Path(__file__).parent.parent / "weights" / "tiny")
 
@@ -55,7 +55,7 @@ def test_the_table(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_tap_that_changes_something_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "llama3_raw.tap_costs.forward.__kwdefaults__", {**forward.__kwdefaults__, "tap": lambda n, x: x * 2}
+        "llama3_raw.bench.tap_overhead.forward.__kwdefaults__", {**forward.__kwdefaults__, "tap": lambda n, x: x * 2}
     )
     with pytest.raises(AssertionError, match="should change nothing"):
         main(["--weights", TINY, "--taps", "--rounds", "1"])

@@ -33,8 +33,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import llama3_raw
-from llama3_raw import Params, Tokenizer, UserError, bench, perplexity
+from llama3_raw import Params, Tokenizer, UserError, perplexity
 from llama3_raw.__main__ import main
+from llama3_raw.bench import __main__ as bench
 from llama3_raw.chat import __main__ as chat
 from llama3_raw.checkpoint.checkpoint import open_checkpoint
 from llama3_raw.checkpoint.loading import to_state_dict

@@ -10,12 +10,12 @@ from typing import Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-from .backends import cpu as ops_cpu
+from ..backends import cpu as ops_cpu
+from ..ops import Ops
+from ..quantization.matrix import Matrix, tensors_of
+from ..weights import Model, Weights
 from .engines import Engine, Own
-from .limits import copy_speed, multiply_speed, seconds_of
-from .ops import Ops
-from .quantization.matrix import Matrix, tensors_of
-from .weights import Model, Weights
+from .roofline import copy_speed, multiply_speed, seconds_of
 
 _LONG = 1000  # tokens: half a minute's work on 8B, and done once, on the CPU
 

@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint.checkpoint import first_layers
-from .checkpoint.loading import build_weights
-from .cli.memory_plan import Lengths, Plan, needed
-from .cli.models import ChosenModel
-from .compare.references import hf_model
+from ..checkpoint.checkpoint import first_layers
+from ..checkpoint.gguf import is_gguf_of, write_gguf
+from ..checkpoint.loading import build_weights
+from ..cli.memory_plan import Lengths, Plan, needed
+from ..cli.models import ChosenModel
+from ..compare.references import hf_model
+from ..errors import UserError, in_short, needed_package
+from ..system.machine import free_memory
+from ..weights import Model, Weights
 from .engines import TWO_PROCESSES, Engine, Own, random_ids, two_processes
-from .errors import UserError, in_short, needed_package
-from .gguf_file import is_gguf_of, write_gguf
-from .limits import seconds_of
+from .roofline import seconds_of
 from .synthetic import random_weights
-from .system.machine import free_memory
-from .weights import Model, Weights
 
 TRANSFORMERS, TRANSFORMERS_COMPILED, LLAMA_CPP, STORED = "transformers", "transformers-compiled", "llama.cpp", "stored"
 PEERS = (TRANSFORMERS, TRANSFORMERS_COMPILED, LLAMA_CPP, STORED, TWO_PROCESSES)

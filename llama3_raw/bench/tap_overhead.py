@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import model as model_module
+from .. import model as model_module
+from ..model import REFERENCE, KVCache, forward
+from ..ops import Ops
+from ..tracing.record import trace
+from ..weights import Model
 from .engines import random_ids
-from .model import REFERENCE, KVCache, forward
-from .ops import Ops
-from .tracing.record import trace
-from .weights import Model
 
 LENGTH = 17  # tokens of the prompt
 _PASSES = 200  # without work, of a few milliseconds each

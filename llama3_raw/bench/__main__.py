@@ -19,22 +19,22 @@ from pathlib import Path
 
 import torch
 
-from .backends.choose import suitable_ops
-from .checkpoint.checkpoint import first_layers
-from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
-from .cli.memory_plan import Lengths, Plan, check_memory
-from .cli.models import ChosenModel, ModelFolder, check_int8, choose_device, choose_model, load_model
-from .cli.options import DTYPES_BY_NAME, add_model_options, positive_int, seed
+from ..backends.choose import suitable_ops
+from ..checkpoint.checkpoint import first_layers
+from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
+from ..cli.memory_plan import Lengths, Plan, check_memory
+from ..cli.models import ChosenModel, ModelFolder, check_int8, choose_device, choose_model, load_model
+from ..cli.options import DTYPES_BY_NAME, add_model_options, positive_int, seed
+from ..errors import UserError, in_short, needed_package
+from ..ops import Ops
+from ..system.machine import set_threads
+from ..weights import Model, in_words
+from .baselines import LLAMA_CPP, PEERS, check_peers, open_peers
 from .engines import Batch
-from .errors import UserError, in_short, needed_package
 from .estimate import run_estimate
-from .measuring import Figures, longest_text, measure
-from .ops import Ops
-from .peers import LLAMA_CPP, PEERS, check_peers, open_peers
+from .measure import Figures, longest_text, measure
 from .synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint
-from .system.machine import set_threads
-from .tap_costs import LENGTH, TapFigures, measure_taps
-from .weights import Model, in_words
+from .tap_overhead import LENGTH, TapFigures, measure_taps
 
 _PREFILL = (17, 256, 2048)
 _PLOTTED = (17, 256, 1024, 2048, 4096)

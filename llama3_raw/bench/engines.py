@@ -17,19 +17,19 @@ from typing import Protocol
 
 import torch
 
-from .backends.choose import ops_for
-from .backends.cuda_graphs import CapturedPasses
-from .backends.tensor_parallel import parallel_ops
-from .checkpoint.loading import load
-from .checkpoint.sharding import Shard
-from .decoding.batch import Row, generate_batch
-from .decoding.loop import StopReason, generate
-from .errors import UserError
-from .limits import seconds_of, wait_for
-from .model import KVCache
-from .ops import Ops
-from .system.process_groups import started
-from .weights import Model
+from ..backends.choose import ops_for
+from ..backends.cuda_graphs import CapturedPasses
+from ..backends.tensor_parallel import parallel_ops
+from ..checkpoint.loading import load
+from ..checkpoint.sharding import Shard
+from ..decoding.batch import Row, generate_batch
+from ..decoding.loop import StopReason, generate
+from ..errors import UserError
+from ..model import KVCache
+from ..ops import Ops
+from ..system.process_groups import started
+from ..weights import Model
+from .roofline import seconds_of, wait_for
 
 TWO_PROCESSES = "two-processes"
 _UNTIMED = 2  # tokens: on a GPU the pass over a prompt is another than that over a token, whose first may be captured

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import UserError, in_short, needed_package
-from .model import rope_frequencies
-from .weights import Model, tensor_places
+from ..errors import UserError, in_short, needed_package
+from ..model import rope_frequencies
+from ..weights import Model, tensor_places
 
 _GGUF_NAMES = {
     **{"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"},

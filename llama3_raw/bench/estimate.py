@@ -16,15 +16,15 @@ from typing import NamedTuple
 
 import torch
 
-from .checkpoint.checkpoint import Checkpoint, open_checkpoint
-from .checkpoint.sharding import SHARDED_DIMENSION, Shard, cannot_split, possible_sizes
-from .cli.entry_point import ArgumentParser
-from .cli.models import find_model
-from .cli.options import positive_int
-from .errors import UserError
-from .params import Params
+from ..checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.sharding import SHARDED_DIMENSION, Shard, cannot_split, possible_sizes
+from ..cli.entry_point import ArgumentParser
+from ..cli.models import find_model
+from ..cli.options import positive_int
+from ..errors import UserError
+from ..params import Params
+from ..weights import TensorPlace, in_words
 from .synthetic import SYNTHETIC, synthetic_checkpoint
-from .weights import TensorPlace, in_words
 
 _NVLINK, _PCIE, _NETWORK = 15e-6, 50e-6, 47e-6
 """Seconds that an all-reduce of a few KB takes: within a node, without NVLink, and over InfiniBand.

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint.checkpoint import Checkpoint
-from .checkpoint.loading import build_weights
-from .checkpoint.writing import write_at, write_empty_checkpoint
-from .errors import UserError, in_short
-from .params import Params
-from .quantization.int8 import quantize
-from .tokenizer import Tokenizer
-from .weights import MATRICES, TensorPlace, Weights, tensor_places
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.loading import build_weights
+from ..checkpoint.writing import write_at, write_empty_checkpoint
+from ..errors import UserError, in_short
+from ..params import Params
+from ..quantization.int8 import quantize
+from ..tokenizer import Tokenizer
+from ..weights import MATRICES, TensorPlace, Weights, tensor_places
 
 _LLAMA_3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-05, "rope_theta": 500000.0}
 _70B = {"dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_dim_multiplier": 1.3, "multiple_of": 4096, **_LLAMA_3}
