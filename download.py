@@ -2,7 +2,7 @@
 
 import sys
 
-from llama3_raw.download import main
+from llama3_raw.download.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())

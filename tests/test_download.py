@@ -21,9 +21,11 @@ from typing import Any
 import pytest
 from fake_hub import MIB, TOKEN, FakeHub, Fault
 
-from llama3_raw import UserError, download
-from llama3_raw.download import MODELS, build_parser
-from llama3_raw.sources import Digest, Interrupted, RemoteFile, Stream
+from llama3_raw import UserError
+from llama3_raw.download import fetch
+from llama3_raw.download.__main__ import build_parser
+from llama3_raw.download.catalog import MODELS
+from llama3_raw.download.sources import Digest, Interrupted, RemoteFile, Stream
 
 ROOT = Path(__file__).parent.parent
 REPO = "meta-llama/Meta-Llama-3-8B"
@@ -162,15 +164,15 @@ def test_a_server_that_is_down_for_a_while(hub: FakeHub, tool: Tool) -> None:
 def test_a_server_that_stays_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tool gives up after a minute, keeps what it has, and the next run goes on there."""
     slept: list[float] = []
-    monkeypatch.setattr(download.time, "sleep", slept.append)
+    monkeypatch.setattr(fetch.time, "sleep", slept.append)
     source = Unsteady(pieces=3)
     file = RemoteFile("weights", "weights", len(BIG), Digest("sha256", hashlib.sha256(BIG).hexdigest()), "v1")
     with pytest.raises(UserError, match=r"weights.part: it hung up; 3,000 of 25,\d+,\d+ bytes are here, run the same"):
-        download.download(source, [file], tmp_path)
+        fetch.download(source, [file], tmp_path)
     assert 55 < sum(slept) < 65
     assert [name.name for name in tmp_path.glob("weights*")] == ["weights.part"]
     source.pieces = 10**9
-    download.download(source, [file], tmp_path)
+    fetch.download(source, [file], tmp_path)
     assert (tmp_path / "weights").read_bytes() == BIG
     assert source.starts[-1] == 3000
 
@@ -717,12 +719,12 @@ def test_servers_that_tell_little_of_the_range(hub: FakeHub, tool: Tool, content
 def test_an_endless_tug_of_war_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source that begins anew each time, and never gets further, is given up as well."""
     slept: list[float] = []
-    monkeypatch.setattr(download.time, "sleep", slept.append)
+    monkeypatch.setattr(fetch.time, "sleep", slept.append)
     source = Unsteady(pieces=500)
     source.begins_anew = True
     file = RemoteFile("weights", "weights", len(BIG), None, "v1")
     with pytest.raises(UserError, match=r"run the same command to go on"):
-        download.download(source, [file], tmp_path)
+        fetch.download(source, [file], tmp_path)
     assert len(slept) < 20
 
 
@@ -838,5 +840,5 @@ def test_the_sizes_that_list_shows() -> None:
 
 
 def test_it_does_not_wait_for_torch() -> None:
-    code = "import sys, llama3_raw.download; sys.exit('torch' in sys.modules)"
+    code = "import sys, llama3_raw.download.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -20,7 +20,7 @@ from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers  # type: ignore[attr-defined]
 
-from .errors import UserError, in_short
+from ..errors import UserError, in_short
 
 _PIECE = 1 << 20  # bytes that a blob store is asked for at once
 

@@ -1,0 +1,116 @@
+"""Which models there are, and which files each consists of."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+from typing import NamedTuple
+
+from huggingface_hub import constants
+
+from ..errors import UserError, in_short
+from .sources import Interrupted, RemoteFile, Source
+
+
+class Offer(NamedTuple):
+    """A model that has a short name."""
+
+    repo: str
+    gigabytes: float  # of all its files, in units of 1e9 bytes
+
+
+# two bytes a parameter (llama_models.sku_list has the shapes)
+MODELS = {
+    "8b": Offer("meta-llama/Meta-Llama-3-8B", 16.1),
+    "8b-instruct": Offer("meta-llama/Meta-Llama-3-8B-Instruct", 16.1),
+    "70b": Offer("meta-llama/Meta-Llama-3-70B", 141.1),
+    "70b-instruct": Offer("meta-llama/Meta-Llama-3-70B-Instruct", 141.1),
+    "3.1-8b": Offer("meta-llama/Llama-3.1-8B", 16.1),
+    "3.1-8b-instruct": Offer("meta-llama/Llama-3.1-8B-Instruct", 16.1),
+    "3.1-70b": Offer("meta-llama/Llama-3.1-70B", 141.1),
+    "3.1-70b-instruct": Offer("meta-llama/Llama-3.1-70B-Instruct", 141.1),
+    "3.2-1b": Offer("meta-llama/Llama-3.2-1B", 2.5),
+    "3.2-1b-instruct": Offer("meta-llama/Llama-3.2-1B-Instruct", 2.5),
+    "3.2-3b": Offer("meta-llama/Llama-3.2-3B", 6.4),
+    "3.2-3b-instruct": Offer("meta-llama/Llama-3.2-3B-Instruct", 6.4),
+    "3.3-70b-instruct": Offer("meta-llama/Llama-3.3-70B-Instruct", 141.1),
+}
+
+
+def wanted_files(source: Source, file_format: str) -> list[RemoteFile]:
+    """The files of a model in Meta's format ("original") or Hugging Face's ("safetensors"), the smallest first."""
+
+    def required(place: str) -> RemoteFile:
+        file = source.find(place)
+        if file is None:
+            if constants.is_offline_mode():
+                raise UserError(
+                    f"{source}: HF_HUB_OFFLINE is set, and {place} is not in the Hugging Face cache; unset it, or "
+                    "check what is there with --verify"
+                )
+            other = "safetensors" if file_format == "original" else "original"
+            raise UserError(
+                f"{source}: there is no {place}, or no such model at all; check the name, or try --format {other}"
+            )
+        return file
+
+    tokenizer = "original/tokenizer.model"
+    if file_format == "original":
+        files = [required(place) for place in ("original/params.json", tokenizer, "original/consolidated.00.pth")]
+        for number in range(1, 100):
+            shard = source.find(f"original/consolidated.{number:02}.pth")
+            if shard is None:
+                break
+            files.append(shard)
+        if constants.is_offline_mode():
+            print(
+                f"llama3_raw: HF_HUB_OFFLINE is set; taking the {len(files)} files in the cache for all",
+                file=sys.stderr,
+            )
+        return files
+    files = [required("config.json"), required(tokenizer)]
+    index = source.find("model.safetensors.index.json")
+    if index is None:
+        return [*files, required("model.safetensors")]
+    try:
+        content = _content(source, index)
+        shards = sorted(set(json.loads(content)["weight_map"].values()))
+        if not shards or not all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
+            raise ValueError("it should name *.safetensors")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{source}: {index.name} is not a safetensors index ({in_short(error)}); try --format original"
+        ) from error
+    return [*files, index, *map(required, shards)]
+
+
+def _content(source: Source, file: RemoteFile) -> bytes:
+    """All of a small file."""
+    copy = source.local_copy(file)
+    if copy is not None:
+        return copy.read_bytes()
+    try:
+        with source.open(file, 0, None) as stream:
+            return b"".join(stream.chunks)
+    except Interrupted as interruption:
+        raise UserError(f"{file.name}: {interruption}; run the same command again") from interruption
+
+
+def describe_models() -> str:
+    lines = [f"{name:<20}{offer.gigabytes:>7.1f} GB  {offer.repo}" for name, offer in MODELS.items()]
+    return "\n".join([*lines, "or any org/repo with the same files"])
+
+
+def repository_of(model: str) -> str:
+    """--model -> org/repo. Raises UserError."""
+    if model.lower() in MODELS:
+        return MODELS[model.lower()].repo
+    if "/" in model:
+        return model
+    close = difflib.get_close_matches(model.lower(), MODELS, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise UserError(
+        f"--model {model}: there is no such short name; {hint}--list shows them, any org/repo will do as well"
+    )
