@@ -19,10 +19,10 @@ from references import cast, seen_by_hand
 from torch import Tensor
 
 from llama3_raw import REFERENCE, Model, Tokenizer, Trace, UserError, generate, trace
-from llama3_raw import page as page_room
-from llama3_raw.explain import main
+from llama3_raw.explain import page
+from llama3_raw.explain.__main__ import main
+from llama3_raw.explain.page import build_page, merges_of, pieces_of
 from llama3_raw.model import rope_frequencies
-from llama3_raw.page import build_page, merges_of, pieces_of
 from llama3_raw.tracing import plots
 
 TINY = str(Path(__file__).parent.parent / "weights" / "tiny")
@@ -425,7 +425,7 @@ def test_without_javascript_a_head_is_there(browser: Any, file: Path, kept: Trac
 def test_layers_beyond_the_size_of_a_page_keep_their_thumbnails(
     browser: Any, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page_room, "_MOST_HEAD_BYTES", 1000)  # of which a layer takes 480
+    monkeypatch.setattr(page, "_MOST_HEAD_BYTES", 1000)  # of which a layer takes 480
     file = tmp_path / "page.html"
     file.write_text(build_page(tiny, "tiny", PROMPT, layer=2), encoding="utf-8")
     opened = Opened(browser, file)

@@ -20,7 +20,7 @@ from tiktoken_ext import openai_public
 
 from llama3_raw import Params, Tokenizer
 from llama3_raw.checkpoint.loading import to_state_dict
-from llama3_raw.page import merges_of
+from llama3_raw.explain.page import merges_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LESSONS = sorted(EXAMPLES.glob("[0-9][0-9]_*.py"))

@@ -33,16 +33,16 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 from torch import Tensor
 
-from .decoding.sampling import sample
-from .errors import UserError
-from .model import REFERENCE, attend, attention, forward, layer, rms_norm, rope, rope_frequencies, swiglu
-from .ops import Ops
-from .params import Params
-from .quantization.int8 import Int8
-from .tokenizer import SPLIT_PATTERN, Tokenizer
-from .tracing import plots
-from .tracing.record import Trace, trace
-from .weights import Model, in_words, tensor_places
+from ..decoding.sampling import sample
+from ..errors import UserError
+from ..model import REFERENCE, attend, attention, forward, layer, rms_norm, rope, rope_frequencies, swiglu
+from ..ops import Ops
+from ..params import Params
+from ..quantization.int8 import Int8
+from ..tokenizer import SPLIT_PATTERN, Tokenizer
+from ..tracing import plots
+from ..tracing.record import Trace, trace
+from ..weights import Model, in_words, tensor_places
 
 MOST_TOKENS = 128  # more would fill the page with tables that nobody reads
 _MOST_HEAD_BYTES = 5_000_000  # of scores and probabilities in base64; layers beyond it have thumbnails only

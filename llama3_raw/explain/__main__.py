@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
-from .cli.memory_plan import Lengths
-from .cli.models import choose_model, chosen_ids, load_model
-from .cli.options import add_model_options, read_prompt
-from .errors import UserError, needed_package
-from .system.files import check_output, write_whole
-from .tracing.record import check_trace
+from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
+from ..cli.memory_plan import Lengths
+from ..cli.models import choose_model, chosen_ids, load_model
+from ..cli.options import add_model_options, read_prompt
+from ..errors import UserError, needed_package
+from ..system.files import check_output, write_whole
+from ..tracing.record import check_trace
 
 
 def build_parser() -> ArgumentParser:
