@@ -15,7 +15,8 @@ from lesson import open_model, save, show, title
 from matplotlib.figure import Figure
 
 from llama3_raw import trace
-from llama3_raw.model import attend, no_tap, rms_norm, rope, rope_frequencies, rope_rotation, token_positions
+from llama3_raw.model import attend, rms_norm, rope, rope_frequencies, rope_rotation, token_positions
+from llama3_raw.ops import no_tap
 from llama3_raw.tracing import plots
 
 model, tokenizer, picture = open_model(__doc__, draws=True)
@@ -43,7 +44,7 @@ def last_row_of_attention(x: torch.Tensor, turned: bool = False) -> torch.Tensor
     if turned:
         rotation = rope_rotation(token_positions(0, len(x), x.device), params)
         q, k = rope(q, *rotation), rope(k, *rotation)
-    return attend(q, k, v, 0, no_tap, "layers.0.attention")[-1]
+    return attend(q, k, v, 0, no_tap)[-1]
 
 
 def difference(add: torch.Tensor | None = None, turned: bool = False) -> float:

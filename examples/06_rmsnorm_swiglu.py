@@ -18,7 +18,8 @@ from lesson import open_model, save, show, title
 from matplotlib.figure import Figure
 
 from llama3_raw import REFERENCE, trace
-from llama3_raw.model import no_tap, rms_norm, swiglu
+from llama3_raw.model import feed_forward, rms_norm
+from llama3_raw.ops import no_tap
 from llama3_raw.tracing.plots import Picture
 
 model, tokenizer, picture = open_model(__doc__, draws=True)
@@ -101,7 +102,7 @@ hidden = F.silu(gate) * up  # [T, hidden_dim]
 out = hidden @ block.w2.T  # [T, dim]
 for name, tensor in (("gate = x @ w1.T", gate), ("up = x @ w3.T", up), ("silu(gate) * up", hidden), ("out", out)):
     show(name, tensor)
-assert torch.equal(out, swiglu(normed, block, REFERENCE, no_tap, "layers.0.feed_forward"))
+assert torch.equal(out, feed_forward(normed, block, REFERENCE, no_tap))
 assert torch.equal(out, seen["layers.0.feed_forward.out"])
 print("equal to the engine's, to the last bit")
 through = [((f(gate) * up).abs() > 0.01).float().mean() for f in (F.relu, F.silu)]

@@ -16,7 +16,8 @@ import torch
 from lesson import open_model, show, title
 
 from llama3_raw import REFERENCE, KVCache, forward
-from llama3_raw.model import layer, no_tap, rms_norm, rope_rotation, token_positions
+from llama3_raw.model import Pass, layer, rms_norm, rope_rotation, token_positions
+from llama3_raw.ops import no_tap
 
 model, tokenizer, _ = open_model(__doc__)
 weights, params = model.weights, model.params
@@ -30,11 +31,12 @@ for prompt in PROMPTS:
     title(f"{prompt!r}, layer by layer")
     tokens = torch.tensor(tokenizer.encode(prompt, bos=True))  # [T]
     show("tokens", tokens)
-    rotation = rope_rotation(token_positions(0, len(tokens), tokens.device), params)  # the same for every layer
+    cos, sin = rope_rotation(token_positions(0, len(tokens), tokens.device), params)
+    at = Pass(params, 0, cos, sin, REFERENCE)  # the same for every layer
     x = weights.tok_embeddings[tokens]  # [T, dim]
     show("embedded", x)
     for i, layer_weights in enumerate(weights.layers):
-        x = layer(x, layer_weights, params, rotation, None, 0, REFERENCE, no_tap, f"layers.{i}")  # [T, dim]
+        x = layer(x, layer_weights, None, at, no_tap)  # [T, dim]
         if i in (0, 1, len(weights.layers) - 1):
             show(f"behind layer {i}, last row", x[-1])
     x = rms_norm(x, weights.norm, params.norm_eps)  # [T, dim]

@@ -220,7 +220,7 @@ def train(
             if is_report:
                 bits = bits_per_byte(state.weights, params, held_out, context_length)
                 state.held_out.append((step + 1, bits))
-                said = say(Model(params, state.weights, tokenizer), max_new_tokens=60)
+                said = say(Model(state.weights, params, tokenizer), max_new_tokens=60)
                 tqdm.write(f"step {step + 1:,}: {bits:.3f} bits per byte of held-out text; it says: {said}")
                 to_bits = len(text.ids) / text.n_bytes / math.log(2)
                 draw_losses([to_bits * loss for loss in state.losses], state.held_out, output / "loss.png")
@@ -422,7 +422,7 @@ def run(options: argparse.Namespace) -> int:
     weights = from_state_dict(params, {name: tensor.float() for name, tensor in rounded.items()})
     bits = bits_per_byte(weights, params, held_out_text, context_length)
     print(f"{output} is written, rounded to bf16; {output / 'loss.png'} shows how it learned. It says:")
-    print(say(Model(params, weights, tokenizer), max_new_tokens=params.max_seq_len))
+    print(say(Model(weights, params, tokenizer), max_new_tokens=params.max_seq_len))
     print(f"held-out text: {bits:.3f} bits per byte")
     return 0
 

@@ -1,7 +1,7 @@
 """The forward pass of Llama 3, from token ids to logits, as plain functions over plain tensors.
 
-From the small pieces down to `forward`, which puts them together. Shapes: `...` is nothing for a lone prompt and [B]
-for a batch; T is the number of new tokens, S the number of tokens so far including them.
+Read it from the small pieces down to `forward`, which puts them together. Shapes: `...` is nothing for a lone prompt
+and [B] for a batch; T is the number of new tokens, S the number of tokens so far, the new ones included.
 
 The computation and every cast are those of Meta's own code (llama_models/llama3/model.py), bit for bit.
 """
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import Ops, Tap
+from .errors import UserError
+from .ops import Ops, Tap, no_tap, scoped
 from .params import Params
 from .quantization.matrix import linear
 from .weights import LayerWeights, Weights
@@ -73,11 +74,33 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-class KVCache(NamedTuple):
-    """The keys and values of all tokens so far, for each layer [..., max_seq_len, n_kv_heads, head_dim].
+class LayerCache(NamedTuple):
+    """The keys and values of one layer, each [..., max_seq_len, n_kv_heads, head_dim]."""
 
-    The one thing that the forward pass writes in place.
-    """
+    keys: Tensor
+    values: Tensor
+
+    def update(self, k: Tensor, v: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v [..., T, n_kv_heads, head_dim] from `start` on; return the keys and values to attend to.
+
+        They are [..., start + T, n_kv_heads, head_dim] for an int; all of the cache, to be masked, for a tensor.
+        """
+        return _updated(self.keys, k, start), _updated(self.values, v, start)
+
+
+def _updated(cached: Tensor, new: Tensor, start: int | Tensor) -> Tensor:
+    length = new.shape[-3]
+    if isinstance(start, int):
+        cached[..., start : start + length, :, :] = new
+        return cached[..., : start + length, :, :]
+    positions = token_positions(start, length, new.device).view(-1, length)  # [B, T], B = 1 for a lone prompt
+    rows = torch.arange(len(positions), device=new.device).unsqueeze(-1)  # [B, 1]
+    cached.view(-1, *cached.shape[-3:])[rows, positions] = new.view(-1, *new.shape[-3:])
+    return cached
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all tokens so far, per layer [..., max_seq_len, n_kv_heads, head_dim]; written in place."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -89,111 +112,84 @@ class KVCache(NamedTuple):
 
     @staticmethod
     def allocate(params: Params, *, max_seq_len: int, like: Weights, batch: tuple[int, ...] = ()) -> KVCache:
-        """An empty cache for `max_seq_len` tokens; dtype, layers, devices and kv heads are those of `like`."""
+        """An empty cache for `max_seq_len` tokens; dtype, layers, devices and kv heads are those of `like`.
+
+        Raises UserError if it does not fit into memory.
+        """
 
         def empty(layer: LayerWeights) -> Tensor:
-            n_kv_heads = layer.wk.shape[0] // params.head_dim
-            shape = (*batch, max_seq_len, n_kv_heads, params.head_dim)
+            shape = (*batch, max_seq_len, layer.wk.shape[0] // params.head_dim, params.head_dim)
             # the norm is in the dtype that the layer computes in, however its matrices are stored
             return torch.zeros(shape, dtype=layer.attention_norm.dtype, device=layer.attention_norm.device)
 
-        return KVCache(
-            keys=tuple(empty(layer) for layer in like.layers), values=tuple(empty(layer) for layer in like.layers)
-        )
+        try:
+            return KVCache(tuple(map(empty, like.layers)), tuple(map(empty, like.layers)))
+        except RuntimeError as error:  # all that torch says when the CPU's memory is too small
+            size = " x ".join(map(str, (*batch, max_seq_len)))
+            raise UserError(f"a cache for {size} tokens does not fit into memory; allow fewer of them") from error
 
 
-def remember(cached: Tensor, new: Tensor, start: int | Tensor) -> Tensor:
-    """Writes new [..., T, heads, head_dim] into cached [..., max_seq_len, heads, head_dim] from `start` on.
-
-    -> the keys or values to attend to: [..., start + T, heads, head_dim] for an int start, all of cached for a tensor.
-    """
-    length = new.shape[-3]
-    if isinstance(start, int):
-        cached[..., start : start + length, :, :] = new
-        return cached[..., : start + length, :, :]
-    positions = token_positions(start, length, new.device).view(-1, length)  # [B, T], B = 1 for a lone prompt
-    rows = torch.arange(len(positions), device=new.device).unsqueeze(-1)  # [B, 1]
-    cached.view(-1, *cached.shape[-3:])[rows, positions] = new.view(-1, *new.shape[-3:])
-    return cached
-
-
-def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor:
+def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor:
     """q [..., T, n_heads, head_dim], keys and values [..., S, n_kv_heads, head_dim] -> [..., T, n_heads, head_dim].
 
-    softmax(q·k / sqrt(head_dim))·v, each token looking at itself and back. (Vaswani et al. 2017, eq. 1) Neighbouring
-    query heads share a kv head. (Ainslie et al. 2023)
+    softmax(q·k / sqrt(head_dim))·v under a causal mask. (Vaswani et al. 2017, eq. 1) n_rep neighbouring query heads
+    share a kv head. (Ainslie et al. 2023)
     """
     length, n_heads, head_dim = q.shape[-3:]
-    sharing = n_heads // keys.shape[-2]  # so many query heads in a row share a kv head, which is repeated for them
-    keys = keys.unsqueeze(-2).expand(*keys.shape[:-1], sharing, head_dim).flatten(-3, -2)  # [..., S, n_heads, head_dim]
-    values = values.unsqueeze(-2).expand(*values.shape[:-1], sharing, head_dim).flatten(-3, -2)
+    n_rep = n_heads // keys.shape[-2]
+    keys = keys.unsqueeze(-2).expand(*keys.shape[:-1], n_rep, head_dim).flatten(-3, -2)  # [..., S, n_heads, head_dim]
+    values = values.unsqueeze(-2).expand(*values.shape[:-1], n_rep, head_dim).flatten(-3, -2)
     q, keys, values = q.transpose(-3, -2), keys.transpose(-3, -2), values.transpose(-3, -2)  # [..., n_heads, T or S, …]
 
     scores = q @ keys.transpose(-2, -1) / math.sqrt(head_dim)  # [..., n_heads, T, S]
     positions = token_positions(start, length, q.device).unsqueeze(-1)  # [..., T, 1]
     future = torch.arange(keys.shape[-2], device=q.device) > positions  # [..., T, S]
-    scores = tap(f"{name}.scores", scores.masked_fill(future.unsqueeze(-3), -torch.inf))
-    probs = tap(f"{name}.probs", F.softmax(scores.float(), dim=-1).to(q.dtype))
+    scores = tap("scores", scores.masked_fill(future.unsqueeze(-3), -torch.inf))
+    probs = tap("probs", F.softmax(scores.float(), dim=-1).to(q.dtype))
     return (probs @ values).transpose(-3, -2)
 
 
-REFERENCE = Ops(embed=F.embedding, linear=linear, attend=attend, reduce=lambda x: x)
+REFERENCE = Ops(embed=F.embedding, linear=linear, attend=attend, prefill_chunk=256, has_scores=True)
 
 
-def no_tap(name: str, tensor: Tensor) -> Tensor:
-    """The tap that looks at nothing and changes nothing."""
-    return tensor
+class Pass(NamedTuple):
+    """What is the same in every layer of one forward pass."""
+
+    params: Params
+    start: int | Tensor  # the position of the first token
+    cos: Tensor  # of the RoPE rotation, [..., T, 1, head_dim/2] fp32; sin likewise
+    sin: Tensor
+    ops: Ops
 
 
-def attention(
-    x: Tensor,
-    weights: LayerWeights,
-    params: Params,
-    rotation: tuple[Tensor, Tensor],
-    cache: tuple[Tensor, Tensor] | None,
-    start: int | Tensor,
-    ops: Ops,
-    tap: Tap,
-    name: str,
-) -> Tensor:
+def attention(x: Tensor, weights: LayerWeights, cache: LayerCache | None, at: Pass, tap: Tap) -> Tensor:
     """[..., T, dim] -> [..., T, dim]: grouped-query attention with rotary positions."""
-    by_head = (-1, params.head_dim)
-    q = tap(f"{name}.q", ops.linear(x, weights.wq).unflatten(-1, by_head))  # [..., T, n_heads, head_dim]
-    k = tap(f"{name}.k", ops.linear(x, weights.wk).unflatten(-1, by_head))  # [..., T, n_kv_heads, head_dim]
-    v = tap(f"{name}.v", ops.linear(x, weights.wv).unflatten(-1, by_head))  # [..., T, n_kv_heads, head_dim]
-    q = tap(f"{name}.q_rope", rope(q, *rotation))
-    k = tap(f"{name}.k_rope", rope(k, *rotation))
+    linear, by_head = at.ops.linear, (-1, at.params.head_dim)
+    q = tap("q", linear(x, weights.wq).unflatten(-1, by_head))  # [..., T, n_heads, head_dim]
+    k = tap("k", linear(x, weights.wk).unflatten(-1, by_head))  # [..., T, n_kv_heads, head_dim]
+    v = tap("v", linear(x, weights.wv).unflatten(-1, by_head))  # [..., T, n_kv_heads, head_dim]
+    q = tap("q_rope", rope(q, at.cos, at.sin))
+    k = tap("k_rope", rope(k, at.cos, at.sin))
     if cache is not None:
-        k, v = remember(cache[0], k, start), remember(cache[1], v, start)  # [..., S, n_kv_heads, head_dim]
-    heads = tap(f"{name}.heads", ops.attend(q, k, v, start, tap, name))  # [..., T, n_heads, head_dim]
-    return tap(f"{name}.out", ops.reduce(ops.linear(heads.flatten(-2), weights.wo)))
+        k, v = cache.update(k, v, at.start)  # [..., S, n_kv_heads, head_dim]
+    heads = tap("heads", at.ops.attend(q, k, v, at.start, tap))  # [..., T, n_heads, head_dim]
+    return tap("out", at.ops.reduce(linear(heads.flatten(-2), weights.wo)))
 
 
-def swiglu(x: Tensor, weights: LayerWeights, ops: Ops, tap: Tap, name: str) -> Tensor:
-    """[..., dim] -> [..., dim]: w2(silu(w1 x) * w3 x), through hidden_dim. (Shazeer 2020, eq. 6)"""
-    gate = tap(f"{name}.gate", ops.linear(x, weights.w1))  # [..., hidden_dim]
-    up = tap(f"{name}.up", ops.linear(x, weights.w3))  # [..., hidden_dim]
-    hidden = tap(f"{name}.hidden", F.silu(gate) * up)  # [..., hidden_dim]
-    return tap(f"{name}.out", ops.reduce(ops.linear(hidden, weights.w2)))
+def feed_forward(x: Tensor, weights: LayerWeights, ops: Ops, tap: Tap) -> Tensor:
+    """[..., T, dim] -> [..., T, dim]: SwiGLU, w2(silu(w1 x) * w3 x), through hidden_dim. (Shazeer 2020, eq. 6)"""
+    gate = tap("gate", ops.linear(x, weights.w1))  # [..., T, hidden_dim]
+    up = tap("up", ops.linear(x, weights.w3))  # [..., T, hidden_dim]
+    hidden = tap("hidden", F.silu(gate) * up)  # [..., T, hidden_dim]
+    return tap("out", ops.reduce(ops.linear(hidden, weights.w2)))
 
 
-def layer(
-    x: Tensor,
-    weights: LayerWeights,
-    params: Params,
-    rotation: tuple[Tensor, Tensor],
-    cache: tuple[Tensor, Tensor] | None,
-    start: int | Tensor,
-    ops: Ops,
-    tap: Tap,
-    name: str,
-) -> Tensor:
-    """[..., T, dim] -> [..., T, dim]: one layer; attention, then feed-forward, each added to what came in."""
-    normed = tap(f"{name}.attention_norm", rms_norm(x, weights.attention_norm, params.norm_eps))
-    attended = attention(normed, weights, params, rotation, cache, start, ops, tap, f"{name}.attention")
-    x = tap(f"{name}.attention.residual", x + attended)
-    normed = tap(f"{name}.ffn_norm", rms_norm(x, weights.ffn_norm, params.norm_eps))
-    return tap(f"{name}.residual", x + swiglu(normed, weights, ops, tap, f"{name}.feed_forward"))
+def layer(x: Tensor, weights: LayerWeights, cache: LayerCache | None, at: Pass, tap: Tap) -> Tensor:
+    """[..., T, dim] -> [..., T, dim]: attention, then feed-forward, each added to the residual stream."""
+    normed = tap("attention_norm", rms_norm(x, weights.attention_norm, at.params.norm_eps))
+    x = tap("attention.residual", x + attention(normed, weights, cache, at, scoped(tap, "attention.")))
+    normed = tap("ffn_norm", rms_norm(x, weights.ffn_norm, at.params.norm_eps))
+    return tap("residual", x + feed_forward(normed, weights, at.ops, scoped(tap, "feed_forward.")))
 
 
 def forward(
@@ -213,30 +209,37 @@ def forward(
     start: the position of the first of `tokens`. An int is exact; a tensor, one start per row [...], attends over the
         whole width of the cache (masked), so that shapes stay the same from call to call and rows may differ in length.
         Whether a tensor's tokens fit is not checked: to look at it would stop a captured graph.
-    logits_at: None for every position; an index into T, or a tensor [...] of one index (0 or more) per row
-        -> [..., vocab_size].
-    tap: called at every named point, in order; the computation goes on with the tensor that it returns.
+    logits_at: None for every position; an index into T, or a tensor [...] of one per row, for logits [..., vocab_size].
+    tap: called at every named point, in order; the computation continues with the tensor that it returns.
 
-    Raises ValueError where `start` is given without a cache, where the cache is for another batch, or where an int
-    `start` leaves the tokens no room in it.
+    Raises ValueError if `start` is given without a cache, if the cache is for another batch, or if an int `start`
+    leaves no room for the tokens in it.
     """
-    length = tokens.shape[-1]
+    check_cache(cache, tokens, start)
+    cos, sin = rope_rotation(token_positions(start, tokens.shape[-1], tokens.device), params)
+    at = Pass(params, start, cos, sin, ops)
+
+    x = tap("tok_embeddings", ops.embed(tokens, weights.tok_embeddings))  # [..., T, dim]
+    for i, layer_weights in enumerate(weights.layers):
+        layer_cache = None if cache is None else LayerCache(cache.keys[i], cache.values[i])
+        x = layer(x, layer_weights, layer_cache, at, scoped(tap, f"layers.{i}."))
+    x = tap("norm", rms_norm(x, weights.norm, params.norm_eps))
+    return tap("logits", ops.linear(select(x, logits_at), weights.output).float())
+
+
+def select(x: Tensor, at: int | Tensor | None) -> Tensor:
+    """[..., T, dim] -> the rows at one position [..., dim], or at one per row of a batch; None: all of them."""
+    if at is None or isinstance(at, int):
+        return x if at is None else x[..., at, :]
+    rows = at[..., None, None].expand(*at.shape, 1, x.shape[-1])  # [..., 1, dim]
+    return x.gather(-2, rows).squeeze(-2)
+
+
+def check_cache(cache: KVCache | None, tokens: Tensor, start: int | Tensor) -> None:
+    """Raise ValueError unless the tokens [..., T] fit into the cache from `start` on."""
     if cache is None and not (isinstance(start, int) and start == 0):
         raise ValueError("start needs the cache that holds the tokens before it")
     if cache is not None and cache.keys[0].shape[:-3] != tokens.shape[:-1]:
         raise ValueError(f"tokens {list(tokens.shape)} do not go with the cache {list(cache.keys[0].shape)}")
-    if cache is not None and isinstance(start, int) and not 0 <= start <= cache.max_seq_len - length:
-        raise ValueError(f"{length} tokens from position {start} on overrun the {cache.max_seq_len} of the cache")
-    rotation = rope_rotation(token_positions(start, length, tokens.device), params)
-
-    x = tap("tok_embeddings", ops.embed(tokens, weights.tok_embeddings))  # [..., T, dim]
-    for i, layer_weights in enumerate(weights.layers):
-        layer_cache = None if cache is None else (cache.keys[i], cache.values[i])
-        x = layer(x, layer_weights, params, rotation, layer_cache, start, ops, tap, f"layers.{i}")
-    x = tap("norm", rms_norm(x, weights.norm, params.norm_eps))
-    if isinstance(logits_at, int):
-        x = x[..., logits_at, :]  # [..., dim]
-    elif logits_at is not None:
-        rows = logits_at[..., None, None].expand(*logits_at.shape, 1, x.shape[-1])  # [..., 1, dim]
-        x = x.gather(-2, rows).squeeze(-2)  # [..., dim]
-    return tap("logits", ops.linear(x, weights.output).float())
+    if cache is not None and isinstance(start, int) and not 0 <= start <= cache.max_seq_len - tokens.shape[-1]:
+        raise ValueError(f"{tokens.shape[-1]} tokens at position {start} overrun the cache of {cache.max_seq_len}")

@@ -1,8 +1,9 @@
-"""The type `Ops`: the few primitives of the forward pass that cost time."""
+"""The types `Ops`, the few primitives of the forward pass that cost time, and `Tap`, which sees its tensors by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -10,24 +11,63 @@ from torch import Tensor
 from .quantization.matrix import Matrix
 
 Tap = Callable[[str, Tensor], Tensor]
-"""tap(name, tensor) -> tensor: called at every named point of the forward pass, which goes on with what it returns."""
+"""tap(name, tensor) -> tensor: called at every named point of the forward pass, which continues with the result.
+
+What PyTorch calls a forward hook, but for one tensor at a time, and with a name.
+"""
 
 
 class Attend(Protocol):
     """Scaled dot-product attention of new queries over all keys so far; see model.attend for the shapes."""
 
-    def __call__(self, q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor: ...
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor: ...
+
+
+def identity(x: Tensor) -> Tensor:
+    """The sum over one process."""
+    return x
 
 
 class Ops(NamedTuple):
-    """The primitives that model.forward calls. `model.REFERENCE` is the exact set."""
+    """The primitives that model.forward calls, and what a caller has to know of them. `model.REFERENCE` is exact.
+
+    `ops._replace(attend=...)` makes another set; what it says of itself should be true of the replacement too.
+    """
 
     embed: Callable[[Tensor, Tensor], Tensor]  # (tokens [..., T], table [vocab, dim]) -> [..., T, dim]
     linear: Callable[[Tensor, Matrix], Tensor]  # (x [..., in], weight [out, in]) -> [..., out]
     attend: Attend
-    reduce: Callable[[Tensor], Tensor]  # [..., dim] -> [..., dim]: the sum over all processes that share a layer
+    reduce: Callable[[Tensor], Tensor] = identity  # [..., dim] -> [..., dim]: the sum over processes that share a layer
+
+    prefill_chunk: int = 1024  # tokens of a prompt in one pass; with more, products are hardly faster
+    max_packed: int = 128  # tokens of several short prompts in one pass
+    has_scores: bool = False  # whether attend taps scores and probs; a fused one never has them
+    can_capture: bool = False  # whether a pass of few tokens can be captured as a CUDA graph
+
+
+def no_tap(name: str, tensor: Tensor) -> Tensor:
+    """The tap that sees nothing and changes nothing."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class Scoped:
+    """A tap for a part of the pass, whose names all begin with `prefix`."""
+
+    tap: Tap
+    prefix: str
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        return self.tap(self.prefix + name, tensor)
+
+
+def scoped(tap: Tap, prefix: str) -> Tap:
+    """The same tap for a part of the pass whose names all begin with `prefix`, such as "attention."."""
+    if tap is no_tap:
+        return tap
+    return Scoped(tap.tap, tap.prefix + prefix) if isinstance(tap, Scoped) else Scoped(tap, prefix)
 
 
 def score_bytes(itemsize: int) -> int:
-    """What an attention score of so many bytes takes in all until it is used, in bytes. (Measured)"""
+    """How many bytes an attention score of `itemsize` bytes takes in all until it is used. (Measured)"""
     return 12 if itemsize == 4 else 24  # another dtype than fp32 has each score in fp32 as well

@@ -39,8 +39,8 @@ class Weights(NamedTuple):
 class Model(NamedTuple):
     """What `load` gives: the numbers that define the model, its tensors, and its tokenizer if there was one."""
 
-    params: Params
     weights: Weights
+    params: Params
     tokenizer: Tokenizer | None
 
 

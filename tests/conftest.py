@@ -89,7 +89,7 @@ def teacher() -> Stories15M:
 @pytest.fixture(scope="session")
 def stories15m(teacher: Stories15M) -> Model:
     """A trained multi-head model (6 heads, 6 layers), in fp32."""
-    return Model(teacher.params, teacher.weights, None)
+    return Model(teacher.weights, teacher.params, None)
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +130,7 @@ def smollm2() -> Model:
         rope_scaling=None,
         max_seq_len=2048,
     )
-    return Model(params, from_state_dict(params, tensors), None)
+    return Model(from_state_dict(params, tensors), params, None)
 
 
 @pytest.fixture(scope="session")

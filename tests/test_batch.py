@@ -189,12 +189,10 @@ def test_a_row_attends_with_the_bits_that_it_has_alone(n_tokens: int, kind: str)
     cache = torch.randn(2, 4, 700, 2, 64, generator=generator).bfloat16()
     keys, values = cache[:, :3, :650]  # with a fourth row, and more behind each
     starts = [40, 40, 40] if kind == "int" else [0, 600, 37]
-    together = ops.attend(q, keys, values, 40 if kind == "int" else torch.tensor(starts), llama3_raw.model.no_tap, "")
+    together = ops.attend(q, keys, values, 40 if kind == "int" else torch.tensor(starts), llama3_raw.ops.no_tap)
     for row, start in enumerate(starts):
         past = slice(start + n_tokens)
-        alone = ops.attend(
-            q[row], keys[row, past].clone(), values[row, past].clone(), start, llama3_raw.model.no_tap, ""
-        )
+        alone = ops.attend(q[row], keys[row, past].clone(), values[row, past].clone(), start, llama3_raw.ops.no_tap)
         assert torch.equal(together[row], alone)
 
 

@@ -192,7 +192,7 @@ def same_model(request: pytest.FixtureRequest, tiny: Model) -> tuple[Model, list
         return tiny, tiny.tokenizer.encode("Once upon a time, there was a little girl named", bos=True)
     scaling = RopeScaling(factor=8.0, original_max_seq_len=16)  # so short that the prompt is beyond it
     params = Params(128, 2, 4, 2, 64, 32, 256, 1e-5, 10000.0, scaling, 512)
-    return Model(params, random_weights(params, torch.float32, seed=0), None), torch.arange(60).tolist()
+    return Model(random_weights(params, torch.float32, seed=0), params, None), torch.arange(60).tolist()
 
 
 def test_transformers_is_the_same_model(same_model: tuple[Model, list[int]]) -> None:

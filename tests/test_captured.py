@@ -207,9 +207,9 @@ def test_the_pass_compiles_whole_and_once(model: Model, ids: list[int], dtype: t
     torch._dynamo.reset()
     ops = REFERENCE if dtype == torch.float32 else ops_cuda.cuda_ops()
     small = Model(
-        llama3_raw.Params(**{**vars(model.params), "n_layers": 1}),
         # the interpreter takes seconds for a large vocabulary
         cast(model.weights._replace(layers=model.weights.layers[:1], output=model.weights.output[:256]), dtype),
+        llama3_raw.Params(**{**vars(model.params), "n_layers": 1}),
         None,
     )
     for length in (64, 90):

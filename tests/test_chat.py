@@ -140,7 +140,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, fake_model: Model) -> Fake:
 
 @pytest.fixture(scope="session")
 def fake_model(tiny: Model) -> Model:
-    return Model(PARAMS, random_weights(PARAMS, torch.float32, seed=0), tiny.tokenizer)
+    return Model(random_weights(PARAMS, torch.float32, seed=0), PARAMS, tiny.tokenizer)
 
 
 def taught(model: Model) -> Model:

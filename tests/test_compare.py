@@ -24,9 +24,9 @@ from llama3_raw.compare import compare
 from llama3_raw.compare.__main__ import main
 from llama3_raw.compare.difference import Difference, Logits, difference
 from llama3_raw.compare.references import trace_hf, trace_meta
-from llama3_raw.compare.steps import how_it_is_made
 from llama3_raw.model import REFERENCE, token_positions
-from llama3_raw.ops import Tap
+from llama3_raw.ops import Ops, Tap
+from llama3_raw.tracing.names import named_tensors
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 PROMPT = "Once upon a time, there was a little girl named Lily."
@@ -69,10 +69,10 @@ def half_split_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 
 
-def swiglu_with_silu_of_up(x: Tensor, weights: LayerWeights, ops: Any, tap: Tap, name: str) -> Tensor:
-    gate, up = tap(f"{name}.gate", ops.linear(x, weights.w1)), tap(f"{name}.up", ops.linear(x, weights.w3))
-    hidden = tap(f"{name}.hidden", gate * F.silu(up))
-    return tap(f"{name}.out", ops.linear(hidden, weights.w2))
+def feed_forward_with_silu_of_up(x: Tensor, weights: LayerWeights, ops: Ops, tap: Tap) -> Tensor:
+    gate, up = tap("gate", ops.linear(x, weights.w1)), tap("up", ops.linear(x, weights.w3))
+    hidden = tap("hidden", gate * F.silu(up))
+    return tap("out", ops.linear(hidden, weights.w2))
 
 
 def attend_with_bugs(
@@ -81,7 +81,6 @@ def attend_with_bugs(
     values: Tensor,
     start: int,
     tap: Tap,
-    name: str,
     sees_ahead: int = 0,
     softmax_in: torch.dtype = torch.float32,
     share: Callable[[Tensor, int], Tensor] = lambda x, times: x.repeat_interleave(times, dim=-2),
@@ -92,8 +91,8 @@ def attend_with_bugs(
     scores = q @ keys.transpose(-2, -1) / math.sqrt(q.shape[-1])
     positions = token_positions(start, q.shape[-2], q.device).unsqueeze(-1)
     future = torch.arange(keys.shape[-2], device=q.device) > positions + sees_ahead
-    scores = tap(f"{name}.scores", scores.masked_fill(future, -torch.inf))
-    probs = tap(f"{name}.probs", F.softmax(scores.to(softmax_in), dim=-1).to(q.dtype))
+    scores = tap("scores", scores.masked_fill(future, -torch.inf))
+    probs = tap("probs", F.softmax(scores.to(softmax_in), dim=-1).to(q.dtype))
     return (probs @ values).transpose(-3, -2)
 
 
@@ -128,7 +127,11 @@ BUGS: dict[str, tuple[Bug, str, str]] = {  # a buggy run, the tensor that it spo
         "layers.0.attention.scores",
         "attend",
     ),
-    "silu of the other": (in_model("swiglu", swiglu_with_silu_of_up), "layers.0.feed_forward.hidden", "swiglu"),
+    "silu of the other": (
+        in_model("feed_forward", feed_forward_with_silu_of_up),
+        "layers.0.feed_forward.hidden",
+        "feed_forward",
+    ),
     "wq transposed": (in_weights(2, "wq"), "layers.2.attention.q", "wq"),
     "wo transposed": (in_weights(2, "wo"), "layers.2.attention.out", "wo"),
 }
@@ -274,7 +277,7 @@ def test_a_trace_with_itself_is_the_same(tiny: Model, ids: list[int]) -> None:
     same = compare(tiny, ids, trace(tiny, ids))
     assert {difference for step in same.steps for difference in (step.whole, step.own)} == {Difference(0.0, 0.0)}
     assert same.logits == Logits(1.0, 1.0, 1.0, True, 0.0, 0.0)
-    assert [step.name for step in same.steps] == list(how_it_is_made(tiny.params))  # so this table is complete
+    assert [step.name for step in same.steps] == list(named_tensors(tiny.params))  # so this table is complete
 
 
 def test_the_usual_layouts_of_ports_are_understood(tiny: Model, ids: list[int]) -> None:

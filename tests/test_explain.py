@@ -145,7 +145,7 @@ def test_the_page_stands_alone_and_has_words_for_its_pictures(html: str) -> None
     assert not re.findall(r"url\((?!#|data:|\$\{)", html)
     assert {link[1:] for link in local if link.startswith("#")} <= set(page.ids)
     assert page.without_alternative == []
-    for function in ("rms_norm", "attention", "rope", "attend", "layer", "swiglu", "forward", "sample"):
+    for function in ("rms_norm", "attention", "rope", "attend", "layer", "feed_forward", "forward", "sample"):
         assert re.search(rf"{function}\s+(model|sampling)\.py, line", page.text), function
     assert len(html.encode()) < 1_000_000
 

@@ -41,7 +41,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
 @pytest.fixture
 def model() -> Model:
     nothing = torch.zeros(1)
-    return Model(PARAMS, Weights(nothing, (), nothing, nothing), None)
+    return Model(Weights(nothing, (), nothing, nothing), PARAMS, None)
 
 
 def test_budget(counter: Counter, model: Model) -> None:
@@ -63,7 +63,7 @@ def test_end_tokens_of_the_tokenizer(counter: Counter, model: Model, tiny: Model
     assert tokenizer is not None
     params = replace(PARAMS, vocab_size=tokenizer.n_words)
     eot = tokenizer.eot_id
-    with_tokenizer = Model(params, model.weights, tokenizer)
+    with_tokenizer = Model(model.weights, params, tokenizer)
 
     def almost(*_: Any, **__: Any) -> Tensor:
         return torch.nn.functional.one_hot(torch.tensor(eot), params.vocab_size).float()

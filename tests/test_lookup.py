@@ -47,7 +47,7 @@ def _kernels() -> None:
 
 @pytest.fixture(scope="module")
 def small() -> Model:
-    return Model(PARAMS, random_weights(PARAMS, torch.bfloat16, seed=1), None)
+    return Model(random_weights(PARAMS, torch.bfloat16, seed=1), PARAMS, None)
 
 
 @example([0, 1, 2] * 20, [])  # more places than are looked at

@@ -278,7 +278,7 @@ def test_what_a_gpu_run_takes() -> None:
     opened = open_checkpoint(TINY)
     before = free_memory(GPU)
     weights = build_weights(opened, GPU)
-    tokens = generate(Model(opened.params, weights, None), [1, 2, 3], max_new_tokens=100)
+    tokens = generate(Model(weights, opened.params, None), [1, 2, 3], max_new_tokens=100)
     assert len(list(tokens)) > 1
     need = needed(Plan(opened, GPU, None, Lengths(3, 103, 4)))
     assert before - free_memory(GPU) <= need.own <= before - free_memory(GPU) + 10**9

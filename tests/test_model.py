@@ -10,7 +10,8 @@ from references import cast, converted, flat, hf_model, meta_model, random_weigh
 from torch import Tensor
 
 from llama3_raw import KVCache, Model, Params, Weights, forward, generate
-from llama3_raw.model import no_tap, rope, rope_rotation
+from llama3_raw.model import rope, rope_rotation
+from llama3_raw.ops import no_tap
 from llama3_raw.params import RopeScaling
 
 GROUPED = Params.from_meta(
@@ -245,7 +246,7 @@ def test_what_cannot_be_is_refused(fp32: Model) -> None:
     cache = KVCache.allocate(fp32.params, max_seq_len=8, like=fp32.weights)
     tokens = tokens_for(fp32.params, 5)
     for start in (4, -1):
-        with pytest.raises(ValueError, match="overrun the 8 of the cache"):
+        with pytest.raises(ValueError, match="overrun the cache of 8"):
             forward(fp32.weights, fp32.params, tokens, cache=cache, start=start)
     for shape, batch in (((5,), (2,)), ((2, 5), ()), ((3, 5), (2,))):
         cache = KVCache.allocate(fp32.params, max_seq_len=8, like=fp32.weights, batch=batch)

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, forward, generate
 from llama3_raw.backends import cpu as ops_cpu
-from llama3_raw.model import no_tap
-from llama3_raw.ops import Ops
+from llama3_raw.ops import Ops, no_tap
 from llama3_raw.quantization.int8 import Int8, quantize, widen
 
 ROOT = Path(__file__).parent.parent
@@ -246,13 +245,13 @@ def test_attention_is_as_exact_as_the_reference(ops: Ops, shape: tuple[int, int,
     generator = torch.Generator().manual_seed(1)
     q = 3 * torch.randn(16, n_heads, head_dim, generator=generator).bfloat16()
     keys, values = (torch.randn(start + 16, n_kv_heads, head_dim, generator=generator).bfloat16() for _ in "kv")
-    exact = REFERENCE.attend(q.double(), keys.double(), values.double(), start, no_tap, "")
-    reference = REFERENCE.attend(q, keys, values, start, no_tap, "")
-    together = ops.attend(q, keys, values, start, no_tap, "")
+    exact = REFERENCE.attend(q.double(), keys.double(), values.double(), start, no_tap)
+    reference = REFERENCE.attend(q, keys, values, start, no_tap)
+    together = ops.attend(q, keys, values, start, no_tap)
     assert rms_error(together, exact) <= rms_error(reference, exact)
     for t in range(16):
         end = start + t + 1
-        alone = ops.attend(q[t : t + 1], keys[:end], values[:end], start + t, no_tap, "")
+        alone = ops.attend(q[t : t + 1], keys[:end], values[:end], start + t, no_tap)
         assert torch.equal(alone, together[t : t + 1])
     many = ops_cpu.attend_by_torch(q, keys, values, start)
     assert rms_error(many, exact) <= rms_error(reference, exact)
@@ -280,8 +279,8 @@ def test_attention_of_many_tokens_in_blocks(
     start: int | Tensor = 40 if starts is None else torch.tensor([40, 50] if starts else 40)
     if starts is None:
         keys, values = keys[:340], values[:340]
-    exact = REFERENCE.attend(q.double(), keys.double(), values.double(), start, no_tap, "")
-    reference = REFERENCE.attend(q, keys, values, start, no_tap, "")
+    exact = REFERENCE.attend(q.double(), keys.double(), values.double(), start, no_tap)
+    reference = REFERENCE.attend(q, keys, values, start, no_tap)
     blocks = ops_cpu.attend_by_torch(q, keys, values, start)
     assert (blocks.dtype, blocks.shape) == (torch.bfloat16, q.shape)
     assert rms_error(blocks, exact) <= rms_error(reference, exact)
@@ -295,8 +294,8 @@ def test_attention_to_far_away_scores(ops: Ops) -> None:
     q[..., 0] = 100.0
     keys, values = torch.zeros(300, 1, 32).bfloat16(), torch.randn(300, 1, 32).bfloat16()
     keys[7, 0, 0], keys[298, 0, 0] = 200.0, -200.0
-    assert torch.equal(ops.attend(q, keys, values, 298, no_tap, ""), values[7].expand(2, 1, 32))
-    assert torch.equal(ops.attend(q[:1], keys[:1], values[:1], 0, no_tap, "")[0], values[0])
+    assert torch.equal(ops.attend(q, keys, values, 298, no_tap), values[7].expand(2, 1, 32))
+    assert torch.equal(ops.attend(q[:1], keys[:1], values[:1], 0, no_tap)[0], values[0])
 
 
 def test_the_threads_do_not_change_the_bits(ops: Ops) -> None:
@@ -309,7 +308,7 @@ def test_the_threads_do_not_change_the_bits(ops: Ops) -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             products = [ops.linear(x, w), ops.linear(x[:, :480], w[:, :480].contiguous()), ops.linear(x, int8)]
-            results.append([*products, ops.attend(q, keys, values, 895, no_tap, "")])
+            results.append([*products, ops.attend(q, keys, values, 895, no_tap)])
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, *results))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, forward
 from llama3_raw.backends import cuda as ops_cuda
-from llama3_raw.model import attend, no_tap
+from llama3_raw.model import attend
+from llama3_raw.ops import no_tap
 from llama3_raw.quantization.int8 import Int8, quantize, widen
 
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
@@ -91,20 +92,20 @@ def test_few_tokens_attend(n_tokens: int, n_heads: int, n_kv_heads: int, start: 
     end = start + n_tokens
     q = random(n_tokens, n_heads, 64)
     keys, values = random(end + 50, n_kv_heads, 64, seed=1), random(end + 50, n_kv_heads, 64, seed=2)
-    exact = attend(q.double(), keys[:end].double(), values[:end].double(), start, no_tap, "")
-    own = attend(q, keys[:end], values[:end], start, no_tap, "")
+    exact = attend(q.double(), keys[:end].double(), values[:end].double(), start, no_tap)
+    own = attend(q, keys[:end], values[:end], start, no_tap)
     keys[end:] = values[end:] = torch.nan
-    fast = ops_cuda.attend(q, keys, values, torch.tensor(start, device=ON), no_tap, "")
+    fast = ops_cuda.attend(q, keys, values, torch.tensor(start, device=ON), no_tap)
     assert error(fast, exact) <= 1.5 * error(own, exact)
-    assert torch.equal(ops_cuda.attend(q, keys[:end], values[:end], start, no_tap, ""), fast)
+    assert torch.equal(ops_cuda.attend(q, keys[:end], values[:end], start, no_tap), fast)
 
 
 def test_rows_of_a_batch_attend_each_from_its_own_start() -> None:
     q, keys, values = random(2, 3, 8, 64), random(2, 90, 2, 64, seed=1), random(2, 90, 2, 64, seed=2)
     starts = torch.tensor([4, 77], device=ON)
-    exact = attend(q.double(), keys.double(), values.double(), starts, no_tap, "")
-    own = attend(q, keys, values, starts, no_tap, "")
-    assert error(ops_cuda.attend(q, keys, values, starts, no_tap, ""), exact) <= 1.5 * error(own, exact)
+    exact = attend(q.double(), keys.double(), values.double(), starts, no_tap)
+    own = attend(q, keys, values, starts, no_tap)
+    assert error(ops_cuda.attend(q, keys, values, starts, no_tap), exact) <= 1.5 * error(own, exact)
 
 
 @pytest.mark.parametrize("n_keys", [40, 100])
@@ -119,8 +120,8 @@ def test_a_prompt_attends(
     monkeypatch.setattr(ops_cuda, "attend_by_torch", lambda *all_of: by_blocks.append(1) or attend_by_torch(*all_of))
     q = random(*batch, 40, 8, 64).float()
     keys, values = random(*batch, n_keys, 2, 64, seed=1).float(), random(*batch, n_keys, 2, 64, seed=2).float()
-    expected = attend(q, keys, values, n_keys - 40, no_tap, "")
-    torch.testing.assert_close(ops_cuda.attend(q, keys, values, n_keys - 40, no_tap, ""), expected, atol=2e-6, rtol=0)
+    expected = attend(q, keys, values, n_keys - 40, no_tap)
+    torch.testing.assert_close(ops_cuda.attend(q, keys, values, n_keys - 40, no_tap), expected, atol=2e-6, rtol=0)
     assert len(by_blocks) == (0 if has_flash else 1)
 
 

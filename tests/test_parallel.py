@@ -54,7 +54,7 @@ def with_more_heads(model: Model) -> Model:
         )
 
     layers = tuple(layer._replace(wq=padded(layer.wq, 0), wo=padded(layer.wo, 1)) for layer in model.weights.layers)
-    return Model(replace(params, n_heads=8), model.weights._replace(layers=layers), model.tokenizer)
+    return Model(model.weights._replace(layers=layers), replace(params, n_heads=8), model.tokenizer)
 
 
 @pytest.fixture(scope="module")

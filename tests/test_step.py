@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import bdb
 import contextlib
+import inspect
 import io
 import os
 import pdb
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from llama3_raw import REFERENCE, Model, Trace, break_at, chain, forward, generate, trace
+from llama3_raw import REFERENCE, Model, Trace, break_at, chain, forward, generate, model, trace
 from llama3_raw.__main__ import main
 
 ROOT = Path(__file__).parent.parent
@@ -60,11 +64,20 @@ def pdb_in_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "breakpointhook", sys.__breakpointhook__)
 
 
-def line_of(code: str) -> int:
-    """The line of model.py that begins with this."""
-    lines = MODEL_FILE.read_text().splitlines()
-    (number,) = (i for i, line in enumerate(lines, start=1) if line.strip().startswith(code))
-    return number
+def line_of(function: Callable[..., Any], local: str, place: int = 0) -> int:
+    """The line in which a function of model.py assigns a local, the first time or a later one, or "return"s."""
+    lines, first = inspect.getsourcelines(function)
+    found = []
+    for node in ast.walk(ast.parse("".join(lines))):
+        is_it = isinstance(node, ast.Return) and local == "return"
+        is_it |= isinstance(node, ast.Assign) and local in {target.id for target in names_in(node.targets)}
+        if is_it:
+            found.append(first + node.lineno - 1)  # type: ignore[attr-defined]
+    return sorted(found)[place]
+
+
+def names_in(targets: list[ast.expr]) -> list[ast.Name]:
+    return [name for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
 def run(command: list[str], commands: list[str]) -> subprocess.CompletedProcess[str]:
@@ -77,7 +90,7 @@ def run(command: list[str], commands: list[str]) -> subprocess.CompletedProcess[
 
 def test_a_session_over_a_pipe(tiny: Model, ids: list[int]) -> None:
     """Two stops with values, shapes, neighbours and the caller's; then the pipe is at its end, and the text goes on."""
-    at_the_prompt = ["p scores.shape", "p float(scores[0, 0, 0])", "p sharing", "p q.shape", "u", "p k.shape", "c"]
+    at_the_prompt = ["p scores.shape", "p float(scores[0, 0, 0])", "p n_rep", "p q.shape", "u", "p k.shape", "c"]
     done = run(
         [*COMMAND, "--break", "layers.3.attention.scores", "--max-new-tokens", "6", "--top", "1"],
         [*at_the_prompt, "p scores.shape, float(scores[5, 0, 5])"],
@@ -95,7 +108,7 @@ def test_a_session_over_a_pipe(tiny: Model, ids: list[int]) -> None:
     assert answers[4].endswith("attention()")
     assert answers[5] == "torch.Size([5, 2, 32])"
     assert answers[7] == str((later.shape, float(later[5, 0, 5])))
-    assert f"model.py({line_of('probs = tap(')})attend()" in done.stderr
+    assert f"model.py({line_of(model.attend, 'probs')})attend()" in done.stderr
     assert "layers.3.attention.scores [6, 5, 5] in bfloat16, here scores; c goes on, q ends" in done.stderr
     assert done.stderr.count("here scores") == 2
     assert "no more commands for pdb" in done.stderr
@@ -139,19 +152,32 @@ def test_what_is_set_at_a_stop_holds(
     tiny: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Breakpoints stay, a step goes past the tap, and the pass goes on with what was changed."""
-    commands = ["!__return__.zero_()", f"b {MODEL_FILE}:{line_of('hidden = tap(')}", "s", "s", "c", "p name", "c"]
-    commands += ["!scores = torch.zeros_like(scores)", "c", "p name"]
+    commands = [
+        "!__return__.zero_()",
+        f"b {MODEL_FILE}:{line_of(model.feed_forward, 'hidden')}",
+        "s",
+        "s",
+        "c",
+        "p tap.prefix",
+        "c",
+    ]
+    commands += ["!scores = torch.zeros_like(scores)", "c", "p tap.prefix"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(commands)))
     kept = Trace("*.residual", "layers.2.attention.probs")
     breaking = break_at("layers.1.attention.out", "layers.2.attention.scores", "layers.3.*")
     with torch.no_grad():
         forward(tiny.weights, tiny.params, torch.tensor(ids), tap=chain(breaking, kept))
     err = capsys.readouterr().err
-    stops = ['return tap(f"{name}.out", ops.reduce(ops.linear(heads']  # attention's
-    stops += ['x = tap(f"{name}.attention.residual"', 'normed = tap(f"{name}.ffn_norm"', "hidden = tap("]
-    stops += ["probs = tap(", "hidden = tap("]
-    assert [int(line) for line in re.findall(r"model\.py\((\d+)\)\w+\(\)", err)] == [line_of(stop) for stop in stops]
-    assert re.findall(r"\(Pdb\) '(layers\S+)'", err) == ["layers.1.feed_forward", "layers.2.feed_forward"]
+    stops = [
+        line_of(model.attention, "return"),
+        line_of(model.layer, "normed", 1),  # ffn_norm
+        model.rms_norm.__code__.co_firstlineno,  # into which the second step goes
+        line_of(model.feed_forward, "hidden"),
+        line_of(model.attend, "probs"),
+        line_of(model.feed_forward, "hidden"),
+    ]
+    assert [int(line) for line in re.findall(r"model\.py\((\d+)\)\w+\(\)", err)] == stops
+    assert re.findall(r"\(Pdb\) '(layers\S+)'", err) == ["layers.1.feed_forward.", "layers.2.feed_forward."]
     assert torch.equal(kept["layers.1.attention.residual"], kept["layers.0.residual"])
     assert kept["layers.2.attention.probs"].unique().tolist() == pytest.approx([0.2], rel=1e-2)  # five, all alike
     assert err.count("no more commands for pdb") == 1  # and no stop in layer 3
@@ -206,12 +232,12 @@ def test_a_run_cannot_begin_anew() -> None:
 
 def test_plain_pdb() -> None:
     """Every line of model.py, from the outside; it ends as pdb does."""
-    line = line_of("scores = q @ keys")
-    commands = [f"b llama3_raw/model.py:{line}", "c", "p name, q.shape", "import llama3_raw.model as model"]
+    line = line_of(model.attend, "scores")
+    commands = [f"b llama3_raw/model.py:{line}", "c", "p start, q.shape", "import llama3_raw.model as model"]
     commands += ["b model.rope", "c", "p tuple(x.shape)", "q"]
     done = run([sys.executable, "-m", "pdb", *COMMAND[1:], "--reference"], commands)
     assert f"Breakpoint 1 at {MODEL_FILE}:{line}" in done.stdout
-    assert "('layers.0.attention', torch.Size([6, 5, 32]))" in done.stdout
+    assert "(0, torch.Size([6, 5, 32]))" in done.stdout
     assert "(5, 6, 32)" in done.stdout
     assert done.stdout.count("(Pdb)") == len(commands)  # and does not begin anew
     assert "Traceback" not in done.stdout + done.stderr
@@ -220,12 +246,14 @@ def test_plain_pdb() -> None:
 def test_another_debugger(
     tiny: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is called in the tap's frame, with a line to come there, and finds that of model.py one `up` away."""
+    """It is called in the tap's frame, with a line to come there, and finds that of model.py as far up as is said."""
     stopped: list[tuple[str, FrameType | None]] = []
 
     def stop() -> None:
         frame = sys._getframe(1)
-        stopped.append((frame.f_locals["name"], frame.f_back))
+        name = frame.f_locals["name"]
+        up = frame.f_back if name == "logits" else frame.f_back and frame.f_back.f_back
+        stopped.append((name, up))
 
     def pass_over_the_prompt() -> list[str]:
         stopped.clear()
@@ -243,8 +271,8 @@ def test_another_debugger(
     assert pass_over_the_prompt() == ["layers.1.attention.scores", "logits"]
     said = capsys.readouterr().err.splitlines()  # nothing in the tap's frame tells it at once
     assert said[-2:] == [
-        "llama3_raw: layers.1.attention.scores [6, 5, 5] in bfloat16, one frame up",
-        "llama3_raw: logits [5, 2304] in float32, one frame up",
+        "llama3_raw: layers.1.attention.scores [6, 5, 5] in bfloat16, 2 frames up",
+        "llama3_raw: logits [5, 2304] in float32, 1 frame up",
     ]
     monkeypatch.setenv("PYTHONBREAKPOINT", "0")  # nobody
     assert pass_over_the_prompt() == []
@@ -277,7 +305,7 @@ def test_a_breakpoint_in_the_model_is_met_by_the_real_pass_first(
     """`trace` plans its memory before, without stepping on what is meant for the pass."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("c\np q.device\nq\n"))
     debugger = pdb.Pdb(nosigint=True, readrc=False)
-    debugger.set_break(str(MODEL_FILE), line_of("scores = q @ keys"))
+    debugger.set_break(str(MODEL_FILE), line_of(model.attend, "scores"))
     with contextlib.suppress(bdb.BdbQuit):
         debugger.runcall(trace, tiny, ids, "logits")
     debugger.clear_all_breaks()  # they would hold for every Pdb

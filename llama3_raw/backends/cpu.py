@@ -156,7 +156,7 @@ def make_ops(kernels: ctypes.CDLL) -> Ops:
             raise MemoryError(f"no memory for the product of {rows} tokens with a matrix {list(weight.shape)}")
         return y
 
-    def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor:
+    def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor:
         """As model.attend, but there are no scores to tap. A row of a batch has the same bits as alone."""
         n_tokens, n_heads, head_dim = q.shape[-3:]
         n_kv_heads = keys.shape[-2]
@@ -178,7 +178,7 @@ def make_ops(kernels: ctypes.CDLL) -> Ops:
                     raise MemoryError(f"no memory to attend to {begin + n_tokens} tokens")
         return out
 
-    return Ops(embed=F.embedding, linear=fast_linear, attend=attend, reduce=lambda x: x)
+    return Ops(embed=F.embedding, linear=fast_linear, attend=attend)
 
 
 def read_loop(kernels: ctypes.CDLL, x: Tensor) -> None:
@@ -224,7 +224,7 @@ def fp32_is_faster() -> bool:
 def attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor) -> Tensor:
     """As model.attend, by blocks of tokens and keys, never with all scores in memory at once. (Dao et al. 2022)"""
     n_kv_heads, n_keys = keys.shape[-2], keys.shape[-3]
-    sharing = q.shape[-2] // n_kv_heads
+    n_rep = q.shape[-2] // n_kv_heads
     original = q.dtype
     in_fp32 = original == torch.bfloat16 and q.device.type == "cpu" and fp32_is_faster()
     dtype = torch.float32 if in_fp32 else original
@@ -238,16 +238,16 @@ def attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor
         end = start + begin + length if isinstance(start, int) else n_keys  # what is behind it, none of them sees
         seen = torch.arange(end, device=q.device) <= positions.unsqueeze(-1)  # [..., T, S]
         # the query heads that share a kv head become one with so many times the tokens: no key is repeated for them
-        block = block.unflatten(-2, (n_kv_heads, sharing)).movedim(-4, -2).flatten(-3, -2)
-        seen = torch.cat([seen] * sharing, dim=-2).unsqueeze(-3)  # [..., 1, sharing * T, S]
+        block = block.unflatten(-2, (n_kv_heads, n_rep)).movedim(-4, -2).flatten(-3, -2)
+        seen = torch.cat([seen] * n_rep, dim=-2).unsqueeze(-3)  # [..., 1, n_rep * T, S]
         four = (1,) * (4 - block.dim())  # torch works by blocks on four dimensions only, the mask's too
         attended = F.scaled_dot_product_attention(
-            block.reshape(*four, *block.shape),  # [..., n_kv_heads, sharing * T, head_dim]
+            block.reshape(*four, *block.shape),  # [..., n_kv_heads, n_rep * T, head_dim]
             keys[..., :end, :].reshape(*four, *keys[..., :end, :].shape),
             values[..., :end, :].reshape(*four, *values[..., :end, :].shape),
             attn_mask=seen.reshape(*(1,) * (4 - seen.dim()), *seen.shape),
         )
-        attended = attended.reshape(block.shape).unflatten(-2, (sharing, length)).movedim(-2, -4).flatten(-3, -2)
+        attended = attended.reshape(block.shape).unflatten(-2, (n_rep, length)).movedim(-2, -4).flatten(-3, -2)
         out.append(attended)  # [..., T, n_heads, head_dim]
     return torch.cat(out, dim=-3).to(original)
 
@@ -283,6 +283,5 @@ def fast_ops() -> Ops:
         return Ops(
             embed=F.embedding,
             linear=linear_by_torch,
-            attend=lambda q, keys, values, start, tap, name: attend_by_torch(q, keys, values, start),
-            reduce=lambda x: x,
+            attend=lambda q, keys, values, start, tap: attend_by_torch(q, keys, values, start),
         )

@@ -74,8 +74,8 @@ def attend_few(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor) -> Tenso
     """
     batch, n_tokens, n_heads, head_dim = q.shape
     n_kv_heads = keys.shape[-2]
-    sharing = n_heads // n_kv_heads
-    rows = max(16, 1 << (n_tokens * sharing - 1).bit_length())
+    n_rep = n_heads // n_kv_heads
+    rows = max(16, 1 << (n_tokens * n_rep - 1).bit_length())
     q = q.contiguous()
     sums = torch.empty(batch, n_kv_heads, _SHARES, rows, head_dim, dtype=torch.float32, device=q.device)
     weights, largest = torch.empty(2, batch, n_kv_heads, _SHARES, rows, dtype=torch.float32, device=q.device)
@@ -84,15 +84,15 @@ def attend_few(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor) -> Tenso
         cuda_kernels.attend_kernel[(batch * n_kv_heads, _SHARES)](
             *(q, keys, values, starts, sums, weights, largest, n_tokens, n_kv_heads),
             *(keys.stride(0), keys.stride(1), head_dim**-0.5),
-            SHARING=sharing,
+            N_REP=n_rep,
             ROWS=rows,
             HEAD_DIM=head_dim,
             KEYS=_KEYS,
             SHARES=_SHARES,
         )
-        cuda_kernels.join_kernel[(batch * n_kv_heads, n_tokens * sharing)](
+        cuda_kernels.join_kernel[(batch * n_kv_heads, n_tokens * n_rep)](
             *(sums, weights, largest, out, n_tokens, n_kv_heads),
-            SHARING=sharing,
+            N_REP=n_rep,
             ROWS=rows,
             HEAD_DIM=head_dim,
             SHARES=_SHARES,
@@ -133,7 +133,7 @@ def linear_many(x: Tensor, weight: Matrix) -> Tensor:
     return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor:
+def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor:
     """As model.attend, but there are no scores to tap."""
     n_tokens, head_dim = q.shape[-3], q.shape[-1]
     by_kernel = q.dtype.itemsize == 2 and head_dim in (32, 64, 128, 256)
@@ -146,10 +146,10 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Ta
         four = (x if x.dim() == 4 else x.unsqueeze(0) for x in (q, keys, values))
         attended: Tensor = attend_few(*four, starts)
         return attended.view(q.shape)
-    return attend_without_kernels(q, keys, values, start, tap, name)
+    return attend_without_kernels(q, keys, values, start, tap)
 
 
-def attend_without_kernels(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap, name: str) -> Tensor:
+def attend_without_kernels(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor:
     """As model.attend, but there are no scores to tap; for any number of tokens."""
     if isinstance(start, int):
         return attend_to_prompt(q, keys, values)
@@ -192,5 +192,5 @@ def cuda_ops() -> Ops:
     except Exception as error:  # of compilers, in a world of their own
         reason = "there is no Triton" if cuda_kernels is None else f"Triton fails ({in_short(error)})"
         print(f"llama3_raw: {reason}; tokens come slower, by torch itself", file=sys.stderr)
-        return Ops(embed=F.embedding, linear=linear_many, attend=attend_without_kernels, reduce=lambda x: x)
-    return Ops(embed=F.embedding, linear=fast_linear, attend=attend, reduce=lambda x: x)
+        return Ops(embed=F.embedding, linear=linear_many, attend=attend_without_kernels)
+    return Ops(embed=F.embedding, linear=fast_linear, attend=attend, max_packed=1024, can_capture=True)

@@ -20,7 +20,6 @@ from ..errors import in_short
 from ..model import KVCache, forward
 from ..ops import Ops
 from ..weights import Model, devices_of
-from . import cuda as ops_cuda
 from .cpu import FEW
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -83,7 +82,7 @@ class CapturedPasses:
         The exact ones are there to be stepped through; others read the whole cache where `start` is a tensor.
         """
         devices = devices_of(model.weights)
-        is_possible = len(devices) == 1 and devices.pop().type == "cuda" and ops.attend is ops_cuda.attend
+        is_possible = len(devices) == 1 and devices.pop().type == "cuda" and ops.can_capture
         return CapturedPasses(model, cache, ops, compiled=compiled) if is_possible else None
 
     def fit(self, n_tokens: int, start: int) -> bool:
@@ -102,7 +101,7 @@ class CapturedPasses:
         width = _width(len(tokens))
         if width not in self._replays:
             run: Any = forward
-            params, weights, _ = self._model
+            weights, params, _ = self._model
 
             def run_it() -> Tensor:
                 logits: Tensor = run(

@@ -68,7 +68,7 @@ def attend_kernel(
     batch_stride,
     token_stride,
     scale,
-    SHARING: tl.constexpr,
+    N_REP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     KEYS: tl.constexpr,
@@ -85,10 +85,10 @@ def attend_kernel(
     last = tl.minimum(first + each, end)
 
     row = tl.arange(0, ROWS)
-    token = row // SHARING
+    token = row // N_REP
     column = tl.arange(0, HEAD_DIM)
-    query_head = head * SHARING + row % SHARING
-    at = ((batch * n_tokens + token) * n_kv_heads * SHARING + query_head)[:, None] * HEAD_DIM + column[None, :]
+    query_head = head * N_REP + row % N_REP
+    at = ((batch * n_tokens + token) * n_kv_heads * N_REP + query_head)[:, None] * HEAD_DIM + column[None, :]
     queries = tl.load(q + at, mask=(token < n_tokens)[:, None], other=0)
     head_of_cache = batch.to(tl.int64) * batch_stride + head * HEAD_DIM
 
@@ -124,7 +124,7 @@ def join_kernel(
     out,  # [B, T, n_heads, head_dim]
     n_tokens,
     n_kv_heads,
-    SHARING: tl.constexpr,
+    N_REP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SHARES: tl.constexpr,
@@ -140,5 +140,5 @@ def join_kernel(
     shrink = tl.exp(top - tl.max(top, axis=0))  # each row sees a key at least: itself
     weight = tl.sum(tl.load(weights + of) * shrink, axis=0)
     total = tl.sum(tl.load(sums + of[:, None] * HEAD_DIM + column[None, :]) * shrink[:, None], axis=0)
-    place = (batch * n_tokens + row // SHARING) * n_kv_heads * SHARING + head * SHARING + row % SHARING
+    place = (batch * n_tokens + row // N_REP) * n_kv_heads * N_REP + head * N_REP + row % N_REP
     tl.store(out + place * HEAD_DIM + column, (total / weight).to(out.dtype.element_ty))

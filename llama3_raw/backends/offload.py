@@ -32,4 +32,4 @@ def mixed_ops(gpu: Ops, cpu: Ops) -> Ops:
             return gpu.linear(x, weight)
         return cpu.linear(x.to(home), weight).to(x.device)
 
-    return gpu._replace(embed=embed, linear=linear)
+    return gpu._replace(embed=embed, linear=linear, can_capture=False)

@@ -37,4 +37,4 @@ def parallel_ops(own: Ops, weights: Weights, group: Group) -> Ops:
         y = own.linear(x, weight)
         return near.all_gather(y).movedim(0, -2).flatten(-2) if weight is weights.output else y
 
-    return own._replace(embed=embed, linear=linear, reduce=near.all_reduce)
+    return own._replace(embed=embed, linear=linear, reduce=near.all_reduce, can_capture=False)

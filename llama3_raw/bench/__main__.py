@@ -343,7 +343,7 @@ def _load(chosen: ChosenModel, lengths: Lengths) -> tuple[Model, Ops, str]:
     check_memory(Plan(checkpoint, device, dtype, lengths, quantized=quantized, made=True))
     weights = random_weights(checkpoint, device, dtype, chosen.random_seed, quantized)
     which = f"{checkpoint.source} ({chosen.folder.why}) on {device}"
-    return Model(checkpoint.params, weights, None), suitable_ops(device), which
+    return Model(weights, checkpoint.params, None), suitable_ops(device), which
 
 
 def _measure_taps(options: argparse.Namespace) -> int:

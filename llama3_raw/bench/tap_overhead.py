@@ -47,11 +47,12 @@ class TapFigures:
 
 
 class _WithoutTaps(ast.NodeTransformer):
-    """Makes x of every tap(name, x)."""
+    """Makes x of every tap(name, x), and tap of every scoped(tap, prefix)."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
-        return node.args[1] if isinstance(node.func, ast.Name) and node.func.id == "tap" else node
+        kept = {"tap": 1, "scoped": 0}.get(node.func.id) if isinstance(node.func, ast.Name) else None
+        return node if kept is None else node.args[kept]
 
 
 def model_without_taps() -> ModuleType:
@@ -119,8 +120,7 @@ def _no_work(model: Model) -> Ops:
     return Ops(
         embed=lambda tokens, table: zeros[:, : params.dim],
         linear=lambda x, weight: zeros[:, : weight.shape[0]],
-        attend=lambda q, keys, values, start, tap, name: q,
-        reduce=lambda x: x,
+        attend=lambda q, keys, values, start, tap: q,
     )
 
 

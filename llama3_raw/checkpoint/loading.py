@@ -85,7 +85,7 @@ def load(
     if shard is not None:
         checkpoint = shard_of(checkpoint, shard)
     weights = build_weights(checkpoint, device, dtype, progress, quantized, gpu_layers)
-    return Model(params, weights, None if tokenizer is False else find_tokenizer(folder, tokenizer, params))
+    return Model(weights, params, None if tokenizer is False else find_tokenizer(folder, tokenizer, params))
 
 
 def check_gpu_layers(gpu_layers: int | None, device: torch.device, params: Params) -> None:

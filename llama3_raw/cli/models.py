@@ -158,7 +158,7 @@ def load_model(
     if ranks is not None:
         where += f", shared by {ranks.tensor.size} processes" if ranks.tensor.size > 1 else ""
         where += f", {ranks.data.size} times" if ranks.data.size > 1 else ""
-    return Model(chosen.checkpoint.params, weights, tokenizer), ops, f"{folder.path} ({folder.why}) on {where}"
+    return Model(weights, chosen.checkpoint.params, tokenizer), ops, f"{folder.path} ({folder.why}) on {where}"
 
 
 def choose_device(name: str) -> torch.device:

@@ -22,13 +22,13 @@ from ..cli.models import ChosenModel, choose_model, chosen_ids, load_model
 from ..cli.options import DTYPES_BY_NAME, add_model_options, add_prompt_options, read_prompt
 from ..errors import UserError, in_short
 from ..params import Params
+from ..tracing.names import FIRST, named_tensors
 from ..tracing.record import Origin, Trace, load_trace, not_alike, trace
-from ..tracing.taps import FIRST, Patterns, check_names
+from ..tracing.taps import Patterns, check_names
 from ..weights import Model
 from .comparison import Comparison, Step, compare, of_any_layer, shared_tensors
 from .difference import TOP_K
 from .references import check_hf, check_meta, trace_hf, trace_meta
-from .steps import how_it_is_made
 
 
 class Other(NamedTuple):
@@ -46,7 +46,7 @@ def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) ->
     file = Path(name)
     if file.is_file() or file.suffix == ".safetensors":
         loaded = load_trace(file)
-        shared_tensors(loaded, how_it_is_made(chosen.checkpoint.params))
+        shared_tensors(loaded, named_tensors(chosen.checkpoint.params))
         return Other(name, lambda: loaded, loaded.origin, loaded.origin.params if loaded.origin else None)
     if name in ("hf", "meta"):
         if chosen.checkpoint.scales:

@@ -15,11 +15,11 @@ from torch import Tensor
 from ..errors import UserError, in_short
 from ..model import REFERENCE, forward
 from ..ops import Ops, Tap
+from ..tracing.names import FIRST, LAST, NamedTensor, named_tensors
 from ..tracing.record import Trace, check_trace, count_layers, tokens_of_one_prompt
-from ..tracing.taps import FIRST, LAST, chain
+from ..tracing.taps import chain
 from ..weights import Model, in_words
 from .difference import Difference, Logits, difference, in_our_layout
-from .steps import Made, how_it_is_made
 
 _COMPARABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,7 +58,7 @@ class Comparison(NamedTuple):
     logits: Logits | None  # None: the other run has none of the same shape
     dtype: torch.dtype  # whose rounding is allowed
     tolerance: float | None  # None: what rounding explains
-    made: Mapping[str, Made]
+    made: Mapping[str, NamedTensor]
 
     @property
     def parted(self) -> list[Step]:
@@ -134,7 +134,7 @@ class Comparison(NamedTuple):
                 f"is {size} of its size off ({most} at most); rounding in {in_words(self.dtype)} explains "
                 f"{first.rounding:.2g}"
             )
-        text = f"{first.name} (in model.py, {made.by}).\nFrom the same input, it {differs}.\nLook at: {check}."
+        text = f"{first.name} (in model.py, {made.made_by}).\nFrom the same input, it {differs}.\nLook at: {check}."
         unseen = self._unseen_before(first.name)
         if unseen:
             where = unseen[0] if len(unseen) == 1 else f"{unseen[0]} … {unseen[-1]}"
@@ -150,7 +150,7 @@ class Comparison(NamedTuple):
         missing, waiting = set(self.missing), [name]
         unseen: set[str] = set()
         while waiting:
-            new = missing.intersection(self.made[waiting.pop()].of) - unseen
+            new = missing.intersection(self.made[waiting.pop()].inputs) - unseen
             unseen |= new
             waiting += new
         return [it for it in self.made if it in unseen]
@@ -163,7 +163,7 @@ class Comparison(NamedTuple):
             "agree": self.agree,
             "first": first and first.name,
             "first_beyond_tolerance": beyond and beyond.name,
-            "made_by": first and self.made[first.name].by,
+            "made_by": first and self.made[first.name].made_by,
             "relative": first and _finite(first.own.relative),
             "absolute": first and _finite(first.own.absolute),
             "rounding": first and _finite(first.rounding),
@@ -216,7 +216,7 @@ def compare(
         raise UserError(f"the tolerance should be a number of 0 or more, such as 0.01, is {tolerance}")
     if rounding is not None and rounding not in _COMPARABLE:
         raise UserError(f"the rounding should be that of a dtype such as torch.bfloat16, is {rounding!r}")
-    made = how_it_is_made(params)
+    made = named_tensors(params)
     shared = shared_tensors(other, made)
     dtype = rounding or max((model.weights.norm.dtype, *(shared[name].dtype for name in shared)), key=_eps)
     # two rows take as much memory as somewhat more tokens, since scores grow with the square
@@ -277,7 +277,7 @@ def compare(
     )
 
 
-def shared_tensors(other: Mapping[str, Tensor], made: Mapping[str, Made]) -> dict[str, Tensor]:
+def shared_tensors(other: Mapping[str, Tensor], made: Mapping[str, NamedTensor]) -> dict[str, Tensor]:
     """Those of the other run's tensors that a pass has. Raises UserError where there is none, or one is no floats."""
     if isinstance(other, Trace) and other.last_position:
         raise UserError("the trace is of the last position only; trace all positions to compare (no --last-position)")

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..backends.choose import ops_for
 from ..errors import UserError
-from ..model import REFERENCE, KVCache, forward
+from ..model import KVCache, forward
 from ..ops import Ops
 from ..weights import Model
-from .loop import EXACT_PREFILL_CHUNK, PREFILL_CHUNK, StopReason, check_ids, check_logits
+from .loop import PREFILL_CHUNK, StopReason, check_ids, check_logits
 from .sampling import Sampling, sample
 
 # tokens of several prompts in one pass. The CPU's matrix units give a token the same bits among up to so many as alone,
@@ -179,7 +179,7 @@ def _prefill(model: Model, prompts: Sequence[Sequence[int]], cache: KVCache, ops
     """
     device = model.weights.norm.device
     room = PACK if device.type == "cpu" else GPU_PACK
-    chunk = EXACT_PREFILL_CHUNK if ops.attend is REFERENCE.attend else PREFILL_CHUNK
+    chunk = ops.prefill_chunk
     logits = []
     begin = 0
     while begin < len(prompts):

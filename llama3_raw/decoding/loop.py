@@ -15,8 +15,8 @@ from torch import Tensor
 from ..backends.choose import ops_for
 from ..backends.cuda_graphs import CapturedPasses, on_its_way
 from ..errors import UserError
-from ..model import REFERENCE, KVCache, forward, no_tap
-from ..ops import Ops, Tap
+from ..model import KVCache, forward
+from ..ops import Ops, Tap, no_tap
 from ..params import Params
 from ..weights import Model
 from .prompt_lookup import LookupPolicy, Proposer
@@ -141,7 +141,7 @@ def generate(
     device = model.weights.norm.device  # the embeddings may lie on another
     if ops is None:
         ops = ops_for(model.weights)
-    prefill_chunk = EXACT_PREFILL_CHUNK if ops.attend is REFERENCE.attend else PREFILL_CHUNK
+    prefill_chunk = ops.prefill_chunk
     if isinstance(captured, CapturedPasses) and captured.cache is not cache:
         raise ValueError("the captured passes are those of another cache")
     if captured is True:

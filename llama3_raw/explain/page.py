@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..decoding.sampling import sample
 from ..errors import UserError
-from ..model import REFERENCE, attend, attention, forward, layer, rms_norm, rope, rope_frequencies, swiglu
+from ..model import REFERENCE, attend, attention, feed_forward, forward, layer, rms_norm, rope, rope_frequencies
 from ..ops import Ops
 from ..params import Params
 from ..quantization.int8 import Int8
@@ -249,10 +249,10 @@ def sources() -> dict[str, Source]:
         "rope": source_of(rope),
         "rope_frequencies": source_of(rope_frequencies),
         "attend": source_of(attend),
-        "probs": source_of(attend, ".probs", "return"),
-        "out": source_of(attention, ".heads", "return"),
+        "probs": source_of(attend, 'tap("probs"', "return"),
+        "out": source_of(attention, 'tap("heads"', "return"),
         "layer": source_of(layer),
-        "swiglu": source_of(swiglu),
+        "feed_forward": source_of(feed_forward),
         "layers": source_of(forward, "for i,", "x = layer("),
         "lens": source_of(plots.read_logit_lens),
         "logits": source_of(forward, 'tap("norm"', "return"),

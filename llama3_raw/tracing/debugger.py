@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from torch import Tensor
 
 from ..model import forward
-from ..ops import Tap
+from ..ops import Scoped, Tap
 from ..weights import in_words
 from .taps import Patterns
 
@@ -19,8 +19,8 @@ def break_at(*patterns: str) -> Tap:
     """A tap that stops in pdb where a tensor that one of the patterns means was just made, in the frame of model.py.
 
     There it is a local, or `__return__` where a function returns it, and its neighbours are locals. Another debugger,
-    which $PYTHONBREAKPOINT or sys.breakpointhook names, is called in its place and stops in this tap, whose caller is
-    the frame of model.py. Input that is no terminal and ends makes the run go on without a stop.
+    which $PYTHONBREAKPOINT or sys.breakpointhook names, is called in its place and stops in this tap; a line says how
+    many frames up that of model.py is. Input that is no terminal and ends makes the run go on without a stop.
 
     The tap raises bdb.BdbQuit, as pdb does, where the user quits, and UserError at the end of a pass in which a pattern
     means nothing.
@@ -32,13 +32,24 @@ def break_at(*patterns: str) -> Tap:
         if wanted.matching(name):
             if os.environ.get("PYTHONBREAKPOINT") or sys.breakpointhook is not sys.__breakpointhook__:
                 if os.environ.get("PYTHONBREAKPOINT") != "0":  # which says not to stop
-                    print(f"llama3_raw: {_described(name, tensor)}, one frame up", file=sys.stderr)
+                    _, up = _frame_of_model()
+                    frames = f"{up} frame{'s' if up > 1 else ''}"
+                    print(f"llama3_raw: {_described(name, tensor)}, {frames} up", file=sys.stderr)
                 sys.breakpointhook()
             else:
                 debugger.stop(name, tensor)
         return tensor
 
     return breaking
+
+
+def _frame_of_model() -> tuple[FrameType, int]:
+    """The frame of model.py that called the tap, and how many frames above the caller it is."""
+    frame, up = sys._getframe(1), 0
+    while frame.f_code.co_filename != forward.__code__.co_filename:
+        assert frame.f_back is not None, "break_at is a tap for model.forward"
+        frame, up = frame.f_back, up + 1
+    return frame, up
 
 
 def _described(name: str, tensor: Tensor) -> str:
@@ -53,7 +64,7 @@ class _Debugger(pdb.Pdb):
             stdout=None if sys.stdout.isatty() else sys.stderr,  # stdout is for the text alone
             nosigint=True,  # Ctrl-C is up to the tool
             # not to be stepped into: how a stop is set up, and the taps
-            skip=("bdb", __name__, f"{__package__}.taps", f"{__package__}.record"),
+            skip=("bdb", __name__, f"{__package__}.taps", f"{__package__}.record", Scoped.__module__),
         )
         self._to_show: tuple[str, Tensor] | None = None
         self._input_ended = False
@@ -62,10 +73,7 @@ class _Debugger(pdb.Pdb):
         """Has pdb stop in the frame of model.py that called the tap: at its next line, or where it returns."""
         if self._input_ended:
             return
-        frame: FrameType | None = sys._getframe()
-        while frame is not None and frame.f_code.co_filename != forward.__code__.co_filename:
-            frame = frame.f_back
-        assert frame is not None, "break_at is a tap for model.forward"
+        frame, _ = _frame_of_model()
         self._to_show = name, tensor
         sys.settrace(None)  # a step that was under way ends here
         self.set_trace(frame)

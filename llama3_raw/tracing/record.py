@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from ..decoding.loop import check_ids
 from ..errors import UserError, in_short
-from ..model import REFERENCE, forward, no_tap
-from ..ops import Ops, Tap, score_bytes
+from ..model import REFERENCE, forward
+from ..ops import Ops, Tap, no_tap, score_bytes
 from ..params import Params, RopeScaling
 from ..system.files import read_beginning, write_whole
 from ..system.machine import free_memory
 from ..weights import Model
-from .taps import FIRST, LAST, SHAPES_IN_A_LAYER, Patterns, chain, pass_without_content
+from .names import FIRST, LAST, token_dimension
+from .taps import Patterns, chain, pass_without_content
 
 
 def not_alike(params: Params, others: Params) -> str | None:
@@ -121,8 +122,7 @@ class Trace(Mapping[str, Tensor]):
     def _last(self, name: str, tensor: Tensor) -> Tensor:
         if name == LAST and tensor.dim() < self._dimensions:
             return tensor  # logits_at has chosen one already
-        shape = SHAPES_IN_A_LAYER.get(name.split(".", 2)[-1], "T dim").split()
-        return tensor.select(shape.index("T") - len(shape), -1)
+        return tensor.select(token_dimension(name), -1)
 
     def __getitem__(self, name: str) -> Tensor:
         try:

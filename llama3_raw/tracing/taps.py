@@ -15,31 +15,10 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..model import REFERENCE
-from ..ops import Attend, Ops, Tap
+from ..ops import Ops, Tap
 from ..params import Params
 from ..weights import in_words
-
-FIRST, LAST = "tok_embeddings", "logits"  # the names with which every pass begins and ends
-SHAPES_IN_A_LAYER = {  # of a lone prompt of T tokens, in the order of the pass
-    "attention_norm": "T dim",
-    "attention.q": "T n_heads head_dim",
-    "attention.k": "T n_kv_heads head_dim",
-    "attention.v": "T n_kv_heads head_dim",
-    "attention.q_rope": "T n_heads head_dim",
-    "attention.k_rope": "T n_kv_heads head_dim",
-    "attention.scores": "n_heads T T",
-    "attention.probs": "n_heads T T",
-    "attention.heads": "T n_heads head_dim",
-    "attention.out": "T dim",
-    "attention.residual": "T dim",
-    "ffn_norm": "T dim",
-    "feed_forward.gate": "T hidden_dim",
-    "feed_forward.up": "T hidden_dim",
-    "feed_forward.hidden": "T hidden_dim",
-    "feed_forward.out": "T dim",
-    "residual": "T dim",
-}
-_UNFUSED = {"attention.scores", "attention.probs"}  # within `attend`; a fused one has none
+from .names import LAST, UNFUSED, named_tensors, within_layer
 
 
 class Patterns:
@@ -92,7 +71,7 @@ def _regex(pattern: str) -> str:
 def _unknown(pattern: str, names: Sequence[str]) -> str:
     """What to say of a pattern that means none of the names that a pass had."""
     layers = [int(name.split(".")[1]) for name in names if name.startswith("layers.")]
-    for hidden in (f"layers.{layer}.{name}" for layer in dict.fromkeys(layers) for name in _UNFUSED):
+    for hidden in (f"layers.{layer}.{name}" for layer in dict.fromkeys(layers) for name in UNFUSED):
         if hidden not in names and re.fullmatch(_regex(pattern), hidden):
             return (
                 f"{pattern!r}: a fast attention makes no scores; the exact operations do (leave --fast out; in Python, "
@@ -157,40 +136,11 @@ def check_names(params: Params, *patterns: str) -> None:
 def pass_without_content(params: Params, dtype: torch.dtype, length: int, ops: Ops, tap: Tap) -> None:
     """Has the tap see what it would see in a pass of `length` tokens: all names, shapes and dtypes, without content.
 
-    Not by running the model, where a breakpoint that is meant for the real pass would be met. Only an `attend` that is
-    not the exact one is called, once, with tensors without content (device meta), to see whether it makes scores; one
-    that cannot take them is expected to.
+    Not by running the model, where a breakpoint that is meant for the real pass would be met.
     """
     sizes = {"T": length, "n_heads": params.n_heads, "n_kv_heads": params.n_kv_heads, "head_dim": params.head_dim}
     sizes |= {"dim": params.dim, "hidden_dim": params.hidden_dim, "vocab_size": params.vocab_size}
-
-    def see(name: str, shape: str, dtype: torch.dtype = dtype) -> None:
-        tap(name, torch.empty([sizes[size] for size in shape.split()], dtype=dtype, device="meta"))
-
-    lacking = _UNFUSED - _seen_within(ops.attend, params)
-    see(FIRST, "T dim")
-    for i in range(params.n_layers):
-        for name, shape in SHAPES_IN_A_LAYER.items():
-            if name not in lacking:
-                see(f"layers.{i}.{name}", shape)
-    see("norm", "T dim")
-    see(LAST, "T vocab_size", torch.float32)
-
-
-def _seen_within(attend: Attend, params: Params) -> set[str]:
-    """The names that a tap sees within an attention."""
-    if attend is REFERENCE.attend:
-        return _UNFUSED
-    seen = set()
-
-    def see(name: str, tensor: Tensor) -> Tensor:
-        seen.add(name)
-        return tensor
-
-    q = torch.empty(1, params.n_heads, params.head_dim, device="meta")  # one token
-    keys = torch.empty(1, params.n_kv_heads, params.head_dim, device="meta")
-    try:
-        attend(q, keys, torch.empty_like(keys), 0, see, "attention")
-    except Exception:  # it looks at its input, say; the real pass will tell
-        return _UNFUSED
-    return seen
+    for name, tensor in named_tensors(params).items():
+        if ops.has_scores or within_layer(name) not in UNFUSED:
+            shape = [sizes[size] for size in tensor.shape.split()]
+            tap(name, torch.empty(shape, dtype=torch.float32 if name == LAST else dtype, device="meta"))
