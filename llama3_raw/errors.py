@@ -10,7 +10,15 @@ FIRST_ONE_SPEAKS = 5.0  # seconds that the first of several processes has to say
 
 
 class UserError(Exception):
-    """What the user asked for cannot be done. The message is one line that names the file or option and the way out."""
+    """What the user asked for cannot be done. The message is one line that names the file or argument and the way out.
+
+    argument: the argument that is wrong, if it is one. The message begins with it; a command shows it as its option.
+    """
+
+    def __init__(self, message: str, *, argument: str | None = None):
+        super().__init__(message if argument is None else f"{argument} {message}")
+        self.message = message
+        self.argument = argument
 
 
 class ToldError(UserError):

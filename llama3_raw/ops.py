@@ -17,6 +17,9 @@ What PyTorch calls a forward hook, but for one tensor at a time, and with a name
 """
 
 
+PREFILL_CHUNK = 1024  # tokens; with more, matrix products are hardly faster
+
+
 class Attend(Protocol):
     """Scaled dot-product attention of new queries over all keys so far; see model.attend for the shapes."""
 
@@ -39,7 +42,7 @@ class Ops(NamedTuple):
     attend: Attend
     reduce: Callable[[Tensor], Tensor] = identity  # [..., dim] -> [..., dim]: the sum over processes that share a layer
 
-    prefill_chunk: int = 1024  # tokens of a prompt in one pass; with more, products are hardly faster
+    prefill_chunk: int = PREFILL_CHUNK  # tokens of a prompt in one pass
     max_packed: int = 128  # tokens of several short prompts in one pass
     has_scores: bool = False  # whether attend taps scores and probs; a fused one never has them
     can_capture: bool = False  # whether a pass of few tokens can be captured as a CUDA graph

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,12 @@ class Params:
                 max_seq_len=fields.integer("max_position_embeddings", default=131072 if scaling else 8192),
             )
         )
+
+    def check_ids(self, ids: Iterable[int]) -> None:
+        """Raise UserError for a token id outside the vocabulary."""
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise UserError(f"token id {token} is outside the model's vocabulary of {self.vocab_size}")
 
     def to_meta(self) -> dict[str, Any]:
         """The content of a params.json, of which `from_meta` makes the same params; no key more than needed.

@@ -19,7 +19,7 @@ from .cli.entry_point import ArgumentParser, command_line_tool
 from .cli.memory_plan import Lengths
 from .cli.models import choose_model, load_model
 from .cli.options import add_model_options, check_context, parse_ids, positive_int, read_text
-from .decoding.loop import check_ids, check_logits
+from .decoding.sampling import check_sound, is_sound
 from .errors import UserError
 from .model import KVCache, forward
 from .ops import Ops
@@ -81,7 +81,7 @@ def check_windows(params: Params, ids: Sequence[int], context: int | None, strid
 
     Raises UserError where there is nothing to score, for ids outside the vocabulary, and for sizes out of range.
     """
-    check_ids(ids, params)
+    params.check_ids(ids)
     if len(ids) < 2:
         raise UserError("there is nothing to score: a token is predicted from those before it; give at least two")
     if context is None:
@@ -149,7 +149,7 @@ def _losses(model: Model, window: Tensor, first: int, cache: KVCache, ops: Ops) 
             ops=ops,
         )  # [end - start, vocab] where it is scored
         if is_scored:
-            check_logits(logits)
+            check_sound(bool(is_sound(logits).all()))
             yield F.cross_entropy(logits, window[start + 1 : end + 1], reduction="none").tolist()
 
 

@@ -23,7 +23,7 @@ from llama3_raw.batch import __main__ as batch
 from llama3_raw.batch.__main__ import main
 from llama3_raw.batch.journal import Journal
 from llama3_raw.batch.requests import Request, Task, grouped
-from llama3_raw.decoding import batch as batch_generation
+from llama3_raw.decoding import runner
 from llama3_raw.decoding.batch import Row, generate_batch
 from llama3_raw.decoding.loop import StopReason
 from llama3_raw.decoding.sampling import Sampling
@@ -85,13 +85,11 @@ needs_kernels = pytest.mark.skipif(not has_kernels(), reason="there is no C comp
 
 @pytest.mark.parametrize("pack", [1, 40, 10_000], ids=["each prompt alone", "some together", "all together"])
 @pytest.mark.parametrize("case", ["fp32", "bf16", "reference"])
-def test_a_row_gets_the_tokens_that_it_gets_alone(
-    tiny: Model, prompts: list[list[int]], case: str, pack: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_gets_the_tokens_that_it_gets_alone(tiny: Model, prompts: list[list[int]], case: str, pack: int) -> None:
     """Of unequal lengths, ending at different times: by an end token, by max_new_tokens, by a full context."""
-    monkeypatch.setattr(batch_generation, "PACK", pack)
     model = tiny._replace(weights=cast(tiny.weights, torch.bfloat16 if case == "bf16" else torch.float32))
     ops = REFERENCE if case == "reference" else fast_ops()
+    ops = ops._replace(max_packed=min(pack, ops.max_packed) if case == "bf16" else pack)
     rows = [Row(ids, budget) for ids, budget in zip(prompts, (50, 7, 40, 30, 1, 30, 50), strict=True)]
     end = list(generate(model, prompts[0], max_new_tokens=16, ops=ops))[-1]
     settings: dict[str, Any] = {"context": 45, "stop_ids": {end}, "ops": ops}
@@ -125,16 +123,15 @@ def test_a_prompt_in_several_chunks(tiny: Model, monkeypatch: pytest.MonkeyPatch
     ids = tiny.tokenizer.encode("Once upon a time, there was a little girl named Lily. " * 4, bos=True)
     rows = [Row(ids, 10), Row(ids[:3], 10), Row(ids[:-2], 10)]
     expected = of_each(tiny, rows)
-    monkeypatch.setattr(batch_generation, "PREFILL_CHUNK", 16)
-    monkeypatch.setattr(batch_generation, "PACK", 8)
+    ops = fast_ops()._replace(prefill_chunk=16, max_packed=8)
     starts = []
 
     def spy(*arguments: Any, start: Any = 0, **others: Any) -> torch.Tensor:
         starts.append(start)
         return forward(*arguments, start=start, **others)
 
-    monkeypatch.setattr(batch_generation, "forward", spy)
-    assert [new for new, _ in of_batch(tiny, rows)] == [new for new, _ in expected]
+    monkeypatch.setattr(runner, "forward", spy)
+    assert [new for new, _ in of_batch(tiny, rows, ops=ops)] == [new for new, _ in expected]
     assert [start for start in starts if isinstance(start, int)].count(16) == 2
 
 
@@ -147,9 +144,9 @@ def test_what_costs_nothing(tiny: Model, prompts: list[list[int]], monkeypatch: 
         sizes.append(others["cache"].keys[0]._base.shape)
         return forward(weights, params, tokens, **others)
 
-    monkeypatch.setattr(batch_generation, "forward", spy)
+    monkeypatch.setattr(runner, "forward", spy)
     rows = [Row(ids, budget) for ids, budget in zip(([5] * 4, [6] * 6, [7] * 5), (1, 3, 2), strict=True)]
-    of_batch(tiny, rows, stop_ids=())
+    of_batch(tiny, rows, stop_ids=(), ops=fast_ops()._replace(max_packed=128))
     assert passes == [([3, 6], 6), ([2, 1], 7), ([1, 1], 8)]
     assert {tuple(size[:2]) for size in sizes} == {(3, 8)}
 

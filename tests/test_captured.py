@@ -20,7 +20,7 @@ from llama3_raw import REFERENCE, KVCache, Model, forward, generate
 from llama3_raw.backends import cuda as ops_cuda
 from llama3_raw.backends import cuda_graphs as captured
 from llama3_raw.backends.choose import suitable_ops
-from llama3_raw.backends.cuda_graphs import CapturedPasses
+from llama3_raw.backends.cuda_graphs import CudaGraphs
 from llama3_raw.chat.conversation import Conversation
 from llama3_raw.decoding import loop
 from llama3_raw.decoding.prompt_lookup import LookupPolicy
@@ -61,9 +61,9 @@ def ids(model: Model) -> list[int]:
     return model.tokenizer.encode("Once upon a time", bos=True)  # type: ignore[union-attr]
 
 
-def passes_for(model: Model, length: int, compiled: bool = False) -> CapturedPasses:
+def passes_for(model: Model, length: int, compiled: bool = False) -> CudaGraphs:
     cache = KVCache.allocate(model.params, max_seq_len=length, like=model.weights)
-    return CapturedPasses(model, cache, REFERENCE, capture=Recorded, compiled=compiled)
+    return CudaGraphs(model, cache, REFERENCE, capture=Recorded, compiled=compiled)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -101,7 +101,7 @@ def test_a_compiler_that_fails_is_done_without(
     passes = passes_for(model, len(ids) + 4, compiled=True)
     new = list(generate(model, ids, max_new_tokens=4, cache=passes.cache, ops=REFERENCE, captured=passes))
     assert new == list(generate(model, ids, max_new_tokens=4, ops=REFERENCE))
-    assert "torch.compile fails (no space left on the disk); going on without" in capsys.readouterr().err
+    assert "torch.compile fails (no space left on the disk); continuing without" in capsys.readouterr().err
 
 
 def test_the_first_token_does_not_wait_for_the_capture(model: Model, ids: list[int]) -> None:
@@ -159,14 +159,14 @@ def test_a_tap_sees_every_pass(model: Model, ids: list[int]) -> None:
 
 def test_nothing_is_captured_off_a_gpu(model: Model) -> None:
     cache = KVCache.allocate(model.params, max_seq_len=4, like=model.weights)
-    assert CapturedPasses.where_possible(model, cache, suitable_ops(torch.device("cpu"))) is None
+    assert CudaGraphs.where_possible(model, cache, suitable_ops(torch.device("cpu"))) is None
 
 
 def test_a_dialog_keeps_its_graph(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    def where_possible(model: Model, cache: KVCache, ops: Any) -> CapturedPasses:
-        made.append(CapturedPasses(model, cache, REFERENCE, capture=Recorded, compiled=False))
+    def where_possible(model: Model, cache: KVCache, ops: Any) -> CudaGraphs:
+        made.append(CudaGraphs(model, cache, REFERENCE, capture=Recorded, compiled=False))
         return made[-1]
 
     def answers(**options: Any) -> list[str]:
@@ -174,7 +174,7 @@ def test_a_dialog_keeps_its_graph(model: Model, monkeypatch: pytest.MonkeyPatch)
         return ["".join(dialog.answer(question)) for question in ("Hello!", "Why?")]
 
     expected = answers()
-    monkeypatch.setattr(CapturedPasses, "where_possible", where_possible)
+    monkeypatch.setattr(CudaGraphs, "where_possible", where_possible)
     assert answers() == expected
     assert len(made) == 1
     assert answers(captured=False) == expected
@@ -188,11 +188,11 @@ def test_only_a_long_text_is_worth_compiling(
     """As long as it may get, by the context too; capturing is always worth it."""
     asked = []
 
-    def where_possible(*arguments: Any, compiled: bool) -> CapturedPasses:
+    def where_possible(*arguments: Any, compiled: bool) -> CudaGraphs:
         asked.append(compiled)
-        return CapturedPasses(*arguments, capture=Recorded, compiled=False)
+        return CudaGraphs(*arguments, capture=Recorded, compiled=False)
 
-    monkeypatch.setattr(CapturedPasses, "where_possible", where_possible)
+    monkeypatch.setattr(CudaGraphs, "where_possible", where_possible)
     monkeypatch.setattr(loop, "_COMPILED_FROM", 8)
     new = list(generate(model, ids, max_new_tokens=most, context=context, ops=REFERENCE))
     assert new == list(generate(model, ids, max_new_tokens=most, context=context, ops=REFERENCE, captured=False))
@@ -214,7 +214,7 @@ def test_the_pass_compiles_whole_and_once(model: Model, ids: list[int], dtype: t
     )
     for length in (64, 90):
         cache = KVCache.allocate(small.params, max_seq_len=length, like=small.weights)
-        passes = CapturedPasses(small, cache, ops, capture=lambda function: function)
+        passes = CudaGraphs(small, cache, ops, capture=lambda function: function)
         with (
             torch._inductor.config.patch(force_disable_caches=True),  # what is on the disk shows no code
             torch.compiler.set_stance("default" if length == 64 else "fail_on_recompile"),

@@ -32,7 +32,7 @@ from llama3_raw.chat import __main__ as chat
 from llama3_raw.chat.__main__ import main, run_command
 from llama3_raw.chat.conversation import Conversation
 from llama3_raw.chat.dialog import Message, encode_dialog, encode_message, is_base_model, read_dialog, write_dialog
-from llama3_raw.decoding import loop as generation
+from llama3_raw.decoding import runner
 from llama3_raw.decoding.loop import StopReason, generate
 from llama3_raw.decoding.sampling import Sampling
 
@@ -134,7 +134,7 @@ class Fake:
 def fake(monkeypatch: pytest.MonkeyPatch, fake_model: Model) -> Fake:
     assert fake_model.tokenizer is not None
     fake = Fake(fake_model.tokenizer.eot_id)
-    monkeypatch.setattr(generation, "forward", fake)
+    monkeypatch.setattr(runner, "forward", fake)
     return fake
 
 
@@ -199,7 +199,7 @@ def test_the_model_always_sees_the_whole_dialog(
     fake = Fake(fake_model.tokenizer.eot_id)
     conversation = Conversation(fake_model, context=context)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "forward", fake)
+        patch.setattr(runner, "forward", fake)
         for action, *details in actions:
             if action == "system":
                 conversation.system = details[0]

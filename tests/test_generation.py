@@ -11,8 +11,10 @@ from references import run
 from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, Params, UserError, Weights
-from llama3_raw.decoding import loop as generation
-from llama3_raw.decoding.loop import EXACT_PREFILL_CHUNK, PREFILL_CHUNK, StopReason, generate
+from llama3_raw.backends.cpu import fast_ops
+from llama3_raw.decoding import runner
+from llama3_raw.decoding.loop import StopReason, generate
+from llama3_raw.ops import PREFILL_CHUNK
 
 VOCAB = 50
 PARAMS = Params.from_meta(
@@ -34,7 +36,7 @@ class Counter:
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
     fake = Counter()
-    monkeypatch.setattr(generation, "forward", fake)
+    monkeypatch.setattr(runner, "forward", fake)
     return fake
 
 
@@ -68,7 +70,7 @@ def test_end_tokens_of_the_tokenizer(counter: Counter, model: Model, tiny: Model
     def almost(*_: Any, **__: Any) -> Tensor:
         return torch.nn.functional.one_hot(torch.tensor(eot), params.vocab_size).float()
 
-    generation.forward = almost  # type: ignore[assignment]  # the fixture puts the real one back
+    runner.forward = almost  # type: ignore[assignment]  # the fixture puts the real one back
     assert run(generate(with_tokenizer, [1], max_new_tokens=3)) == ([], StopReason.END_TOKEN)
     assert run(generate(with_tokenizer, [1], max_new_tokens=2, stop_ids=()))[0] == [eot, eot]
 
@@ -95,8 +97,8 @@ def test_prefill_in_chunks(counter: Counter, model: Model) -> None:
     run(generate(model, [1] * length, max_new_tokens=1))
     assert counter.calls == [(0, PREFILL_CHUNK), (PREFILL_CHUNK, PREFILL_CHUNK), (2 * PREFILL_CHUNK, 5)]
     counter.calls.clear()
-    run(generate(model, [1] * (EXACT_PREFILL_CHUNK + 1), max_new_tokens=1, ops=REFERENCE))
-    assert counter.calls == [(0, EXACT_PREFILL_CHUNK), (EXACT_PREFILL_CHUNK, 1)]
+    run(generate(model, [1] * (REFERENCE.prefill_chunk + 1), max_new_tokens=1, ops=REFERENCE))
+    assert counter.calls == [(0, REFERENCE.prefill_chunk), (REFERENCE.prefill_chunk, 1)]
 
 
 def test_what_is_refused_before_the_first_token(counter: Counter, model: Model) -> None:
@@ -105,11 +107,11 @@ def test_what_is_refused_before_the_first_token(counter: Counter, model: Model) 
         ([VOCAB], {}, f"token id {VOCAB} is outside"),
         ([-1], {}, "token id -1 is outside"),
         ([1] * 6, {"context": 5}, "needs 6 positions, but the context holds 5"),
-        ([1], {"context": 0}, "the context should be 1 or more"),
+        ([1], {"context": 0}, "context should be 1 or more"),
         ([1], {"start": -1}, "start should be how many tokens the given cache holds"),
         ([1], {"start": 3}, "start should be how many tokens the given cache holds"),
         ([1], {"max_new_tokens": -1}, "max_new_tokens should be 0 or more"),
-        ([1], {"temperature": -1.0}, "--temperature"),
+        ([1], {"temperature": -1.0}, "temperature should be 0"),
     ):
         with pytest.raises(UserError, match=message):
             generate(model, ids, **{"max_new_tokens": 1, **settings})  # type: ignore[arg-type]
@@ -131,16 +133,16 @@ def test_the_cache_is_no_larger_than_needed(tiny: Model, monkeypatch: pytest.Mon
 
 def test_a_cache_larger_than_the_memory(tiny: Model) -> None:
     endless = tiny._replace(params=replace(tiny.params, max_seq_len=2**40))
-    with pytest.raises(UserError, match="does not fit into memory; lower --max-new-tokens"):
+    with pytest.raises(UserError, match="a cache for 549755813889 tokens does not fit into memory"):
         generate(endless, [1], max_new_tokens=2**39)
 
 
-def test_chunks_give_the_same_tokens(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_give_the_same_tokens(tiny: Model) -> None:
     assert tiny.tokenizer is not None
     ids = tiny.tokenizer.encode("Once upon a time, there was a little girl named Lily.", bos=True)
     whole = list(generate(tiny, ids, max_new_tokens=20))
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 4)
-    assert list(generate(tiny, ids, max_new_tokens=20)) == whole
+    ops = fast_ops()._replace(prefill_chunk=4)
+    assert list(generate(tiny, ids, max_new_tokens=20, ops=ops)) == whole
 
 
 def test_a_warm_cache_goes_on(tiny: Model) -> None:

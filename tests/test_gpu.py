@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, Weights, forward, generate
 from llama3_raw.backends.choose import suitable_ops
-from llama3_raw.backends.cuda_graphs import CapturedPasses
+from llama3_raw.backends.cuda_graphs import CudaGraphs
 from llama3_raw.decoding.prompt_lookup import LookupPolicy
 from llama3_raw.quantization.int8 import quantize
 from llama3_raw.weights import MATRICES
@@ -63,7 +63,7 @@ def test_fast_operations_are_nearly_as_exact(
 def by_graph_and_by_step(model: Model, ids: list[int], count: int, compiled: bool, **settings: Any) -> int:
     """How many tokens are the same; where they part, the likelier two must be nearly as likely."""
     cache = KVCache.allocate(model.params, max_seq_len=len(ids) + count, like=model.weights)
-    passes = CapturedPasses.where_possible(model, cache, suitable_ops(ON), compiled)
+    passes = CudaGraphs.where_possible(model, cache, suitable_ops(ON), compiled)
     assert passes is not None
     by_graph = list(generate(model, ids, max_new_tokens=count, cache=cache, captured=passes, **settings))
     by_step = list(generate(model, ids, max_new_tokens=count, captured=False, **settings))
@@ -137,7 +137,7 @@ def test_a_long_prompt(model: Model, exact: Model, smollm2_text: list[int]) -> N
 
 def test_memory_stays_over_many_tokens(model: Model, smollm2_text: list[int]) -> None:
     cache = KVCache.allocate(model.params, max_seq_len=520, like=model.weights)
-    passes = CapturedPasses.where_possible(model, cache, suitable_ops(ON))
+    passes = CudaGraphs.where_possible(model, cache, suitable_ops(ON))
     assert passes is not None
     used = []
     for _ in range(21):  # 10,500 tokens

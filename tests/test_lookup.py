@@ -21,7 +21,7 @@ from llama3_raw.backends import cpu as ops_cpu
 from llama3_raw.chat import conversation
 from llama3_raw.chat.conversation import Conversation
 from llama3_raw.decoding.loop import StopReason, generate
-from llama3_raw.decoding.prompt_lookup import LONGEST, MOST, EarlierText, LookupPolicy, Proposer
+from llama3_raw.decoding.prompt_lookup import LONGEST, MOST, EarlierText, LookupPolicy, PromptLookup
 from llama3_raw.decoding.sampling import Sampling
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
@@ -182,7 +182,7 @@ def simulate(
     policy: LookupPolicy, earlier: Sequence[int], text: Sequence[int], seconds: Callable[[int], float]
 ) -> tuple[float, list[int]]:
     """A model that says `text`, by a clock of its own; -> how much faster than without, and what each pass proposed."""
-    proposer, alone, said, time, counts = Proposer(policy, earlier), seconds(0), 0, 0.0, []
+    proposer, alone, said, time, counts = PromptLookup(policy, earlier), seconds(0), 0, 0.0, []
     while said < len(text):
         proposed = proposer.propose(len(text) - said - 1)
         took = seconds(len(proposed))
@@ -257,7 +257,7 @@ def test_a_disturbed_pass_does_not_turn_it_off() -> None:
 
 @pytest.mark.parametrize("most", [-1, MOST + 1])
 def test_what_is_refused(small: Model, most: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=f"--lookup should be from 0 \\(off\\) to 15, is {most}"):
+    with pytest.raises(UserError, match=f"^lookup should be from 0 \\(off\\) to 15, is {most}"):
         generate(small, [1], max_new_tokens=1, lookup=most)
     with pytest.raises(UserError, match="token id 96 is outside"):
         generate(small, [1], max_new_tokens=1, earlier=[96])

@@ -8,15 +8,15 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from references import cast
+from references import cast, random_weights
 from torch import Tensor
 
-from llama3_raw import REFERENCE, KVCache, Model, forward, generate
+from llama3_raw import REFERENCE, KVCache, Model, Params, forward, generate
 from llama3_raw.backends import cpu as ops_cpu
 from llama3_raw.ops import Ops, no_tap
 from llama3_raw.quantization.int8 import Int8, quantize, widen
@@ -45,9 +45,15 @@ def built_for(instruction_set: str) -> Ops:
 
 
 @pytest.fixture(scope="module", params=list(ops_cpu.INSTRUCTION_SETS))
-def ops(request: pytest.FixtureRequest) -> Ops:
-    """The operations built for each kind of processor that this one can be."""
-    return built_for(request.param)
+def instruction_set(request: pytest.FixtureRequest) -> str:
+    """Each kind of processor that this one may be."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def ops(instruction_set: str) -> Ops:
+    """The operations built for it."""
+    return built_for(instruction_set)
 
 
 def rms_error(x: Tensor, exact: Tensor) -> float:
@@ -185,22 +191,44 @@ def test_the_largest_sums_of_an_int8_product(ops: Ops) -> None:
     assert torch.equal(y, torch.full((2, 32), 14336.0).bfloat16())
 
 
-@pytest.mark.parametrize("slower", [torch.float32, torch.bfloat16])
-def test_who_else_computes_makes_no_difference(monkeypatch: pytest.MonkeyPatch, slower: torch.dtype) -> None:
-    """The other product waits for a processor each time: on a busy machine bf16 was taken for the faster one."""
+@pytest.mark.parametrize(
+    ("capabilities", "has_mkldnn", "expected"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx512_bf16": False}, True, True),
+        ({"architecture": "x86_64", "avx512_f": True}, True, True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, True, False),
+        ({"architecture": "x86_64", "amx_bf16": True}, True, False),
+        ({"architecture": "arm64", "neon": True, "bf16": True}, True, False),
+        ({"architecture": "arm64", "neon": True, "bf16": True}, False, True),  # on a Mac
+    ],
+)
+def test_whether_fp32_is_faster(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], has_mkldnn: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_mkldnn)
+    assert ops_cpu.fp32_is_faster() == expected
 
-    def linear(x: Tensor, _: Tensor) -> None:
-        if x.dtype == slower:
-            end = time.thread_time() + 0.003
-            while time.thread_time() < end:
-                pass
-        else:
-            time.sleep(0.03)
 
-    monkeypatch.setattr(ops_cpu.F, "linear", linear)
-    threads = torch.get_num_threads()
-    assert ops_cpu.fp32_is_faster.__wrapped__() == (slower == torch.bfloat16)
-    assert torch.get_num_threads() == threads
+@pytest.mark.parametrize("has_bf16", [True, False])
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(8, 2), (6, 2)])
+def test_prompts_together_have_the_same_bits_as_alone(
+    instruction_set: str, n_heads: int, n_kv_heads: int, has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as `max_packed` says: padded on the right, through a whole model."""
+    monkeypatch.setattr(ops_cpu, "fp32_is_faster", lambda: not has_bf16)
+    ops = built_for(instruction_set)
+    sizes = {"dim": 128 * n_heads, "n_layers": 1, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
+    params = Params.from_meta({**sizes, "vocab_size": 96, "norm_eps": 1e-5, "multiple_of": 64})
+    weights = random_weights(params, torch.bfloat16, seed=3)
+    width = ops.max_packed // 2
+    prompts = torch.randint(96, (2, width), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        for length in range(max(1, width - 15), width, 3):
+            ends = torch.tensor([width - 1, length - 1])
+            together = forward(weights, params, prompts, logits_at=ends, ops=ops)
+            assert torch.equal(forward(weights, params, prompts[0], logits_at=-1, ops=ops), together[0])
+            assert torch.equal(forward(weights, params, prompts[1, :length], logits_at=-1, ops=ops), together[1])
 
 
 @pytest.mark.parametrize("in_fp32", [True, False])

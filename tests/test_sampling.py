@@ -103,20 +103,21 @@ def test_seeds_reproduce() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "option"),
+    ("setting", "argument"),
     [
-        ({"temperature": -0.1}, "--temperature"),
-        ({"temperature": float("nan")}, "--temperature"),
-        ({"temperature": float("inf")}, "--temperature"),
-        ({"top_k": -1}, "--top-k"),
-        ({"top_p": 0.0}, "--top-p"),
-        ({"top_p": 1.1}, "--top-p"),
-        ({"min_p": -0.1}, "--min-p"),
-        ({"min_p": 1.5}, "--min-p"),
-        ({"repetition_penalty": 1e-300}, "--repetition-penalty"),
-        ({"repetition_penalty": 101.0}, "--repetition-penalty"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
+        ({"repetition_penalty": 101.0}, "repetition_penalty"),
     ],
 )
-def test_out_of_range(setting: dict[str, float], option: str) -> None:
-    with pytest.raises(UserError, match=option):
+def test_out_of_range(setting: dict[str, float], argument: str) -> None:
+    with pytest.raises(UserError, match=f"^{argument} should be") as error:
         Sampling(**setting)  # type: ignore[arg-type]
+    assert error.value.argument == argument

@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from ..quantization.matrix import Matrix, linear
 FEW = 16  # tokens: up to so many are computed by the kernels on every processor, all with the same bits
 _MOST = 128  # tokens: with more, torch is faster, which brings the matrix into another order first, or widens it
 _MOST_INT8 = 64  # the same, for int8 without tiles; by tiles there is no such number
+_MOST_KEYS = 256  # to attend to, for more tokens than a few; with more, torch is faster
 _LONGEST = 2**17  # values of a row; above that the sum of int8 products might overflow 32 bits
 QUERIES = 128  # tokens that attend to earlier ones at a time, where there are more than a few
 _SOURCE = Path(__file__).with_name("cpu_kernels.c")
@@ -125,10 +125,12 @@ def make_ops(kernels: ctypes.CDLL) -> Ops:
     """The operations with these kernels. A product that they do not do (fp32, say) is torch's."""
     has_tiles, c_attend = bool(kernels.has_tiles()), kernels.attend
 
+    is_x86 = kernels.width() >= 8  # NEON is not measured, beside Apple's matrix units, say
+
     def most_rows(is_int8: bool, by_tiles: bool) -> float:
         if by_tiles:
             return math.inf if is_int8 else _MOST
-        if kernels.width() < 8 or not fp32_is_faster():  # NEON is not measured, beside Apple's matrix units, say
+        if not is_x86 or not fp32_is_faster():
             return FEW
         return _MOST_INT8 if is_int8 else _MOST
 
@@ -164,7 +166,8 @@ def make_ops(kernels: ctypes.CDLL) -> Ops:
             _is_plain_bf16(x) and x.dim() <= 4 and x.stride()[-2:] == (head_dim, 1) for x in (q, keys, values)
         )
         use_tiles = has_tiles and n_heads // n_kv_heads % 4 == 0
-        if not are_plain or head_dim % 32 or (n_tokens > FEW and not use_tiles):
+        is_short = n_tokens <= FEW or (is_x86 and keys.shape[-3] <= _MOST_KEYS)
+        if not are_plain or head_dim % 32 or not (is_short or use_tiles):
             return attend_by_torch(q, keys, values, start)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         rows = zip(*(x.view(-1, *x.shape[-3:]) for x in (q, keys, values, out)), strict=True)  # one for a lone prompt
@@ -178,7 +181,9 @@ def make_ops(kernels: ctypes.CDLL) -> Ops:
                     raise MemoryError(f"no memory to attend to {begin + n_tokens} tokens")
         return out
 
-    return Ops(embed=F.embedding, linear=fast_linear, attend=attend)
+    # as many prompts together as get the same bits as alone
+    max_packed = min(most_rows(is_int8, has_tiles) for is_int8 in (False, True))
+    return Ops(embed=F.embedding, linear=fast_linear, attend=attend, max_packed=int(max_packed))
 
 
 def read_loop(kernels: ctypes.CDLL, x: Tensor) -> None:
@@ -194,31 +199,14 @@ def linear_by_torch(x: Tensor, weight: Matrix) -> Tensor:
     return linear(x, weight)
 
 
-@functools.cache
 def fp32_is_faster() -> bool:
-    """Whether torch multiplies in fp32 faster than in bf16 on this CPU; measured once, in milliseconds.
+    """Whether torch multiplies in fp32 faster than in bf16 here: on a CPU without instructions for bf16.
 
-    On one thread, by the processor's time that it takes: others who compute do not count. The difference is at least
-    twofold in either direction on all processors that were tried, so that the answer (and with it the rounding) is
-    always the same.
+    By a factor of at least two in either direction on all processors that were tried.
     """
-    x, matrix = torch.ones(64, 1024, dtype=torch.bfloat16), torch.ones(512, 1024, dtype=torch.bfloat16)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    clock = time.perf_counter if sys.platform == "win32" else time.thread_time  # which moves by 16 ms there
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(5):
-            for in_fp32, times in seconds.items():
-                start = clock()
-                if in_fp32:
-                    F.linear(x.float(), matrix.float())
-                else:
-                    F.linear(x, matrix)
-                times.append(clock() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return min(seconds[True]) < min(seconds[False])
+    has = torch.cpu.get_capabilities()
+    with_bf16 = any(has.get(instructions) for instructions in ("avx512_bf16", "amx_bf16", "bf16"))  # bf16: of ARM
+    return not (with_bf16 and torch.backends.mkldnn.is_available())  # without which torch uses none of them
 
 
 def attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor) -> Tensor:

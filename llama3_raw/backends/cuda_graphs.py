@@ -11,7 +11,6 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +54,7 @@ def compiled_forward() -> Callable[..., Tensor]:
     return torch.compile(forward, fullgraph=True, dynamic=False)
 
 
-class CapturedPasses:
+class CudaGraphs:
     """Passes over up to FEW tokens of one text behind what its cache holds, without logits_at or a tap.
 
     Each is captured at its first use, where it is run for a trial: it writes what it would write anyhow.
@@ -76,14 +75,14 @@ class CapturedPasses:
             torch._dynamo.mark_dynamic(tensor, tensor.dim() - 3)  # or each length of a cache would be compiled anew
 
     @staticmethod
-    def where_possible(model: Model, cache: KVCache, ops: Ops, compiled: bool = True) -> CapturedPasses | None:
+    def where_possible(model: Model, cache: KVCache, ops: Ops, compiled: bool = True) -> CudaGraphs | None:
         """None unless all of the model is on one GPU, and the operations are its fast ones.
 
         The exact ones are there to be stepped through; others read the whole cache where `start` is a tensor.
         """
         devices = devices_of(model.weights)
         is_possible = len(devices) == 1 and devices.pop().type == "cuda" and ops.can_capture
-        return CapturedPasses(model, cache, ops, compiled=compiled) if is_possible else None
+        return CudaGraphs(model, cache, ops, compiled=compiled) if is_possible else None
 
     def fit(self, n_tokens: int, start: int) -> bool:
         """Whether so many tokens from `start` on can be computed at once: a few take the room of FEW."""
@@ -100,33 +99,38 @@ class CapturedPasses:
         self._start.fill_(start)
         width = _width(len(tokens))
         if width not in self._replays:
-            run: Any = forward
-            weights, params, _ = self._model
-
-            def run_it() -> Tensor:
-                logits: Tensor = run(
-                    weights, params, self._tokens[:width], cache=self.cache, start=self._start, ops=self._ops
-                )
-                return logits
-
             with torch.cuda.device_of(tokens):
-                if width == 1 and self._compiled:  # it takes long, and pays where there are many passes
-                    run = compiled_forward()
-                    try:
-                        with warnings.catch_warnings():
-                            warnings.simplefilter("ignore")  # of what could be compiled better
-                            run_it()
-                    except torch.OutOfMemoryError:
-                        raise
-                    except Exception as error:  # of compilers, in a world of their own
-                        print(f"llama3_raw: torch.compile fails ({in_short(error)}); going on without", file=sys.stderr)
-                        run = forward
-                try:
-                    self._replays[width] = self._capture(run_it)
-                except RuntimeError as error:  # of CUDA
-                    print(f"llama3_raw: no graph is captured ({in_short(error)}); going on without", file=sys.stderr)
-                    self._replays[width] = run_it
+                self._replays[width] = self._captured(width)
         return self._replays[width]()[: len(tokens)]
+
+    def _captured(self, width: int) -> Callable[[], Tensor]:
+        """The pass over `width` tokens as a graph; as it stands if it cannot be captured, which a line tells."""
+        # compiling takes long, and pays where there are many passes
+        run = (width == 1 and self._compiled and self._compiled_pass()) or self._pass(forward, width)
+        try:
+            return self._capture(run)
+        except RuntimeError as error:  # of CUDA
+            print(f"llama3_raw: no graph is captured ({in_short(error)}); continuing without", file=sys.stderr)
+            return run
+
+    def _pass(self, function: Callable[..., Tensor], width: int) -> Callable[[], Tensor]:
+        weights, params, _ = self._model
+        tokens = self._tokens[:width]
+        return lambda: function(weights, params, tokens, cache=self.cache, start=self._start, ops=self._ops)
+
+    def _compiled_pass(self) -> Callable[[], Tensor] | None:
+        """The pass over a token, compiled; None if the compiler fails, which a line tells."""
+        run = self._pass(compiled_forward(), 1)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what could be compiled better
+                run()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers raise every kind there is
+            print(f"llama3_raw: torch.compile fails ({in_short(error)}); continuing without", file=sys.stderr)
+            return None
+        return run
 
 
 def _width(n_tokens: int) -> int:
@@ -134,16 +138,19 @@ def _width(n_tokens: int) -> int:
     return 1 if n_tokens == 1 else FEW
 
 
-def on_its_way(values: Tensor) -> Callable[[], list[int]]:
-    """Sends a small tensor to the CPU -> a function that waits for it, but not for what the GPU was given since."""
+def copy_to_host_async(values: Tensor) -> Callable[[], list[list[int]]]:
+    """Send a small tensor of two dimensions to the CPU -> a function that waits for it.
+
+    It does not wait for what the GPU was given since.
+    """
     if values.device.type != "cuda":
-        return lambda: values.tolist()
+        return values.tolist
     with torch.cuda.device_of(values):
         arrived, here = torch.cuda.Event(), torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         here.copy_(values, non_blocking=True)
         arrived.record()
 
-    def wait() -> list[int]:
+    def wait() -> list[list[int]]:
         arrived.synchronize()
         return here.tolist()
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from ..chat.dialog import Message, encode_dialog
 from ..cli.models import ChosenModel
-from ..decoding.loop import check_ids
 from ..decoding.sampling import Sampling
 from ..errors import UserError, in_short
 
@@ -79,8 +77,7 @@ def read_requests(content: bytes, defaults: Request) -> tuple[list[Request], dic
 
 def bad_line(number: int, id: Any, error: UserError) -> Result:
     """What stands in the output for a line that cannot be computed."""
-    message = re.sub(r"^--([a-z-]+)", lambda option: option[1].replace("-", "_"), str(error))  # fields, not options
-    return {"line": number, "id": id if type(id) in FIELDS["id"][0] else None, "error": message}
+    return {"line": number, "id": id if type(id) in FIELDS["id"][0] else None, "error": str(error)}
 
 
 def _parsed(line: bytes) -> Any:
@@ -159,7 +156,7 @@ def task_of(request: Request, chosen: ChosenModel, context: int) -> Task:
         ids = encode_dialog(tokenizer, prompt)
     else:
         ids = prompt
-    check_ids(ids, chosen.checkpoint.params)
+    chosen.checkpoint.params.check_ids(ids)
     if len(ids) > context:
         raise UserError(f"the prompt has {len(ids)} tokens, the context holds {context}; shorten it")
     return Task(request, ids, min(request.max_tokens, context - len(ids)))

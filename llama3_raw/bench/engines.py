@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 from ..backends.choose import ops_for
-from ..backends.cuda_graphs import CapturedPasses
+from ..backends.cuda_graphs import CudaGraphs
 from ..backends.tensor_parallel import parallel_ops
 from ..checkpoint.loading import load
 from ..checkpoint.sharding import Shard
@@ -67,7 +67,7 @@ class Own:
         for tensor in (*self.cache.keys, *self.cache.values):
             tensor.normal_()
         self._device = self.cache.keys[0].device
-        self._captured = CapturedPasses.where_possible(model, self.cache, ops or ops_for(model.weights))
+        self._captured = CudaGraphs.where_possible(model, self.cache, ops or ops_for(model.weights))
 
     def prefill(self, length: int) -> float:
         tokens = self._generate(self._ids[:length], 0, 1)

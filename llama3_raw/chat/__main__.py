@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from ..cli.entry_point import ArgumentParser, command_line_tool
+from ..cli.entry_point import ArgumentParser, command_line_tool, describe
 from ..cli.memory_plan import Lengths
 from ..cli.models import choose_model, load_model
 from ..cli.options import (
@@ -249,7 +249,7 @@ def _converse(conversation: Conversation, screen: TextIO | None) -> int:
         except UserError as error:
             if screen is None:
                 raise
-            _note(f"error: {error}")
+            _note(f"error: {describe(error)}")
         except KeyboardInterrupt:
             if screen is None:
                 raise

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 from ..backends.choose import ops_for
-from ..backends.cuda_graphs import CapturedPasses
+from ..backends.cuda_graphs import CudaGraphs
 from ..decoding.loop import StopReason, generate
 from ..decoding.prompt_lookup import LookupPolicy
 from ..decoding.sampling import Sampling
@@ -88,7 +88,7 @@ class Conversation:
             self._cache = KVCache.allocate(model.params, max_seq_len=self.context, like=model.weights)
         except RuntimeError as error:  # torch's only word for memory that the CPU does not have
             raise UserError(f"a cache for {self.context} tokens does not fit into memory; lower --context") from error
-        self._captured = CapturedPasses.where_possible(model, self._cache, self._ops) if captured else None
+        self._captured = CudaGraphs.where_possible(model, self._cache, self._ops) if captured else None
         self._held: list[int] = []  # the tokens whose keys and values the cache holds
 
     @property

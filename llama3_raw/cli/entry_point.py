@@ -66,7 +66,7 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
                 raise
             if isinstance(error, OSError) and error.filename is None:  # stdout itself, on a full disk say
                 _give_up_stdout()
-            line = error_line(error)
+            line = describe(error)
             if rank > 0 and not isinstance(error, ToldError):
                 time.sleep(FIRST_ONE_SPEAKS)  # if the first one says so too, and ends, torchrun ends this one meanwhile
                 line, sys.stderr = f"rank {rank}: {line}", sys.__stderr__
@@ -76,6 +76,13 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
 
     entry_point.__doc__ = main.__doc__
     return entry_point
+
+
+def describe(error: Exception) -> str:
+    """An error in one line. The argument of a function that is wrong is shown as the option that it comes from."""
+    if isinstance(error, UserError) and error.argument:
+        return error_line(UserError(f"--{error.argument.replace('_', '-')} {error.message}"))
+    return error_line(error)
 
 
 def for_several_processes(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:

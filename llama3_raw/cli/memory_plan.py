@@ -19,9 +19,9 @@ from ..backends.cpu import QUERIES
 from ..backends.cuda import WIDENED_BYTES
 from ..checkpoint.checkpoint import Checkpoint, first_layers
 from ..checkpoint.loading import goes_to_gpu
-from ..decoding.loop import EXACT_PREFILL_CHUNK, PREFILL_CHUNK
 from ..errors import UserError
-from ..ops import score_bytes
+from ..model import REFERENCE
+from ..ops import PREFILL_CHUNK, score_bytes
 from ..system.machine import free_memory
 from ..weights import MATRICES, in_words
 
@@ -99,7 +99,7 @@ def needed(plan: Plan) -> Need:
             mapped += n_bytes
     per_position = params.head_dim * itemsize
     cache = 2 * params.n_layers * lengths.rows * lengths.text * params.n_kv_heads * per_position
-    chunk = min(EXACT_PREFILL_CHUNK, lengths.prompt)
+    chunk = min(REFERENCE.prefill_chunk, lengths.prompt)
     rows = lengths.rows
     if device.type == "cuda" and not exact:
         sharing = params.n_heads // params.n_kv_heads  # a block's mask, once and in the dtype; flash attention has none

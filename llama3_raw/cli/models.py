@@ -19,7 +19,6 @@ from ..checkpoint.checkpoint import Checkpoint, first_layers, open_checkpoint, s
 from ..checkpoint.files import find_tokenizer
 from ..checkpoint.loading import build_weights, check_gpu_layers
 from ..checkpoint.sharding import Shard
-from ..decoding.loop import check_ids
 from ..errors import UserError
 from ..ops import Ops
 from ..system.machine import set_threads
@@ -68,7 +67,7 @@ def chosen_ids(chosen: ChosenModel, prompt: str, *, are_ids: bool = False, speci
         assert chosen.tokenizer is not None  # choose_model has seen to it
         ids = chosen.tokenizer.encode(prompt, bos=True, allow_special=special)
     params = chosen.checkpoint.params
-    check_ids(ids, params)
+    params.check_ids(ids)
     if len(ids) > params.max_seq_len:
         raise UserError(f"the prompt has {len(ids)} tokens, the model's context is {params.max_seq_len}; shorten it")
     return ids

@@ -1,4 +1,4 @@
-"""The decoding loop over a batch: the prompts in as few passes as pay, then a token for each row in one pass.
+"""`generate_batch`: several texts at once, by the loop that also continues one.
 
 A pass over one token reads all weights to multiply them by that token. With 16 of them it reads them once for all.
 """
@@ -6,27 +6,20 @@ A pass over one token reads all weights to multiply them by that token. With 16 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from ..backends.choose import ops_for
 from ..errors import UserError
-from ..model import KVCache, forward
+from ..model import KVCache
 from ..ops import Ops
 from ..weights import Model
-from .loop import PREFILL_CHUNK, StopReason, check_ids, check_logits
-from .sampling import Sampling, sample
-
-# tokens of several prompts in one pass. The CPU's matrix units give a token the same bits among up to so many as alone,
-# and with more are hardly faster; a GPU is
-PACK, GPU_PACK = 128, PREFILL_CHUNK
+from .loop import Event, StopReason, Text, decode, seeded_generator, tokens_to_stop_at
+from .runner import BatchRunner
+from .sampling import Sampling
 
 
 class Row(NamedTuple):
-    """A prompt of a batch, and how it is to go on.
+    """A prompt of a batch, and how it is to continue.
 
     seed: as for `generate`. is_over: asked after each token whether the text ends there, with all new tokens so far.
     """
@@ -38,24 +31,6 @@ class Row(NamedTuple):
     is_over: Callable[[Sequence[int]], bool] = lambda new: False
 
 
-@dataclass
-class _Running:
-    """A row that has not ended; its place in the cache is its place in the list of those running."""
-
-    number: int
-    row: Row
-    budget: int  # new tokens at most
-    generator: torch.Generator
-    seen: list[int] = field(init=False)  # the prompt and the new tokens; the cache holds all but the last one
-
-    def __post_init__(self) -> None:
-        self.seen = list(self.row.ids)
-
-    @property
-    def new(self) -> list[int]:
-        return self.seen[len(self.row.ids) :]
-
-
 def generate_batch(
     model: Model,
     rows: Sequence[Row],
@@ -63,15 +38,15 @@ def generate_batch(
     stop_ids: Collection[int] | None = None,
     context: int | None = None,
     ops: Ops | None = None,
-) -> Iterator[tuple[int, int | StopReason]]:
-    """Yields (row, token) for each token as it comes, and (row, why) where a row has ended; row counts from 0.
+) -> Iterator[Event]:
+    """Yield (row, token) for each token as it comes, and (row, why) when a row has ended; rows count from 0.
 
     A row's tokens are those that `generate` gives for it alone with the same settings: bit for bit with the CPU's fast
-    operations in bf16 (prompts up to rounding where the CPU has no matrix units), elsewhere up to rounding, so that of
-    two tokens about equally likely the other one may come. The same rows in the same order give the same tokens.
+    operations in bf16, elsewhere up to rounding, so that of two tokens about equally likely the other one may come. The
+    same rows in the same order give the same tokens.
 
-    stop_ids, context, ops: as for `generate`. Prompts of about the same length waste the least; where they are short,
-    as many as follow each other are padded on the right and computed at once.
+    stop_ids, context, ops: as for `generate`. Prompts of about the same length waste the least; short ones that follow
+    each other are padded on the right and computed at once.
 
     Raises UserError as `generate` does, at the call.
     """
@@ -79,128 +54,31 @@ def generate_batch(
     for row in rows:
         if not row.ids:
             raise UserError("a prompt is empty; give at least one token")
-        check_ids(row.ids, model.params)
+        model.params.check_ids(row.ids)
         if len(row.ids) > limit:
             raise UserError(f"a prompt needs {len(row.ids)} positions, but the context holds {limit}; shorten it")
-    if stop_ids is None:
-        stop_ids = model.tokenizer.stop_ids if model.tokenizer else ()
-    return _run(model, rows, stop_ids, limit, ops_for(model.weights) if ops is None else ops)
+    texts = [_text(model, number, row, limit) for number, row in enumerate(rows)]
+    return _decode(model, texts, ops or ops_for(model.weights), tokens_to_stop_at(model, stop_ids))
 
 
-@torch.no_grad()
-def _run(
-    model: Model, rows: Sequence[Row], stop_ids: Collection[int], limit: int, ops: Ops
-) -> Iterator[tuple[int, int | StopReason]]:
-    device = model.weights.norm.device
-    running = []
-    for number, row in enumerate(rows):
-        budget = min(row.max_new_tokens, limit - len(row.ids))
-        generator = torch.Generator(device)
-        generator.seed() if row.seed is None else generator.manual_seed(row.seed)
-        if budget > 0:
-            running.append(_Running(number, row, budget, generator))
-        else:
-            yield number, StopReason.MAX_NEW_TOKENS if row.max_new_tokens <= 0 else StopReason.CONTEXT
-    if not running:
-        return
-    longest = max(len(one.row.ids) + one.budget for one in running) - 1  # nobody looks back at the last token
-    try:
+def _text(model: Model, number: int, row: Row, limit: int) -> Text:
+    budget = max(0, min(row.max_new_tokens, limit - len(row.ids)))
+    return Text(
+        number,
+        prompt=list(row.ids),
+        budget=budget,
+        when_spent=StopReason.MAX_NEW_TOKENS if budget >= row.max_new_tokens else StopReason.CONTEXT,
+        sampling=row.sampling,
+        generator=seeded_generator(model, row.seed),
+        is_over=row.is_over,
+    )
+
+
+def _decode(model: Model, texts: Sequence[Text], ops: Ops, stop_ids: Collection[int]) -> Iterator[Event]:
+    """A cache for those texts that get a token, made when the first one is asked for, and the loop."""
+    running = [text for text in texts if text.budget]
+    yield from ((text.number, text.when_spent) for text in texts if not text.budget)
+    if running:
+        longest = max(len(text.prompt) + text.budget for text in running) - 1  # nobody looks back at the last token
         cache = KVCache.allocate(model.params, max_seq_len=longest, like=model.weights, batch=(len(running),))
-    except RuntimeError as error:  # torch's only word for memory that the CPU does not have
-        raise UserError(
-            f"a cache for {len(running)} texts of {longest} tokens does not fit into memory; lower --batch-size"
-        ) from error
-    logits = _prefill(model, [one.row.ids for one in running], cache, ops)  # [running, vocab]
-    while True:
-        check_logits(logits)
-        for place, token in reversed(list(enumerate(_sampled(logits, running)))):  # from behind, since places change
-            one = running[place]
-            one.seen.append(token)
-            reason = _why_over(one, token, stop_ids)
-            if token not in stop_ids:
-                yield one.number, token
-            if reason is not None:
-                yield one.number, reason
-                _remove(place, running, cache)
-        if not running:
-            return
-        positions = [len(one.seen) - 1 for one in running]
-        logits = forward(
-            model.weights,
-            model.params,
-            torch.tensor([one.seen[-1:] for one in running], device=device),  # [running, 1]
-            cache=_part(cache, slice(len(running)), max(positions) + 1),
-            start=torch.tensor(positions, device=device),
-            logits_at=-1,
-            ops=ops,
-        )
-
-
-def _why_over(one: _Running, token: int, stop_ids: Collection[int]) -> StopReason | None:
-    """Why the row ends with its last token, if it does."""
-    count = len(one.seen) - len(one.row.ids)
-    if token in stop_ids or one.row.is_over(one.new):
-        return StopReason.END_TOKEN
-    if count == one.row.max_new_tokens:
-        return StopReason.MAX_NEW_TOKENS
-    return StopReason.CONTEXT if count == one.budget else None
-
-
-def _sampled(logits: Tensor, running: Sequence[_Running]) -> list[int]:
-    """logits [running, vocab] -> the next token of each row, drawn as `generate` draws it for the row alone."""
-    tokens = sample(logits).tolist()  # the likeliest
-    for place, one in enumerate(running):
-        if one.row.sampling != Sampling():
-            tokens[place] = int(sample(logits[place], one.row.sampling, one.seen, one.generator))
-    return tokens
-
-
-def _remove(place: int, running: list[_Running], cache: KVCache) -> None:
-    """Takes a row out; the last one gets its place, so that those running stay in front and no others are computed."""
-    last = running.pop()
-    if place < len(running):
-        held = len(last.seen) - 1
-        for cached in (*cache.keys, *cache.values):
-            cached[place, :held] = cached[len(running), :held]
-        running[place] = last
-
-
-def _part(cache: KVCache, rows: int | slice, length: int) -> KVCache:
-    """The first `length` positions of some rows, or of one without its dimension; not copied."""
-    keys, values = (tuple(cached[rows, :length] for cached in tensors) for tensors in cache)
-    return KVCache(keys, values)
-
-
-def _prefill(model: Model, prompts: Sequence[Sequence[int]], cache: KVCache, ops: Ops) -> Tensor:
-    """Computes the prompts into the rows of the cache -> the logits behind each, [rows, vocab].
-
-    Neighbours that are short go together, padded on the right: what is cached of the padding is overwritten before a
-    token looks at it. A prompt that would fill a pass goes alone, as `generate` takes it.
-    """
-    device = model.weights.norm.device
-    room = PACK if device.type == "cpu" else GPU_PACK
-    chunk = ops.prefill_chunk
-    logits = []
-    begin = 0
-    while begin < len(prompts):
-        end, width = begin + 1, len(prompts[begin])
-        while end < len(prompts) and (end + 1 - begin) * max(width, len(prompts[end])) <= room:
-            width = max(width, len(prompts[end]))
-            end += 1
-        if end - begin == 1:
-            tokens = torch.tensor(prompts[begin], device=device)  # [T]
-            lone = _part(cache, begin, len(tokens))
-            for start in range(0, len(tokens), chunk):
-                part = tokens[start : start + chunk]
-                last = forward(model.weights, model.params, part, cache=lone, start=start, logits_at=-1, ops=ops)
-            logits.append(last.unsqueeze(0))
-        else:
-            pack = prompts[begin:end]
-            padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in pack], device=device)  # [rows, width]
-            ends = torch.tensor([len(ids) - 1 for ids in pack], device=device)
-            together = _part(cache, slice(begin, end), width)
-            logits.append(
-                forward(model.weights, model.params, padded, cache=together, logits_at=ends, ops=ops)  # [rows, vocab]
-            )
-        begin = end
-    return torch.cat(logits)
+        yield from decode(running, BatchRunner(model, cache, ops), stop_ids)

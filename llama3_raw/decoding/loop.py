@@ -1,67 +1,147 @@
-"""The decoding loop: the prompt in chunks, then a token at a time, or several where earlier text foretells them.
+"""The decoding loop: a pass over the texts, then a token for each; and `generate`, which continues one text.
 
-An iterator of ids that knows no text.
+Ids in, ids out: it knows no text. How a pass is run is the runner's affair, what is guessed ahead the draft's.
 """
 
 from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..backends.choose import ops_for
-from ..backends.cuda_graphs import CapturedPasses, on_its_way
+from ..backends.cuda_graphs import CudaGraphs, copy_to_host_async
 from ..errors import UserError
-from ..model import KVCache, forward
+from ..model import KVCache
 from ..ops import Ops, Tap, no_tap
-from ..params import Params
 from ..weights import Model
-from .prompt_lookup import LookupPolicy, Proposer
-from .sampling import Sampling, sample
-
-PREFILL_CHUNK = 1024  # tokens of the prompt in one forward pass: from so many on, matrix products are hardly faster
-
-EXACT_PREFILL_CHUNK = 256  # with the exact operations, which have the scores [n_heads, chunk, S] in memory
+from .drafts import Draft, NoDraft
+from .prompt_lookup import LookupPolicy, PromptLookup
+from .runner import Runner, SingleRunner
+from .sampling import GREEDY, Sampling, check_sound, is_sound, sample
 
 # new tokens: a pass of 32 layers took 24 s to compile, found on the disk, and 142 s when it was new (measured on the
 # CPU, one thread, narrow layers); it may save 3 ms a token of 8B, of 1,500 small kernels 2 µs each (an estimate)
 _COMPILED_FROM = 4096
 
 
-def check_ids(ids: Iterable[int], params: Params) -> None:
-    """Raises UserError for a token id outside the vocabulary."""
-    for token in ids:
-        if not 0 <= token < params.vocab_size:
-            raise UserError(f"token id {token} is outside the model's vocabulary of {params.vocab_size}")
-
-
-def check_logits(logits: Tensor) -> None:
-    """Raises UserError for logits that no model with sound weights gives."""
-    check_sound(bool(_are_sound(logits)))
-
-
-def _are_sound(logits: Tensor) -> Tensor:
-    return logits.amax() < torch.inf  # nor is NaN
-
-
-def check_sound(are_sound: bool) -> None:
-    """Raises UserError where logits are not."""
-    if not are_sound:
-        raise UserError(
-            "the logits are not numbers: the weights are damaged (see download.py --verify), or their dtype is too "
-            "small for them"
-        )
-
-
 class StopReason(enum.Enum):
-    """Why `generate` ended."""
+    """Why a text ended."""
 
     END_TOKEN = "the model ended the text"
     MAX_NEW_TOKENS = "max_new_tokens is reached"
     CONTEXT = "the context is full"
+
+
+Event = tuple[int, int | StopReason]
+"""(number of the text, its next token), or (number, why it ended)."""
+
+
+@dataclass
+class Text:
+    """A text that is being continued."""
+
+    number: int
+    prompt: list[int]
+    budget: int  # new tokens at most
+    when_spent: StopReason  # why it ends then
+    sampling: Sampling
+    generator: torch.Generator
+    start: int = 0  # tokens in the cache before the prompt
+    draft: Draft = field(default_factory=NoDraft)
+    is_over: Callable[[Sequence[int]], bool] = lambda new: False  # whether it ends after these new tokens
+    new: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # prompt and new tokens, on the device, so that the next one can be drawn before this one is known here
+        self._seen = torch.zeros(len(self.prompt) + self.budget, dtype=torch.long, device=self.generator.device)
+        self._seen[: len(self.prompt)] = torch.tensor(self.prompt)
+
+    @property
+    def position(self) -> int:
+        """Of the last token, which the cache does not hold yet."""
+        return self.start + len(self.prompt) + len(self.new) - 1
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Logits [vocab] -> the next token [], by the text's own settings, past and random numbers."""
+        length = len(self.prompt) + len(self.new)
+        token = sample(logits, self.sampling, self._seen[:length], self.generator)
+        self._seen[length] = token
+        return token
+
+    def why_over(self, token: int, stop_ids: Collection[int]) -> StopReason | None:
+        """Why it ends with this token, which is its last new one unless it is a stop token; None if it does not."""
+        if token in stop_ids or self.is_over(self.new):
+            return StopReason.END_TOKEN
+        return self.when_spent if len(self.new) == self.budget else None
+
+
+@torch.no_grad()
+def decode(texts: Sequence[Text], runner: Runner, stop_ids: Collection[int]) -> Iterator[Event]:
+    """Continue texts together until all have ended, each of which gets one new token at least.
+
+    Each pass gives a token for every text. For a lone text it also checks what its draft proposes: each row of the pass
+    gives one token more, as long as the proposed token is the one that comes.
+    """
+    running = list(texts)
+    logits = runner.prefill([text.prompt for text in running])  # [texts, 1, vocab]
+    proposed: list[int] = []
+    begun: float | None = None  # when the pass began; None for that over the prompt, which tells nothing of the next
+    while True:
+        ended: list[int] = []  # places
+        for row, expected in zip(logits.unbind(1), [*proposed, None], strict=True):  # [texts, vocab]
+            tokens = _draw(row, running)  # [texts]
+            arriving = copy_to_host_async(torch.stack((tokens, is_sound(row))))
+            ahead = None
+            if runner.runs_ahead and not running[0].draft.proposes and len(running[0].new) + 1 < running[0].budget:
+                ahead = runner.step(tokens.unsqueeze(-1), [text.position + 1 for text in running])
+            known, are_sound = arriving()
+            check_sound(all(are_sound))
+            if begun is not None:
+                running[0].draft.observe(len(proposed), time.perf_counter() - begun)
+                begun = None
+            for place, (text, token) in enumerate(zip(running, known, strict=True)):
+                if token not in stop_ids:
+                    text.new.append(token)
+                    yield text.number, token
+                reason = text.why_over(token, stop_ids)
+                if reason is None:
+                    text.draft.append(token)
+                else:
+                    ended.append(place)
+                    yield text.number, reason
+            if ended or known[0] != expected:
+                break
+            running[0].draft.accept()
+        for place in reversed(ended):
+            _remove(place, running, runner)
+        if not running:
+            return
+        proposed = running[0].draft.propose(running[0].budget - len(running[0].new) - 1) if len(running) == 1 else []
+        begun = time.perf_counter()
+        if ahead is None:
+            tokens = torch.tensor([[text.new[-1], *proposed] for text in running], device=runner.device)
+            ahead = runner.step(tokens, [text.position for text in running])
+        logits = ahead  # [texts, 1 + proposed, vocab]
+
+
+def _draw(logits: Tensor, texts: Sequence[Text]) -> Tensor:
+    """Logits [texts, vocab] -> the next token of each, [texts]."""
+    if all(text.sampling == GREEDY for text in texts):
+        return logits.argmax(dim=-1)
+    return torch.stack([text.draw(row) for text, row in zip(texts, logits, strict=True)])
+
+
+def _remove(place: int, running: list[Text], runner: Runner) -> None:
+    """Take a text out; the last one gets its place, so that those running are the first and no others are computed."""
+    last = running.pop()
+    if place < len(running):
+        runner.move(len(running), place, last.position)
+        running[place] = last
 
 
 def generate(
@@ -83,28 +163,28 @@ def generate(
     earlier: Sequence[int] = (),
     ops: Ops | None = None,
     tap: Tap | None = None,
-    captured: CapturedPasses | bool | None = True,
+    captured: CudaGraphs | bool | None = True,
 ) -> Generator[int, None, StopReason]:
-    """Yields the tokens that follow the prompt `ids`, one int at a time; returns why it stopped.
+    """Yield the tokens that follow the prompt `ids`, one int at a time; return why it stopped.
 
-    Temperature 0 takes the likeliest token; for the other sampling settings see `Sampling`. seed: the same seed on the
-    same machine draws the same tokens; None draws anew.
+    Temperature 0 takes the most likely token; for the other sampling settings see `Sampling`. seed: the same seed on
+    the same machine draws the same tokens; None draws anew.
     stop_ids: the tokens at which it ends (not yielded); None takes the tokenizer's, () never ends there.
     context: the most tokens, prompt included; None takes the model's max_seq_len, and more than that is your own risk.
-    cache, start: a cache that already holds `start` tokens, to go on from there; it is written in place, and afterwards
-        holds all tokens but the last one yielded. None makes one that is just large enough. The repetition penalty
-        sees the tokens of `ids` and new ones, not those that only the cache holds.
+    cache, start: a cache that already holds `start` tokens, to continue from there; it is written in place, and
+        afterwards holds all tokens but the last one yielded. None makes one that is just large enough. The repetition
+        penalty sees the tokens of `ids` and new ones, not those that only the cache holds.
     lookup: the most tokens, 0 to 15, that are proposed from the text so far and checked in one pass, where that is
         faster; a policy in place of the number keeps what it learns for the next call, and its counts can be read. The
         tokens are the same as without, drawn ones too, where a token's logits have the same bits alone and among
         others: with the fast operations of the CPU in bf16. Elsewhere they differ by rounding, so that of two tokens
-        about equally likely the other one may come. What was proposed in vain is left in the cache behind its tokens.
+        about equally likely the other one may come. What was proposed in vain is left in the cache after its tokens.
     earlier: text that stands before `ids`, such as what the cache holds; only to propose from.
     ops: None takes the set that suits the weights. tap: as in `forward`; with lookup it sees a row for each proposed
-        token as well, and those behind the first wrong one are not used.
+        token as well, and those after the first wrong one are not used.
     captured: whether a model on a GPU has its passes over few tokens captured in a graph, where that is possible: with
         the fast operations and no tap. The pass over one token is compiled before only where 4,096 new ones may come,
-        since that takes as long as thousands of them. The `CapturedPasses` of a cache keep both for the next call, and
+        since that takes as long as thousands of them. The `CudaGraphs` of a cache keep both for the next call, and
         compile for any number.
 
     Raises UserError for an empty prompt, ids outside the vocabulary, a prompt longer than the context, a cache that the
@@ -115,117 +195,70 @@ def generate(
     limit = model.params.max_seq_len if context is None else context
     if cache is not None:
         limit = min(limit, cache.max_seq_len)
-    if limit < 1:
-        raise UserError(f"the context should be 1 or more, is {limit}")
     if start < 0 or (start > 0 and cache is None):
-        raise UserError(f"start should be how many tokens the given cache holds, is {start}")
+        raise UserError(f"should be how many tokens the given cache holds, is {start}", argument="start")
+    if max_new_tokens < 0:
+        raise UserError(f"should be 0 or more, is {max_new_tokens}", argument="max_new_tokens")
+    prompt = _checked_prompt(model, ids, earlier, start, limit)
+    budget = min(max_new_tokens, limit - start - len(prompt))
+    if cache is None:
+        cache = KVCache.allocate(model.params, max_seq_len=start + len(prompt) + budget, like=model.weights)
+    ops = ops or ops_for(model.weights)
+    graphs = captured or None
+    if isinstance(graphs, CudaGraphs) and graphs.cache is not cache:
+        raise ValueError("the captured passes are those of another cache")
+    if tap is not None:  # which a graph would not call
+        graphs = None
+    elif graphs is True:
+        graphs = CudaGraphs.where_possible(model, cache, ops, compiled=budget >= _COMPILED_FROM)
+    text = Text(
+        0,
+        prompt=prompt,
+        budget=budget,
+        when_spent=StopReason.MAX_NEW_TOKENS if budget == max_new_tokens else StopReason.CONTEXT,
+        sampling=sampling,
+        generator=seeded_generator(model, seed),
+        start=start,
+        draft=PromptLookup(policy, [*earlier, *prompt]),
+    )
+    runner = SingleRunner(model, cache, start, ops, no_tap if tap is None else tap, graphs)
+    return _tokens_of(text, runner, tokens_to_stop_at(model, stop_ids))
+
+
+def _tokens_of(text: Text, runner: Runner, stop_ids: Collection[int]) -> Generator[int, None, StopReason]:
+    """The tokens of a lone text -> why it ended."""
+    for _, event in decode([text], runner, stop_ids) if text.budget else ():
+        if isinstance(event, StopReason):
+            return event
+        yield event
+    return text.when_spent
+
+
+def _checked_prompt(
+    model: Model, ids: Sequence[int] | Tensor, earlier: Sequence[int], start: int, limit: int
+) -> list[int]:
+    """The prompt as a list. Raises UserError if it cannot be continued within `limit` tokens."""
     prompt = [int(token) for token in ids]
+    if limit < 1:
+        raise UserError(f"should be 1 or more, is {limit}", argument="context")
     if not prompt:
         raise UserError("the prompt is empty; give at least one token")
-    check_ids((*earlier, *prompt), model.params)
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens should be 0 or more, is {max_new_tokens}")
-    end = start + len(prompt)
-    if end > limit:
-        raise UserError(f"the prompt needs {end} positions, but the context holds {limit}; shorten the prompt")
-    if stop_ids is None:
-        stop_ids = model.tokenizer.stop_ids if model.tokenizer else ()
-    budget = min(max_new_tokens, limit - end)
-    if cache is None:
-        try:
-            cache = KVCache.allocate(model.params, max_seq_len=end + budget, like=model.weights)
-        except RuntimeError as error:  # torch's only word for memory that the CPU does not have
-            raise UserError(
-                f"a cache for {end + budget} tokens does not fit into memory; lower --max-new-tokens or --context"
-            ) from error
-    device = model.weights.norm.device  # the embeddings may lie on another
-    if ops is None:
-        ops = ops_for(model.weights)
-    prefill_chunk = ops.prefill_chunk
-    if isinstance(captured, CapturedPasses) and captured.cache is not cache:
-        raise ValueError("the captured passes are those of another cache")
-    if captured is True:
-        passes = CapturedPasses.where_possible(model, cache, ops, compiled=budget >= _COMPILED_FROM)
-    else:
-        passes = captured or None
-    if tap is not None:  # which a graph would not call
-        passes = None
-    generator = torch.Generator(device)
+    model.params.check_ids((*earlier, *prompt))
+    if start + len(prompt) > limit:
+        needed = start + len(prompt)
+        raise UserError(f"the prompt needs {needed} positions, but the context holds {limit}; shorten the prompt")
+    return prompt
+
+
+def seeded_generator(model: Model, seed: int | None) -> torch.Generator:
+    """Random numbers on the device where logits are; None seeds them anew."""
+    generator = torch.Generator(model.weights.norm.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
+    return generator
 
-    def logits_behind(new: Sequence[int], position: int, logits_at: int | None) -> Tensor:
-        """The logits behind the tokens `new`, which start at `position`: [vocab], or [T, vocab] for logits_at None."""
-        # over the prompt only what has been captured before, or the first token would have to wait for it
-        if passes is not None and passes.fit(len(new), position) and (position >= end or passes.are_ready(len(new))):
-            rows = passes(torch.tensor(new, device=device), position)
-            return rows if logits_at is None else rows[logits_at]
-        with torch.no_grad():
-            return forward(
-                model.weights,
-                model.params,
-                torch.tensor(new, device=device),
-                cache=cache,
-                start=position,
-                logits_at=logits_at,
-                ops=ops,
-                tap=no_tap if tap is None else tap,  # an empty Trace is false
-            )
 
-    def tokens_ahead(passes: CapturedPasses) -> Generator[int, None, StopReason]:
-        """A pass begins before the token that it starts from is looked at here, so that the GPU never waits."""
-        for begin in range(0, len(prompt), prefill_chunk):
-            row = logits_behind(prompt[begin : begin + prefill_chunk], start + begin, -1)  # [vocab]
-        seen = torch.tensor(prompt + prompt[:1] * budget, device=device)  # [all that there will be]
-        for count in range(budget):
-            begun = time.perf_counter()
-            token = sample(row, sampling, seen, generator)  # []
-            arriving = on_its_way(torch.stack((token, _are_sound(row))))
-            seen[len(prompt) + count] = token
-            is_last = count + 1 == budget
-            if count and not is_last:
-                row = passes(token.unsqueeze(0), end + count)[0]
-            known, is_sound = arriving()
-            check_sound(bool(is_sound))
-            if known in stop_ids:
-                return StopReason.END_TOKEN
-            yield known
-            if not count and not is_last:  # the first one is out before the pass is captured, which may take long
-                row = passes(token.unsqueeze(0), end)[0]
-            policy.learn_cost(0, time.perf_counter() - begun)
-        return StopReason.MAX_NEW_TOKENS if budget == max_new_tokens else StopReason.CONTEXT
-
-    def tokens() -> Generator[int, None, StopReason]:
-        seen = list(prompt)
-        proposer = Proposer(policy, [*earlier, *prompt])
-        proposed: list[int] = []
-        position = start
-        left = budget
-        new = prompt
-        while left:
-            begun = time.perf_counter()
-            for begin in range(0, len(new), prefill_chunk):
-                chunk = new[begin : begin + prefill_chunk]
-                logits = logits_behind(chunk + proposed, position, None if proposed else -1)
-                position += len(chunk)
-            rows = logits.reshape(-1, logits.shape[-1])  # [1 + proposed, vocab]
-            check_logits(rows[0])  # waits for a GPU to be done
-            if left < budget:  # not over the prompt
-                policy.learn_cost(len(proposed), time.perf_counter() - begun)
-            for row, expected in zip(rows, [*proposed, None], strict=True):
-                check_logits(row)
-                token = int(sample(row, sampling, seen, generator))
-                if token in stop_ids:
-                    return StopReason.END_TOKEN
-                yield token
-                left -= 1
-                seen.append(token)
-                proposer.append(token)
-                if token != expected:
-                    break
-                position += 1
-                policy.accepted += 1
-            new = [token]
-            proposed = proposer.propose(left - 1)
-        return StopReason.MAX_NEW_TOKENS if budget == max_new_tokens else StopReason.CONTEXT
-
-    return tokens_ahead(passes) if passes is not None and policy.most == 0 else tokens()
+def tokens_to_stop_at(model: Model, stop_ids: Collection[int] | None) -> Collection[int]:
+    """The tokens given, or for None those of the model's tokenizer."""
+    if stop_ids is not None:
+        return stop_ids
+    return model.tokenizer.stop_ids if model.tokenizer else ()

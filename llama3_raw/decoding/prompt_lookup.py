@@ -65,7 +65,7 @@ class LookupPolicy:
 
     def __init__(self, most: int):
         if not 0 <= most <= MOST:
-            raise UserError(f"--lookup should be from 0 (off) to {MOST}, is {most}")
+            raise UserError(f"should be from 0 (off) to {MOST}, is {most}", argument="lookup")
         self.most = most
         self.passes = self.proposed = self.accepted = 0
         self._right = [length / (length + 3) for length in range(LONGEST + 1)]  # about what code and prose gave
@@ -107,16 +107,21 @@ class LookupPolicy:
         self._right[match] += 0.1 * (right - self._right[match])
 
 
-class Proposer:
-    """Proposes how a text goes on, as far as its policy says, and tells the policy of each token that comes."""
+class PromptLookup:
+    """A `Draft` from earlier text, as far as its policy says, which is told of each token that comes."""
 
     def __init__(self, policy: LookupPolicy, ids: Sequence[int]):
         self.policy = policy
         self._text = EarlierText(ids if policy.most else ())
         self._match, self._place = self._text.longest_match()
 
+    @property
+    def proposes(self) -> bool:
+        """Whether it may ever propose a token."""
+        return self.policy.most > 0
+
     def append(self, token: int) -> None:
-        """The text goes on with this token."""
+        """The text continues with this token."""
         if self.policy.most == 0:
             return
         if self._match:
@@ -128,3 +133,11 @@ class Proposer:
         """The next tokens, at most `room`, or none where that is faster."""
         following = self._text.ids[self._place : self._place + self.policy.most]
         return following[: self.policy.how_many(self._match, min(room, len(following)))]
+
+    def accept(self) -> None:
+        """A proposed token was the one that came."""
+        self.policy.accepted += 1
+
+    def observe(self, proposed: int, seconds: float) -> None:
+        """A pass with so many proposed tokens took so long."""
+        self.policy.learn_cost(proposed, seconds)

@@ -31,15 +31,18 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for option, value, allowed, expected in (
-            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top-k", self.top_k, self.top_k >= 0, "0 (all tokens) or more"),
-            ("top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition-penalty", self.repetition_penalty, 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
+        for name, allowed, expected in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
         ):
             if not allowed:
-                raise UserError(f"--{option} should be {expected}, is {value}")
+                raise UserError(f"should be {expected}, is {getattr(self, name)}", argument=name)
+
+
+GREEDY = Sampling()
 
 
 def penalise_repetition(logits: Tensor, seen: Sequence[int] | Tensor, penalty: float) -> Tensor:
@@ -71,7 +74,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def sample(
     logits: Tensor,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     seen: Sequence[int] | Tensor = (),
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -83,3 +86,17 @@ def sample(
     probs = probabilities(logits, sampling)
     # as torch.multinomial draws, which looks at the numbers first, and has the CPU wait for a GPU
     return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1)
+
+
+def is_sound(logits: Tensor) -> Tensor:
+    """[..., vocab] -> [...] bool: whether they are such as a model with sound weights gives."""
+    return logits.amax(dim=-1) < torch.inf  # nor is one NaN
+
+
+def check_sound(are_sound: bool) -> None:
+    """Raise UserError if logits are not sound."""
+    if not are_sound:
+        raise UserError(
+            "the logits are not numbers: the weights are damaged (see download.py --verify), or their dtype is too "
+            "small for them"
+        )

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..decoding.loop import check_ids
 from ..errors import UserError, in_short
 from ..model import REFERENCE, forward
 from ..ops import Ops, Tap, no_tap, score_bytes
@@ -232,7 +231,7 @@ def tokens_of_one_prompt(ids: Sequence[int] | Tensor, params: Params) -> list[in
     if not len(tokens):
         raise UserError("the prompt is empty; give at least one token")
     checked: list[int] = tokens.tolist()
-    check_ids(checked, params)
+    params.check_ids(checked)
     return checked
 
 
