@@ -39,7 +39,7 @@ from .errors import UserError
 from .ops import Tap
 from .quantization.int8 import Int8
 from .system.machine import peak_memory
-from .system.process_groups import Ranks, started
+from .system.process_groups import Ranks, init
 from .tokenizer import Tokenizer
 from .tracing.debugger import break_at
 from .tracing.taps import chain, check_names
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str]) -> int:
     options = build_parser().parse_args(_with_plain_stats(arguments))
     if options.save_quantized:
         return _save_quantized(options)
-    with started(lambda: choose_device(options.device)) as ranks:
+    with init(lambda: choose_device(options.device)) as ranks:
         return _continue(options, ranks)
 
 
@@ -147,7 +147,7 @@ def _continue(options: argparse.Namespace, ranks: Ranks | None) -> int:
         prompt = read_prompt(prompt, "python -m llama3_raw")
     if ranks is not None:  # stdin, and chance, are there once
         options.seed = secrets.randbits(63) if options.seed is None else options.seed
-        prompt, options.seed = ranks.tensor.from_first((prompt, options.seed))
+        prompt, options.seed = ranks.tensor.broadcast((prompt, options.seed))
     if options.ids and options.stop:
         raise UserError("--stop needs text, and --ids has none; leave one of them out")
     if options.chat and (options.ids or options.special):

@@ -6,8 +6,6 @@ import importlib
 import sys
 from types import ModuleType
 
-FIRST_ONE_SPEAKS = 5.0  # seconds that the first of several processes has to say what is wrong, before another one does
-
 
 class UserError(Exception):
     """What the user asked for cannot be done. The message is one line that names the file or argument and the way out.
@@ -19,10 +17,6 @@ class UserError(Exception):
         super().__init__(message if argument is None else f"{argument} {message}")
         self.message = message
         self.argument = argument
-
-
-class ToldError(UserError):
-    """A UserError that has been shown already."""
 
 
 def is_for_the_user(error: Exception) -> bool:

@@ -12,7 +12,7 @@ from llama3_raw import REFERENCE, KVCache, forward
 from llama3_raw.backends.choose import suitable_ops
 from llama3_raw.backends.tensor_parallel import parallel_ops
 from llama3_raw.checkpoint.sharding import Shard
-from llama3_raw.system.process_groups import started
+from llama3_raw.system.process_groups import init
 
 PROMPT = [3, 141, 59, 26, 53, 58, 97, 93, 23, 84, 62, 64]
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def all_logits(
 
 
 if __name__ == "__main__":
-    with started(lambda: CPU) as these:
+    with init(lambda: CPU) as these:
         assert these is not None
         mine = Shard(these.tensor.rank, these.tensor.size)
         torch.save(all_logits(Path(sys.argv[1]), mine, these), Path(sys.argv[2], f"{these.rank}.pt"))

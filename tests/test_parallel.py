@@ -23,9 +23,7 @@ from torch import Tensor
 
 import llama3_raw
 from llama3_raw import Model, convert, generate
-from llama3_raw.backends import nearby
 from llama3_raw.compare.references import hf_model
-from llama3_raw.system.process_groups import Group
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 STORY = "Once upon a time"
@@ -118,78 +116,6 @@ def test_chance_is_the_same_everywhere() -> None:
     assert F.cross_entropy(logits[:-1], torch.tensor(ids[1:])) < 2  # nats a token; 7.7 for tokens by chance
 
 
-NEARBY = """
-import random, time, torch
-from pathlib import Path
-from llama3_raw.backends.nearby import nearby
-from llama3_raw.system.process_groups import started
-
-with started(lambda: torch.device("cpu")) as ranks:
-    group = ranks.tensor
-    near = nearby(group)
-    group.wait()
-    shared = [line for line in Path("/proc/self/maps").read_text().splitlines() if "/llama3_raw-" in line]
-    assert all(line.endswith(" (deleted)") for line in shared)
-    assert bool(shared) == (near is not None)
-    if near is not None:
-        late = random.Random(group.rank)
-        for i in range(3000):
-            time.sleep(late.choice([0.002] + 30 * [0]))  # now this one is last, now that one, by more than a round
-            brought = torch.arange(i % 700.0) + i * torch.arange(1.0, group.size + 1).unsqueeze(1)
-            assert torch.equal(near.all_reduce(brought[group.rank].clone()), brought.sum(0))
-            assert torch.equal(near.all_gather(brought[group.rank]), brought)
-        assert near.all_gather(torch.tensor(group.rank)).tolist() == list(range(group.size))
-        large = torch.full((1 << 20,), float(group.rank))  # more than there is room for
-        assert torch.equal(near.all_gather(large)[:, -1], torch.arange(float(group.size)))
-        assert near.all_reduce(large)[-1] == sum(range(group.size))
-        one = torch.ones(1, dtype=torch.bfloat16)  # 256 + 1 is 256 there
-        assert near.all_reduce(256 * one if group.rank == 0 else one) == 256 + group.size - 1
-    group.wait()
-    if group.rank == 0:
-        print("shared" if near else "not shared")
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the memory is shared by a file in /dev/shm")
-@pytest.mark.parametrize("compiler", ["cc", "false"])
-def test_sums_by_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
-    """Whoever is late; and without a compiler by gloo, as all processes know."""
-    monkeypatch.setenv("CC", compiler)
-    (tmp_path / "script.py").write_text(NEARBY)
-    done = torchrun(3, str(tmp_path / "script.py"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ("shared\n" if compiler == "cc" else "not shared\n")
-
-
-def test_who_ends_early_keeps_nobody(tmp_path: Path) -> None:
-    """Without an error, of which the others would be told; by gloo they would hear that nobody is there any more."""
-    (tmp_path / "script.py").write_text(
-        "import torch\n"
-        "from llama3_raw.backends.nearby import nearby\n"
-        "from llama3_raw.system.process_groups import started\n"
-        "with started(lambda: torch.device('cpu')) as ranks:\n"
-        "    near = nearby(ranks.tensor)\n"
-        "    if ranks.rank == 0:\n"
-        "        near.all_reduce(torch.ones(1))\n"
-    )
-    assert torchrun(2, str(tmp_path / "script.py")).returncode != 0
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="what lies in /dev/shm is no file elsewhere")
-def test_a_folder_that_takes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = Group(0, 1, None, lambda: False)
-    monkeypatch.setattr(Group, "from_first", lambda _, value: value)
-    monkeypatch.setattr(Group, "all_reduce", lambda _, x: x)
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(nearby, "_FOLDER", tmp_path / "file")
-    assert nearby.nearby(alone) is None
-    monkeypatch.setattr(nearby, "_FOLDER", tmp_path)
-    shared = nearby.nearby(alone)
-    assert shared is not None
-    assert shared.all_gather(torch.ones(2, 3)).shape == (1, 2, 3)
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
-
-
 def test_an_error_of_all_is_told_once() -> None:
     done = torchrun(4, "-m", "llama3_raw", "--weights", str(TINY), STORY)
     assert done.returncode != 0
@@ -213,7 +139,7 @@ def test_an_error_of_one_is_told_by_it(tmp_path: Path, where: str) -> None:
         "import os, torch\n"
         "from llama3_raw.cli.entry_point import command_line_tool, for_several_processes\n"
         "from llama3_raw.errors import UserError\n"
-        "from llama3_raw.system.process_groups import started\n"
+        "from llama3_raw.system.process_groups import init\n"
         "def fail(now):\n"
         f"    if now == {where!r} and os.environ['RANK'] == '1':\n"
         "        raise UserError('its disk is full; make room')\n"
@@ -223,7 +149,7 @@ def test_an_error_of_one_is_told_by_it(tmp_path: Path, where: str) -> None:
         "@command_line_tool\n"
         "@for_several_processes\n"
         "def main(arguments):\n"
-        "    with started(choose_device) as ranks:\n"
+        "    with init(choose_device) as ranks:\n"
         "        fail('at work')\n"
         "        ranks.tensor.all_reduce(torch.ones(1))\n"
         "raise SystemExit(main())\n"
@@ -255,9 +181,11 @@ def test_a_killed_process_ends_the_rest(eight_heads: Path, tmp_path: Path, size:
             run.kill()
     assert seconds < 30
     assert not any(worker.is_running() for worker in workers.values())
-    *_, told = own_lines((tmp_path / "stderr").read_text())
-    assert told.startswith(f"llama3_raw: error: rank {rank} (process {workers[rank].pid} on ")
-    assert "is gone: it was killed" in told
+    said = (tmp_path / "stderr").read_text()
+    assert re.search(
+        rf"failed \(exitcode: -9\) local_rank: {rank} \(pid: {workers[rank].pid}\)", said
+    )
+    assert len(own_lines(said)) == 1  # which model it was; the others end without a word
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")

@@ -1,12 +1,11 @@
-/* The operations that cost time: products with a matrix in bf16 or int8, and attention over a bf16 cache; and how
-   processes wait for each other. Built on first use by cpu.py for the processor at hand.
+/* The operations that cost time: products with a matrix in bf16 or int8, and attention over a bf16 cache. Built on first
+   use by cpu.py for the processor at hand.
 
    Whatever stands beside it, a token's result comes from the same operations in the same order: every sum runs over its
    terms in one fixed order, whose pieces do not depend on how many tokens or threads there are. */
 
 #include <math.h>
 #include <omp.h>
-#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -570,20 +569,6 @@ int attend(const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *out, const
         }
     free(parts);
     return 0;
-}
-
-/* Counts this process up to `number`, in memory that several processes share, and looks whether all are there: 1 as soon
-   as they are, 0 after about five milliseconds. Each has a count for itself in every eighth place. What a process wrote
-   before it counted is there for those who have seen the count. */
-int are_here(int64_t *counts, int64_t rank, int64_t size, int64_t number) {
-    __atomic_store_n(&counts[8 * rank], number, __ATOMIC_RELEASE);
-    int64_t looks = 0;
-    for (int64_t other = 0; other < size; other++)
-        while (__atomic_load_n(&counts[8 * other], __ATOMIC_ACQUIRE) < number) {
-            if (++looks > 5000) return 0;
-            if (looks > 1000) sched_yield(); /* there may be fewer processors than processes */
-        }
-    return 1;
 }
 
 /* The sum of about n floats, read in streams as linear does it: how fast the memory can be read. */

@@ -13,7 +13,6 @@ from ..ops import Ops
 from ..quantization.matrix import Matrix
 from ..system.process_groups import Group
 from ..weights import Weights
-from .nearby import nearby
 
 
 def parallel_ops(own: Ops, weights: Weights, group: Group) -> Ops:
@@ -22,19 +21,16 @@ def parallel_ops(own: Ops, weights: Weights, group: Group) -> Ops:
     All processes of the group call it at the same time. Each gets the same logits, those of the whole vocabulary.
     """
 
-    on_cpu = weights.norm.device.type == "cpu"
-    near = (nearby(group) if on_cpu else None) or group
-
     def embed(tokens: Tensor, table: Tensor) -> Tensor:
         """Tokens [..., T], a part of the table [vocab / size, dim] -> [..., T, dim]."""
         rows = tokens - group.rank * len(table)
         is_here = (rows >= 0) & (rows < len(table))
         found = own.embed(torch.where(is_here, rows, 0), table)
-        return near.all_reduce(found.masked_fill_(~is_here.unsqueeze(-1), 0))
+        return group.all_reduce(found.masked_fill_(~is_here.unsqueeze(-1), 0))
 
     def linear(x: Tensor, weight: Matrix) -> Tensor:
         """x [..., in], a part of the rows of a matrix -> [..., part of out]; of the output matrix all of them."""
         y = own.linear(x, weight)
-        return near.all_gather(y).movedim(0, -2).flatten(-2) if weight is weights.output else y
+        return group.all_gather(y).movedim(0, -2).flatten(-2) if weight is weights.output else y
 
-    return own._replace(embed=embed, linear=linear, reduce=near.all_reduce, can_capture=False)
+    return own._replace(embed=embed, linear=linear, reduce=group.all_reduce, can_capture=False)

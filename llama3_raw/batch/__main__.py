@@ -28,7 +28,7 @@ from ..decoding.loop import StopReason
 from ..errors import UserError
 from ..ops import Ops
 from ..system.files import check_output
-from ..system.process_groups import Ranks, started
+from ..system.process_groups import Ranks, init
 from ..tokenizer import Tokenizer
 from ..weights import Model, in_words
 from .journal import Journal, alone, as_line, journal_files, own_journal, read_results, replace_whole, results_so_far
@@ -61,7 +61,7 @@ def _shared_out(groups: Sequence[Tasks], ranks: Ranks) -> Iterator[Tasks]:
     """The groups that this process computes, with those that it shares the model with."""
     while True:
         number = ranks.add("groups taken", 1) - 1 if ranks.tensor.rank == 0 else None
-        number = ranks.tensor.from_first(number)
+        number = ranks.tensor.broadcast(number)
         if number >= len(groups):
             return
         yield groups[number]
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the tool; -> exit status: 1 where a line could not be computed, but for several processes."""
     options = build_parser().parse_args(arguments)
     try:
-        with started(lambda: choose_device(options.device), options.tp) as ranks:
+        with init(lambda: choose_device(options.device), options.tp) as ranks:
             n_bad = _batch(options, ranks)
     except KeyboardInterrupt:
         print("\nllama3_raw: stopped by Ctrl-C; the same command goes on where it stopped", file=sys.stderr)
@@ -238,7 +238,7 @@ def _batch(options: argparse.Namespace, ranks: Ranks | None) -> int:
         except UserError as error:
             bad[request.line] = bad_line(request.line, request.id, error)
     run = describe_run(options, content, chosen, ranks)
-    if ranks is not None and ranks.everyone.from_first(run) != run:
+    if ranks is not None and ranks.everyone.broadcast(run) != run:
         raise UserError(
             f"{options.prompts}: not all processes read the same prompts and weights; give all the same files"
         )
@@ -269,7 +269,7 @@ def _run(
     is_first = ranks is None or ranks.rank == 0
     done = results_so_far(out, record, run) if is_first else None
     if ranks is not None:
-        done = ranks.everyone.from_first(done)
+        done = ranks.everyone.broadcast(done)
     if done is None:
         print(f"llama3_raw: {options.output} is finished already; to compute it anew, remove it", file=sys.stderr)
         return
@@ -285,7 +285,7 @@ def _run(
         with own_journal(out, run, done, ranks) as journal:
             compute(model, missing, journal, context, ops, ranks)
     if ranks is not None:
-        ranks.everyone.wait()
+        ranks.everyone.barrier()
     if is_first:
         results = read_results(out, run)
         lacking = sum(task.request.line not in results for group in groups for task in group)

@@ -27,7 +27,7 @@ from ..decoding.loop import StopReason, generate
 from ..errors import UserError
 from ..model import KVCache
 from ..ops import Ops
-from ..system.process_groups import started
+from ..system.process_groups import init
 from ..weights import Model
 from .roofline import seconds_of, wait_for
 
@@ -195,7 +195,7 @@ def _serve(
     """One of the two: loads its part, and does what comes by the pipe until that is closed."""
     os.environ.update(environment)
     torch.set_num_threads(threads)
-    with started(lambda: torch.device("cpu")) as ranks:
+    with init(lambda: torch.device("cpu")) as ranks:
         assert ranks is not None
         shard = Shard(ranks.tensor.rank, ranks.tensor.size)
         model = load(folder, layers=layers, dtype=dtype, tokenizer=False, shard=shard)
@@ -205,5 +205,5 @@ def _serve(
                 task, numbers = pipe.recv()
             except EOFError:
                 return
-            ranks.tensor.wait()
+            ranks.tensor.barrier()
             pipe.send(getattr(engine, task)(*numbers))

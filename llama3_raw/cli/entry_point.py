@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
-from ..errors import FIRST_ONE_SPEAKS, ToldError, UserError, error_line, is_for_the_user
-from ..system.processes import number_of_processes
+from ..errors import UserError, error_line, is_for_the_user
+from ..system.processes import PeerLost, rank, world_size
+
+_FIRST_ONE_SPEAKS = 5.0  # seconds that the first of several processes has to say what is wrong, before another one does
 
 _FOR_SEVERAL_PROCESSES: set[Callable[[Sequence[str]], int]] = set()
 
@@ -45,11 +47,10 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
         # a stream that was closed before the start is None, and print would take stdout for it
         sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
         sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-        rank = int(os.environ.get("RANK") or 0) if number_of_processes() > 1 else 0
-        if rank > 0:  # the first one speaks
+        if rank() > 0:  # the first one speaks
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         try:
-            if number_of_processes() > 1 and main not in _FOR_SEVERAL_PROCESSES:
+            if world_size() > 1 and main not in _FOR_SEVERAL_PROCESSES:
                 raise UserError("this tool runs as one process; start it without torchrun")
             status = main(arguments)
             sys.stdout.flush()
@@ -60,6 +61,8 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
         except BrokenPipeError:
             _give_up_stdout()
             return 141
+        except PeerLost:
+            return 1
         except Exception as error:
             if "--debug" in arguments or not is_for_the_user(error):
                 sys.stderr = sys.__stderr__  # a defect is shown whoever has it
@@ -67,11 +70,12 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
             if isinstance(error, OSError) and error.filename is None:  # stdout itself, on a full disk say
                 _give_up_stdout()
             line = describe(error)
-            if rank > 0 and not isinstance(error, ToldError):
-                time.sleep(FIRST_ONE_SPEAKS)  # if the first one says so too, and ends, torchrun ends this one meanwhile
-                line, sys.stderr = f"rank {rank}: {line}", sys.__stderr__
-            if not isinstance(error, ToldError):
-                print(f"llama3_raw: error: {line}", file=sys.stderr)
+            if rank() > 0:
+                time.sleep(
+                    _FIRST_ONE_SPEAKS
+                )  # if the first one says so too, and ends, torchrun ends this one meanwhile
+                line, sys.stderr = f"rank {rank()}: {line}", sys.__stderr__
+            print(f"llama3_raw: error: {line}", file=sys.stderr)
             return 2
 
     entry_point.__doc__ = main.__doc__

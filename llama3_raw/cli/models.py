@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..ops import Ops
 from ..system.machine import set_threads
 from ..system.process_groups import Ranks
-from ..system.processes import local_rank, number_of_processes
+from ..system.processes import local_rank, world_size
 from ..tokenizer import Tokenizer
 from ..weights import Model, in_words
 from .memory_plan import Lengths, Plan, check_memory, memory_for_weights
@@ -131,7 +131,7 @@ def load_model(
     plan = Plan(checkpoint, device, dtype, lengths, max_ram, quantized, gpu_layers, exact=reference)
     warning = check_memory(plan)
     if ranks is not None:
-        ranks.everyone.wait()  # until the others have looked at the memory too, which loading takes
+        ranks.everyone.barrier()  # until the others have looked at the memory too, which loading takes
     if warning and max_ram is None:
         print(f"llama3_raw: warning: {warning}", file=sys.stderr)
     room = memory_for_weights(plan)  # asked before they are read in
@@ -163,9 +163,9 @@ def load_model(
 def choose_device(name: str) -> torch.device:
     """--device -> the device, once it is sure to be there. Raises UserError."""
     if name == "auto":
-        has_mps = torch.backends.mps.is_available() and number_of_processes() == 1
+        has_mps = torch.backends.mps.is_available() and world_size() == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    if name == "cuda" and number_of_processes() > 1:
+    if name == "cuda" and world_size() > 1:
         name = f"cuda:{local_rank()}"  # a GPU for each process
     try:
         device = torch.device(name)
@@ -175,7 +175,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: there is no such device; use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs here; use --device cpu")
-    if device.type == "mps" and number_of_processes() > 1:
+    if device.type == "mps" and world_size() > 1:
         raise UserError("--device mps: is for one process; give --device cpu, or run it without torchrun")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: torch sees no Apple GPU here; use --device cpu")

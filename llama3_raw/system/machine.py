@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from ..errors import UserError
-from .processes import processes_here
+from .processes import local_world_size
 
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
@@ -28,7 +28,7 @@ def free_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    return min([int(psutil.virtual_memory().available), *container_free()]) // processes_here()
+    return min([int(psutil.virtual_memory().available), *container_free()]) // local_world_size()
 
 
 def container_free(groups: Path = _CONTROL_GROUPS, own: Path = _OWN_CONTROL_GROUPS) -> Iterator[int]:
@@ -54,7 +54,7 @@ def default_threads() -> int:
     is rounded up: with 1.5 processors two threads stand still for a quarter of the time, one leaves a third unused.
     Processes that torchrun has started share the cores.
     """
-    return max(1, min([physical_cores(), *map(math.ceil, container_quotas())]) // processes_here())
+    return max(1, min([physical_cores(), *map(math.ceil, container_quotas())]) // local_world_size())
 
 
 def processors() -> int:
@@ -116,7 +116,7 @@ def set_threads(threads: int | None) -> None:
     """
     if threads is None:
         # which torchrun sets to 1 for several processes, whatever there is
-        by_torchrun = processes_here() > 1 and os.environ.get("OMP_NUM_THREADS") == "1"
+        by_torchrun = local_world_size() > 1 and os.environ.get("OMP_NUM_THREADS") == "1"
         if by_torchrun or not any(map(os.environ.get, _THREAD_VARIABLES)):
             torch.set_num_threads(default_threads())
         return

@@ -5,13 +5,22 @@ from __future__ import annotations
 import os
 
 
-def number_of_processes() -> int:
+class PeerLost(Exception):
+    """Another process has ended while this one was to hear from it. That one, or torchrun, says why."""
+
+
+def world_size() -> int:
     """How many processes torchrun has started to work together; 1 without it."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def processes_here() -> int:
-    """How many processes torchrun has started on this machine to work together; 1 without it."""
+def rank() -> int:
+    """The number of this process among them, from 0 on."""
+    return int(os.environ.get("RANK") or 0) if world_size() > 1 else 0
+
+
+def local_world_size() -> int:
+    """How many of them are on this machine; 1 without torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
