@@ -16,8 +16,7 @@ from llama3_raw import Tokenizer, UserError
 from llama3_raw.cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from llama3_raw.cli.memory_plan import Lengths
 from llama3_raw.cli.models import choose_model, load_model
-from llama3_raw.cli.options import add_model_options
-from llama3_raw.system.files import check_output
+from llama3_raw.cli.options import add_model_options, check_output
 
 _LENGTHS = Lengths(prompt=64, text=256, least=64)  # tokens; no lesson takes a longer text
 

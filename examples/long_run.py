@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from llama3_raw.errors import needed_package
-from llama3_raw.system.files import write_whole
+from llama3_raw.system.files import atomic_write
 
 
 @contextlib.contextmanager
@@ -53,4 +53,5 @@ def draw_losses(training: Sequence[float], held_out: Sequence[tuple[int, float]]
     axes.grid(which="both", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    write_whole(file, lambda part: figure.savefig(part, format="png", dpi=120))
+    with atomic_write(file) as part:
+        figure.savefig(part, format="png", dpi=120)

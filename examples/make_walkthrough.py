@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from tqdm import tqdm
 
 from llama3_raw.cli.entry_point import ArgumentParser, command_line_tool
-from llama3_raw.system.files import write_whole
+from llama3_raw.system.files import atomic_write
 
 HERE = Path(__file__).parent
 NOTEBOOK = HERE / "walkthrough.ipynb"
@@ -116,7 +116,8 @@ def main(arguments: Sequence[str]) -> int:
     with client.setup_kernel():
         for number, cell in enumerate(tqdm(notebook.cells, desc="running the cells", unit="cell")):
             client.execute_cell(cell, number)
-    write_whole(NOTEBOOK, lambda part: nbformat.write(notebook, part))
+    with atomic_write(NOTEBOOK) as part:
+        nbformat.write(notebook, part)
     return 0
 
 

@@ -42,7 +42,7 @@ from llama3_raw.cli.entry_point import ArgumentParser, command_line_tool
 from llama3_raw.cli.options import positive_int, read_text
 from llama3_raw.cli.options import seed as seed_type
 from llama3_raw.errors import in_short, needed_package
-from llama3_raw.system.files import write_whole
+from llama3_raw.system.files import atomic_write
 from llama3_raw.system.machine import set_threads
 from llama3_raw.tokenizer import N_SPECIAL_TOKENS
 from llama3_raw.weights import tensor_places
@@ -246,7 +246,8 @@ def save_state(state: State, params: Params, settings: dict[str, Any], file: Pat
         "losses": state.losses,
         "held_out": state.held_out,
     }
-    write_whole(file, lambda part: torch.save(content, part))
+    with atomic_write(file) as part:
+        torch.save(content, part)
 
 
 def load_state(params: Params, settings: dict[str, Any], file: Path) -> State:
@@ -395,7 +396,8 @@ def run(options: argparse.Namespace) -> int:
         state = load_state(params, settings, output / STATE)
         tokenizer = Tokenizer(output / "tokenizer.model")
     else:
-        write_whole(output / "params.json", lambda part: part.write_text(json.dumps(params_json, indent=2) + "\n"))
+        with atomic_write(output / "params.json") as part:
+            part.write_text(json.dumps(params_json, indent=2) + "\n")
         tokenizer = train_tokenizer(training, params.vocab_size - N_SPECIAL_TOKENS, output / "tokenizer.model")
         weights = random_weights(params, options.seed)
         state = State(weights, make_optimiser(params, weights), [], [])
@@ -418,7 +420,8 @@ def run(options: argparse.Namespace) -> int:
     train(state, params, tokenizer, text, held_out_text, settings, output, options.save_every, options.report_every)
 
     rounded = {name: tensor.detach().bfloat16() for name, tensor in to_state_dict(params, state.weights).items()}
-    write_whole(output / "consolidated.00.pth", lambda part: torch.save(rounded, part))
+    with atomic_write(output / "consolidated.00.pth") as part:
+        torch.save(rounded, part)
     weights = from_state_dict(params, {name: tensor.float() for name, tensor in rounded.items()})
     bits = bits_per_byte(weights, params, held_out_text, context_length)
     print(f"{output} is written, rounded to bf16; {output / 'loss.png'} shows how it learned. It says:")

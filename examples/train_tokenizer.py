@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llama3_raw import Tokenizer, UserError
 from llama3_raw.errors import needed_package
-from llama3_raw.system.files import write_whole
+from llama3_raw.system.files import atomic_write
 from llama3_raw.tokenizer import SPLIT_PATTERN
 
 
@@ -41,5 +41,6 @@ def train_tokenizer(texts: Sequence[str], n_ranks: int, file: Path) -> Tokenizer
             "smaller vocab_size"
         )
     lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
-    write_whole(file, lambda part: part.write_bytes(lines))
+    with atomic_write(file) as part:
+        part.write_bytes(lines)
     return Tokenizer(file)

@@ -21,12 +21,13 @@ from tqdm import tqdm
 from .checkpoint.checkpoint import Checkpoint, interleave_pairs, open_checkpoint, split_pairs
 from .checkpoint.files import find_files, find_tokenizer
 from .checkpoint.sharding import SHARDED_DIMENSION, join, take
-from .checkpoint.writing import new_folder, write_at, write_empty_checkpoint, write_empty_safetensors
+from .checkpoint.writing import write_at, write_empty_checkpoint, write_empty_safetensors
 from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from .cli.models import find_model
 from .cli.options import positive_int
 from .errors import UserError
 from .params import Params
+from .system.files import atomic_folder
 from .system.machine import set_threads
 from .weights import TensorPlace, in_words
 
@@ -88,7 +89,7 @@ def convert(
     small_files = _hf_texts(source, checkpoint, layout) if to == "hf" else _meta_texts(source, checkpoint)
     write_empty = write_empty_safetensors if to == "hf" else write_empty_checkpoint
     n_bytes = sum(part.nbytes for parts in layout.values() for part in parts.values())
-    with new_folder(folder, n_bytes) as unfinished, contextlib.ExitStack() as stack:
+    with atomic_folder(folder, n_bytes) as unfinished, contextlib.ExitStack() as stack:
         for name, text in small_files.items():
             (unfinished / name).write_text(text)
         for beside in _files_beside(source, to):
@@ -201,14 +202,17 @@ def _whole(checkpoint: Checkpoint, place: TensorPlace) -> Part:
 def _meta_files(checkpoint: Checkpoint, shards: int) -> dict[str, Parts]:
     """Equal parts of each tensor. Raises UserError naming one that does not divide into so many."""
     if shards > _MOST_SHARDS:
-        raise UserError(f"--shards {shards}: Meta numbers its files from 00 to 99; give at most {_MOST_SHARDS}")
+        raise UserError(
+            f"{shards}: Meta numbers its files from 00 to 99; give at most {_MOST_SHARDS}", argument="shards"
+        )
     files: dict[str, Parts] = {f"consolidated.{number:02}.pth": {} for number in range(shards)}
     for place in checkpoint.parts:
         dimension = SHARDED_DIMENSION.get(place.field)
         if dimension is not None and place.shape[dimension] % shards:
             raise UserError(
-                f"--shards {shards}: the {place.shape[dimension]} {('rows', 'columns')[dimension]} of "
-                f"{place.meta_name} do not divide into so many equal parts; give another number"
+                f"{shards}: the {place.shape[dimension]} {('rows', 'columns')[dimension]} of {place.meta_name} do not "
+                "divide into so many equal parts; give another number",
+                argument="shards",
             )
         for number, parts in enumerate(files.values()):
             part = _whole(checkpoint, place)

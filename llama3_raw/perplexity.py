@@ -87,11 +87,13 @@ def check_windows(params: Params, ids: Sequence[int], context: int | None, strid
     if context is None:
         context = min(params.max_seq_len, DEFAULT_CONTEXT)
     if context < 2:
-        raise UserError(f"--context {context}: should be 2 or more, a token and one before it")
+        raise UserError(f"{context}: should be 2 or more, a token and one before it", argument="context")
     if stride is None:
         stride = context // 2
     if not 1 <= stride <= context:
-        raise UserError(f"--stride {stride}: should be from 1 to the context of {context}, or tokens are left out")
+        raise UserError(
+            f"{stride}: should be from 1 to the context of {context}, or tokens are left out", argument="stride"
+        )
     return context, stride
 
 

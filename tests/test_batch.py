@@ -381,7 +381,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for arguments, message in (
         ([str(file), "-o", str(file)], "is the file with the prompts"),
         ([str(tmp_path / "none"), "-o", str(tmp_path / "out.jsonl")], "No such file"),
-        ([str(file), "-o", str(tmp_path)], "is no file"),
+        ([str(file), "-o", str(tmp_path)], "is not a file"),
         ([str(file), "-o", str(tmp_path / "no" / "out")], "there is no folder"),
         ([str(file), "-o", str(tmp_path / "out"), "--context", "9999"], "the model's own context is 512"),
         ([str(file)], "required: -o"),
@@ -409,7 +409,7 @@ def test_a_torn_line(tmp_path: Path, uninterrupted: bytes, capsys: pytest.Captur
 
     def journal_of_a_run() -> bytes:
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(batch, "replace_whole", stop)
+            patched.setattr(batch, "atomic_write", stop)
             status, err = call(capsys, file)
         assert (status, "the same command goes on where it stopped" in err) == (130, True)
         return part.read_bytes()

@@ -36,7 +36,6 @@ from llama3_raw.bench.baselines import (
 from llama3_raw.bench.engines import Own
 from llama3_raw.bench.measure import Probes, Task, compare, measure, pairs, probes_of
 from llama3_raw.bench.roofline import copy_speed, multiply_speed, seconds_of
-from llama3_raw.checkpoint import gguf as gguf_file
 from llama3_raw.checkpoint.gguf import is_gguf_of, write_gguf
 from llama3_raw.cli import memory_plan, models
 from llama3_raw.cli.memory_plan import Lengths, Plan
@@ -312,8 +311,10 @@ def test_a_gguf_file_of_another_model(tmp_path: Path, tiny: Model, capsys: pytes
 
 def test_a_disk_too_small_for_a_gguf_file(tmp_path: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(gguf_file.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"are needed for a GGUF file.*--gguf"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(
+        UserError, match=r"model\.gguf: 0\.1 GB are needed, 0\.0 GB are free on that disk; .* choose another place"
+    ):
         write_gguf(tiny, tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == []
 

@@ -315,7 +315,7 @@ def test_seeds(tiny: Model) -> None:
 def test_what_a_conversation_needs(tiny: Model) -> None:
     with pytest.raises(UserError, match="needs a tokenizer"):
         Conversation(tiny._replace(tokenizer=None))
-    with pytest.raises(UserError, match="--context 513: the model's own context is 512"):
+    with pytest.raises(UserError, match=r"^context 513: the model's own context is 512"):
         Conversation(tiny, context=513)
     assert Conversation(tiny).context == 512
 

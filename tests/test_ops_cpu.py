@@ -415,13 +415,27 @@ def test_the_kernels_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [file.stat().st_mtime_ns for file in (tmp_path / "llama3_raw").iterdir()] == [time]
 
 
+@pytest.mark.parametrize("left", [0, 100, 20_000])
+def test_kernels_that_were_cut_short_are_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+    """As by a power cut. Loaded, they would be a bus error."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ops_cpu.build_kernels()
+    (built,) = (tmp_path / "llama3_raw").iterdir()
+    whole = built.read_bytes()
+    built.unlink()  # its memory is in use here
+    built.write_bytes(whole[:left])
+    ops_cpu.build_kernels()
+    (again,) = (tmp_path / "llama3_raw").iterdir()
+    assert again.read_bytes() == whole
+
+
 def test_a_cache_folder_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(**_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(ops_cpu.tempfile, "TemporaryDirectory", full)
-    with pytest.raises(ops_cpu.CannotBuild, match=r"\.so cannot be written \(No space left on device\)"):
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ops_cpu.CannotBuild, match=r"\.so: cannot be written \(No space left on device\)"):
         ops_cpu.build_kernels()
 
 

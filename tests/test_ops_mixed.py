@@ -176,7 +176,7 @@ REFUSED = {
     "none": (main, ["x", "--gpu-layers", "0"], "--gpu-layers 0: 4 layers are run; give a number from 1 to that"),
     "too many": (main, ["x", "--gpu-layers", "5"], "--gpu-layers 5: 4 layers are run"),
     "more than --layers": (main, ["x", "--gpu-layers", "4", "--layers", "3"], "--gpu-layers 4: 3 layers are run"),
-    "the CPU": (main, ["x", "--gpu-layers", "2", "--device", "cpu"], "the device is cpu; leave it out, or give"),
+    "the CPU": (main, ["x", "--gpu-layers", "2", "--device", "cpu"], "the device is cpu; leave it out, or take"),
     "others' code": (compare.main, ["x", "--with", "hf", "--gpu-layers", "2"], "leave --gpu-layers out"),
     "the cost of taps": (bench.main, ["--taps", "--gpu-layers", "2"], "leave --gpu-layers out"),
 }
@@ -204,7 +204,7 @@ def test_a_lesson_refuses_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_load_refuses_it_too() -> None:
-    with pytest.raises(UserError, match=r"--gpu-layers 2: .* the device is cpu"):
+    with pytest.raises(UserError, match=r"^gpu_layers 2: .* the device is cpu"):
         llama3_raw.load(TINY, gpu_layers=2)
     with pytest.raises(UserError, match="--gpu-layers 5: 4 layers are run"):
         llama3_raw.load(TINY, device="cuda", gpu_layers=5)

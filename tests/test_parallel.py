@@ -182,9 +182,7 @@ def test_a_killed_process_ends_the_rest(eight_heads: Path, tmp_path: Path, size:
     assert seconds < 30
     assert not any(worker.is_running() for worker in workers.values())
     said = (tmp_path / "stderr").read_text()
-    assert re.search(
-        rf"failed \(exitcode: -9\) local_rank: {rank} \(pid: {workers[rank].pid}\)", said
-    )
+    assert re.search(rf"failed \(exitcode: -9\) local_rank: {rank} \(pid: {workers[rank].pid}\)", said)
     assert len(own_lines(said)) == 1  # which model it was; the others end without a word
 
 

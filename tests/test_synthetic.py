@@ -70,7 +70,7 @@ def test_a_tokenizer_that_is_in_place_already(tmp_path: Path, meta_tokenizer_fil
 @pytest.mark.usefixtures("small")
 def test_a_full_disk_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(UserError, match="are needed"):
         make_synthetic("small", tmp_path / "m")
     assert list((tmp_path / "m").iterdir()) == []

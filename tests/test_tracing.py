@@ -301,7 +301,7 @@ def test_what_was_there_stays_until_a_trace_is_whole(
     assert len(load_trace(file)) == len(whole)
     assert file.stat().st_mode & 0o777 == 0o640
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "t.safetensors"]
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         whole.save("/dev/null")
     assert Path("/dev/null").is_char_device()
 
@@ -373,10 +373,10 @@ def test_the_tool_shows_and_writes(
     [
         ([], "give a prompt"),
         (["Hi", "--names", "layers.7.residual"], "layers 0 to 3; the nearest are"),
-        (["Hi", "--names", "*.scores", "--fast"], "leave --fast out"),
+        (["Hi", "--names", "*.scores", "--fast"], "the fast operations make no attention scores"),
         (["Hi", "-o", "/nowhere/t.safetensors"], "there is no folder /nowhere"),
-        (["Hi", "-o", "/"], "-o /: is no file"),
-        (["Hi", "-o", "/dev/null"], "-o /dev/null: is no file"),
+        (["Hi", "-o", "/"], "-o /: is not a file"),
+        (["Hi", "-o", "/dev/null"], "-o /dev/null: is not a file"),
         (["--ids", "1 99999"], "token id 99999"),
         (["Hi " * 2000], "the model's context is 512"),
     ],

@@ -153,7 +153,7 @@ def test_dtype_and_layers(folder: Path) -> None:
     with pytest.raises(UserError, match="dtype should be"):
         llama3_raw.load(folder, dtype=torch.int8)
     for layers in (0, whole.params.n_layers + 1):
-        with pytest.raises(UserError, match=f"--layers {layers}"):
+        with pytest.raises(UserError, match=f"^layers {layers}"):
             llama3_raw.load(folder, layers=layers)
 
 

@@ -26,9 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
 from ..ops import Ops, Tap
 from ..quantization.int8 import Int8
 from ..quantization.matrix import Matrix, linear
+from ..system.files import atomic_write
 
 FEW = 16  # tokens: up to so many are computed by the kernels on every processor, all with the same bits
 _MOST = 128  # tokens: with more, torch is faster, which brings the matrix into another order first, or widens it
@@ -77,12 +79,10 @@ def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
     # what the compiler defines tells its version and what it takes this processor to be
     defined = _run([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull])
     key = hashlib.sha256(b"\0".join((_SOURCE.read_bytes(), " ".join(flags).encode(), defined))).hexdigest()[:20]
-    library = _cache_folder() / f"cpu_kernels-{key}.so"
-    if not library.exists():
-        try:
-            _build(compiler, flags, library)
-        except OSError as error:
-            raise CannotBuild(f"{library} cannot be written ({error.strerror})") from error
+    folder = _cache_folder()
+    library = next(filter(_is_whole, folder.glob(f"cpu_kernels-{key}-*.so")), None) or _build(
+        compiler, flags, folder, f"cpu_kernels-{key}"
+    )
     try:
         for library_of_torch in (Path(torch.__file__).parent / "lib").iterdir():
             if re.match(r"lib(g|i)?omp", library_of_torch.name):
@@ -92,14 +92,31 @@ def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
         raise CannotBuild(f"{library} cannot be loaded ({error})") from error
 
 
-def _build(compiler: Sequence[str], flags: Sequence[str], library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        objects, built = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+def _build(compiler: Sequence[str], flags: Sequence[str], folder: Path, name: str) -> Path:
+    """Compile the kernels -> the library in `folder`, whose name ends with the digest of its content."""
+    with tempfile.TemporaryDirectory() as scratch:
+        objects, built = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
         _run([*compiler, *flags, "-c", str(_SOURCE), "-o", str(objects)])
         # without -fopenmp, so that it takes OpenMP from torch: two pools of threads would fight for the processors
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         _run([*compiler, "-shared", *undefined, str(objects), "-o", str(built), "-lm"])
-        built.replace(library)
+        content = built.read_bytes()
+    library = folder / f"{name}-{_digest(content)}.so"
+    try:
+        with atomic_write(library) as part:
+            part.write_bytes(content)
+    except UserError as error:
+        raise CannotBuild(str(error)) from error
+    return library
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether its content is what its name says: one that was cut short would be a bus error at each start."""
+    return library.stem.rpartition("-")[2] == _digest(library.read_bytes())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:20]
 
 
 def _cache_folder() -> Path:

@@ -50,7 +50,7 @@ def compiled_forward() -> Callable[..., Tensor]:
 
     It is compiled when it is first called; torch keeps what it made on the disk, for the next process.
     """
-    print("llama3_raw: compiling the pass over a token, once; --no-compile does without", file=sys.stderr)
+    print("llama3_raw: compiling the pass over one token, once for this process", file=sys.stderr)
     return torch.compile(forward, fullgraph=True, dynamic=False)
 
 

@@ -22,16 +22,23 @@ from ..chat.dialog import Message, warn_of_base_model
 from ..cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
 from ..cli.memory_plan import Lengths
 from ..cli.models import ChosenModel, choose_device, choose_model, load_model
-from ..cli.options import add_model_options, add_sampling_options, check_context, chosen_sampling, positive_int
+from ..cli.options import (
+    add_model_options,
+    add_sampling_options,
+    check_context,
+    check_output,
+    chosen_sampling,
+    positive_int,
+)
 from ..decoding.batch import Row, generate_batch
 from ..decoding.loop import StopReason
 from ..errors import UserError
 from ..ops import Ops
-from ..system.files import check_output
+from ..system.files import atomic_write
 from ..system.process_groups import Ranks, init
 from ..tokenizer import Tokenizer
 from ..weights import Model, in_words
-from .journal import Journal, alone, as_line, journal_files, own_journal, read_results, replace_whole, results_so_far
+from .journal import Journal, alone, as_line, journal_files, own_journal, read_results, results_so_far
 from .requests import FIELDS, SAMPLING_FIELDS, Request, Result, Task, Tasks, bad_line, grouped, read_requests, task_of
 
 _TOLD = ("texts ended", "new tokens", "steps of the bar")  # what processes tell the first one, by these names
@@ -295,8 +302,10 @@ def _run(
                 "which machines share; mend that, and give the same command again"
             )
         content = b"".join(as_line({**bad, **results}[line]) for line in sorted({**bad, **results}))
-        replace_whole(out, content)
-        replace_whole(record, as_line({**run, "output": hashlib.sha256(content).hexdigest()}))
+        with atomic_write(out) as part:
+            part.write_bytes(content)
+        with atomic_write(record) as part:
+            part.write_bytes(as_line({**run, "output": hashlib.sha256(content).hexdigest()}))
         for file in journal_files(out):
             file.unlink()
         print(f"llama3_raw: {options.output} is written: {len(results)} texts", file=sys.stderr)

@@ -97,16 +97,6 @@ def is_finished(out: Path, record: Path, run: Mapping[str, Any]) -> bool:
     return True
 
 
-def replace_whole(file: Path, content: bytes) -> None:
-    """Writes a file such that it is there as a whole or as it was, whenever the process ends."""
-    part = file.with_name(f"{file.name}.new")
-    with open(part, "wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-    part.replace(file)
-
-
 @contextlib.contextmanager
 def alone(out: Path, ranks: Ranks | None) -> Iterator[None]:
     """Keeps other runs from writing the same output. Raises UserError where one does."""

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.loading import build_weights
 from ..checkpoint.writing import write_at, write_empty_checkpoint
-from ..errors import UserError, in_short
+from ..errors import UserError
 from ..params import Params
 from ..quantization.int8 import quantize
+from ..system.files import atomic_write, check_disk
 from ..tokenizer import Tokenizer
 from ..weights import MATRICES, TensorPlace, Weights, tensor_places
 
@@ -98,7 +99,7 @@ def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, rando
     content, _ = SYNTHETIC[size]
     params = Params.from_meta(content)
     if tokenizer is not None and Tokenizer(tokenizer).n_words != params.vocab_size:
-        raise UserError(f"--tokenizer {tokenizer}: does not have the {params.vocab_size} tokens of Llama 3")
+        raise UserError(f"{tokenizer}: does not have the {params.vocab_size} tokens of Llama 3", argument="tokenizer")
     tensors = {place.meta_name: parts[0] for place, parts in synthetic_checkpoint(size).parts.items()}
     n_bytes = sum(tensor.nbytes for tensor in tensors.values())
     checkpoint = folder / "consolidated.00.pth"
@@ -107,23 +108,14 @@ def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, rando
             raise UserError(f"{file}: is there already; name another folder, or remove it first")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror}; name a folder you may write to") from error
-    if free < n_bytes + 10_000_000:
-        raise UserError(f"{folder}: {n_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on that disk")
-
-    part = checkpoint.with_suffix(".part")
-    try:
+    check_disk(folder, folder, n_bytes)
+    with atomic_write(checkpoint) as part:
         _write_random(part, tensors, random_seed)
         if tokenizer is not None and tokenizer.resolve() != (folder / "tokenizer.model").resolve():
             shutil.copyfile(tokenizer, folder / "tokenizer.model")
         (folder / "params.json").write_text(json.dumps(content) + "\n")
-        part.rename(checkpoint)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {in_short(error)}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _write_random(file: Path, tensors: Mapping[str, Tensor], random_seed: int) -> None:

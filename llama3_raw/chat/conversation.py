@@ -73,7 +73,7 @@ class Conversation:
         longest = model.params.max_seq_len
         self.context = min(longest, DEFAULT_CONTEXT) if context is None else context
         if self.context > longest:
-            raise UserError(f"--context {context}: the model's own context is {longest} tokens")
+            raise UserError(f"{context}: the model's own context is {longest} tokens", argument="context")
         self.model = model
         self.tokenizer = model.tokenizer
         self.system = system
@@ -84,10 +84,7 @@ class Conversation:
         self._sampling = sampling
         self._ops = ops_for(model.weights) if ops is None else ops
         self._seeds = random.Random(seed)  # one for each call of generate, or every turn would draw alike
-        try:
-            self._cache = KVCache.allocate(model.params, max_seq_len=self.context, like=model.weights)
-        except RuntimeError as error:  # torch's only word for memory that the CPU does not have
-            raise UserError(f"a cache for {self.context} tokens does not fit into memory; lower --context") from error
+        self._cache = KVCache.allocate(model.params, max_seq_len=self.context, like=model.weights)
         self._captured = CudaGraphs.where_possible(model, self._cache, self._ops) if captured else None
         self._held: list[int] = []  # the tokens whose keys and values the cache holds
 

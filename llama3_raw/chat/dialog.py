@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
+from ..system.files import atomic_write
 from ..tokenizer import Tokenizer
 from ..weights import Model
 
@@ -96,28 +95,19 @@ def read_dialog(file: Path) -> list[Message]:
 
 
 def write_dialog(file: Path, messages: Sequence[Message]) -> None:
-    """Writes what `read_dialog` reads, or leaves what is there. Raises UserError where that is no dialog."""
-    part = Path(f"{file}.{os.getpid()}.part")
-    try:
-        if file.exists():
-            read_dialog(file)
-        content = json.dumps([message._asdict() for message in messages], ensure_ascii=False, indent=1)
-        with open(part, "x", encoding="utf-8") as opened:
-            opened.write(content + "\n")
-        part.replace(file)
-    except UserError as error:
-        raise UserError(f"{error}; not replaced, choose another name") from error
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise UserError(
-            f"{file}: cannot be written: {getattr(error, 'strerror', error)}; choose another name"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError, ValueError):
-            part.unlink(missing_ok=True)
+    """Write what `read_dialog` reads. Raises UserError, and leaves what is there, if that is no dialog."""
+    content = json.dumps([message._asdict() for message in messages], ensure_ascii=False, indent=1)
+    with atomic_write(file) as part:
+        try:
+            if file.exists():
+                read_dialog(file)
+        except UserError as error:
+            raise UserError(f"{error}; not replaced, choose another name") from error
+        part.write_text(content + "\n", encoding="utf-8")
 
 
 def warn_of_base_model(model: Model) -> None:
-    """Prints a line on stderr if the model, of which a chat is asked, is a base model."""
+    """Print a line on stderr if the model, of which a chat is asked, is a base model."""
     if is_base_model(model):
         print(
             "llama3_raw: warning: a base model, it seems, not trained to answer; choose an Instruct model for a chat",

@@ -82,7 +82,9 @@ def first_layers(checkpoint: Checkpoint, layers: int) -> Checkpoint:
     """The checkpoint without the layers behind the first so many. Raises UserError where it has no such number."""
     most = checkpoint.params.n_layers
     if not 1 <= layers <= most:
-        raise UserError(f"--layers {layers}: {checkpoint.source} has {most} layers; give a number from 1 to that")
+        raise UserError(
+            f"{layers}: {checkpoint.source} has {most} layers; give a number from 1 to that", argument="layers"
+        )
     return checkpoint._replace(
         params=replace(checkpoint.params, n_layers=layers),
         parts={place: parts for place, parts in checkpoint.parts.items() if (place.layer or 0) < layers},

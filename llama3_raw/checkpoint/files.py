@@ -56,7 +56,8 @@ def find_tokenizer(folder: Path, given: str | Path | None, params: Params) -> To
             if tokenizer.n_words != params.vocab_size:
                 raise UserError(
                     f"{file}: has {tokenizer.n_words} tokens, but the model has {params.vocab_size}; "
-                    "give the one that belongs to it with --tokenizer"
+                    "give the one that belongs to it as {argument}",
+                    argument="tokenizer",
                 )
             return tokenizer
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,8 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import UserError, in_short, needed_package
+from ..errors import needed_package
 from ..model import rope_frequencies
+from ..params import Params
+from ..system.files import atomic_write, check_disk
 from ..weights import Model, tensor_places
 
 _GGUF_NAMES = {
@@ -42,41 +43,18 @@ def gguf_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_gguf(model: Model, file: Path) -> None:
-    """Writes the weights of a model on the CPU, in their dtype, tensor by tensor.
+    """Write the weights of a model on the CPU, in their dtype, tensor by tensor.
 
     The vocabulary is made up, token N being called "tN": whoever runs the file talks to it in token ids. Raises
-    UserError where the disk is too small or refuses.
+    UserError if the disk is too small or refuses.
     """
     gguf: Any = needed_package("gguf", "a GGUF file")
-    params = model.params
     tensors = list(gguf_tensors(model))
     n_bytes = sum(tensor.nbytes for _, tensor in tensors)
-    part = file.with_name(file.name + ".part")
-    try:
-        free = shutil.disk_usage(file.parent).free
-        if free < n_bytes + 100_000_000:
-            raise UserError(
-                f"{file.parent}: {n_bytes / 1e9:.1f} GB are needed for a GGUF file, {free / 1e9:.1f} GB are free on "
-                "that disk; name a file on another one by --gguf"
-            )
+    check_disk(file, file.parent, n_bytes + 100_000_000)
+    with atomic_write(file) as part:
         writer = gguf.GGUFWriter(part, "llama")
-        writer.add_vocab_size(params.vocab_size)
-        writer.add_context_length(params.max_seq_len)
-        writer.add_embedding_length(params.dim)
-        writer.add_block_count(params.n_layers)
-        writer.add_feed_forward_length(params.hidden_dim)
-        writer.add_head_count(params.n_heads)
-        writer.add_head_count_kv(params.n_kv_heads)
-        writer.add_key_length(params.head_dim)
-        writer.add_value_length(params.head_dim)
-        writer.add_rope_dimension_count(params.head_dim)
-        writer.add_rope_freq_base(params.rope_theta)
-        writer.add_layer_norm_rms_eps(params.norm_eps)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("llama-bpe")
-        writer.add_token_list([f"t{token}" for token in range(params.vocab_size)])
-        writer.add_token_types([gguf.TokenType.NORMAL] * params.vocab_size)
-        writer.add_token_merges(["t 0"])  # it will not do without any
+        _add_metadata(writer, model.params)
         arrays = [(name, _array(tensor), gguf.GGMLQuantizationType[_TYPES[tensor.dtype]]) for name, tensor in tensors]
         for name, array, kind in arrays:
             writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes, kind)
@@ -88,11 +66,27 @@ def write_gguf(model: Model, file: Path) -> None:
                 writer.write_tensor_data(array)
                 bar.update(array.nbytes)
         writer.close()
-        part.rename(file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written: {in_short(error)}; name another file by --gguf") from error
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def _add_metadata(writer: Any, params: Params) -> None:
+    """What llama.cpp wants to know beside the tensors."""
+    writer.add_vocab_size(params.vocab_size)
+    writer.add_context_length(params.max_seq_len)
+    writer.add_embedding_length(params.dim)
+    writer.add_block_count(params.n_layers)
+    writer.add_feed_forward_length(params.hidden_dim)
+    writer.add_head_count(params.n_heads)
+    writer.add_head_count_kv(params.n_kv_heads)
+    writer.add_key_length(params.head_dim)
+    writer.add_value_length(params.head_dim)
+    writer.add_rope_dimension_count(params.head_dim)
+    writer.add_rope_freq_base(params.rope_theta)
+    writer.add_layer_norm_rms_eps(params.norm_eps)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list([f"t{token}" for token in range(params.vocab_size)])
+    writer.add_token_types([1] * params.vocab_size)  # gguf.TokenType.NORMAL
+    writer.add_token_merges(["t 0"])  # it will not do without any
 
 
 def is_gguf_of(file: Path, model: Model) -> bool:

@@ -89,16 +89,19 @@ def load(
 
 
 def check_gpu_layers(gpu_layers: int | None, device: torch.device, params: Params) -> None:
-    """Raises UserError where --gpu-layers is given, but for another device than a CUDA GPU, or for other layers."""
+    """Raise UserError if gpu_layers is given for another device than a CUDA GPU, or for layers that are not there."""
     if gpu_layers is None:
         return
     if device.type != "cuda":
         raise UserError(
-            f"--gpu-layers {gpu_layers}: shares a model between a CUDA GPU and the CPU, but the device is {device}; "
-            "leave it out, or give --device cuda"
+            f"{gpu_layers}: shares a model between a CUDA GPU and the CPU, but the device is {device}; leave it out, "
+            "or take a CUDA device",
+            argument="gpu_layers",
         )
     if not 1 <= gpu_layers <= params.n_layers:
-        raise UserError(f"--gpu-layers {gpu_layers}: {params.n_layers} layers are run; give a number from 1 to that")
+        raise UserError(
+            f"{gpu_layers}: {params.n_layers} layers are run; give a number from 1 to that", argument="gpu_layers"
+        )
 
 
 def goes_to_gpu(place: TensorPlace, tied: bool, gpu_layers: int | None) -> bool:
@@ -133,7 +136,9 @@ def build_weights(
             for other in {part.dtype for part in parts if place not in scales} - {common}:
                 name = place.hf_name if hf else place.meta_name
                 raise UserError(
-                    f"{source}: tensor {name} is {other}, should be {common} like the rest; --dtype makes them all one"
+                    f"{source}: tensor {name} is {other}, should be {common} like the rest; {{argument}} makes them "
+                    "all one",
+                    argument="dtype",
                 )
     total = sum(part.nbytes for parts in all_parts.values() for part in parts)
     top: dict[str, Any] = {}
@@ -163,7 +168,8 @@ def build_weights(
             except RuntimeError as error:  # torch's only word for memory that the CPU does not have
                 raise UserError(
                     f"{source}: {total / 1e9:.1f} GB of weights do not fit on {home}, from {place.meta_name} on; "
-                    f"{'give' if home.type == 'cpu' else 'use --device cpu, or'} fewer --layers"
+                    f"{'take' if home.type == 'cpu' else 'compute on the CPU, or take'} fewer {{argument}}",
+                    argument="layers",
                 ) from error
             if progress and tensors_of(matrix)[0] is parts[0] and moved.is_contiguous() and not rows_only:
                 _touch(moved, bar)

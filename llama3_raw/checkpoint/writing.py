@@ -5,11 +5,9 @@ First their structure alone, then the bytes of each tensor where they go; or, in
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,15 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import UserError, in_short
+from ..errors import in_short
 from ..quantization.int8 import quantize
+from ..system.files import atomic_folder
 from ..weights import DTYPES, MATRICES, tensor_places
 from .checkpoint import Checkpoint, whole_tensor
 from .files import find_files
 from .loading import by_stored_name
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_SPARE = 10_000_000  # bytes on the disk for what is small
 
 
 def write_empty_checkpoint(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -77,31 +75,6 @@ def write_at(opened: BinaryIO, offset: int, values: Tensor) -> None:
     opened.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-@contextlib.contextmanager
-def new_folder(folder: Path, n_bytes: int) -> Iterator[Path]:
-    """-> a folder to write files of so many bytes into, which is called `folder` once all of them are written.
-
-    Raises UserError where there is one of that name with something in it, where the disk is too small, and where the
-    system refuses to write. Nothing is left behind then, nor after Ctrl-C.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already, and is not empty; name another folder, or remove it first")
-    part = folder.parent / f"{folder.name}-{os.getpid()}.part"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
-        if free < n_bytes + _SPARE:
-            raise UserError(f"{folder}: {n_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on that disk")
-        part.mkdir()
-        try:
-            yield part
-            part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)  # gone already where it has its name
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {in_short(error)}; name another folder") from error
-
-
 def save_quantized(
     source: Path,
     checkpoint: Checkpoint,
@@ -114,14 +87,14 @@ def save_quantized(
 
     A file of safetensors for each layer, which is all that is in memory at a time, by Meta's names, a matrix with its
     scales beside it. The other tensors are in `dtype`; None: as they are stored. progress: shows a bar on stderr.
-    Raises what `new_folder` raises.
+    Raises what `atomic_folder` raises.
     """
     params_file, _ = find_files(source)
     n_layers = checkpoint.params.n_layers
     embeddings = next(place for place in checkpoint.parts if place.field == "tok_embeddings")
     n_values = sum(torch.Size(place.shape).numel() for place in tensor_places(checkpoint.params))
     n_bytes = n_values + 4 * torch.Size(embeddings.shape).numel()  # at most: the embeddings are not in int8
-    with new_folder(folder, n_bytes) as part:
+    with atomic_folder(folder, n_bytes) as part:
         numbers = range(n_layers + 1)
         for number in tqdm(numbers, desc=f"writing {folder}", unit="layer", disable=not progress, leave=False):
             tensors: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
-from ..errors import UserError, error_line, is_for_the_user
+from ..errors import UserError, in_short
 from ..system.processes import PeerLost, rank, world_size
 
 _FIRST_ONE_SPEAKS = 5.0  # seconds that the first of several processes has to say what is wrong, before another one does
@@ -82,11 +82,28 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
     return entry_point
 
 
+def is_for_the_user(error: Exception) -> bool:
+    """Whether an error is one that a user can mend, and not a defect of the program."""
+    return _is_out_of_memory(error) or isinstance(error, (UserError, OSError))
+
+
 def describe(error: Exception) -> str:
-    """An error in one line. The argument of a function that is wrong is shown as the option that it comes from."""
+    """An error for the user in one line. The argument of a function is shown as the option that it comes from."""
+    message = str(error)
     if isinstance(error, UserError) and error.argument:
-        return error_line(UserError(f"--{error.argument.replace('_', '-')} {error.message}"))
-    return error_line(error)
+        message = error.naming(f"--{error.argument.replace('_', '-')}")
+    if _is_out_of_memory(error):
+        message = f"out of memory ({in_short(error)}); lower --max-new-tokens or --context, or use fewer --layers"
+    if isinstance(error, OSError):
+        message = f"{in_short(error.filename or 'output')}: {error.strerror or error}"
+    line = " ".join(message.split())
+    # a damaged file's bytes should not reach the terminal as control characters
+    return "".join(character if character.isprintable() else "\ufffd" for character in line)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # not imported for this: a download need not wait for it
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def for_several_processes(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -154,6 +155,19 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"should be 1 or more, is {value}")
     return value
+
+
+def check_output(option: str, name: str) -> None:
+    """Raises UserError, before the work is done, if `atomic_write` could not write a file of this name."""
+    file = Path(name).resolve()
+    if file.exists() and not file.is_file():
+        raise UserError(f"{option} {name}: is not a file; choose another name")
+    if file.exists() and not os.access(file, os.W_OK):
+        raise UserError(f"{option} {name}: is read-only; choose another name, or remove it")
+    if not file.parent.is_dir():
+        raise UserError(f"{option} {name}: there is no folder {file.parent}; make it first")
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{option} {name}: you may not write in {file.parent}; choose another place")
 
 
 def read_text(file: str) -> str:

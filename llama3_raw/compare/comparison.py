@@ -280,7 +280,7 @@ def compare(
 def shared_tensors(other: Mapping[str, Tensor], made: Mapping[str, NamedTensor]) -> dict[str, Tensor]:
     """Those of the other run's tensors that a pass has. Raises UserError where there is none, or one is no floats."""
     if isinstance(other, Trace) and other.last_position:
-        raise UserError("the trace is of the last position only; trace all positions to compare (no --last-position)")
+        raise UserError("the trace is of the last position only; trace all positions to compare")
     shared = {name: _as_floats(name, other[name]) for name in other if name in made}
     if not shared:
         names = ", ".join(in_short(name) for name in list(other)[:3])

@@ -95,7 +95,8 @@ def decode(texts: Sequence[Text], runner: Runner, stop_ids: Collection[int]) -> 
         ended: list[int] = []  # places
         for row, expected in zip(logits.unbind(1), [*proposed, None], strict=True):  # [texts, vocab]
             tokens = _draw(row, running)  # [texts]
-            arriving = copy_to_host_async(torch.stack((tokens, is_sound(row))))
+            result = torch.stack((tokens, is_sound(row)))
+            arriving = copy_to_host_async(result) if runner.runs_ahead else result.tolist
             ahead = None
             if runner.runs_ahead and not running[0].draft.proposes and len(running[0].new) + 1 < running[0].budget:
                 ahead = runner.step(tokens.unsqueeze(-1), [text.position + 1 for text in running])

@@ -11,6 +11,7 @@ from typing import NamedTuple, NoReturn
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..system.files import atomic_write
 from .sources import ALGORITHMS, Digest, RemoteFile
 
 CHECKLIST = "checklist.chk"  # "MD5  name" a line; Meta's own downloads bring one
@@ -44,10 +45,8 @@ class Record(NamedTuple):
     def write(self, folder: Path, name: str) -> None:
         """Keeps the record."""
         content = {**self._asdict(), "digest": self.digest and self.digest._asdict()}
-        file = record_file(folder, name)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(file)
+        with atomic_write(record_file(folder, name)) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def record_file(folder: Path, name: str) -> Path:

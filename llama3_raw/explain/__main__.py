@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from ..cli.memory_plan import Lengths
 from ..cli.models import choose_model, chosen_ids, load_model
-from ..cli.options import add_model_options, read_prompt
+from ..cli.options import add_model_options, check_output, read_prompt
 from ..errors import UserError, needed_package
-from ..system.files import check_output, write_whole
+from ..system.files import atomic_write
 from ..tracing.record import check_trace
 
 
@@ -63,7 +63,8 @@ def main(arguments: Sequence[str]) -> int:
         folder = folder.parent.parent
     html = build_page(model, folder.name, prompt, options.layer, options.head, ops=ops, progress=True)
     page = html.encode()
-    write_whole(options.output, lambda part: part.write_bytes(page))
+    with atomic_write(options.output) as part:
+        part.write_bytes(page)
     print(f"llama3_raw: {options.output}: {len(page) / 1e6:.1f} MB; open it in a browser", file=sys.stderr)
     return 0
 

@@ -2,46 +2,90 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, in_short
+
+_SPARE = 10_000_000  # bytes on the disk for what is small
 
 
-def check_output(option: str, name: str) -> None:
-    """Raises UserError, before the work is done, where `write_whole` could not write a file of this name."""
-    file = Path(name).resolve()
-    if file.exists() and not file.is_file():
-        raise UserError(f"{option} {name}: is no file; give the name of one, there or not")
-    if file.exists() and not os.access(file, os.W_OK):
-        raise UserError(f"{option} {name}: is read-only; choose another name, or remove it")
-    if not file.parent.is_dir():
-        raise UserError(f"{option} {name}: there is no folder {file.parent}; make it first")
-    if not os.access(file.parent, os.W_OK):
-        raise UserError(f"{option} {name}: you may not write in {file.parent}; choose another place")
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """A file to write to, which has the name `path` when the block ends: whole, and on the disk.
 
-
-def write_whole(name: str | Path, write: Callable[[Path], object]) -> None:
-    """Has `write` fill a file, which takes the name once it is whole; what was there before stays until then.
-
-    Raises UserError where it cannot be written, and leaves nothing behind then.
+    Until then what is there stays, whose permissions the new file gets. Through a link the file behind it is written.
+    Raises UserError if it cannot be written; nothing of it is left then.
     """
-    file = Path(name).resolve()  # behind a link, the file itself
     try:
-        if file.exists() and not file.is_file():
-            raise UserError(f"{name}: is no file; give the name of one, there or not")
-        with tempfile.TemporaryDirectory(prefix=".llama3_raw-", dir=file.parent) as folder:
-            part = Path(folder, file.name)
+        target = Path(path).resolve()
+        if target.exists() and not target.is_file():
+            raise UserError(f"{path}: is not a file; choose another name")
+        # in a folder of its own, since torch.save writes the name of the file into it
+        with tempfile.TemporaryDirectory(prefix=".llama3_raw-", dir=target.parent) as folder:
+            part = Path(folder, target.name)
             part.touch()
-            mode = (file if file.exists() else part).stat().st_mode
-            write(part)
+            mode = (target if target.exists() else part).stat().st_mode  # of a new file, what the umask leaves
+            yield part
+            _to_disk(part)
             part.chmod(stat.S_IMODE(mode))
-            part.replace(file)
+            part.replace(target)
+        _to_disk(target.parent)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason}); choose another place") from error
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path, n_bytes: int) -> Iterator[Path]:
+    """A folder to write files of `n_bytes` into, which is called `folder` when the block ends and they are on the disk.
+
+    Raises UserError if there is one of that name with something in it, if the disk is too small, and if the system
+    refuses to write; nothing of it is left then, nor after Ctrl-C.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already, and is not empty; name another folder, or remove it first")
+    part = folder.parent / f"{folder.name}-{os.getpid()}.part"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        check_disk(folder, folder.parent, n_bytes)
+        part.mkdir()
+        try:
+            yield part
+            for file in part.rglob("*"):
+                _to_disk(file)
+            part.rename(folder)
+            _to_disk(folder.parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)  # gone already if it has its name
     except OSError as error:
-        raise UserError(f"{name}: cannot be written ({error.strerror or error}); choose another place") from error
+        raise UserError(f"{folder}: cannot be written: {in_short(error)}; name another folder") from error
+
+
+def check_disk(target: Path, folder: Path, n_bytes: int) -> None:
+    """Raise UserError if there is no room for `target`, of so many bytes, on the disk that `folder` is on."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes + _SPARE:
+        raise UserError(
+            f"{target}: {n_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on that disk; free some, or "
+            "choose another place"
+        )
+
+
+def _to_disk(path: Path) -> None:
+    """Return when the disk has a file, or the names in a folder: no power cut can take them back."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folder
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def page_or_pointer(beginning: bytes) -> str | None:

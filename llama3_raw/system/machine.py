@@ -121,7 +121,9 @@ def set_threads(threads: int | None) -> None:
             torch.set_num_threads(default_threads())
         return
     if threads > processors():
-        raise UserError(f"--threads {threads}: this process may use {processors()} processors; give at most that")
+        raise UserError(
+            f"{threads}: this process may use {processors()} processors; give at most that", argument="threads"
+        )
     torch.set_num_threads(threads)
 
 

@@ -17,9 +17,8 @@ from ..backends.choose import suitable_ops
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from ..cli.memory_plan import Lengths
 from ..cli.models import choose_model, chosen_ids, load_model
-from ..cli.options import DTYPES_BY_NAME, add_model_options, add_prompt_options, read_prompt
+from ..cli.options import DTYPES_BY_NAME, add_model_options, add_prompt_options, check_output, read_prompt
 from ..model import REFERENCE
-from ..system.files import check_output
 from ..weights import in_words
 from .record import check_trace, trace
 

@@ -22,7 +22,7 @@ from ..errors import UserError, in_short
 from ..model import REFERENCE, forward
 from ..ops import Ops, Tap, no_tap, score_bytes
 from ..params import Params, RopeScaling
-from ..system.files import read_beginning, write_whole
+from ..system.files import atomic_write, read_beginning
 from ..system.machine import free_memory
 from ..weights import Model
 from .names import FIRST, LAST, token_dimension
@@ -153,14 +153,11 @@ class Trace(Mapping[str, Tensor]):
         """
         origin = self.origin and asdict(self.origin)
         about = {"names": list(self), "origin": origin, "last_position": self.last_position}
-
-        def write(part: Path) -> None:
+        with atomic_write(file) as part:
             try:
                 save_file(dict(self), part, metadata={"llama3_raw": json.dumps(about)})
-            except SafetensorError as error:
+            except SafetensorError as error:  # all that it says when the system refuses
                 raise OSError(in_short(error)) from error
-
-        write_whole(file, write)
 
 
 def load_trace(file: str | Path) -> Trace:

@@ -74,8 +74,8 @@ def _unknown(pattern: str, names: Sequence[str]) -> str:
     for hidden in (f"layers.{layer}.{name}" for layer in dict.fromkeys(layers) for name in UNFUSED):
         if hidden not in names and re.fullmatch(_regex(pattern), hidden):
             return (
-                f"{pattern!r}: a fast attention makes no scores; the exact operations do (leave --fast out; in Python, "
-                "ops=llama3_raw.REFERENCE)"
+                f"{pattern!r}: the fast operations make no attention scores; the exact ones do (llama3_raw.REFERENCE, "
+                "the default)"
             )
     if "[" in pattern and "]" not in pattern.rpartition("[")[2]:
         return f"{pattern!r}: the [ has no ] behind it; [0-9] stands for a digit"
