@@ -71,6 +71,13 @@ class Text(NamedTuple):
     n_bytes: int  # in UTF-8; the end of a document counts as one
 
 
+class Corpus(NamedTuple):
+    """What a run learns from, and what it is judged by."""
+
+    training: Text
+    held_out: Text
+
+
 class State(NamedTuple):
     """All that a run has come to. What it draws follows from its settings and the step, so no generator is in it."""
 
@@ -198,8 +205,7 @@ def train(
     state: State,
     params: Params,
     tokenizer: Tokenizer,
-    text: Text,
-    held_out: Text,
+    corpus: Corpus,
     settings: dict[str, Any],
     output: Path,
     save_every: int,
@@ -207,7 +213,7 @@ def train(
 ) -> None:
     """Goes on from `state` to the last step, which it keeps on the disk; shows what the model says as it learns."""
     steps, context_length = settings["steps"], settings["context_length"]
-    windows = sliding_windows(text.ids, context_length, settings["stride"])
+    windows = sliding_windows(corpus.training.ids, context_length, settings["stride"])
     dtype = getattr(torch, settings["dtype"])
     with ctrl_c_noted() as noted, tqdm(total=steps, initial=len(state.losses), desc="training", unit="step") as bar:
         while (step := len(state.losses)) < steps:
@@ -218,11 +224,11 @@ def train(
             bar.update()
             is_report = (step + 1) % report_every == 0 or step + 1 == steps
             if is_report:
-                bits = bits_per_byte(state.weights, params, held_out, context_length)
+                bits = bits_per_byte(state.weights, params, corpus.held_out, context_length)
                 state.held_out.append((step + 1, bits))
                 said = say(Model(state.weights, params, tokenizer), max_new_tokens=60)
                 tqdm.write(f"step {step + 1:,}: {bits:.3f} bits per byte of held-out text; it says: {said}")
-                to_bits = len(text.ids) / text.n_bytes / math.log(2)
+                to_bits = len(corpus.training.ids) / corpus.training.n_bytes / math.log(2)
                 draw_losses([to_bits * loss for loss in state.losses], state.held_out, output / "loss.png")
             if is_report or noted or (step + 1) % save_every == 0:
                 save_state(state, params, settings, output / STATE)
@@ -355,27 +361,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Makes the model that the options ask for, or goes on making it; -> exit status."""
+    """Make the model that the options ask for, or go on making it; return the exit status."""
     output, context_length = options.output, options.context_length
     stride = options.stride or max(1, context_length // 2)
     params = Params.from_meta(PARAMS_JSON) if options.params is None else Params.from_file(options.params)
     params_json = PARAMS_JSON if options.params is None else json.loads(options.params.read_text())
-    if not 0 < options.learning_rate < 1:
-        raise UserError(f"--learning-rate {options.learning_rate}: should be above 0 and below 1")
-    if stride > context_length:
-        raise UserError(
-            f"--stride {stride}: should be at most --context-length {context_length}, or tokens are left out"
-        )
-    if context_length > params.max_seq_len:
-        raise UserError(f"--context-length {context_length}: the model's max_seq_len is {params.max_seq_len}")
-    if params.vocab_size < 256 + N_SPECIAL_TOKENS:
-        raise UserError(
-            f"{options.params}: vocab_size should be {256 + N_SPECIAL_TOKENS} or more: bytes, special tokens"
-        )
-    needed_package("tokenizers", "training a tokenizer", "examples")  # not only in the last minute
-    needed_package("matplotlib", "the loss curve", "examples")
-    if (output / "consolidated.00.pth").exists() and not (output / STATE).exists():
-        raise UserError(f"--output {output}: holds a model already; choose another folder")
+    check_options(options, params, stride)
     set_threads(options.threads)
 
     documents = read_documents(options)
@@ -401,33 +392,61 @@ def run(options: argparse.Namespace) -> int:
         tokenizer = train_tokenizer(training, params.vocab_size - N_SPECIAL_TOKENS, output / "tokenizer.model")
         weights = random_weights(params, options.seed)
         state = State(weights, make_optimiser(params, weights), [], [])
-    text, held_out_text = encode(training, tokenizer), encode(held_out, tokenizer)
-    n_windows = max(0, len(text.ids) - context_length - 1 + stride) // stride
-    if n_windows < options.batch_size or len(held_out_text.ids) <= context_length:
-        raise UserError(
-            f"the text is too short: {len(text.ids):,} tokens to train on give {n_windows} windows for a batch of "
-            f"{options.batch_size}, and {len(held_out_text.ids):,} are held out; give more text, or lower "
-            "--context-length, --stride or --batch-size"
-        )
+    corpus = Corpus(encode(training, tokenizer), encode(held_out, tokenizer))
+    n_windows = count_windows(corpus, options, stride)
     n_parameters = sum(tensor.numel() for tensor in to_state_dict(params, state.weights).values())
     epochs = options.steps / (n_windows // options.batch_size)
     print(
-        f"{len(documents):,} documents, {len(text.ids):,} tokens in {n_windows:,} windows, {epochs:.1f} epochs of them"
+        f"{len(documents):,} documents, {len(corpus.training.ids):,} tokens in {n_windows:,} windows, {epochs:.1f} "
+        "epochs of them"
     )
-    print(f"{n_parameters:,} parameters; {len(held_out_text.ids):,} tokens are held out")
+    print(f"{n_parameters:,} parameters; {len(corpus.held_out.ids):,} tokens are held out")
     if state.losses:
         print(f"going on from step {len(state.losses):,}")
-    train(state, params, tokenizer, text, held_out_text, settings, output, options.save_every, options.report_every)
+    train(state, params, tokenizer, corpus, settings, output, options.save_every, options.report_every)
 
     rounded = {name: tensor.detach().bfloat16() for name, tensor in to_state_dict(params, state.weights).items()}
     with atomic_write(output / "consolidated.00.pth") as part:
         torch.save(rounded, part)
     weights = from_state_dict(params, {name: tensor.float() for name, tensor in rounded.items()})
-    bits = bits_per_byte(weights, params, held_out_text, context_length)
+    bits = bits_per_byte(weights, params, corpus.held_out, context_length)
     print(f"{output} is written, rounded to bf16; {output / 'loss.png'} shows how it learned. It says:")
     print(say(Model(weights, params, tokenizer), max_new_tokens=params.max_seq_len))
     print(f"held-out text: {bits:.3f} bits per byte")
     return 0
+
+
+def check_options(options: argparse.Namespace, params: Params, stride: int) -> None:
+    """Raise UserError for what cannot be, before anything is made."""
+    if not 0 < options.learning_rate < 1:
+        raise UserError(f"--learning-rate {options.learning_rate}: should be above 0 and below 1")
+    if stride > options.context_length:
+        raise UserError(
+            f"--stride {stride}: should be at most --context-length {options.context_length}, or tokens are left out"
+        )
+    if options.context_length > params.max_seq_len:
+        raise UserError(f"--context-length {options.context_length}: the model's max_seq_len is {params.max_seq_len}")
+    if params.vocab_size < 256 + N_SPECIAL_TOKENS:
+        raise UserError(
+            f"{options.params}: vocab_size should be {256 + N_SPECIAL_TOKENS} or more: bytes, special tokens"
+        )
+    needed_package("tokenizers", "training a tokenizer", "examples")  # not only in the last minute
+    needed_package("matplotlib", "the loss curve", "examples")
+    if (options.output / "consolidated.00.pth").exists() and not (options.output / STATE).exists():
+        raise UserError(f"--output {options.output}: holds a model already; choose another folder")
+
+
+def count_windows(corpus: Corpus, options: argparse.Namespace, stride: int) -> int:
+    """How many windows there are to train on. Raises UserError if the text is too short."""
+    length, held_out = len(corpus.training.ids), len(corpus.held_out.ids)
+    n_windows: int = max(0, length - options.context_length - 1 + stride) // stride
+    if n_windows < options.batch_size or held_out <= options.context_length:
+        raise UserError(
+            f"the text is too short: {length:,} tokens to train on give {n_windows} windows for a batch of "
+            f"{options.batch_size}, and {held_out:,} are held out; give more text, or lower --context-length, --stride "
+            "or --batch-size"
+        )
+    return n_windows
 
 
 if __name__ == "__main__":

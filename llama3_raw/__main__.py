@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,52 +137,24 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _continue(options: argparse.Namespace, ranks: Ranks | None) -> int:
-    """Continues the prompt; with `ranks` as one of several processes, which all do the same with their part."""
-    for option in ("break_at", "lookup") if ranks else ():
-        if getattr(options, option):
-            raise UserError(f"--{option.removesuffix('_at')} is for one process; leave it out, or run without torchrun")
-    if options.break_at and (options.prompt == "-" or sys.stdin is None):
-        raise UserError("--break: stdin is for the debugger; give the prompt as an argument, and leave stdin open")
-    prompt = options.prompt
-    if ranks is None or ranks.rank == 0:
-        prompt = read_prompt(prompt, "python -m llama3_raw")
-    if ranks is not None:  # stdin, and chance, are there once
-        options.seed = secrets.randbits(63) if options.seed is None else options.seed
-        prompt, options.seed = ranks.tensor.broadcast((prompt, options.seed))
-    if options.ids and options.stop:
-        raise UserError("--stop needs text, and --ids has none; leave one of them out")
-    if options.chat and (options.ids or options.special):
-        raise UserError(f"--chat asks in plain text; leave {'--ids' if options.ids else '--special'} out")
-    if options.system and not options.chat:
-        raise UserError("--system belongs to a question; give --chat with it")
-    if "" in options.stop:
-        raise UserError("--stop should not be empty")
-    ids = parse_ids(prompt, "--ids") if options.ids else []
-    if options.max_new_tokens < 0:
-        raise UserError(f"--max-new-tokens should be 0 or more, is {options.max_new_tokens}")
+    """Continue the prompt; with `ranks` as one of several processes, which all do the same with their part."""
+    _check_options(options, ranks)
+    prompt = _shared_prompt(options, ranks)
     sampling = chosen_sampling(options)  # complains of what is out of range now, not after a long load
     lookup = LookupPolicy(options.lookup)
     load_start = time.perf_counter()
     chosen = choose_model(options, needs_tokenizer=not options.ids)
-    tokenizer, longest = chosen.tokenizer, chosen.checkpoint.params.max_seq_len
+    longest = chosen.checkpoint.params.max_seq_len
     check_context(options.context, longest)
     if options.break_at:
         check_names(chosen.checkpoint.params, *options.break_at)
-    if tokenizer is not None and options.chat:
-        system = [Message("system", options.system)] if options.system else []
-        ids = encode_dialog(tokenizer, [*system, Message("user", prompt)])
-    elif tokenizer is not None and not options.ids:
-        ids = tokenizer.encode(prompt, bos=True, allow_special=options.special)
+    ids = _prompt_ids(options, chosen.tokenizer, prompt)
     text_length = min(options.context or longest, len(ids) + options.max_new_tokens)
     lengths = Lengths(prompt=len(ids), text=text_length, least=len(ids) + 1)
     model, ops, which = load_model(chosen, lengths, options.reference or bool(options.break_at), ranks)
     load_seconds = time.perf_counter() - load_start
 
-    watch = _Watch(options.top, tokenizer, lookup)
-    tap: Tap | None = watch.tap if options.top else None
-    if options.break_at:
-        breaking = break_at(*options.break_at)
-        tap = chain(tap, breaking) if tap else breaking
+    watch = _Watch(options.top, chosen.tokenizer, lookup)
     tokens = generate(
         model,
         ids,
@@ -190,23 +163,70 @@ def _continue(options: argparse.Namespace, ranks: Ranks | None) -> int:
         seed=options.seed,
         context=options.context,
         lookup=lookup,
-        ops=ops,
-        tap=tap,
-        captured=not options.no_compile and ranks is None,
+        ops=ops._replace(can_capture=ops.can_capture and not options.no_compile),
+        tap=_chosen_tap(options, watch),
     )
     print(f"llama3_raw: {which}", file=sys.stderr)
     if options.chat:
         warn_of_base_model(model)
     generated = watch.over(tokens)
-    if tokenizer is None or options.ids:
+    if chosen.tokenizer is None or options.ids:
         pieces: Iterator[str] = (f"{' ' if i else ''}{token}" for i, token in enumerate(generated))
     else:
-        pieces = tokenizer.stream(generated, options.stop)
+        pieces = chosen.tokenizer.stream(generated, options.stop)
     stopped_by = _print_text(pieces, options)
     print(f"llama3_raw: {_why_it_stopped(watch, options, stopped_by)}", file=sys.stderr)
     if options.stats:
-        _print_stats(options.stats, model, len(ids), watch, load_seconds, ranks.size if ranks else 1)
+        stats = _stats(model, len(ids), watch, ranks.size if ranks else 1)
+        _print_stats(options.stats, stats | {"load_seconds": round(load_seconds, 3)})
     return 130 if stopped_by else 0
+
+
+def _check_options(options: argparse.Namespace, ranks: Ranks | None) -> None:
+    """Raise UserError for options that contradict each other."""
+    for option in ("break_at", "lookup") if ranks else ():
+        if getattr(options, option):
+            raise UserError(f"--{option.removesuffix('_at')} is for one process; leave it out, or run without torchrun")
+    if options.break_at and (options.prompt == "-" or sys.stdin is None):
+        raise UserError("--break: stdin is for the debugger; give the prompt as an argument, and leave stdin open")
+    if options.ids and options.stop:
+        raise UserError("--stop needs text, and --ids has none; leave one of them out")
+    if options.chat and (options.ids or options.special):
+        raise UserError(f"--chat asks in plain text; leave {'--ids' if options.ids else '--special'} out")
+    if options.system and not options.chat:
+        raise UserError("--system belongs to a question; give --chat with it")
+    if "" in options.stop:
+        raise UserError("--stop should not be empty")
+    if options.max_new_tokens < 0:
+        raise UserError(f"--max-new-tokens should be 0 or more, is {options.max_new_tokens}")
+
+
+def _shared_prompt(options: argparse.Namespace, ranks: Ranks | None) -> str:
+    """The prompt, the same in all processes, which also get the same seed: stdin, and chance, are there once."""
+    prompt = read_prompt(options.prompt, "python -m llama3_raw") if ranks is None or ranks.rank == 0 else ""
+    if ranks is not None:
+        seed = secrets.randbits(63) if options.seed is None else options.seed
+        prompt, options.seed = ranks.tensor.broadcast((prompt, seed))
+    return prompt
+
+
+def _prompt_ids(options: argparse.Namespace, tokenizer: Tokenizer | None, prompt: str) -> list[int]:
+    """The prompt in tokens: as a question, as ids, or as text."""
+    if options.ids:
+        return parse_ids(prompt, "--ids")
+    assert tokenizer is not None  # choose_model has seen to it
+    if options.chat:
+        system = [Message("system", options.system)] if options.system else []
+        return encode_dialog(tokenizer, [*system, Message("user", prompt)])
+    return tokenizer.encode(prompt, bos=True, allow_special=options.special)
+
+
+def _chosen_tap(options: argparse.Namespace, watch: _Watch) -> Tap | None:
+    """What --top and --break want to see; None if nothing does."""
+    taps: list[Tap] = [watch.tap] if options.top else []
+    if options.break_at:
+        taps.append(break_at(*options.break_at))
+    return chain(*taps) if taps else None
 
 
 def _save_quantized(options: argparse.Namespace) -> int:
@@ -311,9 +331,8 @@ def _why_it_stopped(watch: _Watch, options: argparse.Namespace, stopped_by: str 
     return f"stopped after {count} at a --stop text"
 
 
-def _print_stats(
-    style: str, model: Model, prompt_tokens: int, watch: _Watch, load_seconds: float, processes: int
-) -> None:
+def _stats(model: Model, prompt_tokens: int, watch: _Watch, processes: int) -> dict[str, Any]:
+    """What --stats shows, by name."""
     weights = model.weights
     per_pass = processes * (
         sum(t.nbytes for layer in weights.layers for t in layer) + weights.norm.nbytes + weights.output.nbytes
@@ -321,10 +340,10 @@ def _print_stats(
     times = watch.times
     seconds = times[-1] - times[0] if len(times) > 1 else None
     tokens_per_second = seconds and (len(times) - 1) / seconds
-    stats = {
+    return {
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(times),
-        "load_seconds": round(load_seconds, 3),
+        "load_seconds": None,
         "seconds_to_first_token": round(times[0], 3) if times else None,
         "tokens_per_second": tokens_per_second and round(tokens_per_second, 3),
         "passes": watch.passes,
@@ -338,6 +357,9 @@ def _print_stats(
         "threads": torch.get_num_threads(),
         "processes": processes,
     }
+
+
+def _print_stats(style: str, stats: dict[str, Any]) -> None:
     if style == "json":
         print(json.dumps(stats), file=sys.stderr)
         return

@@ -126,28 +126,7 @@ class Params:
         if content.get("head_dim") is None and dim % n_heads:
             raise UserError(f"hidden_size = {dim} does not divide into num_attention_heads = {n_heads} heads")
 
-        # transformers 5 keeps everything about RoPE in rope_parameters; before, rope_theta stood beside rope_scaling
-        new, old = fields.mapping("rope_parameters"), fields.mapping("rope_scaling")
-        for rope in (new, old):
-            if _rope_type(rope) not in ("default", "llama3"):
-                raise UserError(
-                    f"rope type {_rope_type(rope)!r} changes the computation; only default or llama3 will do"
-                )
-        for source in (content, new, old):
-            if source.get("partial_rotary_factor", 1.0) != 1.0:
-                raise UserError(f"partial_rotary_factor = {source['partial_rotary_factor']!r} is not supported")
-        rope = new or old
-        if any(isinstance(value, dict) for value in rope.values()):
-            raise UserError("rope_parameters that differ from layer to layer are not supported")
-        rope_fields = _Fields({"rope_theta": content.get("rope_theta"), **rope})
-        scaling = None
-        if _rope_type(rope) == "llama3":
-            scaling = RopeScaling(
-                factor=rope_fields.number("factor"),
-                low_freq_factor=rope_fields.number("low_freq_factor"),
-                high_freq_factor=rope_fields.number("high_freq_factor"),
-                original_max_seq_len=rope_fields.integer("original_max_position_embeddings"),
-            )
+        rope_theta, scaling = _hf_rope(content, fields)
         return _checked(
             Params(
                 dim=dim,
@@ -158,7 +137,7 @@ class Params:
                 head_dim=fields.integer("head_dim", default=dim // n_heads),
                 hidden_dim=fields.integer("intermediate_size"),
                 norm_eps=fields.number("rms_norm_eps"),
-                rope_theta=rope_fields.number("rope_theta", default=10000.0),
+                rope_theta=rope_theta,
                 rope_scaling=scaling,
                 max_seq_len=fields.integer("max_position_embeddings", default=131072 if scaling else 8192),
             )
@@ -240,6 +219,32 @@ def _hidden_dim(dim: int, multiplier: float | None = None, multiple_of: int = 1)
     if multiplier is not None:
         hidden_dim = int(multiplier * hidden_dim)
     return -(-hidden_dim // multiple_of) * multiple_of
+
+
+def _hf_rope(content: Mapping[str, Any], fields: _Fields) -> tuple[float, RopeScaling | None]:
+    """rope_theta and the scaling of a config.json. Raises UserError for another kind of RoPE than Llama's."""
+    # transformers 5 keeps everything about RoPE in rope_parameters; before, rope_theta stood beside rope_scaling
+    new, old = fields.mapping("rope_parameters"), fields.mapping("rope_scaling")
+    for rope in (new, old):
+        if _rope_type(rope) not in ("default", "llama3"):
+            raise UserError(f"rope type {_rope_type(rope)!r} changes the computation; only default or llama3 will do")
+    for source in (content, new, old):
+        if source.get("partial_rotary_factor", 1.0) != 1.0:
+            raise UserError(f"partial_rotary_factor = {source['partial_rotary_factor']!r} is not supported")
+    rope = new or old
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UserError("rope_parameters that differ from layer to layer are not supported")
+    rope_fields = _Fields({"rope_theta": content.get("rope_theta"), **rope})
+    rope_theta = rope_fields.number("rope_theta", default=10000.0)
+    if _rope_type(rope) == "default":
+        return rope_theta, None
+    scaling = RopeScaling(
+        factor=rope_fields.number("factor"),
+        low_freq_factor=rope_fields.number("low_freq_factor"),
+        high_freq_factor=rope_fields.number("high_freq_factor"),
+        original_max_seq_len=rope_fields.integer("original_max_position_embeddings"),
+    )
+    return rope_theta, scaling
 
 
 def _rope_type(rope: Mapping[str, Any]) -> Any:

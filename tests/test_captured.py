@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from conftest import TINY
 from references import cast
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
@@ -16,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import llama3_raw
+import llama3_raw.__main__ as main_module
+import llama3_raw.chat.__main__ as chat_module
 from llama3_raw import REFERENCE, KVCache, Model, forward, generate
 from llama3_raw.backends import cuda as ops_cuda
 from llama3_raw.backends import cuda_graphs as captured
@@ -24,6 +30,7 @@ from llama3_raw.backends.cuda_graphs import CudaGraphs
 from llama3_raw.chat.conversation import Conversation
 from llama3_raw.decoding import loop
 from llama3_raw.decoding.prompt_lookup import LookupPolicy
+from llama3_raw.ops import Ops
 
 SETTINGS: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 3, "repetition_penalty": 1.2, "top_p": 0.9}]
 
@@ -74,7 +81,8 @@ def test_the_same_tokens(model: Model, ids: list[int], settings: dict[str, Any])
     for _ in range(2):
         new = generate(model, ids, max_new_tokens=60, cache=passes.cache, ops=REFERENCE, captured=passes, **settings)
         assert list(new) == expected
-    assert list(passes._replays) == [1]
+    assert passes.are_ready(1)
+    assert not passes.are_ready(16)
 
 
 def test_the_same_tokens_with_lookup(model: Model, ids: list[int]) -> None:
@@ -87,8 +95,7 @@ def test_the_same_tokens_with_lookup(model: Model, ids: list[int]) -> None:
     new = generate(model, ids, max_new_tokens=60, lookup=policy, earlier=expected, **common)
     assert list(new) == expected
     assert policy.accepted > 10
-    assert set(passes._replays) <= {1, 16}
-    assert 16 in passes._replays
+    assert passes.are_ready(16)
 
 
 def test_a_compiler_that_fails_is_done_without(
@@ -108,9 +115,9 @@ def test_the_first_token_does_not_wait_for_the_capture(model: Model, ids: list[i
     passes = passes_for(model, len(ids) + 4)
     tokens = generate(model, ids, max_new_tokens=4, cache=passes.cache, ops=REFERENCE, captured=passes)
     next(tokens)
-    assert not passes._replays
+    assert not passes.are_ready(1)
     next(tokens)
-    assert passes._replays
+    assert passes.are_ready(1)
 
 
 def test_it_ends_where_it_should(model: Model, ids: list[int]) -> None:
@@ -169,16 +176,35 @@ def test_a_dialog_keeps_its_graph(model: Model, monkeypatch: pytest.MonkeyPatch)
         made.append(CudaGraphs(model, cache, REFERENCE, capture=Recorded, compiled=False))
         return made[-1]
 
-    def answers(**options: Any) -> list[str]:
-        dialog = Conversation(model, context=200, max_new_tokens=20, ops=REFERENCE, **options)
+    def answers() -> list[str]:
+        dialog = Conversation(model, context=200, max_new_tokens=20, ops=REFERENCE)
         return ["".join(dialog.answer(question)) for question in ("Hello!", "Why?")]
 
     expected = answers()
     monkeypatch.setattr(CudaGraphs, "where_possible", where_possible)
     assert answers() == expected
     assert len(made) == 1
-    assert answers(captured=False) == expected
-    assert len(made) == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--no-compile"]])
+@pytest.mark.parametrize("tool", [main_module, chat_module], ids=["main", "chat"])
+def test_no_compile_captures_nothing(tool: ModuleType, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By operations that say so, which `generate` and a conversation obey."""
+    seen = []
+    load_model = tool.load_model
+
+    def load(*arguments: Any) -> Any:
+        model, ops, which = load_model(*arguments)
+        return model, ops._replace(can_capture=True), which
+
+    def where_possible(model: Model, cache: KVCache, ops: Ops, compiled: bool = True) -> None:
+        seen.append(ops.can_capture)
+
+    monkeypatch.setattr(tool, "load_model", load)
+    monkeypatch.setattr(CudaGraphs, "where_possible", where_possible)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert tool.main(["--weights", str(TINY), *options, *(["Once"] if tool is main_module else [])]) == 0
+    assert seen == [not options]
 
 
 @pytest.mark.parametrize(("most", "context", "compiled"), [(7, 200, False), (8, 200, True), (100, 12, False)])

@@ -206,7 +206,7 @@ def test_a_lesson_refuses_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_load_refuses_it_too() -> None:
     with pytest.raises(UserError, match=r"^gpu_layers 2: .* the device is cpu"):
         llama3_raw.load(TINY, gpu_layers=2)
-    with pytest.raises(UserError, match="--gpu-layers 5: 4 layers are run"):
+    with pytest.raises(UserError, match=r"^gpu_layers 5: 4 layers are run"):
         llama3_raw.load(TINY, device="cuda", gpu_layers=5)
 
 

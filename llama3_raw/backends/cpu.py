@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -140,67 +141,91 @@ def _run(command: Sequence[str]) -> bytes:
 
 def make_ops(kernels: ctypes.CDLL) -> Ops:
     """The operations with these kernels. A product that they do not do (fp32, say) is torch's."""
-    has_tiles, c_attend = bool(kernels.has_tiles()), kernels.attend
+    by_kernels = _Kernels(kernels)
+    return Ops(
+        embed=F.embedding, linear=by_kernels.linear, attend=by_kernels.attend, max_packed=by_kernels.max_packed()
+    )
 
-    is_x86 = kernels.width() >= 8  # NEON is not measured, beside Apple's matrix units, say
 
-    def most_rows(is_int8: bool, by_tiles: bool) -> float:
-        if by_tiles:
-            return math.inf if is_int8 else _MOST
-        if not is_x86 or not fp32_is_faster():
-            return FEW
-        return _MOST_INT8 if is_int8 else _MOST
+class _Kernels:
+    """The compiled kernels, for tensors that they do, and torch for others."""
 
-    def fast_linear(x: Tensor, weight: Matrix) -> Tensor:
+    def __init__(self, kernels: ctypes.CDLL):
+        self._kernels = kernels
+        self._has_tiles = bool(kernels.has_tiles())
+        self._is_x86 = kernels.width() >= 8  # NEON is not measured, beside Apple's matrix units, say
+
+    def linear(self, x: Tensor, weight: Matrix) -> Tensor:
         """x [..., in], weight [out, in] -> [..., out]; few rows of bf16 at the speed of the memory."""
         outputs, length = weight.shape
         rows = x.numel() // length
         is_int8 = isinstance(weight, Int8)
-        by_tiles = has_tiles and outputs % 32 == 0 and length % (64 if is_int8 else 32) == 0 and length <= _LONGEST
+        by_tiles = (
+            self._has_tiles and outputs % 32 == 0 and length % (64 if is_int8 else 32) == 0 and length <= _LONGEST
+        )
         if not (rows > 0 and length % 32 == 0 and _is_plain_bf16(x)):
             return linear_by_torch(x, weight)
         if not (isinstance(weight, Int8) or (_is_plain_bf16(weight) and weight.is_contiguous())):
             return linear_by_torch(x, weight)
-        if rows > FEW and rows > most_rows(is_int8, by_tiles):
+        if rows > FEW and rows > self._most_rows(is_int8, by_tiles):
             return linear_by_torch(x, weight)
-        x = x.contiguous()
+        return self._product(x.contiguous(), weight, by_tiles)
+
+    def _most_rows(self, is_int8: bool, by_tiles: bool) -> float:
+        """With more rows torch is faster."""
+        if by_tiles:
+            return math.inf if is_int8 else _MOST
+        if not self._is_x86 or not fp32_is_faster():
+            return FEW
+        return _MOST_INT8 if is_int8 else _MOST
+
+    def max_packed(self) -> int:
+        """How many tokens of several prompts get the same bits together as alone, in bf16 and in int8."""
+        return int(min(self._most_rows(is_int8, self._has_tiles) for is_int8 in (False, True)))
+
+    def _product(self, x: Tensor, weight: Matrix, by_tiles: bool) -> Tensor:
+        """x [..., in] contiguous, weight [out, in] -> [..., out]"""
+        outputs, length = weight.shape
+        rows = x.numel() // length
         y = x.new_empty((*x.shape[:-1], outputs))
-        c_linear = kernels.linear_tiles if by_tiles else kernels.linear_int8 if is_int8 else kernels.linear_bf16
-        matrices = (
-            (None, ctypes.byref(_CInt8(*map(_pointer, weight))))
-            if isinstance(weight, Int8)
-            else (_pointer(weight), None)
-        )
-        if c_linear(_pointer(x), *matrices, _pointer(y), *map(ctypes.c_int64, (rows, outputs, length))):
+        if isinstance(weight, Int8):
+            multiply = self._kernels.linear_int8
+            matrices: tuple[Any, Any] = (None, ctypes.byref(_CInt8(*map(_pointer, weight))))
+        else:
+            multiply = self._kernels.linear_bf16
+            matrices = (_pointer(weight), None)
+        if by_tiles:
+            multiply = self._kernels.linear_tiles
+        if multiply(_pointer(x), *matrices, _pointer(y), *map(ctypes.c_int64, (rows, outputs, length))):
             raise MemoryError(f"no memory for the product of {rows} tokens with a matrix {list(weight.shape)}")
         return y
 
-    def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor:
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor:
         """As model.attend, but there are no scores to tap. A row of a batch has the same bits as alone."""
         n_tokens, n_heads, head_dim = q.shape[-3:]
-        n_kv_heads = keys.shape[-2]
         are_plain = all(
             _is_plain_bf16(x) and x.dim() <= 4 and x.stride()[-2:] == (head_dim, 1) for x in (q, keys, values)
         )
-        use_tiles = has_tiles and n_heads // n_kv_heads % 4 == 0
-        is_short = n_tokens <= FEW or (is_x86 and keys.shape[-3] <= _MOST_KEYS)
+        use_tiles = self._has_tiles and n_heads // keys.shape[-2] % 4 == 0
+        is_short = n_tokens <= FEW or (self._is_x86 and keys.shape[-3] <= _MOST_KEYS)
         if not are_plain or head_dim % 32 or not (is_short or use_tiles):
             return attend_by_torch(q, keys, values, start)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         rows = zip(*(x.view(-1, *x.shape[-3:]) for x in (q, keys, values, out)), strict=True)  # one for a lone prompt
         starts = itertools.repeat(start) if isinstance(start, int) else start.view(-1).tolist()
         for (q_row, keys_row, values_row, out_row), begin in zip(rows, starts, strict=False):
-            strides = (q_row.stride(0), keys_row.stride(0), values_row.stride(0))
-            for first in range(0, n_tokens, FEW):  # so that what is made on the way stays small
-                few, to = q_row[first : first + FEW], out_row[first : first + FEW]
-                shape = _Shape(len(few), n_heads, n_kv_heads, head_dim, begin + first, use_tiles, *strides)
-                if c_attend(*map(_pointer, (few, keys_row, values_row, to)), ctypes.byref(shape)):
-                    raise MemoryError(f"no memory to attend to {begin + n_tokens} tokens")
+            self._attend_row(q_row, keys_row, values_row, out_row, begin, use_tiles)
         return out
 
-    # as many prompts together as get the same bits as alone
-    max_packed = min(most_rows(is_int8, has_tiles) for is_int8 in (False, True))
-    return Ops(embed=F.embedding, linear=fast_linear, attend=attend, max_packed=int(max_packed))
+    def _attend_row(self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, start: int, use_tiles: bool) -> None:
+        """q and out [T, n_heads, head_dim], keys and values [S, n_kv_heads, head_dim]"""
+        n_tokens, n_heads, head_dim = q.shape
+        strides = (q.stride(0), keys.stride(0), values.stride(0))
+        for first in range(0, n_tokens, FEW):  # so that what is made on the way stays small
+            few, to = q[first : first + FEW], out[first : first + FEW]
+            shape = _Shape(len(few), n_heads, keys.shape[-2], head_dim, start + first, use_tiles, *strides)
+            if self._kernels.attend(*map(_pointer, (few, keys, values, to)), ctypes.byref(shape)):
+                raise MemoryError(f"no memory to attend to {start + n_tokens} tokens")
 
 
 def read_loop(kernels: ctypes.CDLL, x: Tensor) -> None:

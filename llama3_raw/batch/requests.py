@@ -95,29 +95,14 @@ def _parsed(line: bytes) -> Any:
 
 
 def _request(number: int, fields: Any, defaults: Request) -> Request:
-    """Raises UserError for a line that says too little, too much or something else."""
-    if not isinstance(fields, dict):
-        raise UserError(f'should be an object, {{"prompt": …}}, is {in_short(json.dumps(fields))}')
-    given = {name: value for name, value in fields.items() if value is not None}
-    for name, value in given.items():
-        if name not in FIELDS:
-            raise UserError(f"{in_short(name)}: there is no such field; there are {', '.join(FIELDS)}")
-        types, expected = FIELDS[name]
-        if type(value) not in types:
-            raise UserError(f"{name} should be {expected}, is {in_short(json.dumps(value, ensure_ascii=False))}")
-    if ("prompt" in given) == ("messages" in given):
-        raise UserError("should have a prompt or messages" + (", not both" if "prompt" in given else ""))
-    prompt = _messages(given["messages"]) if "messages" in given else given["prompt"]
-    if not prompt:
-        raise UserError(f"{'messages' if 'messages' in given else 'prompt'} should not be empty")
-    if isinstance(given.get("prompt"), list) and any(type(token) is not int for token in prompt):
-        raise UserError("prompt should be a string or a list of token ids, holds something else")
+    """Raise UserError for a line that says too little, too much or something else."""
+    given = _given(fields)
     max_tokens = given.get("max_tokens", defaults.max_tokens)
     if max_tokens < 1:
         raise UserError(f"max_tokens should be 1 or more, is {max_tokens}")
-    own_seed = given.get("seed", (defaults.seed + number) % 2**63)
-    if not 0 <= own_seed < 2**63:
-        raise UserError(f"seed should be from 0 to 2**63 - 1, is {own_seed}")
+    seed = given.get("seed", (defaults.seed + number) % 2**63)
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed should be from 0 to 2**63 - 1, is {seed}")
     stop = given.get("stop", list(defaults.stop))
     stop = [stop] if isinstance(stop, str) else stop
     if not all(isinstance(text, str) and text for text in stop):
@@ -128,7 +113,33 @@ def _request(number: int, fields: Any, defaults: Request) -> Request:
         raise UserError(f"a number is too large ({error})") from error
     settings |= {"top_k": given["top_k"]} if "top_k" in given else {}
     sampling = Sampling(**{**asdict(defaults.sampling), **settings})
-    return Request(number, given.get("id"), prompt, max_tokens, sampling, own_seed, tuple(stop))
+    return Request(number, given.get("id"), _prompt(given), max_tokens, sampling, seed, tuple(stop))
+
+
+def _given(fields: Any) -> dict[str, Any]:
+    """What a line says, each field of its type. Raises UserError for anything else."""
+    if not isinstance(fields, dict):
+        raise UserError(f'should be an object, {{"prompt": …}}, is {in_short(json.dumps(fields))}')
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name, value in given.items():
+        if name not in FIELDS:
+            raise UserError(f"{in_short(name)}: there is no such field; there are {', '.join(FIELDS)}")
+        types, expected = FIELDS[name]
+        if type(value) not in types:
+            raise UserError(f"{name} should be {expected}, is {in_short(json.dumps(value, ensure_ascii=False))}")
+    return given
+
+
+def _prompt(given: dict[str, Any]) -> str | list[int] | list[Message]:
+    """The one prompt that a line should have."""
+    if ("prompt" in given) == ("messages" in given):
+        raise UserError("should have a prompt or messages" + (", not both" if "prompt" in given else ""))
+    prompt = _messages(given["messages"]) if "messages" in given else given["prompt"]
+    if not prompt:
+        raise UserError(f"{'messages' if 'messages' in given else 'prompt'} should not be empty")
+    if isinstance(given.get("prompt"), list) and any(type(token) is not int for token in prompt):
+        raise UserError("prompt should be a string or a list of token ids, holds something else")
+    return prompt
 
 
 def _messages(entries: list[Any]) -> list[Message]:

@@ -86,37 +86,46 @@ def time_start(chosen: ChosenModel, prompt_length: int) -> Start:
 
 
 def show(figures: Figures, start: Start | None) -> None:
-    """Prints a table, and the same as JSON in the last line. start: None where there are no files to start from."""
+    """Print a table, and the same as JSON in the last line. start: None if there are no files to start from."""
     for length, speed in figures.prefill_tokens_per_second.items():
-        print(f"prefill {length:>5} tokens      {speed:10.1f} tokens/s")
+        _line(f"prefill {length:>5} tokens", f"{speed:10.1f} tokens/s")
     for context, speed in figures.decode_tokens_per_second_by_context.items():
-        print(f"decode behind {context:>5}       {speed:10.2f} tokens/s")
-    print(f"weights read by decode    {figures.decode_gb_per_second:10.1f} GB/s")
-    if figures.read_loop_gb_per_second and figures.decode_share_of_read_loop:
-        print(f"a loop that only reads    {figures.read_loop_gb_per_second:10.1f} GB/s")
-        print(f"share of it               {figures.decode_share_of_read_loop:10.1%}")
-    if figures.copy_gb_per_second and figures.decode_share_of_copy:
-        print(f"a copy reads and writes   {figures.copy_gb_per_second:10.1f} GB/s")
-        print(f"share of it               {figures.decode_share_of_copy:10.1%}")
-    if figures.matmul_tflop_per_second and figures.prefill_share_of_matmul:
-        print(f"a large matrix product    {figures.matmul_tflop_per_second:10.1f} TFLOP/s")
-        for length, share in figures.prefill_share_of_matmul.items():
-            print(f"share of it, {length:>5} tokens {share:10.1%}")
+        _line(f"decode behind {context:>5}", f"{speed:10.2f} tokens/s")
+    _line("weights read by decode", f"{figures.decode_gb_per_second:10.1f} GB/s")
+    _show_limits(figures)
     if start:
-        print(f"start to first token      {start.start_to_first_token_seconds:10.2f} s")
-        print(f"  of it loading           {start.load_seconds:10.2f} s")
-        print(f"  of it the first pass    {start.first_pass_seconds:10.2f} s")
+        _line("start to first token", f"{start.start_to_first_token_seconds:10.2f} s")
+        _line("  of it loading", f"{start.load_seconds:10.2f} s")
+        _line("  of it the first pass", f"{start.first_pass_seconds:10.2f} s")
     if start and start.peak_ram_bytes:
-        print(f"peak memory               {start.peak_ram_bytes / 1e9:10.2f} GB")
+        _line("peak memory", f"{start.peak_ram_bytes / 1e9:10.2f} GB")
     for peer in figures.vs.values():
         print(f"\nbeside {peer.version}; ratio of llama3_raw to it: median (each round)")
         for length, speed in peer.prefill_tokens_per_second.items():
             ratios = _in_words(peer.prefill_ratio[length], peer.prefill_ratios[length])
-            print(f"prefill {length:>5} tokens      {speed:10.1f} tokens/s   {ratios}")
+            _line(f"prefill {length:>5} tokens", f"{speed:10.1f} tokens/s   {ratios}")
         for context, speed in peer.decode_tokens_per_second.items():
             ratios = _in_words(peer.decode_ratio[context], peer.decode_ratios[context])
-            print(f"decode behind {context:>5}       {speed:10.2f} tokens/s   {ratios}")
+            _line(f"decode behind {context:>5}", f"{speed:10.2f} tokens/s   {ratios}")
     print(json.dumps(asdict(figures) | (asdict(start) if start else {})))
+
+
+def _show_limits(figures: Figures) -> None:
+    """What the machine can do at most, as far as it was measured, and the share of it."""
+    if figures.read_loop_gb_per_second and figures.decode_share_of_read_loop:
+        _line("a loop that only reads", f"{figures.read_loop_gb_per_second:10.1f} GB/s")
+        _line("share of it", f"{figures.decode_share_of_read_loop:10.1%}")
+    if figures.copy_gb_per_second and figures.decode_share_of_copy:
+        _line("a copy reads and writes", f"{figures.copy_gb_per_second:10.1f} GB/s")
+        _line("share of it", f"{figures.decode_share_of_copy:10.1%}")
+    if figures.matmul_tflop_per_second and figures.prefill_share_of_matmul:
+        _line("a large matrix product", f"{figures.matmul_tflop_per_second:10.1f} TFLOP/s")
+        for length, share in figures.prefill_share_of_matmul.items():
+            _line(f"share of it, {length:>5} tokens", f"{share:10.1%}")
+
+
+def _line(name: str, value: str) -> None:
+    print(f"{name:<26}{value}")
 
 
 def show_taps(figures: TapFigures) -> None:

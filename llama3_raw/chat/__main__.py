@@ -217,8 +217,7 @@ def main(arguments: Sequence[str]) -> int:
         sampling=sampling,
         seed=options.seed,
         lookup=options.lookup,
-        ops=ops,
-        captured=not options.no_compile,
+        ops=ops._replace(can_capture=ops.can_capture and not options.no_compile),
     )
     _note(which)
     warn_of_base_model(model)

@@ -46,8 +46,8 @@ class Conversation:
 
     system: the system message; "" is none. context: how many tokens the window holds; None takes what the model does,
     but at most 8,192. max_new_tokens: of an answer; None lets it fill the window. sampling, seed: how tokens are drawn;
-    the repetition penalty sees the tokens that the turn computes. lookup, ops, captured: as for `generate`; proposals
-    come from the whole dialog.
+    the repetition penalty sees the tokens that the turn computes. lookup, ops: as for `generate`; proposals come from
+    the whole dialog.
 
     `system` and `exchanges` may be changed between turns. Whatever has changed, a turn computes only the tokens behind
     the longest beginning that the dialog has in common with what the cache holds. `turn` tells of the last turn.
@@ -66,7 +66,6 @@ class Conversation:
         seed: int | None = None,
         lookup: int = 0,
         ops: Ops | None = None,
-        captured: bool = True,
     ):
         if model.tokenizer is None:
             raise UserError("a conversation needs a tokenizer, and the model has none")
@@ -85,7 +84,7 @@ class Conversation:
         self._ops = ops_for(model.weights) if ops is None else ops
         self._seeds = random.Random(seed)  # one for each call of generate, or every turn would draw alike
         self._cache = KVCache.allocate(model.params, max_seq_len=self.context, like=model.weights)
-        self._captured = CudaGraphs.where_possible(model, self._cache, self._ops) if captured else None
+        self._captured = CudaGraphs.where_possible(model, self._cache, self._ops)
         self._held: list[int] = []  # the tokens whose keys and values the cache holds
 
     @property

@@ -154,24 +154,29 @@ def check_tensors(source: str, params: Params, found: Mapping[str, list[Tensor]]
     for name, place in wanted.items():
         if name not in found:
             raise UserError(f"{source}: tensor {name} is missing; it should be {list(place.shape)}{_ONE_MODEL}")
-        parts = found[name]
-        shape = _joined_shape(place, parts)
-        if shape != place.shape:
-            has = list(shape) if shape else " and ".join(str(list(part.shape)) for part in parts)
-            raise UserError(
-                f"{source}: tensor {name} is {has}, should be {list(place.shape)} by the params{_ONE_MODEL}"
-            )
-        for scale, size in zip(scales.get(name, ()), place.shape, strict=False):
-            if scale is None or scale.shape != (size,) or scale.dtype != torch.float32 or place.field not in MATRICES:
-                raise UserError(f"{source}: tensor {name} is in int8, without the scales that belong to it{_ONE_MODEL}")
-        for part in parts:
-            if part.dtype not in ((torch.int8,) if name in in_int8 else DTYPES.values()):
-                raise UserError(f"{source}: tensor {name} is {part.dtype}; {NOT_READ}")
-        if place.field not in SHARDED_DIMENSION and any(not torch.equal(part, parts[0]) for part in parts[1:]):
-            raise UserError(f"{source}: the shards differ in {name}; keep the shards of one model only")
+        _check_tensor(source, name, place, found[name], scales.get(name))
     parts_of = {place: found[name] for name, place in wanted.items()}
     scales_of = {wanted[name]: tuple(scale for scale in scales[name] if scale is not None) for name in in_int8}
     return Checkpoint(source, params, parts_of, hf, scales_of)
+
+
+def _check_tensor(
+    source: str, name: str, place: TensorPlace, parts: Sequence[Tensor], scales: Sequence[Tensor | None] | None
+) -> None:
+    """Raise UserError unless the shards of a tensor, with its scales if it is in int8, are what they should be."""
+    what = f"{source}: tensor {name}"
+    shape = _joined_shape(place, parts)
+    if shape != place.shape:
+        has = list(shape) if shape else " and ".join(str(list(part.shape)) for part in parts)
+        raise UserError(f"{what} is {has}, should be {list(place.shape)} by the params{_ONE_MODEL}")
+    for scale, size in zip(scales or (), place.shape, strict=False):
+        if scale is None or scale.shape != (size,) or scale.dtype != torch.float32 or place.field not in MATRICES:
+            raise UserError(f"{what} is in int8, without the scales that belong to it{_ONE_MODEL}")
+    for part in parts:
+        if part.dtype not in (DTYPES.values() if scales is None else (torch.int8,)):
+            raise UserError(f"{what} is {part.dtype}; {NOT_READ}")
+    if place.field not in SHARDED_DIMENSION and any(not torch.equal(part, parts[0]) for part in parts[1:]):
+        raise UserError(f"{source}: the shards differ in {name}; keep the shards of one model only")
 
 
 def _joined_shape(place: TensorPlace, parts: Sequence[Tensor]) -> tuple[int, ...] | None:

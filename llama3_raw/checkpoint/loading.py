@@ -19,7 +19,7 @@ from ..weights import DTYPES, MATRICES, SCALE_ENDINGS, LayerWeights, Model, Tens
 from .checkpoint import Checkpoint, check_tensors, first_layers, open_checkpoint, shard_of, whole_tensor
 from .files import find_tokenizer
 from .sharding import Shard
-from .staging import mover
+from .staging import Move, mover
 
 
 def from_state_dict(params: Params, tensors: Mapping[str, Tensor]) -> Weights:
@@ -46,7 +46,7 @@ def by_stored_name(name: str, matrix: Matrix) -> dict[str, Tensor]:
     return {name + ending: tensor for ending, tensor in zip(endings, tensors_of(matrix), strict=True)}
 
 
-def load(
+def load(  # noqa: PLR0913  # what a caller may set
     folder: str | Path,
     *,
     device: str | torch.device = "cpu",
@@ -129,22 +129,12 @@ def build_weights(
 
     Raises UserError where the stored dtypes differ and none is given, or where the memory does not hold them.
     """
-    source, params, all_parts, hf, scales, *_ = checkpoint
     if dtype is None:
-        common = checkpoint.dtype
-        for place, parts in all_parts.items():
-            for other in {part.dtype for part in parts if place not in scales} - {common}:
-                name = place.hf_name if hf else place.meta_name
-                raise UserError(
-                    f"{source}: tensor {name} is {other}, should be {common} like the rest; {{argument}} makes them "
-                    "all one",
-                    argument="dtype",
-                )
+        _check_one_dtype(checkpoint)
+    source, all_parts = checkpoint.source, checkpoint.parts
     total = sum(part.nbytes for parts in all_parts.values() for part in parts)
-    top: dict[str, Any] = {}
-    by_layer: list[dict[str, Any]] = [{} for _ in range(params.n_layers)]
     largest = max(part.nbytes for parts in all_parts.values() for part in parts)
-    cpu = torch.device("cpu")
+    made: dict[TensorPlace, Matrix] = {}
     with (
         mover(device, largest) as to_device,
         tqdm(
@@ -152,38 +142,60 @@ def build_weights(
         ) as bar,
     ):
         for place, parts in all_parts.items():
-            home, move = (device, to_device) if goes_to_gpu(place, checkpoint.tied, gpu_layers) else (cpu, _stay)
+            on_gpu = goes_to_gpu(place, checkpoint.tied, gpu_layers)
             # of which a prompt uses but a few rows
             rows_only = place.field == "tok_embeddings" and (quantized or not checkpoint.tied)
             if checkpoint.of_shard and not rows_only:
                 for part in parts:
                     read_exactly(part)
             try:
-                moved = move(whole_tensor(checkpoint, place), None if place in scales else dtype)
-                matrix: Matrix = moved
-                if place in scales:
-                    matrix = Int8(moved, *(move(scale, None) for scale in scales[place]))
-                elif quantized and place.field in MATRICES:
-                    matrix = quantize(moved)
+                made[place] = matrix = _made(checkpoint, place, to_device if on_gpu else _stay, dtype, quantized)
             except RuntimeError as error:  # torch's only word for memory that the CPU does not have
+                home = device if on_gpu else torch.device("cpu")
                 raise UserError(
                     f"{source}: {total / 1e9:.1f} GB of weights do not fit on {home}, from {place.meta_name} on; "
                     f"{'take' if home.type == 'cpu' else 'compute on the CPU, or take'} fewer {{argument}}",
                     argument="layers",
                 ) from error
-            if progress and tensors_of(matrix)[0] is parts[0] and moved.is_contiguous() and not rows_only:
-                _touch(moved, bar)
+            values = tensors_of(matrix)[0]
+            if progress and values is parts[0] and values.is_contiguous() and not rows_only:
+                _touch(values, bar)
             else:
                 bar.update(sum(part.nbytes for part in parts))
-            (top if place.layer is None else by_layer[place.layer])[place.field] = matrix
-    if checkpoint.tied:
+    return _put_together(made, checkpoint.params.n_layers, quantized)
+
+
+def _check_one_dtype(checkpoint: Checkpoint) -> None:
+    """Raise UserError naming a tensor that is stored in another dtype than the rest."""
+    source, common = checkpoint.source, checkpoint.dtype
+    for place, parts in checkpoint.parts.items():
+        for other in {part.dtype for part in parts if place not in checkpoint.scales} - {common}:
+            name = place.hf_name if checkpoint.hf else place.meta_name
+            raise UserError(
+                f"{source}: tensor {name} is {other}, should be {common} like the rest; {{argument}} makes them all "
+                "one",
+                argument="dtype",
+            )
+
+
+def _made(checkpoint: Checkpoint, place: TensorPlace, move: Move, dtype: torch.dtype | None, quantized: bool) -> Matrix:
+    """A tensor of the checkpoint where `move` moves it, in one piece, and in int8 if it is or is to be."""
+    scales = checkpoint.scales.get(place)
+    moved = move(whole_tensor(checkpoint, place), None if scales else dtype)
+    if scales:
+        return Int8(moved, *(move(scale, None) for scale in scales))
+    return quantize(moved) if quantized and place.field in MATRICES else moved
+
+
+def _put_together(made: Mapping[TensorPlace, Matrix], n_layers: int, quantized: bool) -> Weights:
+    """The tensors by their places. Without an `output`, the embeddings are that too."""
+    top: dict[str, Any] = {}
+    layers: list[dict[str, Any]] = [{} for _ in range(n_layers)]
+    for place, matrix in made.items():
+        (top if place.layer is None else layers[place.layer])[place.field] = matrix
+    if "output" not in top:
         top["output"] = quantize(top["tok_embeddings"]) if quantized else top["tok_embeddings"]
-    return Weights(
-        tok_embeddings=top["tok_embeddings"],
-        layers=tuple(LayerWeights(**fields) for fields in by_layer),
-        norm=top["norm"],
-        output=top["output"],
-    )
+    return Weights(layers=tuple(LayerWeights(**fields) for fields in layers), **top)
 
 
 def _stay(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -15,7 +15,9 @@ import sys
 import warnings
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,21 +53,7 @@ def map_checkpoint(file: Path) -> dict[str, Tensor]:
     if not read_beginning(file).startswith(b"PK"):
         raise UserError(f"{file}: not a checkpoint of torch.save (not a zip file); download it again")
     memory = _map_file(file)
-    try:
-        records = _check_records(file, memory)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch has remarks on odd pickles, which are none of the user's making
-            # the structure alone; each storage remembers where in the file its bytes are
-            structure = torch.load(file, map_location="meta", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        content = f"{code[1]}, which could run code, " if code else "something other than plain tensors "
-        raise UserError(f"{file}: holds {content}and is refused; download it from a source that you trust") from error
-    except Exception as error:  # on damaged bytes zipfile and torch raise nearly every kind there is
-        raise UserError(f"{file}: damaged or cut short ({in_short(error)}); download it again") from error
-    if not isinstance(structure, dict):
-        kind = type(structure).__name__
-        raise UserError(f"{file}: should hold a dictionary of tensors, holds a {kind}; download it again")
+    records, structure = _structure(file, memory)
     tensors = {}
     for name, tensor in structure.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
@@ -76,15 +64,39 @@ def map_checkpoint(file: Path) -> dict[str, Tensor]:
         if not tensor.numel():
             raise UserError(f"{file}: {name} is empty; download the file again")
         try:
-            storage = tensor.untyped_storage()
-            offset, count = storage._checkpoint_offset, storage.nbytes() // tensor.dtype.itemsize
-            if offset is None or records.get(offset) != storage.nbytes():
-                raise ValueError("its bytes are not where they should be")
-            whole = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=offset)
-            tensors[name] = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            tensors[name] = _window(tensor, memory, records)
         except (RuntimeError, ValueError, TypeError) as error:
             raise UserError(f"{file}: tensor {name} is damaged ({in_short(error)}); download it again") from error
     return tensors
+
+
+def _structure(file: Path, memory: mmap.mmap) -> tuple[dict[int, int], dict[Any, Any]]:
+    """Where the records of a file begin, with their lengths, and what its pickle holds, tensors without content."""
+    try:
+        records = _check_records(file, memory)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has remarks on odd pickles, which are none of the user's making
+            structure = torch.load(file, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        content = f"{code[1]}, which could run code, " if code else "something other than plain tensors "
+        raise UserError(f"{file}: holds {content}and is refused; download it from a source that you trust") from error
+    except Exception as error:  # on damaged bytes zipfile and torch raise nearly every kind there is
+        raise UserError(f"{file}: damaged or cut short ({in_short(error)}); download it again") from error
+    if not isinstance(structure, dict):
+        kind = type(structure).__name__
+        raise UserError(f"{file}: should hold a dictionary of tensors, holds a {kind}; download it again")
+    return records, structure
+
+
+def _window(tensor: Tensor, memory: mmap.mmap, records: Mapping[int, int]) -> Tensor:
+    """The tensor with its content: its storage remembers where in the file that is. Raises ValueError if it is not."""
+    storage = tensor.untyped_storage()
+    offset, count = storage._checkpoint_offset, storage.nbytes() // tensor.dtype.itemsize
+    if offset is None or records.get(offset) != storage.nbytes():
+        raise ValueError("its bytes are not where they should be")
+    whole = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=offset)
+    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _check_records(file: Path, memory: mmap.mmap) -> dict[int, int]:

@@ -67,19 +67,22 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
             if "--debug" in arguments or not is_for_the_user(error):
                 sys.stderr = sys.__stderr__  # a defect is shown whoever has it
                 raise
-            if isinstance(error, OSError) and error.filename is None:  # stdout itself, on a full disk say
-                _give_up_stdout()
-            line = describe(error)
-            if rank() > 0:
-                time.sleep(
-                    _FIRST_ONE_SPEAKS
-                )  # if the first one says so too, and ends, torchrun ends this one meanwhile
-                line, sys.stderr = f"rank {rank()}: {line}", sys.__stderr__
-            print(f"llama3_raw: error: {line}", file=sys.stderr)
+            _tell(error)
             return 2
 
     entry_point.__doc__ = main.__doc__
     return entry_point
+
+
+def _tell(error: Exception) -> None:
+    """Print an error that a user can mend, in one line on stderr."""
+    if isinstance(error, OSError) and error.filename is None:  # stdout itself, on a full disk say
+        _give_up_stdout()
+    line = describe(error)
+    if rank() > 0:
+        time.sleep(_FIRST_ONE_SPEAKS)  # if the first one says so too, torchrun ends this one meanwhile
+        line, sys.stderr = f"rank {rank()}: {line}", sys.__stderr__
+    print(f"llama3_raw: error: {line}", file=sys.stderr)
 
 
 def is_for_the_user(error: Exception) -> bool:

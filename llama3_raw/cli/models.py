@@ -25,7 +25,7 @@ from ..system.machine import set_threads
 from ..system.process_groups import Ranks
 from ..system.processes import local_rank, world_size
 from ..tokenizer import Tokenizer
-from ..weights import Model, in_words
+from ..weights import Model, Weights, in_words
 from .memory_plan import Lengths, Plan, check_memory, memory_for_weights
 from .options import DEFAULT_MODEL, DTYPES_BY_NAME, parse_ids
 
@@ -124,10 +124,7 @@ def load_model(
     """
     folder, checkpoint, tokenizer, device, dtype, max_ram, quantized, gpu_layers, _ = chosen
     if ranks is not None:
-        for option, value in (("max-ram", max_ram), ("gpu-layers", gpu_layers)):
-            if value is not None:
-                raise UserError(f"--{option} is for a model in one process; leave it out, or run it without torchrun")
-        checkpoint = shard_of(checkpoint, Shard(ranks.tensor.rank, ranks.tensor.size))
+        checkpoint = _own_shard(chosen, ranks)
     plan = Plan(checkpoint, device, dtype, lengths, max_ram, quantized, gpu_layers, exact=reference)
     warning = check_memory(plan)
     if ranks is not None:
@@ -143,21 +140,39 @@ def load_model(
     if ranks is not None and ranks.tensor.size > 1:
         ops = parallel_ops(ops, weights, ranks.tensor)
     if max_ram is not None:
-        lacking = least_memory(weights) - room
-        if lacking > 0:
-            least = math.ceil((max_ram + lacking + 5_000_000) / 1e7) / 100  # GB; the next run may begin a bit larger
-            raise UserError(
-                f"{checkpoint.source}: --max-ram is too little; the least is --max-ram {least:.2f}GB, or less for a "
-                "shorter text"
-            )
-        ops = read_ahead(ops, weights, room)
-    where = str(device)
-    if gpu_layers is not None:
-        where += f" (the matrices behind the first {gpu_layers} layers on the CPU)"
+        ops = _within(max_ram, room, ops, weights, checkpoint.source)
+    which = f"{folder.path} ({folder.why}) on {_where(chosen, ranks)}"
+    return Model(weights, chosen.checkpoint.params, tokenizer), ops, which
+
+
+def _own_shard(chosen: ChosenModel, ranks: Ranks) -> Checkpoint:
+    """The part of the checkpoint that this process holds. Raises UserError for options of one process."""
+    for option, value in (("max-ram", chosen.max_ram), ("gpu-layers", chosen.gpu_layers)):
+        if value is not None:
+            raise UserError(f"--{option} is for a model in one process; leave it out, or run it without torchrun")
+    return shard_of(chosen.checkpoint, Shard(ranks.tensor.rank, ranks.tensor.size))
+
+
+def _within(max_ram: int, room: int, ops: Ops, weights: Weights, source: str) -> Ops:
+    """Operations that keep `room` bytes of the weights in memory. Raises UserError naming the least --max-ram."""
+    lacking = least_memory(weights) - room
+    if lacking > 0:
+        least = math.ceil((max_ram + lacking + 5_000_000) / 1e7) / 100  # GB; the next run may begin a bit larger
+        raise UserError(
+            f"{source}: --max-ram is too little; the least is --max-ram {least:.2f}GB, or less for a shorter text"
+        )
+    return read_ahead(ops, weights, room)
+
+
+def _where(chosen: ChosenModel, ranks: Ranks | None) -> str:
+    """Where a model is, for the line that says which it is."""
+    where = str(chosen.device)
+    if chosen.gpu_layers is not None:
+        where += f" (the matrices behind the first {chosen.gpu_layers} layers on the CPU)"
     if ranks is not None:
         where += f", shared by {ranks.tensor.size} processes" if ranks.tensor.size > 1 else ""
         where += f", {ranks.data.size} times" if ranks.data.size > 1 else ""
-    return Model(weights, chosen.checkpoint.params, tokenizer), ops, f"{folder.path} ({folder.why}) on {where}"
+    return where
 
 
 def choose_device(name: str) -> torch.device:

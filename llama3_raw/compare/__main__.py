@@ -49,16 +49,7 @@ def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) ->
         shared_tensors(loaded, named_tensors(chosen.checkpoint.params))
         return Other(name, lambda: loaded, loaded.origin, loaded.origin.params if loaded.origin else None)
     if name in ("hf", "meta"):
-        if chosen.checkpoint.scales:
-            raise UserError(f"--with {name}: others know no such int8; give the folder with the weights as they were")
-        if chosen.max_ram is not None:
-            raise UserError(f"--with {name}: needs all weights in memory; leave --max-ram out")
-        if chosen.gpu_layers is not None:
-            raise UserError(f"--with {name}: needs all weights on one device; leave --gpu-layers out")
-        if name == "hf":
-            check_hf("--with hf")
-        else:
-            check_meta(chosen.checkpoint.params, "--with meta")
+        _check_reference(name, chosen)
         return Other(name, lambda: _run_implementation(trace_hf if name == "hf" else trace_meta, chosen, ids))
     changes: dict[str, Any] = {"tokenizer": None}
     if name in DTYPES_BY_NAME:
@@ -73,6 +64,20 @@ def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) ->
     if unlike:
         raise UserError(f"--with {name}: is another model, with {unlike}; compare two of the same shape")
     return Other(name, lambda: _run_own(others, ids, reference=name != "fast"), params=others.checkpoint.params)
+
+
+def _check_reference(name: str, chosen: ChosenModel) -> None:
+    """Raise UserError if transformers' or Meta's code cannot run the model as it was chosen."""
+    if chosen.checkpoint.scales:
+        raise UserError(f"--with {name}: others know no such int8; give the folder with the weights as they were")
+    if chosen.max_ram is not None:
+        raise UserError(f"--with {name}: needs all weights in memory; leave --max-ram out")
+    if chosen.gpu_layers is not None:
+        raise UserError(f"--with {name}: needs all weights on one device; leave --gpu-layers out")
+    if name == "hf":
+        check_hf("--with hf")
+    else:
+        check_meta(chosen.checkpoint.params, "--with meta")
 
 
 def _run_own(chosen: ChosenModel, ids: Sequence[int], reference: bool) -> Trace:

@@ -55,6 +55,7 @@ class Text:
     draft: Draft = field(default_factory=NoDraft)
     is_over: Callable[[Sequence[int]], bool] = lambda new: False  # whether it ends after these new tokens
     new: list[int] = field(default_factory=list)
+    ended: StopReason | None = None
 
     def __post_init__(self) -> None:
         # prompt and new tokens, on the device, so that the next one can be drawn before this one is known here
@@ -73,61 +74,71 @@ class Text:
         self._seen[length] = token
         return token
 
-    def why_over(self, token: int, stop_ids: Collection[int]) -> StopReason | None:
-        """Why it ends with this token, which is its last new one unless it is a stop token; None if it does not."""
+    def append(self, token: int, stop_ids: Collection[int]) -> Iterator[Event]:
+        """Continue it with a token; yield that, unless it is one to stop at, and why the text ends, if it does."""
+        if token not in stop_ids:
+            self.new.append(token)
+            yield self.number, token
         if token in stop_ids or self.is_over(self.new):
-            return StopReason.END_TOKEN
-        return self.when_spent if len(self.new) == self.budget else None
+            self.ended = StopReason.END_TOKEN
+        elif len(self.new) == self.budget:
+            self.ended = self.when_spent
+        if self.ended is not None:
+            yield self.number, self.ended
+        else:
+            self.draft.append(token)
 
 
 @torch.no_grad()
 def decode(texts: Sequence[Text], runner: Runner, stop_ids: Collection[int]) -> Iterator[Event]:
-    """Continue texts together until all have ended, each of which gets one new token at least.
+    """Continue texts together until all have ended. Each has a budget of one token at least.
 
-    Each pass gives a token for every text. For a lone text it also checks what its draft proposes: each row of the pass
-    gives one token more, as long as the proposed token is the one that comes.
+    A pass gives every text its next token. For a lone text it also checks what the draft proposes: each row of its
+    logits gives one token more, as long as the token that comes is the one that was proposed.
     """
     running = list(texts)
     logits = runner.prefill([text.prompt for text in running])  # [texts, 1, vocab]
     proposed: list[int] = []
     begun: float | None = None  # when the pass began; None for that over the prompt, which tells nothing of the next
     while True:
-        ended: list[int] = []  # places
         for row, expected in zip(logits.unbind(1), [*proposed, None], strict=True):  # [texts, vocab]
-            tokens = _draw(row, running)  # [texts]
-            result = torch.stack((tokens, is_sound(row)))
-            arriving = copy_to_host_async(result) if runner.runs_ahead else result.tolist
-            ahead = None
-            if runner.runs_ahead and not running[0].draft.proposes and len(running[0].new) + 1 < running[0].budget:
-                ahead = runner.step(tokens.unsqueeze(-1), [text.position + 1 for text in running])
-            known, are_sound = arriving()
-            check_sound(all(are_sound))
+            tokens, ahead = _next_tokens(row, running, runner)
             if begun is not None:
                 running[0].draft.observe(len(proposed), time.perf_counter() - begun)
                 begun = None
-            for place, (text, token) in enumerate(zip(running, known, strict=True)):
-                if token not in stop_ids:
-                    text.new.append(token)
-                    yield text.number, token
-                reason = text.why_over(token, stop_ids)
-                if reason is None:
-                    text.draft.append(token)
-                else:
-                    ended.append(place)
-                    yield text.number, reason
-            if ended or known[0] != expected:
+            for text, token in zip(running, tokens, strict=True):
+                yield from text.append(token, stop_ids)
+            if tokens[0] != expected or running[0].ended:
                 break
             running[0].draft.accept()
-        for place in reversed(ended):
-            _remove(place, running, runner)
+        _remove_ended(running, runner)
         if not running:
             return
-        proposed = running[0].draft.propose(running[0].budget - len(running[0].new) - 1) if len(running) == 1 else []
+        if len(running) == 1:
+            proposed = running[0].draft.propose(running[0].budget - len(running[0].new) - 1)
         begun = time.perf_counter()
         if ahead is None:
-            tokens = torch.tensor([[text.new[-1], *proposed] for text in running], device=runner.device)
-            ahead = runner.step(tokens, [text.position for text in running])
+            last = torch.tensor([[text.new[-1], *proposed] for text in running], device=runner.device)
+            ahead = runner.step(last, [text.position for text in running])
         logits = ahead  # [texts, 1 + proposed, vocab]
+
+
+def _next_tokens(logits: Tensor, texts: Sequence[Text], runner: Runner) -> tuple[list[int], Tensor | None]:
+    """Logits [texts, vocab] -> the next token of each, and the logits of the pass after it if that has begun already.
+
+    It has where the runner can begin it without knowing the token here, so that a GPU never waits.
+    """
+    tokens = _draw(logits, texts)  # [texts]
+    result = torch.stack((tokens, is_sound(logits)))
+    first, ahead = texts[0], None
+    if runner.runs_ahead and not first.draft.proposes and len(first.new) + 1 < first.budget:
+        arriving = copy_to_host_async(result)
+        ahead = runner.step(tokens.unsqueeze(-1), [text.position + 1 for text in texts])
+        known, are_sound = arriving()
+    else:
+        known, are_sound = result.tolist()
+    check_sound(all(are_sound))
+    return known, ahead
 
 
 def _draw(logits: Tensor, texts: Sequence[Text]) -> Tensor:
@@ -137,15 +148,18 @@ def _draw(logits: Tensor, texts: Sequence[Text]) -> Tensor:
     return torch.stack([text.draw(row) for text, row in zip(texts, logits, strict=True)])
 
 
-def _remove(place: int, running: list[Text], runner: Runner) -> None:
-    """Take a text out; the last one gets its place, so that those running are the first and no others are computed."""
-    last = running.pop()
-    if place < len(running):
-        runner.move(len(running), place, last.position)
-        running[place] = last
+def _remove_ended(running: list[Text], runner: Runner) -> None:
+    """The last text takes the place of one that has ended, so that those running are the first in the cache."""
+    for place in reversed(range(len(running))):
+        if running[place].ended is None:
+            continue
+        last = running.pop()
+        if place < len(running):
+            runner.move(len(running), place, last.position)
+            running[place] = last
 
 
-def generate(
+def generate(  # noqa: PLR0913  # what a caller may set
     model: Model,
     ids: Sequence[int] | Tensor,
     *,

@@ -41,39 +41,41 @@ MODELS = {
 
 def wanted_files(source: Source, file_format: str) -> list[RemoteFile]:
     """The files of a model in Meta's format ("original") or Hugging Face's ("safetensors"), the smallest first."""
+    return _meta_files(source) if file_format == "original" else _hf_files(source)
 
-    def required(place: str) -> RemoteFile:
-        file = source.find(place)
-        if file is None:
-            if constants.is_offline_mode():
-                raise UserError(
-                    f"{source}: HF_HUB_OFFLINE is set, and {place} is not in the Hugging Face cache; unset it, or "
-                    "check what is there with --verify"
-                )
-            other = "safetensors" if file_format == "original" else "original"
-            raise UserError(
-                f"{source}: there is no {place}, or no such model at all; check the name, or try --format {other}"
-            )
+
+def _required(source: Source, place: str, other_format: str) -> RemoteFile:
+    file = source.find(place)
+    if file is not None:
         return file
+    if constants.is_offline_mode():
+        raise UserError(
+            f"{source}: HF_HUB_OFFLINE is set, and {place} is not in the Hugging Face cache; unset it, or check what "
+            "is there with --verify"
+        )
+    raise UserError(
+        f"{source}: there is no {place}, or no such model at all; check the name, or try --format {other_format}"
+    )
 
-    tokenizer = "original/tokenizer.model"
-    if file_format == "original":
-        files = [required(place) for place in ("original/params.json", tokenizer, "original/consolidated.00.pth")]
-        for number in range(1, 100):
-            shard = source.find(f"original/consolidated.{number:02}.pth")
-            if shard is None:
-                break
-            files.append(shard)
-        if constants.is_offline_mode():
-            print(
-                f"llama3_raw: HF_HUB_OFFLINE is set; taking the {len(files)} files in the cache for all",
-                file=sys.stderr,
-            )
-        return files
-    files = [required("config.json"), required(tokenizer)]
+
+def _meta_files(source: Source) -> list[RemoteFile]:
+    names = ("params.json", "tokenizer.model", "consolidated.00.pth")
+    files = [_required(source, f"original/{name}", "safetensors") for name in names]
+    for number in range(1, 100):
+        shard = source.find(f"original/consolidated.{number:02}.pth")
+        if shard is None:
+            break
+        files.append(shard)
+    if constants.is_offline_mode():
+        print(f"llama3_raw: HF_HUB_OFFLINE is set; taking the {len(files)} files in the cache for all", file=sys.stderr)
+    return files
+
+
+def _hf_files(source: Source) -> list[RemoteFile]:
+    files = [_required(source, place, "original") for place in ("config.json", "original/tokenizer.model")]
     index = source.find("model.safetensors.index.json")
     if index is None:
-        return [*files, required("model.safetensors")]
+        return [*files, _required(source, "model.safetensors", "original")]
     try:
         content = _content(source, index)
         shards = sorted(set(json.loads(content)["weight_map"].values()))
@@ -83,7 +85,7 @@ def wanted_files(source: Source, file_format: str) -> list[RemoteFile]:
         raise UserError(
             f"{source}: {index.name} is not a safetensors index ({in_short(error)}); try --format original"
         ) from error
-    return [*files, index, *map(required, shards)]
+    return [*files, index, *(_required(source, shard, "original") for shard in shards)]
 
 
 def _content(source: Source, file: RemoteFile) -> bytes:

@@ -187,7 +187,7 @@ class Hub:
         cached = try_to_load_from_cache(self.repo, file.place, revision=self.commit or self.revision)
         return Path(cached).resolve() if isinstance(cached, str) else None
 
-    def _refusal(self, response: httpx2.Response) -> UserError:
+    def _refusal(self, response: httpx2.Response) -> UserError:  # noqa: C901  # one reason after the other
         """Why the hub said no, and the next step to take."""
         status = response.status_code
         code, said = response.headers.get("X-Error-Code", ""), response.headers.get("X-Error-Message", "")
