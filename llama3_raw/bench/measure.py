@@ -146,27 +146,7 @@ def measure(
     tasks = [Task("prefill", length) for length in sorted(prefill, reverse=True)]
     tasks += [Task("decode", context) for context in sorted(contexts)]
     shortest = Task("decode", min(contexts))
-    rates: dict[str, Rates] = {engine.name: {task: {} for task in tasks} for engine in engines}
-    possible: dict[str, dict[int, float]] = {name: {} for name in Probes._fields}  # by the number of the round
-    steps = [
-        (number, task, engine)
-        for number in range(rounds + 1)
-        for task in tasks
-        for engine in engines[number % len(engines) :] + engines[: number % len(engines)]  # each comes first in turn
-        if number == rounds or not task.is_long(device) or (task.kind == "decode" and engine is own)
-    ]
-    for number, task, engine in tqdm(steps, desc="measuring", leave=False):
-        if engine is own and task == shortest:
-            for name, probe in probes._asdict().items():
-                speed = probe() if probe else None
-                if speed is not None and number > 0:
-                    possible[name][number] = speed
-        if task.kind == "prefill":
-            rate = task.tokens / engine.prefill(task.tokens)
-        else:
-            rate = new_tokens / engine.decode(task.tokens, new_tokens)
-        if number > 0:  # in the first round pages come in and threads start
-            rates[engine.name][task][number] = rate
+    rates, possible = _run_rounds(engines, tasks, shortest, new_tokens, rounds, probes, device)
     ours = medians(rates[own.name], "decode")
 
     def share(task: Task, cost: float, name: str) -> float:
@@ -198,6 +178,41 @@ def measure(
         threads=torch.get_num_threads(),
         vs={peer.name: compare(peer, rates[own.name], rates[peer.name]) for peer in peers},
     )
+
+
+def _run_rounds(
+    engines: Sequence[Engine],
+    tasks: Sequence[Task],
+    shortest: Task,
+    new_tokens: int,
+    rounds: int,
+    probes: Probes,
+    device: torch.device,
+) -> tuple[dict[str, Rates], dict[str, dict[int, float]]]:
+    """The rates of each engine, of which ours is the first, and by the number of the round what the probes found."""
+    own = engines[0]
+    rates: dict[str, Rates] = {engine.name: {task: {} for task in tasks} for engine in engines}
+    possible: dict[str, dict[int, float]] = {name: {} for name in Probes._fields}  # by the number of the round
+    steps = [
+        (number, task, engine)
+        for number in range(rounds + 1)
+        for task in tasks
+        for engine in [*engines[number % len(engines) :], *engines[: number % len(engines)]]  # each comes first in turn
+        if number == rounds or not task.is_long(device) or (task.kind == "decode" and engine is own)
+    ]
+    for number, task, engine in tqdm(steps, desc="measuring", leave=False):
+        if engine is own and task == shortest:
+            for name, probe in probes._asdict().items():
+                speed = probe() if probe else None
+                if speed is not None and number > 0:
+                    possible[name][number] = speed
+        if task.kind == "prefill":
+            rate = task.tokens / engine.prefill(task.tokens)
+        else:
+            rate = new_tokens / engine.decode(task.tokens, new_tokens)
+        if number > 0:  # in the first round pages come in and threads start
+            rates[engine.name][task][number] = rate
+    return rates, possible
 
 
 def pairs(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:

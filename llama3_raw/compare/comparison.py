@@ -212,10 +212,7 @@ def compare(
     """
     params = model.params
     ids = tokens_of_one_prompt(ids, params)
-    if tolerance is not None and not tolerance >= 0:
-        raise UserError(f"the tolerance should be a number of 0 or more, such as 0.01, is {tolerance}")
-    if rounding is not None and rounding not in _COMPARABLE:
-        raise UserError(f"the rounding should be that of a dtype such as torch.bfloat16, is {rounding!r}")
+    _check_settings(tolerance, rounding)
     made = named_tensors(params)
     shared = shared_tensors(other, made)
     dtype = rounding or max((model.weights.norm.dtype, *(shared[name].dtype for name in shared)), key=_eps)
@@ -275,6 +272,13 @@ def compare(
         tolerance=tolerance,
         made=made,
     )
+
+
+def _check_settings(tolerance: float | None, rounding: torch.dtype | None) -> None:
+    if tolerance is not None and not tolerance >= 0:
+        raise UserError(f"the tolerance should be a number of 0 or more, such as 0.01, is {tolerance}")
+    if rounding is not None and rounding not in _COMPARABLE:
+        raise UserError(f"the rounding should be that of a dtype such as torch.bfloat16, is {rounding!r}")
 
 
 def shared_tensors(other: Mapping[str, Tensor], made: Mapping[str, NamedTensor]) -> dict[str, Tensor]:
