@@ -123,7 +123,7 @@ def _write_random(file: Path, tensors: Mapping[str, Tensor], random_seed: int) -
     offsets = write_empty_checkpoint(file, tensors)
     generator = torch.Generator().manual_seed(random_seed)
     n_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    with open(file, "r+b") as opened, tqdm(total=n_bytes, unit="B", unit_scale=True, desc=str(file.parent)) as bar:
+    with open(file, "r+b") as opened, tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"writing {folder}") as bar:
         for name, tensor in tensors.items():
             for begin in range(0, tensor.numel(), _CHUNK):
                 count = min(_CHUNK, tensor.numel() - begin)
