@@ -12,22 +12,19 @@ from pathlib import Path
 
 import torch
 
+from tests.paths import CACHE, TINY
+
 # where there is no GPU, its kernels run in Triton's interpreter, if that is said before they are read
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
 import hypothesis
 import pytest
 from filelock import FileLock
+from stories15m import Stories15M, load_stories15m  # from examples/
 
 import llama3_raw
 from llama3_raw import Model, Params
 from llama3_raw.checkpoint.loading import from_state_dict
-
-ROOT = Path(__file__).parent.parent
-CACHE = ROOT / ".cache"
-TINY = ROOT / "weights" / "tiny"
-sys.path[:0] = [str(ROOT / "examples")]
-from stories15m import Stories15M, load_stories15m  # noqa: E402  # from examples/
 
 # pytest-xdist's processes share the cores: with a thread for each core in each of them, they would wait for each other
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ and "OMP_NUM_THREADS" not in os.environ:
@@ -148,3 +145,10 @@ def smollm2_text() -> list[int]:
 
         tokenizer = AutoTokenizer.from_pretrained(str(CACHE), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     return list(tokenizer.encode(text))
+
+
+@pytest.fixture
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

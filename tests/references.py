@@ -17,6 +17,7 @@ from llama3_raw import LayerWeights, Model, Params, Weights, forward
 from llama3_raw.checkpoint.loading import from_state_dict, to_state_dict
 from llama3_raw.decoding.loop import StopReason
 from llama3_raw.params import RopeScaling
+from llama3_raw.quantization.int8 import Int8
 from llama3_raw.weights import tensor_places
 
 
@@ -32,12 +33,18 @@ def random_weights(params: Params, dtype: torch.dtype, seed: int, tied: bool = F
     return from_state_dict(params, tensors)
 
 
-def flat(weights: Weights) -> list[Tensor]:
-    """All tensors, the tied one twice."""
+def flat(weights: Weights) -> list[Any]:
+    """All tensors and int8 matrices, the tied one twice."""
     return [weights.tok_embeddings, *(t for layer in weights.layers for t in layer), weights.norm, weights.output]
 
 
-def converted(weights: Weights, convert: Callable[[Tensor], Tensor]) -> Weights:
+def dense(weight: Tensor | Int8) -> Tensor:
+    """A weight that is a plain tensor."""
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def converted(weights: Weights, convert: Callable[[Any], Any]) -> Weights:
     """The same weights, each tensor made another; tied embeddings stay tied."""
     embeddings = convert(weights.tok_embeddings)
     return Weights(
@@ -145,17 +152,18 @@ def hf_model(params: Params, weights: Weights) -> Any:
             max_position_embeddings=params.max_seq_len,
             tie_word_embeddings=weights.output is weights.tok_embeddings,
             rope_parameters=rope,
-            attn_implementation="eager",
+            attn_implementation="eager",  # type: ignore[call-arg]  # it has it from its base
             bos_token_id=None,
             eos_token_id=None,
         )
-        model = LlamaForCausalLM(config).to(weights.norm.dtype).eval()
+        model: Any = LlamaForCausalLM(config)
+        model = model.to(weights.norm.dtype).eval()
     names = {place.meta_name: place for place in tensor_places(params)}
     state_dict = {}
     for name, tensor in to_state_dict(params, weights).items():
         place = names[name]
         state_dict[place.hf_name] = half_split(tensor, params.head_dim) if place.field in ("wq", "wk") else tensor
-    state_dict.setdefault("lm_head.weight", weights.output)
+    state_dict.setdefault("lm_head.weight", dense(weights.output))
     model.load_state_dict(state_dict)
     return model
 

@@ -18,10 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from references import hf_model, random_weights
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_weights import TINY
 from torch import Tensor
 
 import llama3_raw
@@ -33,6 +31,8 @@ from llama3_raw.checkpoint.writing import save_quantized
 from llama3_raw.convert import main
 from llama3_raw.params import RopeScaling
 from llama3_raw.weights import tensor_places
+from tests.paths import TINY
+from tests.references import hf_model, random_weights
 
 # every dimension divides by 8; with 8 shards two rows of wk are in each, less than a head
 DIVISIBLE = {
@@ -172,7 +172,8 @@ def from_pretrained(folder: Path) -> Any:
         warnings.simplefilter("ignore")
         from transformers import LlamaForCausalLM
 
-        model, found = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, found = loaded
     assert not any(found.values()), found
     return model.eval()
 
@@ -232,7 +233,7 @@ def test_several_files_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyP
     files = sorted((tmp_path / "hf").glob("*.safetensors"))
     assert len(files) > 3
     assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
-    seen = {}
+    seen: dict[str, Any] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
             assert opened.metadata() == {"format": "pt"}
@@ -438,7 +439,7 @@ def test_memory_that_the_system_refuses(
     def refused(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(writing.torch, "empty_like", refused)
+    monkeypatch.setattr(torch, "empty_like", refused)
     assert "can't allocate memory; name another" in refusal(capsys, "tiny", tmp_path / "new", "--shards", "2")
     assert list(tmp_path.iterdir()) == []
 

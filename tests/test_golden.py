@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +11,10 @@ from torch import Tensor
 
 import llama3_raw
 from llama3_raw import Model, forward
+from tests.paths import ROOT
 
-FOLDER = Path(__file__).parent.parent / "weights" / "Meta-Llama-3-8B"
-GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden.json").read_text())
+FOLDER = ROOT / "weights" / "Meta-Llama-3-8B"
+GOLDEN: dict[str, Any] = json.loads((ROOT / "tests" / "golden.json").read_text())
 FP32: dict[str, Any] = GOLDEN["fp32_numpy"]
 
 pytestmark = [

@@ -6,13 +6,13 @@ import random
 
 import pytest
 import torch
-from references import cast, converted, flat, hf_model, meta_model, random_weights
 from torch import Tensor
 
 from llama3_raw import KVCache, Model, Params, Weights, forward, generate
 from llama3_raw.model import rope, rope_rotation
 from llama3_raw.ops import no_tap
 from llama3_raw.params import RopeScaling
+from tests.references import cast, converted, flat, hf_model, meta_model, random_weights
 
 GROUPED = Params.from_meta(
     {"dim": 256, "n_layers": 3, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 500, "norm_eps": 1e-5, "multiple_of": 64}
@@ -307,7 +307,7 @@ def test_names_and_shapes_that_a_tap_sees(tiny: Model) -> None:
         "feed_forward.out": (17, p.dim),
         "residual": (17, p.dim),
     }
-    expected = {"tok_embeddings": (17, p.dim)}
+    expected: dict[str, tuple[int, ...]] = {"tok_embeddings": (17, p.dim)}
     expected |= {f"layers.{i}.{name}": shape for i in range(p.n_layers) for name, shape in within.items()}
     expected |= {"norm": (17, p.dim), "logits": (17, p.vocab_size)}
     assert list(seen.items()) == list(expected.items())

@@ -107,7 +107,7 @@ def test_old_and_new_rope_fields_of_hf() -> None:
 def test_hf_default_of_rope_theta() -> None:
     from transformers import LlamaConfig
 
-    assert Params.from_hf(SMALL_HF).rope_theta == LlamaConfig().rope_parameters["rope_theta"]
+    assert Params.from_hf(SMALL_HF).rope_theta == LlamaConfig().to_dict()["rope_parameters"]["rope_theta"]
 
 
 WRONG_META = [

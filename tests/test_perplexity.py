@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from references import cast, converted, hf_model
 
 from llama3_raw import REFERENCE, Model, UserError, perplexity
 from llama3_raw.perplexity import Score, main, sliding_windows
+from tests.paths import TINY
+from tests.references import cast, converted, hf_model
 
-TINY = Path(__file__).parent.parent / "weights" / "tiny"
 STORY = """Once upon a time, there was a little girl named Lily. She had a red ball, and she took it to the park – every
 day. One day, a big dog came and ran away with the ball! Lily was sad. She sat down under a tree and cried. A boy named
 Tom saw her. "Why are you sad?" he asked. "The dog has my ball," said Lily. Tom had an idea. He gave the dog a bone,
@@ -85,12 +85,14 @@ def test_the_chunks_do_not_matter(fp32: Model, ids: list[int], chunk: int, monke
     whole = perplexity.perplexity(fp32, ids, context=60, stride=25, ops=REFERENCE)
     monkeypatch.setattr(perplexity, "_CHUNK", chunk)
     cut = perplexity.perplexity(fp32, ids, context=60, stride=25, ops=REFERENCE)
-    assert (cut.tokens, cut.nats) == (130, pytest.approx(whole.nats, rel=1e-6))
+    assert cut.tokens == 130
+    assert cut.nats == pytest.approx(whole.nats, rel=1e-6)
 
 
 def test_what_the_figures_mean() -> None:
     score = Score(tokens=4, nats=4 * math.log(8))
-    assert (score.perplexity, score.bits_per_byte(24)) == (pytest.approx(8), pytest.approx(0.5))
+    assert score.perplexity == pytest.approx(8)
+    assert score.bits_per_byte(24) == pytest.approx(0.5)
     assert Score(tokens=1, nats=1e4).perplexity == math.inf
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from llama3_raw import Tokenizer, UserError
 from llama3_raw.tokenizer import SPECIAL_TOKENS
+from tests.paths import TINY
 
 HERE = Path(__file__).parent
-TINY = HERE.parent / "weights" / "tiny" / "tokenizer.model"
 PROMPT = "the answer to the ultimate question of life, the universe, and everything is "
 PROMPT_IDS = [128000, 1820, 4320, 311, 279, 17139, 3488, 315, 2324, 11, 279, 15861, 11, 323, 4395, 374, 220]
 
@@ -149,7 +149,7 @@ def test_an_id_that_is_not_there(llama3: Tokenizer) -> None:
 
 @functools.cache
 def _tiny() -> Tokenizer:
-    return Tokenizer(TINY)
+    return Tokenizer(TINY / "tokenizer.model")
 
 
 def lines(*tokens: bytes) -> list[bytes]:

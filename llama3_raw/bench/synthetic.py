@@ -111,19 +111,21 @@ def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, rando
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror}; name a folder you may write to") from error
     check_disk(folder, folder, n_bytes)
-    with atomic_write(checkpoint) as part:
-        _write_random(part, tensors, random_seed)
+    with (
+        tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"writing {folder}") as bar,
+        atomic_write(checkpoint) as part,
+    ):
+        _write_random(part, tensors, random_seed, bar)
         if tokenizer is not None and tokenizer.resolve() != (folder / "tokenizer.model").resolve():
             shutil.copyfile(tokenizer, folder / "tokenizer.model")
         (folder / "params.json").write_text(json.dumps(content) + "\n")
 
 
-def _write_random(file: Path, tensors: Mapping[str, Tensor], random_seed: int) -> None:
+def _write_random(file: Path, tensors: Mapping[str, Tensor], random_seed: int, bar: tqdm[Any]) -> None:
     """Writes a checkpoint with random values in the place of each of the tensors, which are without content."""
     offsets = write_empty_checkpoint(file, tensors)
     generator = torch.Generator().manual_seed(random_seed)
-    n_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    with open(file, "r+b") as opened, tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"writing {folder}") as bar:
+    with open(file, "r+b") as opened:
         for name, tensor in tensors.items():
             for begin in range(0, tensor.numel(), _CHUNK):
                 count = min(_CHUNK, tensor.numel() - begin)

@@ -1,0 +1,457 @@
+"""The fast CPU operations: as exact as the reference ones, and a token's bits do not depend on what is beside it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama3_raw import REFERENCE, KVCache, Model, Params, forward, generate
+from llama3_raw.backends import cpu as ops_cpu
+from llama3_raw.ops import Ops, no_tap
+from llama3_raw.quantization.int8 import Int8, quantize, widen
+from tests.paths import ROOT
+from tests.references import cast, random_weights
+
+
+def runs_here(instruction_set: str) -> bool:
+    """Whether this processor has the instructions, by what /proc/cpuinfo says of it."""
+    needed = {"amx": "amx_bf16 amx_int8", "avx512_bf16": "avx512_bf16", "avx512": "avx512bw", "avx2": "avx2"}
+    cpuinfo = Path("/proc/cpuinfo")
+    has = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return set(needed.get(instruction_set, "").split()) <= has
+
+
+def built_for(instruction_set: str) -> Ops:
+    if not runs_here(instruction_set):
+        pytest.skip(f"this processor has no {instruction_set}")
+    try:
+        kernels = ops_cpu.build_kernels(instruction_set)
+    except ops_cpu.CannotBuild as reason:
+        pytest.skip(f"cannot be built here: {reason}")
+    if instruction_set == "amx" and not kernels.has_tiles():
+        pytest.skip("the system does not let this process use tiles")
+    return ops_cpu.make_ops(kernels)
+
+
+@pytest.fixture(scope="module", params=list(ops_cpu.INSTRUCTION_SETS))
+def instruction_set(request: pytest.FixtureRequest) -> str:
+    """Each kind of processor that this one may be."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def ops(instruction_set: str) -> Ops:
+    """The operations built for it."""
+    return built_for(instruction_set)
+
+
+def rms_error(x: Tensor, exact: Tensor) -> float:
+    return float((x.double() - exact.double()).square().mean().sqrt())
+
+
+@pytest.mark.parametrize(("outputs", "length"), [(256, 96), (130, 4096), (1, 32), (7, 64)])
+def test_products_are_as_exact_as_torchs(ops: Ops, outputs: int, length: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, length, generator=generator).bfloat16()
+    w = torch.randn(outputs, length, generator=generator).bfloat16()
+    exact = x.double() @ w.double().T
+    theirs = rms_error(torch.nn.functional.linear(x, w), exact)
+    together = ops.linear(x, w)
+    assert rms_error(together, exact) <= 1.01 * theirs
+    for rows in range(1, 17):
+        assert torch.equal(ops.linear(x[-rows:], w), together[-rows:])
+    assert torch.equal(ops.linear(x.view(2, 8, length), w), together.view(2, 8, outputs))
+    assert torch.equal(ops.linear(x[3], w), together[3])
+
+
+# outputs and length: several parts of the matrix of 256 and a rest, and rows of several steps and a rest; what tiles do
+# not do, for outputs and for length; a rest of 32 bytes in int8
+MANY = [(544, 2112), (288, 64), (130, 128), (96, 96)]
+
+
+@pytest.mark.parametrize(("outputs", "length"), MANY)
+def test_many_rows(ops: Ops, outputs: int, length: int) -> None:
+    """By torch, or by the kernels: there a row has the same bits among all numbers of rows up to 128."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(300, length, generator=generator).bfloat16()
+    w = torch.randn(outputs, length, generator=generator).bfloat16()
+    exact = x.double() @ w.double().T
+    theirs = rms_error(torch.nn.functional.linear(x, w), exact)
+    for rows in (17, 33, 256, 257, 300):
+        assert rms_error(ops.linear(x[:rows], w), exact[:rows]) <= 1.01 * theirs
+
+
+@pytest.mark.parametrize("instruction_set", ["amx", "avx2"])
+@pytest.mark.parametrize(("outputs", "length"), [MANY[0], MANY[1]])
+def test_a_row_has_the_same_bits_among_any_number(
+    instruction_set: str, outputs: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By tiles, and where torch would have to widen the matrix."""
+    monkeypatch.setattr(ops_cpu, "fp32_is_faster", lambda: True)
+    ops = built_for(instruction_set)
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(128, length, generator=generator).bfloat16()
+    w = torch.randn(outputs, length, generator=generator).bfloat16()
+    together = ops.linear(x, w)
+    for rows in (1, 2, 15, 16, 17, 31, 33, 127):
+        assert torch.equal(ops.linear(x[-rows:], w), together[-rows:])
+    x, w8 = x[:64], random_int8(outputs, length, generator)
+    together = ops.linear(x, w8)
+    for rows in (1, 16, 17, 63):
+        assert torch.equal(ops.linear(x[-rows:], w8), together[-rows:])
+
+
+def random_int8(outputs: int, length: int, generator: torch.Generator) -> Int8:
+    """A matrix whose rows and columns are of different sizes."""
+    sizes = torch.rand(length, generator=generator) + 0.1
+    matrix = torch.randn(outputs, length, generator=generator) * sizes
+    return quantize((matrix * (torch.rand(outputs, 1, generator=generator) + 0.1)).bfloat16())
+
+
+@pytest.mark.parametrize(("outputs", "length"), [*MANY, (1, 32), (7, 4096), (32, 14336)])
+def test_int8_products(ops: Ops, outputs: int, length: int) -> None:
+    """As exact as the rounding of the results to bf16 leaves them, and with the same bits alone and among others."""
+    generator = torch.Generator().manual_seed(7)
+    w = random_int8(outputs, length, generator)
+    x = torch.randn(300, length, generator=generator).bfloat16()
+    exact = x.double() @ widen(w, torch.float64).T
+    together = ops.linear(x[:16], w)
+    for rows in (1, 2, 3, 15, 16, 17, 33, 256, 257, 300):
+        y = ops.linear(x[:rows], w)
+        rounding = rms_error(exact[:rows].bfloat16(), exact[:rows])
+        if rows <= 16:
+            assert rms_error(y, exact[:rows]) <= 1.05 * rounding
+            assert torch.equal(y, together[:rows])
+            assert torch.equal(ops.linear(x[rows - 1], w), together[rows - 1])
+        else:  # without tiles torch may do it, where the matrix is rounded to bf16 too
+            assert rms_error(y, exact[:rows]) <= 2 * rounding
+
+
+def test_int8_by_tiles() -> None:
+    """All numbers of rows by the same sums, which are whole numbers and thus those of any other processor."""
+    ops = built_for("amx")
+    generator = torch.Generator().manual_seed(8)
+    for outputs, length in MANY[:2]:
+        w = random_int8(outputs, length, generator)
+        x = torch.randn(300, length, generator=generator).bfloat16()
+        together = ops.linear(x, w)
+        exact = x.double() @ widen(w, torch.float64).T
+        assert rms_error(together, exact) <= 1.01 * rms_error(exact.bfloat16(), exact)
+        for rows in (1, 2, 15, 16, 17, 31, 33, 129, 256, 257):
+            assert torch.equal(ops.linear(x[-rows:], w), together[-rows:])
+
+
+def test_int8_products_are_the_same_on_all_processors() -> None:
+    """With fused multiply-add, that is: without it the tokens are rounded a little differently."""
+    fused = [name for name in ("amx", "avx512_bf16", "avx512", "avx2") if runs_here(name)]
+    if len(fused) < 2:
+        pytest.skip("this processor has only one kind of instructions with fused multiply-add")
+    generator = torch.Generator().manual_seed(9)
+    w = random_int8(544, 1152, generator)
+    x = torch.randn(16, 1152, generator=generator).bfloat16()
+    results = [built_for(name).linear(x, w) for name in fused]
+    for other in results[1:]:
+        assert torch.equal(other, results[0])
+
+
+def test_int8_products_of_odd_tokens(ops: Ops) -> None:
+    """Zeros, values too small to count, one that outweighs all others, and what is no number, each in its own row."""
+    w = random_int8(64, 128, torch.Generator().manual_seed(10))
+    x = torch.randn(8, 128, generator=torch.Generator().manual_seed(11)).bfloat16()
+    before = ops.linear(x, w)
+    x[1] = 0
+    x[2] = 1e-36
+    x[3, 77] = 1e6
+    x[4, 5], x[5, 5], x[6, 127] = torch.inf, -torch.inf, torch.nan
+    y = ops.linear(x, w)
+    assert torch.equal(y[[0, 7]], before[[0, 7]])
+    assert not y[1:3].any()
+    outlier = 1e6 * widen(w, torch.float64)[:, 77]
+    assert ((y[3] - outlier).abs() <= 2**-8 * outlier.abs() + 4 * 1e6 / 32384 * float(w.row_scales.max())).all()
+    assert y[4:7].isnan().all()
+    for row in (4, 5, 6):
+        assert ops.linear(x[row], w).isnan().all()
+
+
+def test_the_largest_sums_of_an_int8_product(ops: Ops) -> None:
+    """All values the largest there are: the sum has 36 bits."""
+    w = quantize(torch.ones(32, 14336))
+    y = ops.linear(torch.ones(2, 14336).bfloat16(), w)
+    assert torch.equal(y, torch.full((2, 32), 14336.0).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "has_mkldnn", "expected"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx512_bf16": False}, True, True),
+        ({"architecture": "x86_64", "avx512_f": True}, True, True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, True, False),
+        ({"architecture": "x86_64", "amx_bf16": True}, True, False),
+        ({"architecture": "arm64", "neon": True, "bf16": True}, True, False),
+        ({"architecture": "arm64", "neon": True, "bf16": True}, False, True),  # on a Mac
+    ],
+)
+def test_whether_fp32_is_faster(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], has_mkldnn: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_mkldnn)
+    assert ops_cpu.fp32_is_faster() == expected
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(8, 2), (6, 2)])
+def test_prompts_together_have_the_same_bits_as_alone(
+    instruction_set: str, n_heads: int, n_kv_heads: int, has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as `max_packed` says: padded on the right, through a whole model."""
+    monkeypatch.setattr(ops_cpu, "fp32_is_faster", lambda: not has_bf16)
+    ops = built_for(instruction_set)
+    sizes = {"dim": 128 * n_heads, "n_layers": 1, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
+    params = Params.from_meta({**sizes, "vocab_size": 96, "norm_eps": 1e-5, "multiple_of": 64})
+    weights = random_weights(params, torch.bfloat16, seed=3)
+    width = ops.max_packed // 2
+    prompts = torch.randint(96, (2, width), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        for length in range(max(1, width - 15), width, 3):
+            ends = torch.tensor([width - 1, length - 1])
+            together = forward(weights, params, prompts, logits_at=ends, ops=ops)
+            assert torch.equal(forward(weights, params, prompts[0], logits_at=-1, ops=ops), together[0])
+            assert torch.equal(forward(weights, params, prompts[1, :length], logits_at=-1, ops=ops), together[1])
+
+
+@pytest.mark.parametrize("in_fp32", [True, False])
+def test_products_that_torch_widens(monkeypatch: pytest.MonkeyPatch, in_fp32: bool) -> None:
+    """In pieces, where the processor has no instructions for bf16, and of int8: as exact, in the dtype that came in."""
+    monkeypatch.setattr(ops_cpu, "fp32_is_faster", lambda: in_fp32)
+    monkeypatch.setattr("llama3_raw.quantization.matrix.ROWS_AT_ONCE", 32)
+    generator = torch.Generator().manual_seed(12)
+    x = torch.randn(2, 20, 96, generator=generator).bfloat16()
+    w = torch.randn(70, 96, generator=generator).bfloat16()
+    for matrix, wide in ((w, w.double()), (int8 := quantize(w), widen(int8, torch.float64))):
+        exact = x.double() @ wide.T
+        y = ops_cpu.linear_by_torch(x, matrix)
+        assert (y.dtype, y.shape) == (torch.bfloat16, exact.shape)
+        assert rms_error(y, exact) <= 1.01 * rms_error(REFERENCE.linear(x, matrix), exact)
+        assert rms_error(ops_cpu.linear_by_torch(x.float(), matrix if matrix is int8 else w.float()), exact) < 1e-4
+
+
+@pytest.mark.parametrize("case", ["float32", "odd length", "many rows", "not contiguous", "with gradient"])
+def test_products_that_torch_does(ops: Ops, case: str) -> None:
+    x, w = torch.randn(3, 64).bfloat16(), torch.randn(8, 64).bfloat16()
+    if case == "float32":
+        x, w = x.float(), w.float()
+    elif case == "odd length":
+        x, w = x[:, :33], w[:, :33]
+    elif case == "many rows":  # and few outputs, which tiles do not do
+        x = torch.randn(17, 64).bfloat16()
+    elif case == "not contiguous":
+        w = torch.randn(64, 64).bfloat16().t()
+    else:
+        w.requires_grad_()
+    assert torch.equal(ops.linear(x, w), torch.nn.functional.linear(x, w))
+
+
+# n_heads, n_kv_heads, head_dim, tokens before: one chunk of keys, its edges, several
+SHAPES = [(32, 8, 128, 700), (9, 3, 64, 241), (6, 6, 32, 0), (8, 1, 64, 255), (10, 2, 32, 256), (4, 2, 96, 1000)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_is_as_exact_as_the_reference(ops: Ops, shape: tuple[int, int, int, int]) -> None:
+    n_heads, n_kv_heads, head_dim, start = shape
+    generator = torch.Generator().manual_seed(1)
+    q = 3 * torch.randn(16, n_heads, head_dim, generator=generator).bfloat16()
+    keys, values = (torch.randn(start + 16, n_kv_heads, head_dim, generator=generator).bfloat16() for _ in "kv")
+    exact = REFERENCE.attend(q.double(), keys.double(), values.double(), start, no_tap)
+    reference = REFERENCE.attend(q, keys, values, start, no_tap)
+    together = ops.attend(q, keys, values, start, no_tap)
+    assert rms_error(together, exact) <= rms_error(reference, exact)
+    for t in range(16):
+        end = start + t + 1
+        alone = ops.attend(q[t : t + 1], keys[:end], values[:end], start + t, no_tap)
+        assert torch.equal(alone, together[t : t + 1])
+    many = ops_cpu.attend_by_torch(q, keys, values, start)
+    assert rms_error(many, exact) <= rms_error(reference, exact)
+
+
+@pytest.mark.parametrize("in_fp32", [True, False])
+@pytest.mark.parametrize("starts", [None, (), (2,)], ids=["int", "tensor", "batch"])
+def test_attention_of_many_tokens_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, in_fp32: bool, starts: tuple[int, ...] | None
+) -> None:
+    """Never more scores at once than a block's: what a mask of all of them would take is the square of the length."""
+    monkeypatch.setattr(ops_cpu, "fp32_is_faster", lambda: in_fp32)
+    masks = []
+    by_torch = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+        masks.append(attn_mask.shape)
+        return by_torch(q, k, v, attn_mask=attn_mask)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    generator = torch.Generator().manual_seed(13)
+    batch = starts or ()
+    q = 3 * torch.randn(*batch, 300, 6, 32, generator=generator).bfloat16()
+    keys, values = (torch.randn(*batch, 350, 2, 32, generator=generator).bfloat16() for _ in "kv")
+    start: int | Tensor = 40 if starts is None else torch.tensor([40, 50] if starts else 40)
+    if starts is None:
+        keys, values = keys[:340], values[:340]
+    exact = REFERENCE.attend(q.double(), keys.double(), values.double(), start, no_tap)
+    reference = REFERENCE.attend(q, keys, values, start, no_tap)
+    blocks = ops_cpu.attend_by_torch(q, keys, values, start)
+    assert (blocks.dtype, blocks.shape) == (torch.bfloat16, q.shape)
+    assert rms_error(blocks, exact) <= rms_error(reference, exact)
+    assert max(shape[-2] for shape in masks) == 3 * ops_cpu.QUERIES  # of the three heads that share keys
+    assert len(masks) == 3
+
+
+def test_attention_to_far_away_scores(ops: Ops) -> None:
+    """Weights that vanish and one that is all, and a head that sees itself alone."""
+    q = torch.zeros(2, 1, 32).bfloat16()
+    q[..., 0] = 100.0
+    keys, values = torch.zeros(300, 1, 32).bfloat16(), torch.randn(300, 1, 32).bfloat16()
+    keys[7, 0, 0], keys[298, 0, 0] = 200.0, -200.0
+    assert torch.equal(ops.attend(q, keys, values, 298, no_tap), values[7].expand(2, 1, 32))
+    assert torch.equal(ops.attend(q[:1], keys[:1], values[:1], 0, no_tap)[0], values[0])
+
+
+def test_the_threads_do_not_change_the_bits(ops: Ops) -> None:
+    x, w = torch.randn(5, 512).bfloat16(), torch.randn(992, 512).bfloat16()
+    int8 = quantize(w)
+    q, keys, values = (torch.randn(length, 4, 64).bfloat16() for length in (5, 900, 900))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            products = [ops.linear(x, w), ops.linear(x[:, :480], w[:, :480].contiguous()), ops.linear(x, int8)]
+            results.append([*products, ops.attend(q, keys, values, 895, no_tap)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
+
+
+def logits_in_pieces(model: Model, ops: Ops, ids: Tensor, sizes: list[int]) -> Tensor:
+    cache = KVCache.allocate(model.params, max_seq_len=len(ids), like=model.weights)
+    start, logits = 0, []
+    for size in sizes:
+        piece = ids[start : start + size]
+        logits.append(forward(model.weights, model.params, piece, cache=cache, start=start, ops=ops))
+        start += size
+    return torch.cat(logits)
+
+
+def test_a_token_has_the_same_bits_alone_and_among_others(ops: Ops, tiny: Model) -> None:
+    """The whole model, 1 to 16 tokens at a time: what prompt lookup stands on."""
+    ids = torch.randint(2000, (48,), generator=torch.Generator().manual_seed(2))
+    alone = logits_in_pieces(tiny, ops, ids, [1] * 48)
+    assert torch.equal(logits_in_pieces(tiny, ops, ids, [16, 16, 16]), alone)
+    assert torch.equal(logits_in_pieces(tiny, ops, ids, [3, 13, 1, 15, 2, 14]), alone)
+
+
+def test_the_model_is_as_exact_as_with_the_reference(ops: Ops, smollm2: Model) -> None:
+    """Trained weights in bf16: the error against the fp32 result, by tokens alone and all at once."""
+    ids = torch.randint(49152, (40,), generator=torch.Generator().manual_seed(3))
+    exact = forward(smollm2.weights, smollm2.params, ids)
+    bf16 = smollm2._replace(weights=cast(smollm2.weights, torch.bfloat16))
+    reference = rms_error(forward(bf16.weights, bf16.params, ids), exact)
+    for sizes in ([1] * 40, [40]):
+        assert rms_error(logits_in_pieces(bf16, ops, ids, sizes), exact) <= 1.5 * reference
+
+
+def test_generate_takes_them(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    fast = ops_cpu.fast_ops()
+    counting = fast._replace(linear=lambda x, w: calls.append(x.shape) or fast.linear(x, w))
+    monkeypatch.setattr("llama3_raw.backends.choose.fast_ops", lambda: counting)
+    assert list(generate(tiny, [1, 2, 3], max_new_tokens=3, stop_ids=()))
+    assert calls
+    calls.clear()
+    list(generate(tiny, [1, 2, 3], max_new_tokens=3, ops=REFERENCE))
+    assert not calls
+
+
+def test_without_a_compiler_torch_does_it(tmp_path: Path) -> None:
+    """One line says so, and the text is the same as far as rounding leaves it."""
+    command = [sys.executable, "-m", "llama3_raw", "--weights", "weights/tiny", "Once upon a time"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    lines = []
+    texts = []
+    for extra in ({}, {"CC": "no-such-compiler"}, {"CC": "false"}):
+        done = subprocess.run(
+            [*command, "--max-new-tokens", "20"],
+            cwd=ROOT,
+            env={**environment, **extra},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 0
+        texts.append(done.stdout)
+        lines.append([line for line in done.stderr.splitlines() if "torch's own products" in line])
+    assert texts[0] == texts[1] == texts[2]
+    assert [len(each) for each in lines] == [0, 1, 1]
+    assert "no-such-compiler" in lines[1][0]
+    assert "false" in lines[2][0]
+
+
+def test_the_kernels_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ops_cpu.build_kernels()
+    (built,) = (tmp_path / "llama3_raw").iterdir()
+    time = built.stat().st_mtime_ns
+    ops_cpu.build_kernels()
+    assert [file.stat().st_mtime_ns for file in (tmp_path / "llama3_raw").iterdir()] == [time]
+
+
+@pytest.mark.parametrize("left", [0, 100, 20_000])
+def test_kernels_that_were_cut_short_are_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+    """As by a power cut. Loaded, they would be a bus error."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ops_cpu.build_kernels()
+    (built,) = (tmp_path / "llama3_raw").iterdir()
+    whole = built.read_bytes()
+    built.unlink()  # its memory is in use here
+    built.write_bytes(whole[:left])
+    ops_cpu.build_kernels()
+    (again,) = (tmp_path / "llama3_raw").iterdir()
+    assert again.read_bytes() == whole
+
+
+def test_a_cache_folder_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ops_cpu.CannotBuild, match=r"\.so: cannot be written \(No space left on device\)"):
+        ops_cpu.build_kernels()
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/self/maps")
+def test_there_is_one_pool_of_threads() -> None:
+    """The kernels take OpenMP from torch: no second library with a pool of its own is loaded."""
+    code = "from llama3_raw.backends.cpu import build_kernels\nbuild_kernels()\nprint(open('/proc/self/maps').read())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(set(re.findall(r"\S+/lib[gi]?omp[^/\s]*", done.stdout))) == 1
+
+
+@pytest.mark.parametrize("start", [7, torch.tensor([7, 3])], ids=["int", "tensor"])
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["lone", "batch"])
+def test_torch_attends_by_blocks(batch: tuple[int, ...], start: int | torch.Tensor) -> None:
+    """A mask that is not of two or four dimensions has torch make all scores at once, at half the speed."""
+    if isinstance(start, torch.Tensor) and not batch:
+        start = start[0]
+    q, keys, values = (torch.ones(*batch, length, heads, 32) for length, heads in ((3, 4), (10, 2), (10, 2)))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        assert ops_cpu.attend_by_torch(q, keys, values, start).shape == q.shape  # raises where it cannot

@@ -1,0 +1,147 @@
+"""What holds on an NVIDIA GPU; skipped where there is none. (The kernels and the graph are tested everywhere.)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama3_raw import REFERENCE, KVCache, Model, Weights, forward, generate
+from llama3_raw.backends.choose import suitable_ops
+from llama3_raw.backends.cuda_graphs import CudaGraphs
+from llama3_raw.decoding.prompt_lookup import LookupPolicy
+from llama3_raw.quantization.int8 import quantize
+from llama3_raw.weights import MATRICES
+from tests.references import cast, converted
+
+ON = torch.device("cuda")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
+SETTINGS: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 3, "repetition_penalty": 1.2, "top_p": 0.9}]
+
+
+@pytest.fixture(scope="module")
+def model(smollm2: Model) -> Model:
+    """A trained model of 135M parameters in bf16, on the GPU."""
+    return smollm2._replace(weights=converted(smollm2.weights, lambda tensor: tensor.to(ON, torch.bfloat16)))
+
+
+@pytest.fixture(scope="module")
+def exact(model: Model) -> Model:
+    """The same numbers, computed with in fp32."""
+    return model._replace(weights=cast(model.weights, torch.float32))
+
+
+def in_pieces(model: Model, ids: Tensor, sizes: list[int], ops: Any) -> Tensor:
+    """The logits of a text that comes piece by piece, the rest of it token by token."""
+    cache = KVCache.allocate(model.params, max_seq_len=len(ids), like=model.weights)
+    logits, start = [], 0
+    with torch.no_grad():
+        for piece in ids.split([*sizes, *[1] * (len(ids) - sum(sizes))]):
+            logits.append(forward(model.weights, model.params, piece, cache=cache, start=start, ops=ops))
+            start += len(piece)
+    return torch.cat(logits)
+
+
+def rms(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("sizes", [[300], [100, 150, 16, 9], [280, 1, 7]], ids=str)
+def test_fast_operations_are_nearly_as_exact(
+    model: Model, exact: Model, smollm2_text: list[int], sizes: list[int]
+) -> None:
+    """design.md's rule: error against fp32 at most 1.5 times that of the exact operations in the same dtype."""
+    ids = torch.tensor(smollm2_text[:310], device=ON)
+    truth = in_pieces(exact, ids, [310], REFERENCE)
+    fast = rms(in_pieces(model, ids, sizes, suitable_ops(ON)) - truth)
+    assert fast <= 1.5 * rms(in_pieces(model, ids, sizes, REFERENCE) - truth)
+
+
+def by_graph_and_by_step(model: Model, ids: list[int], count: int, compiled: bool, **settings: Any) -> int:
+    """How many tokens are the same; where they part, the likelier two must be nearly as likely."""
+    cache = KVCache.allocate(model.params, max_seq_len=len(ids) + count, like=model.weights)
+    passes = CudaGraphs.where_possible(model, cache, suitable_ops(ON), compiled)
+    assert passes is not None
+    by_graph = list(generate(model, ids, max_new_tokens=count, cache=cache, captured=passes, **settings))
+    by_step = list(generate(model, ids, max_new_tokens=count, captured=False, **settings))
+    same = next((i for i, pair in enumerate(zip(by_graph, by_step, strict=True)) if pair[0] != pair[1]), count)
+    if same < count and not settings.get("temperature"):
+        tokens = torch.tensor([*ids, *by_graph[:same]], device=ON)
+        with torch.no_grad():
+            first, second = forward(model.weights, model.params, tokens, logits_at=-1).topk(2).values.tolist()
+        assert first - second < 0.25  # twice what bf16 rounds such logits by
+    return same
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_graph_gives_the_same_tokens(
+    model: Model, smollm2_text: list[int], settings: dict[str, Any], compiled: bool
+) -> None:
+    assert by_graph_and_by_step(model, smollm2_text[:40], 100, compiled, **settings) >= 10
+
+
+def test_lookup_gives_the_same_tokens(model: Model, smollm2_text: list[int]) -> None:
+    ids = smollm2_text[:60] * 2 + smollm2_text[:30]
+    policy = LookupPolicy(15)
+    with_lookup = list(generate(model, ids, max_new_tokens=40, lookup=policy))
+    without = list(generate(model, ids, max_new_tokens=40))
+    assert policy.accepted > 5
+    assert with_lookup[:20] == without[:20]
+
+
+def test_int8(model: Model, exact: Model, smollm2_text: list[int]) -> None:
+    """The kernel and torch's own product with the widened matrix come to the same, up to rounding."""
+    weights = quantized(model.weights)
+    ids = torch.tensor(smollm2_text[:60], device=ON)
+    truth = in_pieces(exact._replace(weights=quantized(exact.weights)), ids, [60], REFERENCE)
+    fast = rms(in_pieces(model._replace(weights=weights), ids, [40, 10], suitable_ops(ON)) - truth)
+    own = rms(in_pieces(model._replace(weights=weights), ids, [40, 10], REFERENCE) - truth)
+    assert fast <= 1.5 * own
+
+
+def quantized(weights: Weights) -> Weights:
+    layers = tuple(
+        layer._replace(**{name: quantize(getattr(layer, name)) for name in MATRICES if name != "output"})  # type: ignore[arg-type]
+        for layer in weights.layers
+    )
+    return weights._replace(layers=layers, output=quantize(weights.tok_embeddings))
+
+
+def test_a_long_prompt(model: Model, exact: Model, smollm2_text: list[int]) -> None:
+    """8,192 tokens in chunks of 1,024: near to fp32 still, and never with all scores in memory at once."""
+    longer = model._replace(params=model.params.__class__(**{**vars(model.params), "max_seq_len": 8192}))
+    ids = torch.tensor((smollm2_text * 8)[:8192], device=ON)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    cache = KVCache.allocate(longer.params, max_seq_len=8192, like=longer.weights)
+    held = torch.cuda.memory_allocated() - before
+    last: dict[str, Tensor] = {}
+    chunks: dict[str, Callable[[], Any]] = {"fast": lambda: suitable_ops(ON), "own": lambda: REFERENCE}
+    with torch.no_grad():
+        for name, ops in chunks.items():
+            for start in range(0, 8192, 1024):
+                piece = ids[start : start + 1024]
+                last[name] = forward(
+                    longer.weights, longer.params, piece, cache=cache, start=start, logits_at=-1, ops=ops()
+                )
+            if name == "fast":
+                peak = torch.cuda.max_memory_allocated() - before - held
+        truth = forward(exact.weights, longer.params, ids, logits_at=-1, ops=suitable_ops(ON))
+    assert rms(last["fast"] - truth) <= 1.5 * rms(last["own"] - truth)
+    assert peak < 9 * 1024 * 8192 * 2 / 2  # bytes: half of what the scores of a chunk alone would take in bf16
+
+
+def test_memory_stays_over_many_tokens(model: Model, smollm2_text: list[int]) -> None:
+    cache = KVCache.allocate(model.params, max_seq_len=520, like=model.weights)
+    passes = CudaGraphs.where_possible(model, cache, suitable_ops(ON))
+    assert passes is not None
+    used = []
+    for _ in range(21):  # 10,500 tokens
+        tokens = generate(model, smollm2_text[:20], max_new_tokens=500, stop_ids=(), cache=cache, captured=passes)
+        assert sum(1 for _ in tokens) == 500
+        used.append(torch.cuda.memory_allocated())
+    assert used[-1] <= used[1]

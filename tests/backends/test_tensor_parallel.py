@@ -1,0 +1,254 @@
+"""One model in several processes, as torchrun starts them, over gloo on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import llama3_raw
+from llama3_raw import Model, convert, generate
+from llama3_raw.compare.references import hf_model
+from tests.backends.of_ranks import all_logits
+from tests.paths import TINY
+from tests.references import dense
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+STORY = "Once upon a time"
+
+
+def torchrun(size: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command as so many processes, and gives back what they and torchrun have said."""
+    return subprocess.run([*TORCHRUN, str(size), *command], capture_output=True, text=True, timeout=300)
+
+
+def own_lines(stderr: str) -> list[str]:
+    """What the processes themselves have said, without torchrun's reports."""
+    return [line for line in stderr.splitlines() if line.startswith("llama3_raw:")]
+
+
+def with_more_heads(model: Model) -> Model:
+    """The same function by 8 query heads for 6: each kv head gets another one, which gives nothing."""
+    params = model.params
+
+    def padded(matrix: Tensor, dimension: int) -> Tensor:
+        by_group = matrix.unflatten(dimension, (params.n_kv_heads, -1, params.head_dim)).movedim(dimension + 1, 0)
+        return (
+            torch.cat([by_group, torch.zeros_like(by_group[:1])])
+            .movedim(0, dimension + 1)
+            .flatten(dimension, dimension + 2)
+        )
+
+    layers = tuple(
+        layer._replace(wq=padded(dense(layer.wq), 0), wo=padded(dense(layer.wo), 1)) for layer in model.weights.layers
+    )
+    return Model(model.weights._replace(layers=layers), replace(params, n_heads=8), model.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def eight_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model with 8 heads, for 2 kv heads, in fp32 and Hugging Face's format."""
+    folder = tmp_path_factory.mktemp("parallel") / "eight-heads"
+    hf_model(with_more_heads(llama3_raw.load(TINY, dtype=torch.float32)), "eager").save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+    return folder
+
+
+def without_end(model: Path, folder: Path) -> Path:
+    """A copy of a model without its tokenizer: no token ends its text."""
+    return Path(shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns("tokenizer.model")))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_logits(eight_heads: Path, tmp_path: Path, size: int) -> None:
+    """4 processes share 2 kv heads, so that each of these is there twice."""
+    done = torchrun(size, str(Path(__file__).with_name("of_ranks.py")), str(eight_heads), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    alone = all_logits(eight_heads)
+    first, *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(size))
+    for name, logits in first.items():
+        assert all(torch.equal(logits, other[name]) for other in others), name  # so that all draw the same token
+        exact = alone[name.replace("bfloat16", "float32").replace("fast", "exact")]
+        error = (logits - exact).abs().max()
+        if "float32" in name:
+            assert error <= 5e-6 * exact.abs().max(), name
+        else:
+            assert error <= 1.5 * (alone[name.replace("fast", "exact")] - exact).abs().max(), name
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_same_text(eight_heads: Path, size: int) -> None:
+    """Also: only the first process speaks, and what stdin holds reaches all."""
+    model = llama3_raw.load(TINY, dtype=torch.float32)
+    assert model.tokenizer is not None
+    ids = list(generate(model, model.tokenizer.encode(STORY, bos=True), max_new_tokens=60))
+    weights = str(TINY if size == 2 else eight_heads)
+    command = ["-m", "llama3_raw", "--weights", weights, "--dtype", "float32", "--max-new-tokens", "60", "-"]
+    done = subprocess.run(
+        [*TORCHRUN, str(size), *command], input=STORY, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert done.stdout == model.tokenizer.decode(ids)
+    which, end = own_lines(done.stderr)
+    assert which.endswith(f"on cpu, shared by {size} processes")
+    assert "60 new tokens" in end
+
+
+def test_chance_is_the_same_everywhere() -> None:
+    """Without a seed: a process that drew another token would have other keys, and the text would fall apart."""
+    command = ["-m", "llama3_raw", "--weights", str(TINY), "--temperature", "1", "--stats", "json", STORY]
+    done = torchrun(2, *command, "--max-new-tokens", "30")
+    assert done.returncode == 0
+    assert re.search(r'"processes": 2', done.stderr)
+    model = llama3_raw.load(TINY)
+    assert model.tokenizer is not None
+    ids = model.tokenizer.encode(STORY + done.stdout, bos=True)
+    logits = llama3_raw.forward(model.weights, model.params, torch.tensor(ids))
+    assert F.cross_entropy(logits[:-1], torch.tensor(ids[1:])) < 2  # nats a token; 7.7 for tokens by chance
+
+
+def test_an_error_of_all_is_told_once() -> None:
+    done = torchrun(4, "-m", "llama3_raw", "--weights", str(TINY), STORY)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    (told,) = own_lines(done.stderr)
+    assert told.startswith("llama3_raw: error: 4 processes cannot share 6 heads evenly")
+
+
+def test_other_tools_run_as_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert convert.main(["tiny", "elsewhere"]) == 2
+    assert "this tool runs as one process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["as it starts", "at work"])
+def test_an_error_of_one_is_told_by_it(tmp_path: Path, where: str) -> None:
+    """The second process has no GPU, or no disk; the first one, which waits for it, ends as well and says nothing."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, torch\n"
+        "from llama3_raw.cli.entry_point import command_line_tool, for_several_processes\n"
+        "from llama3_raw.errors import UserError\n"
+        "from llama3_raw.system.process_groups import init\n"
+        "def fail(now):\n"
+        f"    if now == {where!r} and os.environ['RANK'] == '1':\n"
+        "        raise UserError('its disk is full; make room')\n"
+        "def choose_device():\n"
+        "    fail('as it starts')\n"
+        "    return torch.device('cpu')\n"
+        "@command_line_tool\n"
+        "@for_several_processes\n"
+        "def main(arguments):\n"
+        "    with init(choose_device) as ranks:\n"
+        "        fail('at work')\n"
+        "        ranks.tensor.all_reduce(torch.ones(1))\n"
+        "raise SystemExit(main())\n"
+    )
+    done = torchrun(2, str(script))
+    assert done.returncode != 0
+    assert own_lines(done.stderr) == ["llama3_raw: error: rank 1: its disk is full; make room"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+@pytest.mark.parametrize(("size", "rank"), [(2, 0), (4, 2)])
+def test_a_killed_process_ends_the_rest(eight_heads: Path, tmp_path: Path, size: int, rank: int) -> None:
+    command = ["-m", "llama3_raw", "--weights", str(without_end(eight_heads, tmp_path)), "--ids", "1 2 3"]
+    with open(tmp_path / "stdout", "wb") as stdout, open(tmp_path / "stderr", "wb") as stderr:
+        run = subprocess.Popen(
+            [*TORCHRUN, str(size), *command, "--max-new-tokens", "500"], stdout=stdout, stderr=stderr
+        )
+        try:
+            while (tmp_path / "stdout").stat().st_size < 50:
+                assert run.poll() is None, (tmp_path / "stderr").read_text()
+                time.sleep(0.05)
+            workers = {int(child.environ()["RANK"]): child for child in psutil.Process(run.pid).children()}
+            assert workers.keys() == set(range(size))
+            workers[rank].send_signal(signal.SIGKILL)
+            killed = time.monotonic()
+            assert run.wait(timeout=60) != 0
+            seconds = time.monotonic() - killed
+        finally:
+            run.kill()
+    assert seconds < 30
+    assert not any(worker.is_running() for worker in workers.values())
+    said = (tmp_path / "stderr").read_text()
+    assert re.search(rf"failed \(exitcode: -9\) local_rank: {rank} \(pid: {workers[rank].pid}\)", said)
+    assert len(own_lines(said)) == 1  # which model it was; the others end without a word
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")
+def test_ctrl_c_ends_all(tmp_path: Path) -> None:
+    command = ["-m", "llama3_raw", "--weights", str(without_end(TINY, tmp_path)), "--ids", "1 2 3"]
+    with open(tmp_path / "stdout", "wb") as stdout, open(tmp_path / "stderr", "wb") as stderr:
+        run = subprocess.Popen([*TORCHRUN, "2", *command, "--max-new-tokens", "500"], stdout=stdout, stderr=stderr)
+        try:
+            while (tmp_path / "stdout").stat().st_size < 50:
+                assert run.poll() is None, (tmp_path / "stderr").read_text()
+                time.sleep(0.05)
+            workers = psutil.Process(run.pid).children()
+            os.kill(run.pid, signal.SIGINT)
+            run.wait(timeout=60)
+        finally:
+            run.kill()
+    assert not any(worker.is_running() for worker in workers)
+    _, end = own_lines((tmp_path / "stderr").read_text())
+    assert re.fullmatch(r"llama3_raw: stopped by Ctrl-C after \d+ new tokens", end)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], bytes]:
+    """The arguments that compute some prompts, and what one process makes of them."""
+    folder = tmp_path_factory.mktemp("prompts")
+    lines = [
+        json.dumps({"prompt": f"{STORY}, {name}", "max_tokens": 30}) for name in ["Tom", "Lily", "Sam", "Ben", "Mia"]
+    ]
+    (folder / "prompts.jsonl").write_text("\n".join([*lines, "not JSON"]))
+    command = ["-m", "llama3_raw.batch", str(folder / "prompts.jsonl"), "--weights", str(TINY), "--dtype", "float32"]
+    command += ["--batch-size", "2"]
+    subprocess.run([sys.executable, *command, "-o", str(folder / "alone")], capture_output=True)
+    return command, (folder / "alone").read_bytes()
+
+
+def test_many_prompts_by_one_model(prompts: tuple[list[str], bytes], tmp_path: Path) -> None:
+    command, expected = prompts
+    done = torchrun(2, *command, "-o", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out").read_bytes() == expected
+    which, written, bad = own_lines(done.stderr)
+    assert which.endswith("shared by 2 processes")
+    assert written.endswith("is written: 5 texts")
+    assert "1 of 6 lines could not be computed; line 6" in bad
+
+
+def test_many_prompts_by_two_models_one_of_which_is_killed(prompts: tuple[list[str], bytes], tmp_path: Path) -> None:
+    command, expected = prompts
+    command = [*command, "--tp", "1", "-o", str(tmp_path / "out")]
+    with open(tmp_path / "stderr", "wb") as stderr:
+        run = subprocess.Popen([*TORCHRUN, "2", *command], stderr=stderr)
+        try:
+            journals = [tmp_path / "out.part", tmp_path / "out.part.1"]
+            while not all(file.exists() and file.stat().st_size for file in journals):  # both are at work
+                assert run.poll() is None, (tmp_path / "stderr").read_text()
+                time.sleep(0.01)
+            next(child for child in psutil.Process(run.pid).children() if child.environ()["RANK"] == "1").kill()
+            assert run.wait(timeout=60) != 0
+        finally:
+            run.kill()
+    assert not (tmp_path / "out").exists()
+    done = torchrun(2, *command)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out").read_bytes() == expected
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "out.run", "stderr"]

@@ -1,0 +1,418 @@
+"""python -m llama3_raw.batch, killed, resumed and misused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama3_raw import Model, generate
+from llama3_raw.batch import __main__ as batch
+from llama3_raw.batch.__main__ import main
+from llama3_raw.batch.journal import Journal
+from llama3_raw.batch.requests import Request, Task, grouped
+from llama3_raw.decoding.batch import Row, generate_batch
+from llama3_raw.decoding.sampling import Sampling
+from tests.decoding.test_batch import PROMPTS
+from tests.paths import ROOT, TINY
+
+LINES: tuple[dict[str, Any], ...] = (
+    {"id": "story", "prompt": PROMPTS[0], "max_tokens": 30},
+    {"prompt": PROMPTS[1], "max_tokens": 12},
+    {"id": 3, "prompt": PROMPTS[2], "temperature": 0.9, "seed": 7},
+    {"id": "é", "prompt": PROMPTS[3], "temperature": 1.0},
+    {"id": 2.5, "messages": [{"role": "user", "content": "Hi"}], "top_k": 3, "top_p": 0.9, "min_p": 0.01},
+    {"prompt": [2048, 300, 301], "repetition_penalty": 1.2, "stop": None},
+    {"prompt": PROMPTS[4], "stop": [" was", "zebra"]},
+    {"prompt": PROMPTS[5], "stop": "."},
+)
+
+SETTINGS = ("--weights", str(TINY), "--device", "cpu", "--batch-size", "3", "--max-new-tokens", "24")
+
+
+def write_lines(folder: Path, lines: Sequence[dict[str, Any]] = LINES) -> Path:
+    file = folder / "prompts.jsonl"
+    file.write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    return file
+
+
+def call(capsys: pytest.CaptureFixture[str], prompts: Path, *arguments: str) -> tuple[int, str]:
+    """-> status, stderr; the output is out.jsonl beside the prompts."""
+    status = main([str(prompts), "-o", str(prompts.parent / "out.jsonl"), *SETTINGS, *arguments])
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return status, captured.err
+
+
+def results_in(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "out.jsonl").read_bytes().splitlines()]
+
+
+def test_the_output(tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the order of the input; each text is that of the main tool with the same settings."""
+    from llama3_raw.__main__ import main as main_tool
+
+    status, err = call(capsys, write_lines(tmp_path), "--temperature", "0", "--seed", "100")
+    assert status == 0, err
+    results = results_in(tmp_path)
+    assert [result["id"] for result in results] == ["story", None, 3, "é", 2.5, None, None, None]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.run", "prompts.jsonl"]
+    common = ["--weights", str(TINY), "--device", "cpu"]
+    for number, (line, result) in enumerate(zip(LINES, results, strict=True), start=1):
+        arguments = [f"--max-new-tokens={line.get('max_tokens', 24)}", f"--seed={line.get('seed', 100 + number)}"]
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+            if name in line:
+                arguments.append(f"--{name.replace('_', '-')}={line[name]}")
+        for text in [line["stop"]] if isinstance(line.get("stop"), str) else line.get("stop") or []:
+            arguments.append(f"--stop={text}")
+        if "messages" in line:
+            arguments += ["--chat", line["messages"][0]["content"]]
+        elif isinstance(line["prompt"], list):
+            arguments += ["--ids", " ".join(map(str, line["prompt"]))]
+        else:
+            arguments.append(line["prompt"])
+        assert main_tool([*common, *arguments]) == 0
+        captured = capsys.readouterr()
+        text = captured.out
+        if isinstance(line.get("prompt"), list):
+            assert tiny.tokenizer is not None
+            text = "".join(tiny.tokenizer.stream([int(word) for word in text.split()]))
+        assert result["text"] == text
+        at_the_end = "the most that --max-new-tokens allows" in captured.err
+        assert result["finish_reason"] == ("length" if at_the_end else "stop")
+    assert results[0]["usage"] == {"prompt_tokens": 5, "completion_tokens": 30}
+    assert results[5]["usage"]["prompt_tokens"] == 3
+
+
+def test_without_a_tokenizer(tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("params.json", "consolidated.00.pth"):
+        (model / name).symlink_to(TINY / name)
+    lines: list[dict[str, Any]] = [{"prompt": [5, 6, 7], "max_tokens": 4}, {"prompt": [8], "max_tokens": 2}]
+    assert call(capsys, write_lines(tmp_path, lines), "--weights", str(model))[0] == 0
+    bare = tiny._replace(tokenizer=None)
+    expected = [list(generate(bare, line["prompt"], max_new_tokens=line["max_tokens"])) for line in lines]
+    assert [result["tokens"] for result in results_in(tmp_path)] == expected
+    text = write_lines(tmp_path, [{"prompt": "text"}])
+    (tmp_path / "out.jsonl").unlink()
+    status, err = call(capsys, text, "--weights", str(model))
+    assert (status, "there is no tokenizer.model" in err) == (2, True)
+
+
+BAD = {
+    "no JSON": (b"once upon", "is not JSON: Expecting value"),
+    "no object": (b'["a"]', "should be an object"),
+    "too deep": (b"[" * 100_000, "is not JSON"),
+    "no UTF-8": (b'{"prompt": "\xff"}', "is not valid UTF-8 at byte 12 of the line"),
+    "half a character": (b'{"prompt": "\\ud800"}', "holds half a character"),
+    "unknown field": (b'{"promt": "a"}', "promt: there is no such field; there are id, prompt"),
+    "nothing": (b"{}", "should have a prompt or messages"),
+    "both": (b'{"prompt": "a", "messages": []}', "should have a prompt or messages, not both"),
+    "empty prompt": (b'{"prompt": ""}', "prompt should not be empty"),
+    "no messages": (b'{"messages": []}', "messages should not be empty"),
+    "no tokens": (b'{"prompt": [1, "a"]}', "a list of token ids, holds something else"),
+    "token": (b'{"prompt": [99999]}', "token id 99999 is outside"),
+    "id": (b'{"prompt": "a", "id": [1]}', "id should be a string or a number, is [1]"),
+    "true": (b'{"prompt": "a", "max_tokens": true}', "max_tokens should be a whole number, is true"),
+    "no tokens to come": (b'{"prompt": "a", "max_tokens": 0}', "max_tokens should be 1 or more, is 0"),
+    "temperature": (b'{"prompt": "a", "temperature": "hot"}', 'temperature should be a number, is "hot"'),
+    "below 0": (b'{"prompt": "a", "temperature": -1}', "temperature should be 0 (greedy) or more, is -1.0"),
+    "NaN": (b'{"prompt": "a", "top_p": NaN}', "top_p should be above 0 and at most 1, is nan"),
+    "penalty": (b'{"prompt": "a", "repetition_penalty": 0}', "repetition_penalty should be from 0.01 to 100, is 0.0"),
+    "a large number": (b'{"prompt": "a", "top_p": 1' + b"0" * 400 + b"}", "a number is too large"),
+    "seed": (b'{"prompt": "a", "seed": -1}', "seed should be from 0 to 2**63 - 1, is -1"),
+    "stop": (b'{"prompt": "a", "stop": ["b", ""]}', "stop should be a string or a list of strings, none of them empty"),
+    "role": (
+        b'{"messages": [{"role": "bot", "content": "a"}]}',
+        'role should be one of system, user, assistant, is "bot',
+    ),
+    "content": (b'{"messages": [{"role": "user"}]}', 'messages should be a list of {"role": …'),
+    "nobody asks": (b'{"messages": [{"role": "assistant", "content": "a"}]}', "messages should end with the user's"),
+    "too long": (b'{"prompt": "' + b"a b " * 600 + b'"}', "tokens, the context holds 512; shorten it"),
+}
+
+
+def test_bad_lines_are_told_in_their_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With their number, and the others are computed as if they were not there."""
+    good = b'{"id": "good", "prompt": "Lily", "max_tokens": 3}'
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + b"\n".join([good, b"", *(line for line, _ in BAD.values()), b"  \r", good]))
+    status, err = call(capsys, file)
+    assert status == 1
+    assert f"{len(BAD)} of {len(BAD) + 2} lines could not be computed; line 3: is not JSON" in err
+    first, *bad, last = results_in(tmp_path)
+    assert first == last
+    assert (first["id"], first["finish_reason"]) == ("good", "length")
+    for number, ((_, message), result) in enumerate(zip(BAD.values(), bad, strict=True), start=3):
+        assert result.keys() == {"line", "id", "error"}
+        assert result["line"] == number
+        assert message in result["error"]
+
+
+def test_only_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, write_lines(tmp_path, [{"id": "x", "prompt": ""}]))[0] == 1
+    assert results_in(tmp_path) == [{"line": 1, "id": "x", "error": "prompt should not be empty"}]
+
+
+def no_model(*_: Any) -> Any:
+    raise AssertionError("the model is not to be loaded")
+
+
+def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same again does nothing; another one does not touch what is there."""
+    file, out = write_lines(tmp_path), tmp_path / "out.jsonl"
+    assert call(capsys, file)[0] == 0
+    before = out.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(batch, "load_model", no_model)
+        status, err = call(capsys, file)
+        assert (status, "is finished already" in err) == (0, True)
+        for arguments, name in ((["--top-k", "3"], "--top-k"), (["--dtype", "float32"], "--dtype")):
+            status, err = call(capsys, file, *arguments)
+            assert (status, f"is of a run with other {name};" in err) == (2, True)
+        file.write_bytes(file.read_bytes() + b'{"prompt": "more"}\n')
+        status, err = call(capsys, file)
+        assert (status, "is of a run with other prompts;" in err) == (2, True)
+        write_lines(tmp_path)
+        out.write_bytes(before + b"{}\n")
+        status, err = call(capsys, file)
+        assert (status, "is there already, and no run wrote it as it is" in err) == (2, True)
+    out.unlink()
+    assert call(capsys, file)[0] == 0
+    assert out.read_bytes() == before
+
+
+def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_lines(tmp_path)
+    for arguments, message in (
+        ([str(file), "-o", str(file)], "is the file with the prompts"),
+        ([str(tmp_path / "none"), "-o", str(tmp_path / "out.jsonl")], "No such file"),
+        ([str(file), "-o", str(tmp_path)], "is not a file"),
+        ([str(file), "-o", str(tmp_path / "no" / "out")], "there is no folder"),
+        ([str(file), "-o", str(tmp_path / "out"), "--context", "9999"], "the model's own context is 512"),
+        ([str(file)], "required: -o"),
+    ):
+        assert main([*arguments, *SETTINGS]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "empty").write_bytes(b"\n \n")
+    assert call(capsys, tmp_path / "empty")[0] == 2
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The output of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main([str(write_lines(folder)), "-o", str(folder / "out.jsonl"), *SETTINGS]) == 0
+    return (folder / "out.jsonl").read_bytes()
+
+
+def test_a_torn_line(tmp_path: Path, uninterrupted: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever of the journal a kill has left, from nothing to all; and it is of one run only."""
+    file, part = write_lines(tmp_path), tmp_path / "out.jsonl.part"
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def journal_of_a_run() -> bytes:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(batch, "atomic_write", stop)
+            status, err = call(capsys, file)
+        assert (status, "the same command goes on where it stopped" in err) == (130, True)
+        return part.read_bytes()
+
+    journal = journal_of_a_run()
+    header = journal.index(b"\n") + 1
+    part.write_bytes(journal[: header + 20])
+    assert sorted(journal_of_a_run().splitlines()) == sorted(journal.splitlines())  # nothing of the torn line is left
+    for left in (0, 1, header - 1, header, header + 20, len(journal) // 2, len(journal) - 1, len(journal)):
+        part.write_bytes(journal[:left])
+        assert call(capsys, file)[0] == 0
+        assert (tmp_path / "out.jsonl").read_bytes() == uninterrupted
+        assert not part.exists()
+        (tmp_path / "out.jsonl").unlink()
+    part.write_bytes(journal[:-9] + b"\0" * 9)  # what some disks make of a power cut
+    assert call(capsys, file)[0] == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == uninterrupted
+    (tmp_path / "out.jsonl").unlink()
+    part.write_bytes(journal[: header + 20])
+    status, err = call(capsys, file, "--seed", "5")
+    assert (status, "out.jsonl.part: is of a run with other --seed; give the same again" in err) == (2, True)
+    assert part.read_bytes() == journal[: header + 20]
+
+
+def test_groups_that_are_whole_are_not_computed_again(
+    tmp_path: Path, uninterrupted: bytes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, part = write_lines(tmp_path), tmp_path / "out.jsonl.part"
+    computed: list[int] = []
+
+    def spy(model: Model, rows: Sequence[Row], **settings: Any) -> Any:
+        if computed and computed[-1] < 0:
+            raise KeyboardInterrupt
+        computed.append(len(rows))
+        return generate_batch(model, rows, **settings)
+
+    monkeypatch.setattr(batch, "generate_batch", spy)
+    with monkeypatch.context() as patched:
+        write = Journal.write
+
+        def stop_at_the_fourth(self: Journal, line: int, result: Any) -> None:
+            if len(self.results) == 4:
+                raise KeyboardInterrupt
+            write(self, line, result)
+
+        patched.setattr(Journal, "write", stop_at_the_fourth)
+        assert call(capsys, file)[0] == 130
+    assert computed == [3, 3]
+    assert part.read_bytes().count(b"\n") == 5
+    computed.clear()
+    status, err = call(capsys, file)
+    assert (status, "going on; 4 texts are there already" in err) == (0, True)
+    assert computed == [3, 2]
+    assert (tmp_path / "out.jsonl").read_bytes() == uninterrupted
+
+
+def test_one_run_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from filelock import FileLock
+
+    file = write_lines(tmp_path)
+    with FileLock(tmp_path / "out.jsonl.lock"):
+        status, err = call(capsys, file)
+    assert (status, "another run is writing it; wait for it, or end it first" in err) == (2, True)
+
+
+# Runs the tool many times, each in a process of its own that is forked once all is imported, and killed at a point
+# between its beginning and its end: at a random time, or at one of its calls that change a file.
+KILLER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from llama3_raw.batch import __main__ as batch
+
+def run(arguments, seconds=None, at_call=None):
+    '''-> the status (-9: killed), and how long it took'''
+    begun = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        calls = 0
+        def counted(function):
+            def call(*given, **named):
+                nonlocal calls
+                calls += 1
+                if calls == at_call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*given, **named)
+            return call
+        os.fsync, Path.replace, Path.unlink = counted(os.fsync), counted(Path.replace), counted(Path.unlink)
+        os._exit(batch.main(arguments))
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), time.perf_counter() - begun
+
+folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+arguments = lambda name: [str(folder / "prompts.jsonl"), "-o", str(folder / name), *settings]
+status, whole = run(arguments("uninterrupted"))
+assert status == 0
+chosen = random.Random(int(sys.argv[3]))
+report = []
+for number in range(20):
+    killed = 0
+    seconds = chosen.uniform(0, whole)
+    while run(arguments(str(number)), seconds)[0] == -9:
+        killed += 1
+        seconds = chosen.uniform(0, whole) if killed == 1 and number % 4 == 0 else None
+    report.append([str(number), killed])
+at_call = 1
+while run(arguments(f"call {at_call}"), at_call=at_call)[0] == -9:
+    assert run(arguments(f"call {at_call}"))[0] == 0
+    report.append([f"call {at_call}", 1])
+    at_call += 1
+print(json.dumps(report))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_random_points_it_ends_with_the_same_file(tmp_path: Path) -> None:
+    write_lines(tmp_path, LINES[:5])
+    seed = random.randrange(2**32)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            KILLER,
+            str(tmp_path),
+            json.dumps([*SETTINGS, "--threads", "1", "--max-new-tokens", "6"]),
+            str(seed),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert sum(killed for name, killed in report if not name.startswith("call")) >= 10, f"seed {seed}"
+    assert len(report) > 20 + 5  # a call for each line, at least
+    expected = (tmp_path / "uninterrupted").read_bytes()
+    assert expected.count(b'"finish_reason"') == 5
+    for name, _ in report:
+        assert (tmp_path / name).read_bytes() == expected, f"seed {seed}, run {name}"
+        assert not (tmp_path / f"{name}.part").exists()
+
+
+def test_groups_depend_on_lengths_and_not_on_the_order_of_lines() -> None:
+    def task(line: int, length: int, budget: int) -> Task:
+        request = Request(line, None, [1], budget, Sampling(), 0, ())
+        return Task(request, [1] * length, budget)
+
+    tasks = [task(1, 5, 10), task(2, 90, 10), task(3, 5, 30), task(4, 7, 1), task(5, 5, 10)]
+    expected = [[2, 4], [3, 1], [5]]
+    assert [[task.request.line for task in group] for group in grouped(tasks, 2)] == expected
+    assert [[task.request.line for task in group] for group in grouped(tasks[::-1], 2)] == expected
+
+
+def test_files_that_only_look_like_journals(tmp_path: Path) -> None:
+    """One has a name like theirs, the other the name, but is somebody's text: neither is touched."""
+    beside = tmp_path / "out.jsonl.part.bak"
+    beside.write_text("my own\nlines\n")
+    assert main([str(write_lines(tmp_path)), "-o", str(tmp_path / "out.jsonl"), *SETTINGS]) == 0
+    assert beside.read_text() == "my own\nlines\n"
+    journal = tmp_path / "other.jsonl.part"
+    journal.write_text("my own\nlines\n")
+    assert main([str(write_lines(tmp_path)), "-o", str(tmp_path / "other.jsonl"), *SETTINGS]) == 2
+    assert journal.read_text() == "my own\nlines\n"
+
+
+def test_killed_before_the_last_journal_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is computed again, not even loaded."""
+    out = tmp_path / "out.jsonl"
+    command = [str(write_lines(tmp_path)), "-o", str(out), *SETTINGS]
+    assert main(command) == 0
+    (tmp_path / "out.jsonl.part.1").write_bytes((tmp_path / "out.jsonl.run").read_bytes())
+    monkeypatch.setattr(batch, "load_model", no_model)
+    assert main(command) == 0
+    assert "is finished already" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl.part.1").exists()
+
+
+def test_a_result_that_is_nowhere_is_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where another process has written it into a folder of its own."""
+    write = Journal.write
+    monkeypatch.setattr(Journal, "write", lambda self, line, result: None if line == 1 else write(self, line, result))
+    assert main([str(write_lines(tmp_path)), "-o", str(tmp_path / "out.jsonl"), *SETTINGS]) == 2
+    assert "the results of 1 lines are not there" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+    assert (tmp_path / "out.jsonl.part").exists()

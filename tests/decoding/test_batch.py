@@ -1,0 +1,196 @@
+"""Several texts at once: the same tokens as alone, whatever ends when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+
+import llama3_raw
+from llama3_raw import REFERENCE, KVCache, Model, UserError, forward, generate
+from llama3_raw.backends.cpu import CannotBuild, build_kernels, fast_ops
+from llama3_raw.decoding import runner
+from llama3_raw.decoding.batch import Row, generate_batch
+from llama3_raw.decoding.loop import StopReason
+from llama3_raw.decoding.sampling import Sampling
+from tests.references import cast, run
+
+PROMPTS = (
+    "Once upon a time",
+    "One day, a boy named Tom went to the park with his dog. The dog saw a cat and ran",
+    "Lily had a red ball.",
+    "The",
+    "There was a big bear who lived in a cave. He was very hungry, and it was winter",
+    "Tom and Lily",
+    "A dog",
+)
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny: Model) -> list[list[int]]:
+    assert tiny.tokenizer is not None
+    return [tiny.tokenizer.encode(text, bos=True) for text in PROMPTS]
+
+
+def of_batch(model: Model, rows: Sequence[Row], **settings: Any) -> list[tuple[list[int], StopReason]]:
+    """What each row got, and why it ended."""
+    tokens: list[list[int]] = [[] for _ in rows]
+    reasons: dict[int, StopReason] = {}
+    for number, event in generate_batch(model, rows, **settings):
+        assert number not in reasons
+        if isinstance(event, StopReason):
+            reasons[number] = event
+        else:
+            tokens[number].append(event)
+    return [(new, reasons[number]) for number, new in enumerate(tokens)]
+
+
+def of_each(model: Model, rows: Sequence[Row], **settings: Any) -> list[tuple[list[int], StopReason]]:
+    """The same by `generate`, one after the other."""
+    return [
+        run(
+            generate(
+                model, row.ids, max_new_tokens=row.max_new_tokens, **asdict(row.sampling), seed=row.seed, **settings
+            )
+        )
+        for row in rows
+    ]
+
+
+def has_kernels() -> bool:
+    try:
+        build_kernels()
+    except CannotBuild:
+        return False
+    return True
+
+
+needs_kernels = pytest.mark.skipif(not has_kernels(), reason="there is no C compiler here")
+
+
+@pytest.mark.parametrize("pack", [1, 40, 10_000], ids=["each prompt alone", "some together", "all together"])
+@pytest.mark.parametrize("case", ["fp32", "bf16", "reference"])
+def test_a_row_gets_the_tokens_that_it_gets_alone(tiny: Model, prompts: list[list[int]], case: str, pack: int) -> None:
+    """Of unequal lengths, ending at different times: by an end token, by max_new_tokens, by a full context."""
+    model = tiny._replace(weights=cast(tiny.weights, torch.bfloat16 if case == "bf16" else torch.float32))
+    ops = REFERENCE if case == "reference" else fast_ops()
+    ops = ops._replace(max_packed=min(pack, ops.max_packed) if case == "bf16" else pack)
+    rows = [Row(ids, budget) for ids, budget in zip(prompts, (50, 7, 40, 30, 1, 30, 50), strict=True)]
+    end = list(generate(model, prompts[0], max_new_tokens=16, ops=ops))[-1]
+    settings: dict[str, Any] = {"context": 45, "stop_ids": {end}, "ops": ops}
+    together = of_batch(model, rows, **settings)
+    assert together == of_each(model, rows, **settings)
+    assert {reason for _, reason in together} == set(StopReason)
+
+
+def test_drawn_tokens_are_those_drawn_alone(tiny: Model, prompts: list[list[int]]) -> None:
+    """Each row has its own settings, its own past and its own random numbers, whoever ends around it."""
+    model = tiny._replace(weights=cast(tiny.weights, torch.float32))
+    settings = (
+        Sampling(temperature=1.0),
+        Sampling(),
+        Sampling(temperature=0.7, top_k=20, top_p=0.9),
+        Sampling(repetition_penalty=1.3),
+        Sampling(temperature=1.0),
+        Sampling(temperature=1.3, min_p=0.05, repetition_penalty=1.1),
+        Sampling(temperature=0.9),
+    )
+    budgets = (30, 12, 60, 60, 5, 44, 60)
+    rows = [
+        Row(ids, budget, sampling, seed=seed)
+        for seed, (ids, budget, sampling) in enumerate(zip(prompts, budgets, settings, strict=True))
+    ]
+    assert of_batch(model, rows) == of_each(model, rows)
+
+
+def test_a_prompt_in_several_chunks(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiny.tokenizer is not None
+    ids = tiny.tokenizer.encode("Once upon a time, there was a little girl named Lily. " * 4, bos=True)
+    rows = [Row(ids, 10), Row(ids[:3], 10), Row(ids[:-2], 10)]
+    expected = of_each(tiny, rows)
+    ops = fast_ops()._replace(prefill_chunk=16, max_packed=8)
+    starts = []
+
+    def spy(*arguments: Any, start: Any = 0, **others: Any) -> torch.Tensor:
+        starts.append(start)
+        return forward(*arguments, start=start, **others)
+
+    monkeypatch.setattr(runner, "forward", spy)
+    assert [new for new, _ in of_batch(tiny, rows, ops=ops)] == [new for new, _ in expected]
+    assert [start for start in starts if isinstance(start, int)].count(16) == 2
+
+
+def test_what_costs_nothing(tiny: Model, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that has ended is computed no more, and the cache is as long as the longest row needs."""
+    passes, sizes = [], []
+
+    def spy(weights: Any, params: Any, tokens: torch.Tensor, **others: Any) -> torch.Tensor:
+        passes.append((list(tokens.shape), others["cache"].max_seq_len))
+        sizes.append(others["cache"].keys[0]._base.shape)
+        return forward(weights, params, tokens, **others)
+
+    monkeypatch.setattr(runner, "forward", spy)
+    rows = [Row(ids, budget) for ids, budget in zip(([5] * 4, [6] * 6, [7] * 5), (1, 3, 2), strict=True)]
+    of_batch(tiny, rows, stop_ids=(), ops=fast_ops()._replace(max_packed=128))
+    assert passes == [([3, 6], 6), ([2, 1], 7), ([1, 1], 8)]
+    assert {tuple(size[:2]) for size in sizes} == {(3, 8)}
+
+
+def test_a_row_that_someone_ends(tiny: Model, prompts: list[list[int]]) -> None:
+    rows = [Row(prompts[0], 20, is_over=lambda new: len(new) == 3), Row(prompts[2], 6)]
+    (first, why), (second, _) = of_batch(tiny, rows)
+    assert (len(first), why) == (3, StopReason.END_TOKEN)
+    assert second == of_each(tiny, rows)[1][0]
+
+
+def test_nothing_to_compute(tiny: Model) -> None:
+    rows = [Row([1, 2], 0), Row([1, 2, 3], 5)]
+    assert of_batch(tiny, rows, context=3) == [([], StopReason.MAX_NEW_TOKENS), ([], StopReason.CONTEXT)]
+
+
+def test_what_is_refused_at_the_call(tiny: Model) -> None:
+    for ids, message in (([], "prompt is empty"), ([5000], "token id 5000 is outside"), ([1] * 9, "needs 9 positions")):
+        with pytest.raises(UserError, match=message):
+            generate_batch(tiny, [Row([1], 1), Row(ids, 1)], context=8)
+
+
+def test_damaged_weights_are_told(tiny: Model) -> None:
+    damaged = tiny._replace(weights=tiny.weights._replace(norm=torch.full_like(tiny.weights.norm, torch.nan)))
+    with pytest.raises(UserError, match="the logits are not numbers"):
+        of_batch(damaged, [Row([1], 1), Row([2], 1)])
+
+
+@needs_kernels
+@pytest.mark.parametrize("n_tokens", [1, 5])
+@pytest.mark.parametrize("kind", ["int", "tensor"])
+def test_a_row_attends_with_the_bits_that_it_has_alone(n_tokens: int, kind: str) -> None:
+    """And sees nothing of what stands behind its own past."""
+    ops = fast_ops()
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, n_tokens, 8, 64, generator=generator).bfloat16()
+    cache = torch.randn(2, 4, 700, 2, 64, generator=generator).bfloat16()
+    keys, values = cache[:, :3, :650]  # with a fourth row, and more behind each
+    starts = [40, 40, 40] if kind == "int" else [0, 600, 37]
+    together = ops.attend(q, keys, values, 40 if kind == "int" else torch.tensor(starts), llama3_raw.ops.no_tap)
+    for row, start in enumerate(starts):
+        past = slice(start + n_tokens)
+        alone = ops.attend(q[row], keys[row, past].clone(), values[row, past].clone(), start, llama3_raw.ops.no_tap)
+        assert torch.equal(together[row], alone)
+
+
+@needs_kernels
+def test_a_pass_over_a_batch_has_the_bits_of_its_rows_alone(tiny: Model) -> None:
+    ops = fast_ops()
+    starts, new = [3, 9, 0], torch.tensor([[5], [6], [7]])
+    cache = KVCache.allocate(tiny.params, max_seq_len=12, like=tiny.weights, batch=(3,))
+    for tensor in (*cache.keys, *cache.values):
+        tensor.normal_()
+    copies = [KVCache(*(tuple(x[row].clone() for x in tensors) for tensors in cache)) for row in range(3)]
+    with torch.no_grad():
+        together = forward(tiny.weights, tiny.params, new, cache=cache, start=torch.tensor(starts), ops=ops)
+        for row, (start, copy) in enumerate(zip(starts, copies, strict=True)):
+            alone = forward(tiny.weights, tiny.params, new[row], cache=copy, start=start, ops=ops)
+            assert torch.equal(together[row], alone)
