@@ -499,6 +499,7 @@ for source, folder, to, shards in (
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc/self/status")
 def test_in_the_memory_of_two_tensors(tmp_path: Path) -> None:
     """Of a model seven times as large; what is mapped is the file's, and does not count."""

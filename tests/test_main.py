@@ -37,6 +37,7 @@ def expected_text(model: Model, prompt: str, count: int) -> str:
     return model.tokenizer.decode(list(generate(model, ids, max_new_tokens=count)))
 
 
+@pytest.mark.slow
 def test_stdout_is_the_text_and_nothing_else(tiny: Model) -> None:
     done = run("Once upon a time", "--max-new-tokens", "20", "--stats", "--top", "2")
     assert done.returncode == 0
@@ -45,6 +46,7 @@ def test_stdout_is_the_text_and_nothing_else(tiny: Model) -> None:
     assert len(re.findall(r"<- .* \d+\.\d%  .* \d+\.\d%", done.stderr)) == 20
 
 
+@pytest.mark.slow
 def test_without_weights_it_tells_a_story(tmp_path: Path) -> None:
     """The command of the README, in a folder with nothing in it."""
     environment = {name: value for name, value in os.environ.items() if name != "LLAMA3_RAW_WEIGHTS"}
@@ -63,11 +65,13 @@ def test_without_weights_it_tells_a_story(tmp_path: Path) -> None:
     assert done.stdout.count(".") >= 3
 
 
+@pytest.mark.slow
 def test_stdin(tiny: Model) -> None:
     text = expected_text(tiny, "Tom had a dog", 8)
     assert run("-", "--max-new-tokens", "8", input="Tom had a dog\n").stdout == text
 
 
+@pytest.mark.slow
 def test_stats_as_json() -> None:
     done = run("--max-new-tokens", "5", "--stats", "json", "Once upon a time")
     stats = json.loads(done.stderr.splitlines()[-1])
@@ -80,6 +84,7 @@ def test_stats_as_json() -> None:
     assert run("--max-new-tokens", "1", "--stats", "Once upon a time").returncode == 0  # the prompt is not its value
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_ends_it_with_what_was_printed() -> None:
     arguments = ["--temperature", "1", "--seed", "3", "--repetition-penalty", "1.5", "--max-new-tokens", "450"]
@@ -97,6 +102,7 @@ def test_ctrl_c_ends_it_with_what_was_printed() -> None:
     assert len(out) < 2000
 
 
+@pytest.mark.slow
 def test_console_script() -> None:
     script = shutil.which("llama3-raw", path=str(Path(sys.executable).parent))
     assert script, "the package is not installed: pip install -e '.[test]'"
@@ -247,6 +253,7 @@ class TestWhichModel:
             find_model("somebody/else")
 
 
+@pytest.mark.slow
 def test_the_first_words_come_before_the_last() -> None:
     """Text is printed as it is generated, also into a pipe."""
     command = [*COMMAND, "Once upon a time", "--max-new-tokens", "200"]
@@ -259,6 +266,7 @@ def test_the_first_words_come_before_the_last() -> None:
     assert arrivals > 20
 
 
+@pytest.mark.slow
 def test_a_start_does_not_wait_for_what_it_may_not_need() -> None:
     """torch.compile alone takes two seconds to import."""
     code = "import sys, llama3_raw.__main__; print(*sys.modules)"

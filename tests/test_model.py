@@ -80,6 +80,7 @@ def test_equal_to_meta_for_random_configurations(seed: int) -> None:
     assert_equal_to_meta(params, weights, draw.choice([None, 2, 5]), seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("trained", ["stories15m", "smollm2", "tiny"])
 def test_equal_to_meta_for_trained_models(trained: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
@@ -98,6 +99,7 @@ def text(smollm2: Model) -> Tensor:
     return torch.tensor([[*CAPITAL_OF_FRANCE, *generate(smollm2, CAPITAL_OF_FRANCE, max_new_tokens=60)]])
 
 
+@pytest.mark.slow
 def test_hf_in_fp32_on_trained_weights(smollm2: Model, text: Tensor) -> None:
     with torch.no_grad():
         expected = hf_model(smollm2.params, smollm2.weights)(text).logits
@@ -105,6 +107,7 @@ def test_hf_in_fp32_on_trained_weights(smollm2: Model, text: Tensor) -> None:
     assert (logits - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.slow
 def test_fp32_error_is_that_of_hf(smollm2: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both against a forward pass in fp64, root mean square over all logits of four prompts of random tokens.
 
@@ -124,12 +127,14 @@ def test_fp32_error_is_that_of_hf(smollm2: Model, monkeypatch: pytest.MonkeyPatc
     assert (ours - truth).square().mean() <= 1.5**2 * (theirs - truth).square().mean()
 
 
+@pytest.mark.slow
 def test_trained_weights_know_the_capital_of_france(smollm2: Model) -> None:
     with torch.no_grad():
         logits = forward(smollm2.weights, smollm2.params, torch.tensor(CAPITAL_OF_FRANCE), logits_at=-1)
     assert int(logits.argmax()) == 7042  # " Paris"
 
 
+@pytest.mark.slow
 def test_bf16_error_is_no_larger_than_that_of_hf(smollm2: Model) -> None:
     """Both against the fp32 result, root mean square over all logits of four prompts."""
     tokens = tokens_for(smollm2.params, 4, 32)
@@ -326,6 +331,7 @@ def test_a_tap_changes_what_follows(tiny: Model) -> None:
         assert not torch.equal(silenced, forward(tiny.weights, tiny.params, tokens, tap=no_tap))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [5, torch.tensor([5, 2])], ids=["int start", "tensor start"])
 def test_it_compiles_as_one_graph(start: int | Tensor) -> None:
     """Nothing in it makes torch.compile fall back to Python; the eager backend runs the captured graph as it is."""

@@ -58,6 +58,7 @@ def score_by_hf(model: Any, ids: list[int], context: int, stride: int) -> Score:
 
 
 # the text has 131 tokens: less than a window, as many, not a multiple of the stride; 65 leaves one over
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("context", "stride"), [(512, 256), (131, 60), (130, 65), (65, 65), (50, 50), (50, 17), (40, 39), (20, 1), (2, 1)]
 )

@@ -359,6 +359,7 @@ def test_a_token_has_the_same_bits_alone_and_among_others(ops: Ops, tiny: Model)
     assert torch.equal(logits_in_pieces(tiny, ops, ids, [3, 13, 1, 15, 2, 14]), alone)
 
 
+@pytest.mark.slow
 def test_the_model_is_as_exact_as_with_the_reference(ops: Ops, smollm2: Model) -> None:
     """Trained weights in bf16: the error against the fp32 result, by tokens alone and all at once."""
     ids = torch.randint(49152, (40,), generator=torch.Generator().manual_seed(3))
@@ -381,6 +382,7 @@ def test_generate_takes_them(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> No
     assert not calls
 
 
+@pytest.mark.slow
 def test_without_a_compiler_torch_does_it(tmp_path: Path) -> None:
     """One line says so, and the text is the same as far as rounding leaves it."""
     command = [sys.executable, "-m", "llama3_raw", "--weights", "weights/tiny", "Once upon a time"]
@@ -405,6 +407,7 @@ def test_without_a_compiler_torch_does_it(tmp_path: Path) -> None:
     assert "false" in lines[2][0]
 
 
+@pytest.mark.slow
 def test_the_kernels_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     ops_cpu.build_kernels()
@@ -414,6 +417,7 @@ def test_the_kernels_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [file.stat().st_mtime_ns for file in (tmp_path / "llama3_raw").iterdir()] == [time]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [0, 100, 20_000])
 def test_kernels_that_were_cut_short_are_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
     """As by a power cut. Loaded, they would be a bus error."""
@@ -428,6 +432,7 @@ def test_kernels_that_were_cut_short_are_built_anew(tmp_path: Path, monkeypatch:
     assert again.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_cache_folder_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -438,6 +443,7 @@ def test_a_cache_folder_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ops_cpu.build_kernels()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/self/maps")
 def test_there_is_one_pool_of_threads() -> None:
     """The kernels take OpenMP from torch: no second library with a pool of its own is loaded."""

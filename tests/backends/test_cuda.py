@@ -84,6 +84,7 @@ def test_other_products_are_torchs(rows: int, monkeypatch: pytest.MonkeyPatch) -
     assert ops_cuda.fast_linear(x, Int8(*quantize(matrix))).shape == (rows, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_tokens", "n_heads", "n_kv_heads", "start"),
     [(1, 8, 2, 0), (1, 8, 2, 1400), (5, 4, 4, 3), (16, 8, 2, 280), (2, 6, 2, 64)],
@@ -126,6 +127,7 @@ def test_a_prompt_attends(
     assert len(by_blocks) == (0 if has_flash else 1)
 
 
+@pytest.mark.slow
 def test_the_whole_pass(tiny: Model) -> None:
     """A prompt, then few tokens at a time, in two layers, by all kernels: design.md's rule for fast operations.
 

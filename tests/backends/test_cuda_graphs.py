@@ -73,6 +73,7 @@ def passes_for(model: Model, length: int, compiled: bool = False) -> CudaGraphs:
     return CudaGraphs(model, cache, REFERENCE, capture=Recorded, compiled=compiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_same_tokens(model: Model, ids: list[int], settings: dict[str, Any]) -> None:
     """As without, through a cache that they fill to its end, and again in the next call with the same graph."""
@@ -186,6 +187,7 @@ def test_a_dialog_keeps_its_graph(model: Model, monkeypatch: pytest.MonkeyPatch)
     assert len(made) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--no-compile"]])
 @pytest.mark.parametrize("tool", [main_module, chat_module], ids=["main", "chat"])
 def test_no_compile_captures_nothing(tool: ModuleType, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +228,7 @@ def test_only_a_long_text_is_worth_compiling(
     assert asked == [compiled]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["exact", "the GPU's"])
 def test_the_pass_compiles_whole_and_once(model: Model, ids: list[int], dtype: torch.dtype) -> None:
     """No break in its graph; a cache of another length is no reason to compile anew; nor is one ever copied whole."""

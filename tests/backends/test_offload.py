@@ -81,6 +81,7 @@ def test_the_matrices_of_the_others_stay_windows_into_the_file() -> None:
     assert weights.tok_embeddings.data_ptr() == at[None, "tok_embeddings"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_gpu")
 @pytest.mark.parametrize("quantized", [False, True], ids=["bf16", "int8"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -158,6 +159,7 @@ TOOLS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_gpu")
 @pytest.mark.parametrize("tool", TOOLS)
 def test_the_tools(tool: str, capsys: pytest.CaptureFixture[str]) -> None:

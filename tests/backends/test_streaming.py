@@ -30,7 +30,10 @@ from llama3_raw.quantization.int8 import Int8
 from tests.plans import CPU, GPU, checkpoint
 from tests.references import dense
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reading ahead is built on Linux's madvise")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="reading ahead is built on Linux's madvise"),
+]
 
 IDS = torch.tensor([1, 200, 30, 4, 999, 5, 77, 8])
 EDGES = 2_000_000  # bytes that stay beside the matrices: pages around norms, and those that two tensors share

@@ -214,6 +214,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (folder / "out.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_torn_line(tmp_path: Path, uninterrupted: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever of the journal a kill has left, from nothing to all; and it is of one run only."""
     file, part = write_lines(tmp_path), tmp_path / "out.jsonl.part"
@@ -340,6 +341,7 @@ print(json.dumps(report))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_random_points_it_ends_with_the_same_file(tmp_path: Path) -> None:
     write_lines(tmp_path, LINES[:5])

@@ -94,6 +94,7 @@ def output_of(capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
     return table, json.loads(last)
 
 
+@pytest.mark.slow
 def test_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(QUICK) == 0
     table, figures = output_of(capsys)
@@ -109,6 +110,7 @@ def test_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert figures["vs"] == {}
 
 
+@pytest.mark.slow
 def test_beside_a_batch(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a batch all tokens count, and only those that are timed: behind the first of each text."""
     assert main(["--weights", str(TINY), "--prefill", "5", "--rounds", "1", "--batch", "3"]) == 0
@@ -124,6 +126,7 @@ def test_beside_a_batch(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None
     assert passes == [1 + 1, 4 + 1]
 
 
+@pytest.mark.slow
 @needs_xllamacpp
 @pytest.mark.usefixtures("no_llama_bench")
 @pytest.mark.skipif(processors() < 2, reason="two processes share two threads")
@@ -139,6 +142,7 @@ def test_beside_two_processes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--vs two-processes is about a model in files" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_beside_both_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gguf, picture = tmp_path / "tiny.gguf", tmp_path / "speed.png"
     vs = ("--vs", "transformers", "llama.cpp", "--gguf", str(gguf), "--plot", str(picture), "--contexts", "5", "30")
@@ -201,6 +205,7 @@ def test_transformers_is_the_same_model(same_model: tuple[Model, list[int]]) -> 
     assert Transformers(model, longest=64).greedy(ids, 8) == ours
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_transformers_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when a cache is taken again; and no time has compiling in it."""
@@ -226,6 +231,7 @@ def test_compiled_transformers_is_the_same_model(monkeypatch: pytest.MonkeyPatch
     assert during[-1] == 0
 
 
+@pytest.mark.slow
 def test_nothing_to_compile_with(capsys: pytest.CaptureFixture[str]) -> None:
     import torch._inductor.config
 
@@ -279,6 +285,7 @@ def test_a_llama_bench_on_the_path_is_taken(tmp_path: Path, monkeypatch: pytest.
         LlamaBench(str(program), file, threads=2).prefill(17)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [True, False])
 def test_int8_beside_the_stored_weights(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quantized: bool

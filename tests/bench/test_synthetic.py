@@ -79,6 +79,7 @@ def test_a_full_disk_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list((tmp_path / "m").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_made_on_the_device(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +263,7 @@ def peak_of(command: list[str]) -> tuple[int, str]:
     return int(done.stderr.split("PEAK ")[1].split()[0]), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.full_size
 def test_8b_at_true_size(tmp_path_factory: pytest.TempPathFactory, meta_tokenizer_file: Path) -> None:
     """Made within 3 GB, loaded in under 3 s with a warm page cache, run within 17.0e9 bytes."""

@@ -162,6 +162,7 @@ class Terminal:
         os.write(self.keyboard, keys.encode())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
 def test_at_a_terminal(tiny: Model, taught_folder: Path, tmp_path: Path) -> None:
     """History, pasted lines, Ctrl-C in an answer and in a line, the tab key, Ctrl-D."""
@@ -215,6 +216,7 @@ def test_at_a_terminal(tiny: Model, taught_folder: Path, tmp_path: Path) -> None
     assert answer.content
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_ends_a_pipe(taught_folder: Path) -> None:
     """There is nobody to go on with, and the lines that are left may be many."""

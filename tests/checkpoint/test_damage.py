@@ -31,6 +31,7 @@ from tests.damage import (
 from tests.references import flat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("older", [False, True])
 def test_no_byte_of_the_zip_directory_can_change_the_weights(tmp_path: Path, older: bool) -> None:
     """Nor one of the records' headers or of the pickle. (Those of the weights themselves the download checks.)"""
@@ -133,6 +134,7 @@ def test_a_damaged_checkpoint(models: dict[str, Path], changes: list[Edit], in_d
     read_damaged(file, damaged(whole, changes, begin), lambda: read_model(file.parent))
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(changes=edits)
 def test_a_damaged_pickle(models: dict[str, Path], changes: list[Edit]) -> None:

@@ -316,6 +316,7 @@ def test_a_checkpoint_is_refused(
     check_refused(THE_CHECKPOINT[name], tmp_path, capfd, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMS_AND_TOKENIZER)
 @pytest.mark.usefixtures("_no_gpu")
 def test_params_and_tokenizers_are_refused(

@@ -156,6 +156,7 @@ print(memory().rss - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the resident pages as Linux does")
 @pytest.mark.parametrize("n_files", [1, 4])
 def test_a_part_takes_a_part_of_the_memory(tmp_path: Path, n_files: int) -> None:

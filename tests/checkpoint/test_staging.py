@@ -213,6 +213,7 @@ def model_folder(tmp_path: Path, case: str) -> Path:
 CASES = ["meta", "hf", "tied", "shards", "int8"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=["as stored", "fp32"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_load_by_way_of_the_ring(

@@ -157,6 +157,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_offered_fits_and_one_more_does_not(case: str) -> None:
     plan, offers = REFUSED[case]
@@ -238,6 +239,7 @@ print(needed(Plan(opened, torch.device("cpu"), dtype, Lengths(1, 1, 2))).copied,
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc/self/status")
 @pytest.mark.parametrize("case", ["as stored", "fp32", "hf"])
 def test_the_need_is_what_a_load_takes(tmp_path: Path, case: str) -> None:

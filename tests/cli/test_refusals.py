@@ -241,6 +241,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "llama3_raw", "--weights", str(TINY), *arguments]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "stdin", "says"),
     [
@@ -274,12 +275,14 @@ def test_memory_that_runs_out_on_the_way(kind: type[Exception], capsys: pytest.C
         tool(["--debug"])
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback() -> None:
     done = subprocess.run(command("x", "--top-p", "7", "--debug"), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert done.stderr.startswith("Traceback")
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_it_quietly() -> None:
     long = command("Once upon a time", "--max-new-tokens", "400")
     with subprocess.Popen(long, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -294,6 +297,7 @@ def test_a_reader_that_goes_away_ends_it_quietly() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
 @pytest.mark.parametrize(
     ("redirection", "prompt", "status", "says"),

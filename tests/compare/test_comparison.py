@@ -145,6 +145,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
     return json.loads(figures), "\n".join(lines[begin:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bug", "dtype"),
     [*((bug, torch.float32) for bug in BUGS), *((bug, torch.bfloat16) for bug in VISIBLE_IN_BF16)],
@@ -230,6 +231,7 @@ def test_bugs_of_two_kinds_are_both_named(tiny: Model, ids: list[int], monkeypat
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", ["softmax in bf16", "half-split rope"])
 def test_a_bug_of_a_trained_model_is_found(bug: str, stories15m: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [1, 403, 407, 261, 378]
@@ -251,6 +253,7 @@ def test_the_implementations_of_others_agree(other: str, dtype: str, capsys: pyt
         assert verdict.startswith("They agree")
 
 
+@pytest.mark.slow
 def test_a_trained_model_agrees_with_others_in_every_tensor(smollm2: Model) -> None:
     ids = [504, 2870, 282, 4649, 314, 253]
     ours, metas = trace(smollm2, ids), trace_meta(smollm2, ids)
@@ -461,6 +464,7 @@ def test_what_cannot_be_done_is_one_line(
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_other_models_and_prompts_are_refused(
     tmp_path: Path, tiny: Model, ids: list[int], stories15m: Model, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,6 +86,7 @@ def test_a_row_gets_the_tokens_that_it_gets_alone(tiny: Model, prompts: list[lis
     assert {reason for _, reason in together} == set(StopReason)
 
 
+@pytest.mark.slow
 def test_drawn_tokens_are_those_drawn_alone(tiny: Model, prompts: list[list[int]]) -> None:
     """Each row has its own settings, its own past and its own random numbers, whoever ends around it."""
     model = tiny._replace(weights=cast(tiny.weights, torch.float32))

@@ -172,6 +172,7 @@ def test_seeds_reproduce(tiny: Model) -> None:
     assert draw(1) != draw(2)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_hf(smollm2: Model) -> None:
     from tests.references import hf_model
 

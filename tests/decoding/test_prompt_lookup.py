@@ -142,6 +142,7 @@ def test_where_it_ends(small: Model) -> None:
         assert ended == (before, StopReason.END_TOKEN)
 
 
+@pytest.mark.slow
 def test_one_who_stops_midway_goes_on_with_the_cache(small: Model) -> None:
     """Wherever it is stopped, the cache holds all but the last token, whatever was proposed in vain."""
     prompt = [9, 8, 7]

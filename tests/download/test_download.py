@@ -133,6 +133,7 @@ def test_three_files(hub: FakeHub, tool: Tool) -> None:
         assert request.headers["accept-encoding"] == "identity"  # lengths and positions are those of the file
 
 
+@pytest.mark.slow
 def test_a_second_run_fetches_and_hashes_nothing(hub: FakeHub, tool: Tool) -> None:
     tool.ok()
     hub.requests.clear()
@@ -142,6 +143,7 @@ def test_a_second_run_fetches_and_hashes_nothing(hub: FakeHub, tool: Tool) -> No
     assert [request.method for request in hub.requests] == ["HEAD"] * 4  # the fourth asks for a second shard
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_a_cut_connection_is_resumed(hub: FakeHub, tool: Tool, share: float) -> None:
     hub.faults = [Fault(), Fault(cut_at=int(share * len(BIG)))]
@@ -153,6 +155,7 @@ def test_a_cut_connection_is_resumed(hub: FakeHub, tool: Tool, share: float) -> 
     assert first.sent + second.sent - len(BIG) <= MIB
 
 
+@pytest.mark.slow
 def test_a_server_that_is_down_for_a_while(hub: FakeHub, tool: Tool) -> None:
     hub.faults = [Fault(), Fault(cut_at=len(BIG) // 3), Fault(status=503), Fault(status=500)]
     err = tool.ok()
@@ -203,6 +206,7 @@ class Unsteady:
         yield Stream(start, None, None, iter([BIG[start : start + length]]))
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle(hub: FakeHub, tool: Tool) -> None:
     hub.always = Fault(pause=0.003)
     for share in (0.3, 0.6):
@@ -233,6 +237,7 @@ def test_ctrl_c_keeps_what_came(hub: FakeHub, tool: Tool) -> None:
     assert part.stat().st_size > MIB
 
 
+@pytest.mark.slow
 def test_a_file_that_changed_between_two_tries(hub: FakeHub, tool: Tool) -> None:
     hub.faults = [Fault(), Fault(cut_at=len(BIG) // 2)]
     hub.always = Fault(status=429)
@@ -246,6 +251,7 @@ def test_a_file_that_changed_between_two_tries(hub: FakeHub, tool: Tool) -> None
     assert tool.complete(newer)
 
 
+@pytest.mark.slow
 def test_a_file_that_changed_at_the_storage_host(hub: FakeHub, tool: Tool) -> None:
     """If-Range does not hold any more: the whole file comes, and replaces the beginning that was there."""
     hub.faults = [Fault(), Fault(cut_at=len(BIG) // 2)]
@@ -258,6 +264,7 @@ def test_a_file_that_changed_at_the_storage_host(hub: FakeHub, tool: Tool) -> No
     assert hub.gets(CHECKPOINT)[-1].sent == len(BIG)
 
 
+@pytest.mark.slow
 def test_a_wrong_length(hub: FakeHub, tool: Tool) -> None:
     for change in (lambda content: content[:-1], lambda content: content + b"x"):
         hub.always = Fault(change=change)
@@ -271,6 +278,7 @@ def test_a_wrong_length(hub: FakeHub, tool: Tool) -> None:
     assert tool.complete()
 
 
+@pytest.mark.slow
 def test_a_wrong_hash(hub: FakeHub, tool: Tool) -> None:
     hub.faults = [Fault(), Fault(change=lambda content: content[:1000] + b"\0" + content[1001:])]
     error = tool.fails()
@@ -282,6 +290,7 @@ def test_a_wrong_hash(hub: FakeHub, tool: Tool) -> None:
     assert tool.complete()
 
 
+@pytest.mark.slow
 def test_small_files_are_hashed_as_git_does(hub: FakeHub, tool: Tool) -> None:
     tool.ok()
     assert tool.complete()
@@ -290,6 +299,7 @@ def test_small_files_are_hashed_as_git_does(hub: FakeHub, tool: Tool) -> None:
     assert tool.complete()
 
 
+@pytest.mark.slow
 def test_a_signed_address_that_expires(hub: FakeHub, tool: Tool) -> None:
     hub.expired = {"s3"}  # what the third request got, for the checkpoint
     tool.ok()
@@ -297,6 +307,7 @@ def test_a_signed_address_that_expires(hub: FakeHub, tool: Tool) -> None:
     assert [request.sent > 0 for request in hub.gets(CHECKPOINT)] == [False, True]
 
 
+@pytest.mark.slow
 def test_two_downloads_at_once(hub: FakeHub, tool: Tool) -> None:
     hub.always = Fault(pause=0.005)
     first = tool.start()
@@ -328,6 +339,7 @@ def test_a_disk_that_is_too_small(hub: FakeHub, tool: Tool) -> None:
         assert tool.only_right_files()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(hub: FakeHub, tool: Tool) -> None:
     with small_disk(tool.folder / "weights", 30):
         hub.always = Fault(pause=0.005)
@@ -454,6 +466,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], dict[str, str | None], str]
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refusals_are_told_apart(hub: FakeHub, tool: Tool, case: str) -> None:
     settings, arguments, environment, message = REFUSALS[case]
@@ -467,6 +480,7 @@ def test_refusals_are_told_apart(hub: FakeHub, tool: Tool, case: str) -> None:
         assert not (tool.folder / "weights").exists()
 
 
+@pytest.mark.slow
 def test_a_certificate_that_is_not_trusted(tmp_path: Path, hub: FakeHub) -> None:
     openssl = shutil.which("openssl")
     if openssl is None:
@@ -495,6 +509,7 @@ def test_through_a_proxy(hub: FakeHub, tool: Tool) -> None:
     assert all(request.path.startswith("http://hub.invalid/") for request in hub.requests)
 
 
+@pytest.mark.slow
 def test_a_stored_login_and_a_given_token(hub: FakeHub, tool: Tool) -> None:
     (tool.folder / "hf").mkdir()
     (tool.folder / "hf" / "token").write_text(TOKEN)
@@ -512,6 +527,7 @@ def fill_cache(tool: Tool, files: dict[str, bytes] = FILES) -> list[Path]:
     return [Path(line).resolve() for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
 def test_the_hugging_face_cache_is_linked(hub: FakeHub, tool: Tool, offline: bool) -> None:
     blobs = fill_cache(tool)
@@ -524,6 +540,7 @@ def test_the_hugging_face_cache_is_linked(hub: FakeHub, tool: Tool, offline: boo
     assert checkpoint.samefile(tool.target / CHECKPOINT)
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_in_the_cache_is_not_taken(hub: FakeHub, tool: Tool) -> None:
     blobs = fill_cache(tool)
     checkpoint = next(blob for blob in blobs if blob.stat().st_size == len(BIG))
@@ -534,6 +551,7 @@ def test_a_damaged_copy_in_the_cache_is_not_taken(hub: FakeHub, tool: Tool) -> N
     assert tool.complete()
 
 
+@pytest.mark.slow
 def test_the_cache_on_another_disk_is_copied(hub: FakeHub, tool: Tool) -> None:
     fill_cache(tool)
     hub.requests.clear()
@@ -543,6 +561,7 @@ def test_the_cache_on_another_disk_is_copied(hub: FakeHub, tool: Tool) -> None:
         assert all(request.method == "HEAD" for request in hub.requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("original", [True, False], ids=["in original/", "at the top"])
 def test_a_local_folder_as_mirror(tmp_path: Path, tool: Tool, original: bool) -> None:
     mirror = tmp_path / "llama3-8b"
@@ -559,6 +578,7 @@ def test_a_local_folder_as_mirror(tmp_path: Path, tool: Tool, original: bool) ->
     assert (tool.folder / "weights" / "llama3-8b" / CHECKPOINT).read_bytes() == BIG
 
 
+@pytest.mark.slow
 def test_revision_and_folder(hub: FakeHub, tool: Tool) -> None:
     older = {**FILES, "original/params.json": b'{"dim": 32}'}
     hub.files[REPO, "v1"] = older
@@ -578,6 +598,7 @@ def test_shards(hub: FakeHub, tool: Tool) -> None:
     assert tool.complete({**FILES, **shards})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
 def test_safetensors(hub: FakeHub, tool: Tool, sharded: bool) -> None:
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -609,6 +630,7 @@ def test_an_index_that_leads_out_of_the_folder(hub: FakeHub, tool: Tool) -> None
     assert "answered 503; run the same command again" in tool.fails("--format", "safetensors")
 
 
+@pytest.mark.slow
 def test_dry_run_and_list(hub: FakeHub, tool: Tool) -> None:
     done = tool.run("--dry-run")
     assert done.returncode == 0
@@ -623,6 +645,7 @@ def test_dry_run_and_list(hub: FakeHub, tool: Tool) -> None:
     assert len(hub.gets(CHECKPOINT)) == 1
 
 
+@pytest.mark.slow
 def test_verify(hub: FakeHub, tool: Tool) -> None:
     tool.ok()
     offline = {"HF_ENDPOINT": "http://hub.invalid", "HF_TOKEN": None}
@@ -643,6 +666,7 @@ def test_verify(hub: FakeHub, tool: Tool) -> None:
     assert f"{CHECKPOINT}: is missing" in tool.fails("--verify", **offline)
 
 
+@pytest.mark.slow
 def test_a_checklist(hub: FakeHub, tool: Tool) -> None:
     """Meta's own downloads bring one, with MD5: it counts in --verify and in a download."""
     tool.target.mkdir(parents=True)
@@ -666,6 +690,7 @@ def test_a_checklist(hub: FakeHub, tool: Tool) -> None:
     assert "checklist.chk: line 1: should be an MD5" in tool.fails("--verify")
 
 
+@pytest.mark.slow
 def test_files_that_are_there_already(hub: FakeHub, tool: Tool) -> None:
     """By hand say: the right ones are kept, a wrong one stays until the right one is complete."""
     tool.target.mkdir(parents=True)
@@ -695,6 +720,7 @@ def test_no_hash_and_a_page(hub: FakeHub, tool: Tool) -> None:
     assert tool.only_right_files()
 
 
+@pytest.mark.slow
 def test_a_page_in_the_middle_takes_nothing_away(hub: FakeHub, tool: Tool) -> None:
     """The .part stays as it was, and the next run goes on with it."""
     hub.faults = [Fault(), Fault(cut_at=len(BIG) // 2), Fault(**PAGE["always"].__dict__)]
@@ -707,6 +733,7 @@ def test_a_page_in_the_middle_takes_nothing_away(hub: FakeHub, tool: Tool) -> No
     assert sum(request.sent for request in hub.gets(CHECKPOINT)) - len(BIG) <= MIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content_range", [None, "Bytes  {start}-{end}/*"])
 def test_servers_that_tell_little_of_the_range(hub: FakeHub, tool: Tool, content_range: str | None) -> None:
     hub.faults = [Fault(), Fault(cut_at=len(BIG) // 2)]
@@ -728,6 +755,7 @@ def test_an_endless_tug_of_war_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(slept) < 20
 
 
+@pytest.mark.slow
 def test_what_kills_leave_behind_is_put_right(hub: FakeHub, tool: Tool) -> None:
     """Killed between the last rename and the tidying up, or with a file put in place by hand beside its .part."""
     tool.ok()
@@ -741,6 +769,7 @@ def test_what_kills_leave_behind_is_put_right(hub: FakeHub, tool: Tool) -> None:
     tool.ok("--verify")
 
 
+@pytest.mark.slow
 def test_a_part_without_its_record_is_gone_on_with(hub: FakeHub, tool: Tool) -> None:
     hub.faults = [Fault(), Fault(cut_at=len(BIG) // 2)]
     hub.always = Fault(status=429)
@@ -752,6 +781,7 @@ def test_a_part_without_its_record_is_gone_on_with(hub: FakeHub, tool: Tool) -> 
     assert hub.gets(CHECKPOINT)[-1].start == len(BIG) // 2
 
 
+@pytest.mark.slow
 def test_a_file_cut_short_with_its_times_put_back(hub: FakeHub, tool: Tool) -> None:
     tool.ok()
     file = tool.target / CHECKPOINT
@@ -771,6 +801,7 @@ def test_verify_knows_what_belongs_to_the_model(hub: FakeHub, tool: Tool) -> Non
     assert f"{CHECKPOINT}: is missing" in tool.fails("--verify")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", ['{"size": "abc"}', "[" * 99999, '{"digest": {"algorithm": "rot13", "value": "x"}}'])
 def test_a_damaged_record_is_no_record(hub: FakeHub, tool: Tool, record: str) -> None:
     tool.ok()
@@ -782,6 +813,7 @@ def test_a_damaged_record_is_no_record(hub: FakeHub, tool: Tool, record: str) ->
     assert len(hub.gets(CHECKPOINT)) == 1
 
 
+@pytest.mark.slow
 def test_small_files_are_not_shared_with_the_cache(hub: FakeHub, tool: Tool) -> None:
     blobs = fill_cache(tool)
     tool.ok()
@@ -789,6 +821,7 @@ def test_small_files_are_not_shared_with_the_cache(hub: FakeHub, tool: Tool) -> 
     assert b'{"dim": 64}' in [blob.read_bytes() for blob in blobs]
 
 
+@pytest.mark.slow
 def test_the_cache_on_a_disk_that_is_nearly_full(hub: FakeHub, tool: Tool) -> None:
     """A link needs no room."""
     with small_disk(tool.folder / "disk", 40):

@@ -23,6 +23,8 @@ from llama3_raw.explain.page import merges_of
 from tests.paths import EXAMPLES
 from tests.references import random_weights
 
+pytestmark = pytest.mark.slow  # most start processes
+
 LESSONS = sorted(EXAMPLES.glob("[0-9][0-9]_*.py"))
 
 

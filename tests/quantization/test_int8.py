@@ -193,6 +193,7 @@ def saved_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_tool_writes_what_it_runs(saved_tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["params.json", "tokenizer.model", *(f"int8.{number:03}.safetensors" for number in range(5))]
     assert sorted(file.name for file in saved_tiny.iterdir()) == sorted(files)
@@ -226,6 +227,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused(case: str, saved_tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, says = REFUSED[case]
@@ -322,6 +324,7 @@ print(anonymous() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc/self/status")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_the_need_is_what_a_load_takes(tmp_path: Path, tied: bool) -> None:
@@ -364,6 +367,7 @@ def losses(model: Model, ids: list[int], window: int) -> Tensor:
         ).double()
 
 
+@pytest.mark.slow
 def test_perplexity_of_a_trained_model(smollm2: Model, smollm2_text: list[int]) -> None:
     """At most 0.5 % more on 2,048 tokens, with what the sum of so few leaves uncertain."""
     ids = smollm2_text[:2048]

@@ -87,6 +87,7 @@ def run(command: list[str], commands: list[str]) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.slow
 def test_a_session_over_a_pipe(tiny: Model, ids: list[int]) -> None:
     """Two stops with values, shapes, neighbours and the caller's; then the pipe is at its end, and the text goes on."""
     at_the_prompt = ["p scores.shape", "p float(scores[0, 0, 0])", "p n_rep", "p q.shape", "u", "p k.shape", "c"]
@@ -183,6 +184,7 @@ def test_what_is_set_at_a_stop_holds(
     assert sys.gettrace() is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
 def test_a_terminal() -> None:
     """With readline, where Ctrl-D ends; the text is not torn."""
@@ -221,6 +223,7 @@ def test_quitting_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert err.splitlines()[-1].endswith("llama3_raw: stopped by q in the debugger after 0 new tokens")
 
 
+@pytest.mark.slow
 def test_a_run_cannot_begin_anew() -> None:
     """Where pdb would end it with a traceback."""
     done = run([*COMMAND, "--break", "norm", "--max-new-tokens", "2"], ["run", "restart", "c"])
@@ -229,6 +232,7 @@ def test_a_run_cannot_begin_anew() -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_plain_pdb() -> None:
     """Every line of model.py, from the outside; it ends as pdb does."""
     line = line_of(model.attend, "scores")

@@ -307,6 +307,7 @@ def test_what_was_there_stays_until_a_trace_is_whole(
     assert Path("/dev/null").is_char_device()
 
 
+@pytest.mark.slow
 def test_a_trace_of_something_else_is_told_apart(tiny: Model, ids: list[int], stories15m: Model) -> None:
     origin = Origin.of(tiny, ids)
     other_norm = tiny.weights._replace(norm=tiny.weights.norm * 1.01)
