@@ -34,8 +34,8 @@ from .weights import TensorPlace, in_words
 Format = Literal["meta", "hf"]
 
 _MOST_SHARDS = 100  # they are numbered from 00 to 99
-_LARGEST_FILE = 5_000_000_000  # bytes of tensors in a file of Hugging Face's, unless a single one has more
-_CHUNK = 1 << 22  # bytes of a tensor in memory at a time
+LARGEST_FILE = 5_000_000_000  # bytes of tensors in a file of Hugging Face's, unless a single one has more
+CHUNK = 1 << 22  # bytes of a tensor in memory at a time
 # what Hugging Face's folders have beside the config and the weights
 _HF_FILES = (
     "tokenizer.json",
@@ -160,7 +160,7 @@ def _rows(checkpoint: Checkpoint, place: TensorPlace, to: Format) -> Iterator[tu
         parts = parts[:1]  # the same in each shard
     n_rows = place.shape[0]
     row_bytes = parts[0].itemsize * torch.Size(place.shape[1:]).numel()
-    step = -(-_CHUNK // (row_bytes * head_dim)) * head_dim  # whole heads
+    step = -(-CHUNK // (row_bytes * head_dim)) * head_dim  # whole heads
     for begin in range(0, n_rows, step):
         wanted = range(begin, min(begin + step, n_rows))
         pieces = take(parts, 0, wanted) if dimension == 0 else [part[wanted.start : wanted.stop] for part in parts]
@@ -231,14 +231,14 @@ def _nth(whole: range, number: int, count: int) -> range:
 
 
 def _hf_files(checkpoint: Checkpoint) -> dict[str, Parts]:
-    """Whole tensors, in the order of the forward pass, in files of at most _LARGEST_FILE bytes."""
+    """Whole tensors, in the order of the forward pass, in files of at most LARGEST_FILE bytes."""
     files: list[Parts] = [{}]
-    room = _LARGEST_FILE
+    room = LARGEST_FILE
     for place in checkpoint.parts:
         part = _whole(checkpoint, place)
         if part.nbytes > room and files[-1]:
             files.append({})
-            room = _LARGEST_FILE
+            room = LARGEST_FILE
         files[-1][place.hf_name] = part
         room -= part.nbytes
     if len(files) == 1:

@@ -28,7 +28,7 @@ from .weights import Model
 
 DEFAULT_CONTEXT = 2048  # tokens, where the model's own is longer: with more, each token costs more and gains little
 
-_CHUNK = 256  # positions whose logits are in memory at a time
+CHUNK = 256  # positions whose logits are in memory at a time
 
 
 class Score(NamedTuple):
@@ -138,7 +138,7 @@ def _losses(model: Model, window: Tensor, first: int, cache: KVCache, ops: Ops) 
     window: [T] ids.
     """
     last = len(window) - 1  # the last token is predicted, and predicts none
-    cuts = [*range(0, first - 1, _CHUNK), *range(first - 1, last, _CHUNK), last]
+    cuts = [*range(0, first - 1, CHUNK), *range(first - 1, last, CHUNK), last]
     for start, end in itertools.pairwise(cuts):
         is_scored = start >= first - 1
         logits = forward(
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str]) -> int:
     ids = parse_ids(text, name) if tokenizer is None else tokenizer.encode(text, bos=True)
     context, stride = check_windows(params, ids, options.context, options.stride)
     length = min(context, len(ids))
-    lengths = Lengths(prompt=length, text=length, least=2, scored=_CHUNK)
+    lengths = Lengths(prompt=length, text=length, least=2, scored=CHUNK)
     model, ops, which = load_model(chosen, lengths, options.reference)
     print(f"llama3_raw: {which}", file=sys.stderr)
     score = perplexity(model, ids, context=context, stride=stride, ops=ops, progress=True)

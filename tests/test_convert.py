@@ -51,7 +51,7 @@ WQ, WK = "layers.0.attention.wq.weight", "layers.0.attention.wk.weight"
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the tensors take several, whose ends are not those of the shards."""
-    monkeypatch.setattr(convert, "_CHUNK", 3000)
+    monkeypatch.setattr(convert, "CHUNK", 3000)
 
 
 def state_dict(seed: int = 0, tied: bool = False, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
@@ -227,7 +227,7 @@ def test_the_built_in_model(
 def test_several_files_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None is larger than allowed, but for one with a single tensor; safetensors reads each, so does transformers."""
     tensors = state_dict()
-    monkeypatch.setattr(convert, "_LARGEST_FILE", 8000)
+    monkeypatch.setattr(convert, "LARGEST_FILE", 8000)
     run(write_shards(tmp_path / "meta", tensors), tmp_path / "hf", "--verify")
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "hf").glob("*.safetensors"))

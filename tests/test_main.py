@@ -202,7 +202,7 @@ class TestWhichModel:
     def tree(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "package").mkdir()
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(models, "_PACKAGE", tmp_path / "package")
+        monkeypatch.setattr(models, "PACKAGE", tmp_path / "package")
         monkeypatch.delenv("LLAMA3_RAW_WEIGHTS", raising=False)
         self.add("tiny")
         return tmp_path

@@ -84,7 +84,7 @@ def test_each_token_is_scored_once(length: int, context: int, stride: int) -> No
 @pytest.mark.parametrize("chunk", [1, 7, 50])
 def test_the_chunks_do_not_matter(fp32: Model, ids: list[int], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = perplexity.perplexity(fp32, ids, context=60, stride=25, ops=REFERENCE)
-    monkeypatch.setattr(perplexity, "_CHUNK", chunk)
+    monkeypatch.setattr(perplexity, "CHUNK", chunk)
     cut = perplexity.perplexity(fp32, ids, context=60, stride=25, ops=REFERENCE)
     assert cut.tokens == 130
     assert cut.nats == pytest.approx(whole.nats, rel=1e-6)

@@ -162,11 +162,11 @@ class _Reader:
             passing = {self._matrices[place], *(self._matrices[other] for other, _ in self._coming)} - self._kept
             if sum(matrix.n_bytes for matrix in passing) > self._room:
                 return
-            self._coming.append((place, self._thread.submit(_read, self._matrices[place])))
+            self._coming.append((place, self._thread.submit(read_pages, self._matrices[place])))
             place += 1
 
 
-def _read(matrix: Extent) -> None:
+def read_pages(matrix: Extent) -> None:
     """Returns once all pages of a matrix are in memory."""
     for span in matrix.spans:
         try:

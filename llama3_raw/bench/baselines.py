@@ -53,7 +53,7 @@ class Transformers:
         self._params, norm = model.params, model.weights.norm
         self._dtype, self._device = norm.dtype, norm.device
         self._ids = random_ids(model, longest)
-        self._peer = hf_model(model, "sdpa")
+        self.hf = hf_model(model, "sdpa")
 
     def prefill(self, length: int) -> float:
         cache = self._cache(length)
@@ -88,14 +88,14 @@ class Transformers:
     def _cache(self, length: int) -> Any:
         if self._device.type == "cpu":
             return self._static_cache(length)
-        return self._transformers.DynamicCache(config=self._peer.config)
+        return self._transformers.DynamicCache(config=self.hf.config)
 
     def _static_cache(self, length: int) -> Any:
-        return self._transformers.StaticCache(config=self._peer.config, max_cache_len=length)
+        return self._transformers.StaticCache(config=self.hf.config, max_cache_len=length)
 
     @torch.inference_mode()
     def _next(self, tokens: Tensor, cache: Any) -> Tensor:
-        return _next_token(self._peer, tokens, cache)
+        return _next_token(self.hf, tokens, cache)
 
 
 def _next_token(network: Any, tokens: Tensor, cache: Any) -> Tensor:
@@ -139,7 +139,7 @@ class CompiledTransformers(Transformers):
     def _next(self, tokens: Tensor, cache: Any) -> Tensor:
         run = self._compiled if tokens.shape[-1] == 1 else _next_token
         try:
-            return run(self._peer, tokens, cache).clone()  # a graph writes its result to the same place each time
+            return run(self.hf, tokens, cache).clone()  # a graph writes its result to the same place each time
         except torch._dynamo.exc.TorchDynamoException as error:
             raise UserError(
                 f"--vs {self.name}: torch.compile fails ({in_short(error)}); leave it out, or install what is missing"

@@ -66,23 +66,23 @@ class Own:
         self.cache = KVCache.allocate(model.params, max_seq_len=longest, like=model.weights)
         for tensor in (*self.cache.keys, *self.cache.values):
             tensor.normal_()
-        self._device = self.cache.keys[0].device
+        self.device = self.cache.keys[0].device
         self._captured = CudaGraphs.where_possible(model, self.cache, ops or ops_for(model.weights))
 
     def prefill(self, length: int) -> float:
         tokens = self._generate(self._ids[:length], 0, 1)
-        return seconds_of(lambda: list(tokens), self._device)
+        return seconds_of(lambda: list(tokens), self.device)
 
     def decode(self, context: int, count: int) -> float:
-        before = 0 if self._device.type == "cpu" else min(_UNTIMED, context)
+        before = 0 if self.device.type == "cpu" else min(_UNTIMED, context)
         tokens = self._generate(self._ids[:1], context - before, before + count)
-        wait_for(self._device)
+        wait_for(self.device)
         for _ in range(before):
             next(tokens)
         begun = time.perf_counter()  # the token is here; a GPU that is at the next one already has only just begun it
         for _ in tokens:
             pass
-        wait_for(self._device)
+        wait_for(self.device)
         return time.perf_counter() - begun
 
     def _generate(self, ids: Sequence[int], start: int, count: int) -> Iterator[int]:

@@ -17,7 +17,7 @@ from ..weights import Model, Weights
 from .engines import Engine, Own
 from .roofline import copy_speed, multiply_speed, seconds_of
 
-_LONG = 1000  # tokens: half a minute's work on 8B, and done once, on the CPU
+LONG = 1000  # tokens: half a minute's work on 8B, and done once, on the CPU
 
 
 class Task(NamedTuple):
@@ -28,7 +28,7 @@ class Task(NamedTuple):
 
     def is_long(self, device: torch.device) -> bool:
         """Whether computing so many tokens takes too long to do it in every round."""
-        return self.tokens > _LONG and device.type == "cpu"
+        return self.tokens > LONG and device.type == "cpu"
 
 
 Rates = dict[Task, dict[int, float]]  # of each task, by the number of the round; tokens/s
@@ -98,7 +98,7 @@ def probes_of(weights: Weights, read_loop: bool) -> Probes:
         kernels = ops_cpu.build_kernels()
     except ops_cpu.CannotBuild:
         return Probes()
-    tensors = [tensor for matrix in _matrices(weights) for tensor in tensors_of(matrix)]
+    tensors = [tensor for matrix in matrices_of(weights) for tensor in tensors_of(matrix)]
 
     def read_all() -> None:
         for tensor in tensors:
@@ -107,7 +107,7 @@ def probes_of(weights: Weights, read_loop: bool) -> Probes:
     return Probes(read=lambda: sum(tensor.nbytes for tensor in tensors) / seconds_of(read_all, device))
 
 
-def _matrices(weights: Weights) -> list[Matrix]:
+def matrices_of(weights: Weights) -> list[Matrix]:
     """Those that every token is multiplied by."""
     return [matrix for layer in weights.layers for matrix in layer if len(matrix.shape) == 2] + [weights.output]
 
@@ -117,7 +117,7 @@ def products(weights: Weights, length: int) -> int:
 
     Attention comes on top: a twenty-fifth of it in 8B with 2,048 tokens. The last matrix is for the last token alone.
     """
-    *of_layers, output = (matrix.shape.numel() for matrix in _matrices(weights))
+    *of_layers, output = (matrix.shape.numel() for matrix in matrices_of(weights))
     return 2 * (length * sum(of_layers) + output)
 
 
@@ -139,7 +139,7 @@ def measure(
     read_loop: not for weights that the memory is not to hold.
     """
     weights, device = model.weights, model.weights.norm.device
-    n_bytes = sum(matrix.nbytes for matrix in _matrices(weights))
+    n_bytes = sum(matrix.nbytes for matrix in matrices_of(weights))
     probes = probes_of(weights, read_loop)
     own = Own(model, longest_text(prefill, contexts, new_tokens), ops)
     engines: list[Engine] = [own, *peers]

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-_BUFFER = 1 << 28  # bytes: several times what any GPU keeps in a cache
-_WIDTH = 8192  # of the matrices: a GPU is at its best from here on
+BUFFER = 1 << 28  # bytes: several times what any GPU keeps in a cache
+WIDTH = 8192  # of the matrices: a GPU is at its best from here on
 _TIMES = 10  # in a row, so that the time to launch a kernel does not count
 
 
@@ -35,14 +35,14 @@ def copy_speed(device: torch.device) -> float:
 
     Takes 0.5 GB for the time being.
     """
-    source = torch.ones(_BUFFER, dtype=torch.uint8, device=device)
+    source = torch.ones(BUFFER, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
     def copy() -> None:
         for _ in range(_TIMES):
             target.copy_(source)
 
-    return 2 * _BUFFER * _TIMES / seconds_of(copy, device)
+    return 2 * BUFFER * _TIMES / seconds_of(copy, device)
 
 
 def multiply_speed(device: torch.device, dtype: torch.dtype) -> float:
@@ -50,11 +50,11 @@ def multiply_speed(device: torch.device, dtype: torch.dtype) -> float:
 
     On random numbers, since a GPU is faster on zeros. In bf16 it takes 0.4 GB for the time being.
     """
-    x, weight = torch.randn(2, _WIDTH, _WIDTH, dtype=dtype, device=device)
+    x, weight = torch.randn(2, WIDTH, WIDTH, dtype=dtype, device=device)
     F.linear(x, weight)  # a library is loaded, and chooses how
 
     def multiply() -> None:
         for _ in range(_TIMES):
             F.linear(x, weight)
 
-    return 2 * _WIDTH**3 * _TIMES / seconds_of(multiply, device)
+    return 2 * WIDTH**3 * _TIMES / seconds_of(multiply, device)

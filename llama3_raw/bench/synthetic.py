@@ -49,7 +49,7 @@ SYNTHETIC: dict[str, tuple[dict[str, Any], bool]] = {
     ),
 }
 _DEVIATION = 0.02  # of the values of a matrix
-_CHUNK = 1 << 26  # values made at once
+CHUNK = 1 << 26  # values made at once
 
 
 def synthetic_checkpoint(size: str) -> Checkpoint:
@@ -127,8 +127,8 @@ def _write_random(file: Path, tensors: Mapping[str, Tensor], random_seed: int, b
     generator = torch.Generator().manual_seed(random_seed)
     with open(file, "r+b") as opened:
         for name, tensor in tensors.items():
-            for begin in range(0, tensor.numel(), _CHUNK):
-                count = min(_CHUNK, tensor.numel() - begin)
+            for begin in range(0, tensor.numel(), CHUNK):
+                count = min(CHUNK, tensor.numel() - begin)
                 if tensor.dim() == 1:
                     values = torch.ones(count, dtype=tensor.dtype)
                 else:

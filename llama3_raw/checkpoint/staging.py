@@ -28,7 +28,7 @@ from ..system.machine import default_threads
 
 _BUFFERS = 4  # in the ring; behind a tensor that fills its buffer but a little, others are still on their way
 _BUFFER_BYTES = 1 << 25
-_PIECE_BYTES = 1 << 22  # that a thread copies at a time
+PIECE_BYTES = 1 << 22  # that a thread copies at a time
 _MOST_THREADS = 16  # twice what PCIe 5 takes, by the figures above
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for all GPUs, by the number of CUDA's driver_types.h
 
@@ -97,10 +97,10 @@ def _fill(target: Tensor, source: Tensor, pool: ThreadPoolExecutor) -> None:
 
     def copy(begin: int) -> None:
         # not torch's copy: each thread that calls it gets a whole team of OpenMP's threads
-        count = min(_PIECE_BYTES, source.nbytes - begin)
+        count = min(PIECE_BYTES, source.nbytes - begin)
         ctypes.memmove(target.data_ptr() + begin, source.data_ptr() + begin, count)
 
-    for _ in pool.map(copy, range(0, source.nbytes, _PIECE_BYTES)):
+    for _ in pool.map(copy, range(0, source.nbytes, PIECE_BYTES)):
         pass
 
 

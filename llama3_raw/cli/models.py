@@ -29,10 +29,10 @@ from ..weights import Model, Weights, in_words
 from .memory_plan import Lengths, Plan, check_memory, memory_for_weights
 from .options import DEFAULT_MODEL, DTYPES_BY_NAME, parse_ids
 
-_PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]
 BUILT_IN_MODEL = "tiny"
 
-_PROGRESS_BAR_FROM = 1_000_000_000  # bytes of weights; smaller models load before a bar could be read
+PROGRESS_BAR_FROM = 1_000_000_000  # bytes of weights; smaller models load before a bar could be read
 
 
 class ModelFolder(NamedTuple):
@@ -134,7 +134,7 @@ def load_model(
     room = memory_for_weights(plan)  # asked before they are read in
     size = sum(part.nbytes for parts in checkpoint.parts.values() for part in parts)
     # what is larger than the memory is not read in beforehand: it would not stay
-    with_bar = size >= _PROGRESS_BAR_FROM and not warning
+    with_bar = size >= PROGRESS_BAR_FROM and not warning
     weights = build_weights(checkpoint, device, dtype, with_bar, quantized, gpu_layers)
     ops = ops_for(weights, exact=reference)
     if ranks is not None and ranks.tensor.size > 1:
@@ -218,7 +218,7 @@ def find_model(weights: str | None = None, named_by: str = "--weights") -> Model
 def local_models() -> dict[str, Path]:
     """Name -> folder of every model in weights/ of the current folder, then in that of the source tree."""
     found: dict[str, Path] = {}
-    for root in (Path("weights"), _PACKAGE.parent / "weights"):
+    for root in (Path("weights"), PACKAGE.parent / "weights"):
         for folder in sorted(root.iterdir()) if root.is_dir() else ():
             if any((folder / file).exists() for file in ("params.json", "config.json", "original/params.json")):
                 found.setdefault(folder.name, folder)
@@ -227,8 +227,8 @@ def local_models() -> dict[str, Path]:
 
 def _built_in_folder() -> Path:
     """weights/tiny of the source tree, or its copy inside the installed package."""
-    installed = _PACKAGE / "built_in"
-    return installed if installed.is_dir() else _PACKAGE.parent / "weights" / BUILT_IN_MODEL
+    installed = PACKAGE / "built_in"
+    return installed if installed.is_dir() else PACKAGE.parent / "weights" / BUILT_IN_MODEL
 
 
 def _find_named(name: str, option: str) -> Path:

@@ -26,7 +26,7 @@ from .sampling import GREEDY, Sampling, check_sound, is_sound, sample
 
 # new tokens: a pass of 32 layers took 24 s to compile, found on the disk, and 142 s when it was new (measured on the
 # CPU, one thread, narrow layers); it may save 3 ms a token of 8B, of 1,500 small kernels 2 µs each (an estimate)
-_COMPILED_FROM = 4096
+COMPILED_FROM = 4096
 
 
 class StopReason(enum.Enum):
@@ -225,7 +225,7 @@ def generate(  # noqa: PLR0913  # what a caller may set
     if tap is not None:  # which a graph would not call
         graphs = None
     elif graphs is True:
-        graphs = CudaGraphs.where_possible(model, cache, ops, compiled=budget >= _COMPILED_FROM)
+        graphs = CudaGraphs.where_possible(model, cache, ops, compiled=budget >= COMPILED_FROM)
     text = Text(
         0,
         prompt=prompt,

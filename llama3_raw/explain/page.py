@@ -45,7 +45,7 @@ from ..tracing.record import Trace, trace
 from ..weights import Model, in_words, tensor_places
 
 MOST_TOKENS = 128  # more would fill the page with tables that nobody reads
-_MOST_HEAD_BYTES = 5_000_000  # of scores and probabilities in base64; layers beyond it have thumbnails only
+MOST_HEAD_BYTES = 5_000_000  # of scores and probabilities in base64; layers beyond it have thumbnails only
 _THUMBNAIL = 32  # pixels: larger heatmaps are pooled to this
 _TOP = 10  # next tokens
 _LENS = 5  # next tokens behind each layer
@@ -183,7 +183,7 @@ def heads_data(kept: Trace, params: Params, layer: int) -> dict[str, Any]:
     length = kept["tok_embeddings"].shape[-2]
     itemsize = 2 if dtype == torch.bfloat16 else 4
     per_layer = 2 * params.n_heads * length * (length + 1) // 2 * itemsize * 4 // 3
-    fitting = max(1, min(params.n_layers, _MOST_HEAD_BYTES // per_layer))
+    fitting = max(1, min(params.n_layers, MOST_HEAD_BYTES // per_layer))
     # evenly from the first layer to the last, but for the one
     whole = {round(i * (params.n_layers - 1) / max(1, fitting - 1)) for i in range(fitting)}
     if layer not in whole:

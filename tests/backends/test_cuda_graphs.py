@@ -222,7 +222,7 @@ def test_only_a_long_text_is_worth_compiling(
         return CudaGraphs(*arguments, **options)
 
     monkeypatch.setattr(CudaGraphs, "where_possible", where_possible)
-    monkeypatch.setattr(loop, "_COMPILED_FROM", 8)
+    monkeypatch.setattr(loop, "COMPILED_FROM", 8)
     new = list(generate(model, ids, max_new_tokens=most, context=context, ops=REFERENCE))
     assert new == list(generate(model, ids, max_new_tokens=most, context=context, ops=REFERENCE, captured=False))
     assert asked == [compiled]

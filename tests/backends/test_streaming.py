@@ -110,7 +110,7 @@ def test_the_same_bits_in_less_memory(folder: Path, model: Model, ops: str, shar
 def test_nothing_is_read_twice_in_a_pass(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reader goes in the order of the forward pass, and at the end from the last matrix to the first."""
     read = []
-    monkeypatch.setattr(read_ahead, "_read", lambda matrix: read.append(matrix))
+    monkeypatch.setattr(read_ahead, "read_pages", lambda matrix: read.append(matrix))
     logits_of(model, read_ahead.read_ahead(REFERENCE, model.weights, 40_000_000))
     n_matrices = 3 * 7 + 1
     assert len(set(read)) == n_matrices

@@ -182,7 +182,7 @@ def test_engines_take_turns_and_long_work_is_done_once(tiny: Model, monkeypatch:
     assert figures.vs["b"].prefill_tokens_per_second == {3: 3.0, 5: 5.0}
     assert figures.vs["b"].decode_tokens_per_second == {3: 2.0, 8: 2.0}
     done.clear()
-    monkeypatch.setattr(measuring, "_LONG", 4)
+    monkeypatch.setattr(measuring, "LONG", 4)
     figures = measure(tiny, prefill=(3, 5), contexts=(3, 8), new_tokens=4, rounds=2, peers=clocks)
     assert done.count(("a", "prefill", 5)) == done.count(("a", "decode", 8)) == 1
     assert len(figures.vs["a"].decode_ratios[8]) == 1
@@ -259,7 +259,7 @@ def test_llama_cpp_that_does_less_than_asked_is_not_measured(tiny: Model, tmp_pa
 
 
 def test_transformers_shares_the_weights(tiny: Model) -> None:
-    peer = Transformers(tiny, longest=8)._peer
+    peer = Transformers(tiny, longest=8).hf
     assert peer.model.layers[1].mlp.up_proj.weight.data_ptr() == tiny.weights.layers[1].w3.data_ptr()
     assert peer.lm_head.weight.data_ptr() == tiny.weights.output.data_ptr()
 
@@ -425,8 +425,8 @@ def test_what_is_measured_on_the_cpu_and_on_a_gpu(tiny: Model) -> None:
 
 def test_speeds_are_those_of_the_work_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes read and bytes written, a product and a sum for each pair of numbers; all of it is done, ten times."""
-    monkeypatch.setattr(limits, "_BUFFER", 1000)
-    monkeypatch.setattr(limits, "_WIDTH", 16)
+    monkeypatch.setattr(limits, "BUFFER", 1000)
+    monkeypatch.setattr(limits, "WIDTH", 16)
     copied, multiplied = [], []
 
     class Counting(TorchDispatchMode):
@@ -486,7 +486,7 @@ def test_decoding_on_a_gpu_is_timed_from_the_third_pass_on(
             yield 0
 
     own = Own(tiny, longest=10)
-    own._device = torch.device(kind)
+    own.device = torch.device(kind)
     monkeypatch.setattr(engines, "wait_for", lambda device: None)
     monkeypatch.setattr(engines, "generate", generate)
     monkeypatch.setattr(time, "perf_counter", lambda: float(len(made)))
@@ -516,7 +516,7 @@ def test_transformers_on_a_gpu_is_the_same_model(kind: type[Transformers]) -> No
     ids = torch.arange(20).tolist()
     ours = list(llama3_raw.generate(model, ids, max_new_tokens=8, stop_ids=(), ops=llama3_raw.REFERENCE))
     peer = kind(model, longest=64)
-    assert peer._peer.model.layers[1].mlp.up_proj.weight.data_ptr() == model.weights.layers[1].w3.data_ptr()
+    assert peer.hf.model.layers[1].mlp.up_proj.weight.data_ptr() == model.weights.layers[1].w3.data_ptr()
     for _ in range(4):  # compiled, tried, captured, replayed
         assert peer.greedy(ids, 8) == ours
     assert peer.prefill(20) > 0

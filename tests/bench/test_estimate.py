@@ -13,7 +13,7 @@ import llama3_raw
 from llama3_raw import KVCache, Params, UserError
 from llama3_raw.bench.__main__ import main
 from llama3_raw.bench.estimate import GPUS, Cluster, check_split, estimate, part_of
-from llama3_raw.bench.measure import _matrices
+from llama3_raw.bench.measure import matrices_of
 from llama3_raw.bench.synthetic import SYNTHETIC, synthetic_checkpoint
 from llama3_raw.checkpoint.checkpoint import open_checkpoint
 from llama3_raw.checkpoint.writing import save_quantized
@@ -118,7 +118,7 @@ def test_bytes_are_those_of_the_tensors(tmp_path: Path) -> None:
         model = llama3_raw.load(folder)
         found = estimate(open_checkpoint(folder), H200, 1, [1])
         norms = 2 * (2 * model.params.n_layers + 1) * model.params.dim
-        assert found.weights_bytes_per_token == sum(matrix.nbytes for matrix in _matrices(model.weights)) + norms
+        assert found.weights_bytes_per_token == sum(matrix.nbytes for matrix in matrices_of(model.weights)) + norms
         cache = KVCache.allocate(model.params, max_seq_len=10, like=model.weights)
         assert 10 * found.cache_bytes_per_token == sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
 

@@ -37,7 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A size that takes no time: 8b with narrower layers; and chunks smaller than its tensors."""
     content = {**SYNTHETIC["8b"][0], "dim": 128, "n_layers": 2, "multiple_of": 64}
     monkeypatch.setitem(synthetic.SYNTHETIC, "small", (content, False))
-    monkeypatch.setattr(synthetic, "_CHUNK", 10_000)
+    monkeypatch.setattr(synthetic, "CHUNK", 10_000)
 
 
 @pytest.mark.usefixtures("small")

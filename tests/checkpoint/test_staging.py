@@ -103,7 +103,7 @@ def test_every_size_arrives_whole(device: PretendDevice) -> None:
 
 
 def test_pieces_of_one_buffer_are_all_there(device: PretendDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama3_raw.checkpoint.staging._PIECE_BYTES", 1000)
+    monkeypatch.setattr("llama3_raw.checkpoint.staging.PIECE_BYTES", 1000)
     source = torch.randn(50_001)
     with staged_mover(CPU, source.nbytes, device.route()) as move:
         moved = move(source, None)

@@ -212,7 +212,7 @@ def test_a_model_larger_than_the_memory_runs_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretend(monkeypatch, 3_000_000)
-    monkeypatch.setattr(models, "_PROGRESS_BAR_FROM", 0)
+    monkeypatch.setattr(models, "PROGRESS_BAR_FROM", 0)
     assert main(["--weights", str(TINY), "--device", "cpu", "Once upon a time", "--max-new-tokens", "3"]) == 0
     out, err = capsys.readouterr()
     assert out == ", there was"

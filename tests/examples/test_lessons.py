@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import runpy
 import shutil
@@ -147,9 +148,9 @@ def test_the_notebook_runs_without_a_warning(tmp_path: Path, monkeypatch: pytest
 def test_the_pattern_of_gpt_4_is_as_tiktoken_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})  # the ranks would be downloaded
     pattern = openai_public.cl100k_base()["pat_str"]
-    source = (EXAMPLES / "01_tokens.py").read_text()
-    quoted = source.split("CL100K = (")[1].split("\n)")[0]
-    assert eval(f"({quoted})") == pattern
+    lesson = ast.parse((EXAMPLES / "01_tokens.py").read_text())
+    assigned = {ast.unparse(node.targets[0]): node.value for node in lesson.body if isinstance(node, ast.Assign)}
+    assert ast.literal_eval(assigned["CL100K"]) == pattern
 
 
 def test_llama_3_has_588_tokens_that_no_merge_reaches(meta_tokenizer_file: Path) -> None:

@@ -432,7 +432,7 @@ def test_without_javascript_a_head_is_there(browser: Any, file: Path, kept: Trac
 def test_layers_beyond_the_size_of_a_page_keep_their_thumbnails(
     browser: Any, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "_MOST_HEAD_BYTES", 1000)  # of which a layer takes 480
+    monkeypatch.setattr(page, "MOST_HEAD_BYTES", 1000)  # of which a layer takes 480
     file = tmp_path / "page.html"
     file.write_text(build_page(tiny, "tiny", PROMPT, layer=2), encoding="utf-8")
     opened = Opened(browser, file)
