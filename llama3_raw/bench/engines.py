@@ -1,4 +1,4 @@
-"""What bench.py measures: this engine alone, with several texts at a time, and as two processes, all of one shape.
+"""What is measured: this engine alone, with several texts at a time, and as two processes, all of one shape.
 
 Each is asked for no more than the one token that comes next.
 """

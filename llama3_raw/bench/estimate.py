@@ -1,6 +1,6 @@
 """What a model takes on GPUs that need not be there, by arithmetic: memory, bytes and messages per token, tokens/s.
 
-A room of bench.py, which runs it for --estimate. Each layer is split over all GPUs (Shoeybi et al. 2019): rows of wq,
+python -m llama3_raw.bench --estimate prints it. Each layer is split over all GPUs (Shoeybi et al. 2019): rows of wq,
 wk, wv, w1, w3, output and tok_embeddings, columns of wo and w2; norms are on each. Every GPU reads its part of the
 weights and of the cache for a token, and twice a layer they add up what they have. What is left out makes a real run
 slower: the time between kernels, smaller matrices that are read less well, scores over a long context.

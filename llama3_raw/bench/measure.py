@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-from ..backends import cpu as ops_cpu
+from ..backends import cpu
 from ..ops import Ops
 from ..quantization.matrix import Matrix, tensors_of
 from ..weights import Model, Weights
@@ -95,14 +95,14 @@ def probes_of(weights: Weights, read_loop: bool) -> Probes:
     if device.type != "cpu" or not read_loop:
         return Probes()
     try:
-        kernels = ops_cpu.build_kernels()
-    except ops_cpu.CannotBuild:
+        kernels = cpu.build_kernels()
+    except cpu.CannotBuild:
         return Probes()
     tensors = [tensor for matrix in matrices_of(weights) for tensor in tensors_of(matrix)]
 
     def read_all() -> None:
         for tensor in tensors:
-            ops_cpu.read_loop(kernels, tensor)
+            cpu.read_loop(kernels, tensor)
 
     return Probes(read=lambda: sum(tensor.nbytes for tensor in tensors) / seconds_of(read_all, device))
 

@@ -68,7 +68,7 @@ def staged_mover(device: torch.device, largest: int, route: Route, most: int = _
     waits: dict[int, Callable[[], None]] = {}  # for the copy from each buffer that was used
 
     def move(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-        if tensor.device.type != "cpu":  # it was made there, as synthetic.py does: no memory for threads to read
+        if tensor.device.type != "cpu":  # it was made there, as random weights are: no memory for threads to read
             return tensor.to(device=device, dtype=dtype)
         source = tensor.contiguous().view(-1)
         moved = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)

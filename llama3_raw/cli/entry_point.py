@@ -110,7 +110,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def for_several_processes(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
-    """Marks the main of a tool that torchrun may start as several processes (see ranks.py)."""
+    """Marks the main of a tool that torchrun may start as several processes (see system/process_groups.py)."""
     _FOR_SEVERAL_PROCESSES.add(main)
     return main
 

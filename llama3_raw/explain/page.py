@@ -1,6 +1,6 @@
-"""The page that goes with a prompt from its text to the next token, for explain.py.
+"""The page that python -m llama3_raw.explain writes: it goes with a prompt from its text to the next token.
 
-The words are in page_parts/page.html, the pictures in plots.py, the numbers in a trace: each is computed by the line of
+The words are in page_parts/page.html, the pictures come from tracing/plots.py. Each number is computed by the line of
 Python that the page shows with it. Needs the packages of the extra `explain`.
 """
 

@@ -1,4 +1,4 @@
-"""Pictures of what a trace holds, as matplotlib figures, for notebooks and for the page of explain.py.
+"""Pictures of what a trace holds, as matplotlib figures, for notebooks and for the page of llama3_raw.explain.
 
 Each takes a `Trace` with the tensors that it names. Colours are transparent where there is little to see, so that they
 do on white and, in the page, on black. Needs matplotlib: pip install -e '.[explain]'.

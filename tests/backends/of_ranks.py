@@ -1,4 +1,4 @@
-"""What test_parallel.py has each of several processes do: python of_ranks.py FOLDER RESULTS, under torchrun."""
+"""What test_tensor_parallel.py has each of several processes do: python of_ranks.py FOLDER RESULTS, under torchrun."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, Params, forward, generate
-from llama3_raw.backends import cpu as ops_cpu
+from llama3_raw.backends import cpu
 from llama3_raw.ops import Ops, no_tap
 from llama3_raw.quantization.int8 import Int8, quantize, widen
 from tests.paths import ROOT
@@ -35,15 +35,15 @@ def built_for(instruction_set: str) -> Ops:
     if not runs_here(instruction_set):
         pytest.skip(f"this processor has no {instruction_set}")
     try:
-        kernels = ops_cpu.build_kernels(instruction_set)
-    except ops_cpu.CannotBuild as reason:
+        kernels = cpu.build_kernels(instruction_set)
+    except cpu.CannotBuild as reason:
         pytest.skip(f"cannot be built here: {reason}")
     if instruction_set == "amx" and not kernels.has_tiles():
         pytest.skip("the system does not let this process use tiles")
-    return ops_cpu.make_ops(kernels)
+    return cpu.make_ops(kernels)
 
 
-@pytest.fixture(scope="module", params=list(ops_cpu.INSTRUCTION_SETS))
+@pytest.fixture(scope="module", params=list(cpu.INSTRUCTION_SETS))
 def instruction_set(request: pytest.FixtureRequest) -> str:
     """Each kind of processor that this one may be."""
     return str(request.param)
@@ -97,7 +97,7 @@ def test_a_row_has_the_same_bits_among_any_number(
     instruction_set: str, outputs: int, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By tiles, and where torch would have to widen the matrix."""
-    monkeypatch.setattr(ops_cpu, "fp32_is_faster", lambda: True)
+    monkeypatch.setattr(cpu, "fp32_is_faster", lambda: True)
     ops = built_for(instruction_set)
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(128, length, generator=generator).bfloat16()
@@ -206,7 +206,7 @@ def test_whether_fp32_is_faster(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_mkldnn)
-    assert ops_cpu.fp32_is_faster() == expected
+    assert cpu.fp32_is_faster() == expected
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
@@ -215,7 +215,7 @@ def test_prompts_together_have_the_same_bits_as_alone(
     instruction_set: str, n_heads: int, n_kv_heads: int, has_bf16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many as `max_packed` says: padded on the right, through a whole model."""
-    monkeypatch.setattr(ops_cpu, "fp32_is_faster", lambda: not has_bf16)
+    monkeypatch.setattr(cpu, "fp32_is_faster", lambda: not has_bf16)
     ops = built_for(instruction_set)
     sizes = {"dim": 128 * n_heads, "n_layers": 1, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
     params = Params.from_meta({**sizes, "vocab_size": 96, "norm_eps": 1e-5, "multiple_of": 64})
@@ -233,17 +233,17 @@ def test_prompts_together_have_the_same_bits_as_alone(
 @pytest.mark.parametrize("in_fp32", [True, False])
 def test_products_that_torch_widens(monkeypatch: pytest.MonkeyPatch, in_fp32: bool) -> None:
     """In pieces, where the processor has no instructions for bf16, and of int8: as exact, in the dtype that came in."""
-    monkeypatch.setattr(ops_cpu, "fp32_is_faster", lambda: in_fp32)
+    monkeypatch.setattr(cpu, "fp32_is_faster", lambda: in_fp32)
     monkeypatch.setattr("llama3_raw.quantization.matrix.ROWS_AT_ONCE", 32)
     generator = torch.Generator().manual_seed(12)
     x = torch.randn(2, 20, 96, generator=generator).bfloat16()
     w = torch.randn(70, 96, generator=generator).bfloat16()
     for matrix, wide in ((w, w.double()), (int8 := quantize(w), widen(int8, torch.float64))):
         exact = x.double() @ wide.T
-        y = ops_cpu.linear_by_torch(x, matrix)
+        y = cpu.linear_by_torch(x, matrix)
         assert (y.dtype, y.shape) == (torch.bfloat16, exact.shape)
         assert rms_error(y, exact) <= 1.01 * rms_error(REFERENCE.linear(x, matrix), exact)
-        assert rms_error(ops_cpu.linear_by_torch(x.float(), matrix if matrix is int8 else w.float()), exact) < 1e-4
+        assert rms_error(cpu.linear_by_torch(x.float(), matrix if matrix is int8 else w.float()), exact) < 1e-4
 
 
 @pytest.mark.parametrize("case", ["float32", "odd length", "many rows", "not contiguous", "with gradient"])
@@ -280,7 +280,7 @@ def test_attention_is_as_exact_as_the_reference(ops: Ops, shape: tuple[int, int,
         end = start + t + 1
         alone = ops.attend(q[t : t + 1], keys[:end], values[:end], start + t, no_tap)
         assert torch.equal(alone, together[t : t + 1])
-    many = ops_cpu.attend_by_torch(q, keys, values, start)
+    many = cpu.attend_by_torch(q, keys, values, start)
     assert rms_error(many, exact) <= rms_error(reference, exact)
 
 
@@ -290,7 +290,7 @@ def test_attention_of_many_tokens_in_blocks(
     monkeypatch: pytest.MonkeyPatch, in_fp32: bool, starts: tuple[int, ...] | None
 ) -> None:
     """Never more scores at once than a block's: what a mask of all of them would take is the square of the length."""
-    monkeypatch.setattr(ops_cpu, "fp32_is_faster", lambda: in_fp32)
+    monkeypatch.setattr(cpu, "fp32_is_faster", lambda: in_fp32)
     masks = []
     by_torch = torch.nn.functional.scaled_dot_product_attention
 
@@ -308,10 +308,10 @@ def test_attention_of_many_tokens_in_blocks(
         keys, values = keys[:340], values[:340]
     exact = REFERENCE.attend(q.double(), keys.double(), values.double(), start, no_tap)
     reference = REFERENCE.attend(q, keys, values, start, no_tap)
-    blocks = ops_cpu.attend_by_torch(q, keys, values, start)
+    blocks = cpu.attend_by_torch(q, keys, values, start)
     assert (blocks.dtype, blocks.shape) == (torch.bfloat16, q.shape)
     assert rms_error(blocks, exact) <= rms_error(reference, exact)
-    assert max(shape[-2] for shape in masks) == 3 * ops_cpu.QUERIES  # of the three heads that share keys
+    assert max(shape[-2] for shape in masks) == 3 * cpu.QUERIES  # of the three heads that share keys
     assert len(masks) == 3
 
 
@@ -372,7 +372,7 @@ def test_the_model_is_as_exact_as_with_the_reference(ops: Ops, smollm2: Model) -
 
 def test_generate_takes_them(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    fast = ops_cpu.fast_ops()
+    fast = cpu.fast_ops()
     counting = fast._replace(linear=lambda x, w: calls.append(x.shape) or fast.linear(x, w))
     monkeypatch.setattr("llama3_raw.backends.choose.fast_ops", lambda: counting)
     assert list(generate(tiny, [1, 2, 3], max_new_tokens=3, stop_ids=()))
@@ -410,10 +410,10 @@ def test_without_a_compiler_torch_does_it(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_kernels_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    ops_cpu.build_kernels()
+    cpu.build_kernels()
     (built,) = (tmp_path / "llama3_raw").iterdir()
     time = built.stat().st_mtime_ns
-    ops_cpu.build_kernels()
+    cpu.build_kernels()
     assert [file.stat().st_mtime_ns for file in (tmp_path / "llama3_raw").iterdir()] == [time]
 
 
@@ -422,12 +422,12 @@ def test_the_kernels_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_kernels_that_were_cut_short_are_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
     """As by a power cut. Loaded, they would be a bus error."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    ops_cpu.build_kernels()
+    cpu.build_kernels()
     (built,) = (tmp_path / "llama3_raw").iterdir()
     whole = built.read_bytes()
     built.unlink()  # its memory is in use here
     built.write_bytes(whole[:left])
-    ops_cpu.build_kernels()
+    cpu.build_kernels()
     (again,) = (tmp_path / "llama3_raw").iterdir()
     assert again.read_bytes() == whole
 
@@ -439,8 +439,8 @@ def test_a_cache_folder_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(ops_cpu.CannotBuild, match=r"\.so: cannot be written \(No space left on device\)"):
-        ops_cpu.build_kernels()
+    with pytest.raises(cpu.CannotBuild, match=r"\.so: cannot be written \(No space left on device\)"):
+        cpu.build_kernels()
 
 
 @pytest.mark.slow
@@ -460,4 +460,4 @@ def test_torch_attends_by_blocks(batch: tuple[int, ...], start: int | torch.Tens
         start = start[0]
     q, keys, values = (torch.ones(*batch, length, heads, 32) for length, heads in ((3, 4), (10, 2), (10, 2)))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        assert ops_cpu.attend_by_torch(q, keys, values, start).shape == q.shape  # raises where it cannot
+        assert cpu.attend_by_torch(q, keys, values, start).shape == q.shape  # raises where it cannot

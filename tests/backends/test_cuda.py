@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, forward
-from llama3_raw.backends import cuda as ops_cuda
+from llama3_raw.backends import cuda
 from llama3_raw.backends.cpu import attend_by_torch
 from llama3_raw.model import attend
 from llama3_raw.ops import Ops, no_tap
@@ -35,7 +35,7 @@ def error(tensor: Tensor, exact: Tensor) -> float:
 def test_few_rows_times_a_matrix(rows: int, outputs: int, length: int) -> None:
     """Whatever does not fill a block is left out of it; as near to the exact product as torch's own."""
     x, matrix = random(rows, length), random(outputs, length, seed=1)
-    y = ops_cuda.fast_linear(x, matrix)
+    y = cuda.fast_linear(x, matrix)
     exact = x.double() @ matrix.double().T
     assert y.dtype == DTYPE
     assert error(y, exact) <= 1.1 * error(REFERENCE.linear(x, matrix), exact)
@@ -45,7 +45,7 @@ def test_int8_times_few_rows() -> None:
     x, matrix = random(4, 200), random(50, 200, seed=1) * torch.rand(200).to(ON, DTYPE)
     rounded = quantize(matrix)
     exact = x.double() @ widen(rounded, torch.float64).T
-    assert error(ops_cuda.fast_linear(x, rounded), exact) <= 1.5 * error(REFERENCE.linear(x, rounded), exact)
+    assert error(cuda.fast_linear(x, rounded), exact) <= 1.5 * error(REFERENCE.linear(x, rounded), exact)
 
 
 @pytest.mark.parametrize(("most", "pieces"), [(1 << 28, 1), (2 * 200 * 2000, 2), (1, 3000)])
@@ -55,10 +55,10 @@ def test_int8_times_many_rows(monkeypatch: pytest.MonkeyPatch, most: int, pieces
     rounded, made = quantize(matrix), []
     exact = x.double() @ widen(rounded, torch.float64).T
     own = error(REFERENCE.linear(x, rounded), exact)
-    monkeypatch.setattr(ops_cuda, "WIDENED_BYTES", most)
+    monkeypatch.setattr(cuda, "WIDENED_BYTES", most)
     product = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, wide: made.append(wide.dtype) or product(x, wide))
-    y = ops_cuda.fast_linear(x, rounded)
+    y = cuda.fast_linear(x, rounded)
     assert made == [DTYPE] * pieces
     assert y.dtype == DTYPE
     assert error(y, exact) <= 1.5 * own
@@ -68,20 +68,18 @@ def test_the_bits_of_a_row_do_not_depend_on_the_others() -> None:
     """So that prompt lookup gives the same tokens as without."""
     x, matrix = random(16, 300), random(40, 300, seed=1)
     for weight in (matrix, quantize(matrix)):
-        together = ops_cuda.fast_linear(x, weight)
-        alone = torch.cat([ops_cuda.fast_linear(row, weight) for row in x.split(1)])
+        together = cuda.fast_linear(x, weight)
+        alone = torch.cat([cuda.fast_linear(row, weight) for row in x.split(1)])
         assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize("rows", [17, 0])
 def test_other_products_are_torchs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops_cuda, "linear_few", None)
+    monkeypatch.setattr(cuda, "linear_few", None)
     x, matrix = random(rows, 32), random(8, 32, seed=1)
-    assert torch.equal(ops_cuda.fast_linear(x, matrix), REFERENCE.linear(x, matrix))
-    assert torch.equal(
-        ops_cuda.fast_linear(x[:1].float(), matrix.float()), REFERENCE.linear(x[:1].float(), matrix.float())
-    )
-    assert ops_cuda.fast_linear(x, Int8(*quantize(matrix))).shape == (rows, 8)
+    assert torch.equal(cuda.fast_linear(x, matrix), REFERENCE.linear(x, matrix))
+    assert torch.equal(cuda.fast_linear(x[:1].float(), matrix.float()), REFERENCE.linear(x[:1].float(), matrix.float()))
+    assert cuda.fast_linear(x, Int8(*quantize(matrix))).shape == (rows, 8)
 
 
 @pytest.mark.slow
@@ -97,9 +95,9 @@ def test_few_tokens_attend(n_tokens: int, n_heads: int, n_kv_heads: int, start: 
     exact = attend(q.double(), keys[:end].double(), values[:end].double(), start, no_tap)
     own = attend(q, keys[:end], values[:end], start, no_tap)
     keys[end:] = values[end:] = torch.nan
-    fast = ops_cuda.attend(q, keys, values, torch.tensor(start, device=ON), no_tap)
+    fast = cuda.attend(q, keys, values, torch.tensor(start, device=ON), no_tap)
     assert error(fast, exact) <= 1.5 * error(own, exact)
-    assert torch.equal(ops_cuda.attend(q, keys[:end], values[:end], start, no_tap), fast)
+    assert torch.equal(cuda.attend(q, keys[:end], values[:end], start, no_tap), fast)
 
 
 def test_rows_of_a_batch_attend_each_from_its_own_start() -> None:
@@ -107,7 +105,7 @@ def test_rows_of_a_batch_attend_each_from_its_own_start() -> None:
     starts = torch.tensor([4, 77], device=ON)
     exact = attend(q.double(), keys.double(), values.double(), starts, no_tap)
     own = attend(q, keys, values, starts, no_tap)
-    assert error(ops_cuda.attend(q, keys, values, starts, no_tap), exact) <= 1.5 * error(own, exact)
+    assert error(cuda.attend(q, keys, values, starts, no_tap), exact) <= 1.5 * error(own, exact)
 
 
 @pytest.mark.parametrize("n_keys", [40, 100])
@@ -118,12 +116,12 @@ def test_a_prompt_attends(
 ) -> None:
     """A whole prompt, and the second piece of one; by flash attention's call, which torch carries out here too."""
     by_blocks: list[int] = []
-    monkeypatch.setattr(ops_cuda, "can_use_flash_attention", lambda _: has_flash)
-    monkeypatch.setattr(ops_cuda, "attend_by_torch", lambda *all_of: by_blocks.append(1) or attend_by_torch(*all_of))
+    monkeypatch.setattr(cuda, "can_use_flash_attention", lambda _: has_flash)
+    monkeypatch.setattr(cuda, "attend_by_torch", lambda *all_of: by_blocks.append(1) or attend_by_torch(*all_of))
     q = random(*batch, 40, 8, 64).float()
     keys, values = random(*batch, n_keys, 2, 64, seed=1).float(), random(*batch, n_keys, 2, 64, seed=2).float()
     expected = attend(q, keys, values, n_keys - 40, no_tap)
-    torch.testing.assert_close(ops_cuda.attend(q, keys, values, n_keys - 40, no_tap), expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(cuda.attend(q, keys, values, n_keys - 40, no_tap), expected, atol=2e-6, rtol=0)
     assert len(by_blocks) == (0 if has_flash else 1)
 
 
@@ -149,7 +147,7 @@ def test_the_whole_pass(tiny: Model) -> None:
         return torch.cat((few, more, one))
 
     exact = logits(exact_model, REFERENCE)
-    assert error(logits(model, ops_cuda.cuda_ops()), exact) <= 1.5 * error(logits(model, REFERENCE), exact)
+    assert error(logits(model, cuda.cuda_ops()), exact) <= 1.5 * error(logits(model, REFERENCE), exact)
 
 
 COMPILED = """

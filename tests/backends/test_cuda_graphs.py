@@ -21,7 +21,7 @@ import llama3_raw
 import llama3_raw.__main__ as main_module
 import llama3_raw.chat.__main__ as chat_module
 from llama3_raw import REFERENCE, KVCache, Model, forward, generate
-from llama3_raw.backends import cuda as ops_cuda
+from llama3_raw.backends import cuda
 from llama3_raw.backends import cuda_graphs as captured
 from llama3_raw.backends.choose import suitable_ops
 from llama3_raw.backends.cuda_graphs import CudaGraphs
@@ -235,7 +235,7 @@ def test_the_pass_compiles_whole_and_once(model: Model, ids: list[int], dtype: t
     if dtype == torch.float16 and torch.cuda.is_available():
         pytest.skip("the kernels are compiled for the GPU, and cannot be interpreted here")
     torch._dynamo.reset()
-    ops = REFERENCE if dtype == torch.float32 else ops_cuda.cuda_ops()
+    ops = REFERENCE if dtype == torch.float32 else cuda.cuda_ops()
     small = Model(
         # the interpreter takes seconds for a large vocabulary
         cast(model.weights._replace(layers=model.weights.layers[:1], output=dense(model.weights.output)[:256]), dtype),

@@ -34,7 +34,7 @@ MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 @contextmanager
 def plain_mover(device: torch.device, largest: int) -> Iterator[Callable[[Tensor, torch.dtype | None], Tensor]]:
-    """`transfer.mover` without the pinned memory, which only a true GPU has."""
+    """`staging.mover` without the pinned memory, which only a true GPU has."""
     yield lambda tensor, dtype: tensor.to(device, dtype=dtype)
 
 

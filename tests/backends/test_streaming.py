@@ -19,7 +19,7 @@ import torch
 import llama3_raw
 from llama3_raw import REFERENCE, KVCache, Model, UserError, forward, generate
 from llama3_raw.__main__ import main
-from llama3_raw.backends import streaming as read_ahead
+from llama3_raw.backends import streaming
 from llama3_raw.backends.cpu import fast_ops
 from llama3_raw.backends.streaming import least_memory
 from llama3_raw.bench.synthetic import SYNTHETIC, make_synthetic
@@ -102,7 +102,7 @@ def test_the_same_bits_in_less_memory(folder: Path, model: Model, ops: str, shar
     exact = logits_of(llama3_raw.load(folder), plain)
     sizes: list[int] = []
     max_bytes = int((1 - share) * least_memory(model.weights) + share * 70e6)
-    frugal = read_ahead.read_ahead(watched(plain, lambda: sizes.append(resident(folder))), model.weights, max_bytes)
+    frugal = streaming.read_ahead(watched(plain, lambda: sizes.append(resident(folder))), model.weights, max_bytes)
     assert torch.equal(logits_of(model, frugal), exact)
     assert 0.8 * max_bytes < max(sizes) <= max_bytes + EDGES
 
@@ -110,8 +110,8 @@ def test_the_same_bits_in_less_memory(folder: Path, model: Model, ops: str, shar
 def test_nothing_is_read_twice_in_a_pass(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reader goes in the order of the forward pass, and at the end from the last matrix to the first."""
     read = []
-    monkeypatch.setattr(read_ahead, "read_pages", lambda matrix: read.append(matrix))
-    logits_of(model, read_ahead.read_ahead(REFERENCE, model.weights, 40_000_000))
+    monkeypatch.setattr(streaming, "read_pages", lambda matrix: read.append(matrix))
+    logits_of(model, streaming.read_ahead(REFERENCE, model.weights, 40_000_000))
     n_matrices = 3 * 7 + 1
     assert len(set(read)) == n_matrices
     assert read == (4 * read[:n_matrices])[: len(read)]
@@ -123,7 +123,7 @@ def test_what_was_written_into_a_weight_stays(folder: Path, model: Model) -> Non
         weights.layers[0].w1.mul_(2)
         dense(weights.layers[2].wq)[7] = 1.0
         weights.tok_embeddings[200] = 0.5
-    frugal = read_ahead.read_ahead(REFERENCE, model.weights, least_memory(model.weights))
+    frugal = streaming.read_ahead(REFERENCE, model.weights, least_memory(model.weights))
     logits = logits_of(model, frugal)
     assert torch.equal(logits, logits_of(other, REFERENCE))
     assert not torch.equal(logits, logits_of(llama3_raw.load(folder), REFERENCE))
@@ -132,7 +132,7 @@ def test_what_was_written_into_a_weight_stays(folder: Path, model: Model) -> Non
 def test_after_a_pass_that_was_broken_off(folder: Path, model: Model) -> None:
     max_bytes = least_memory(model.weights)
     sizes: list[int] = []
-    frugal = read_ahead.read_ahead(watched(REFERENCE, lambda: sizes.append(resident(folder))), model.weights, max_bytes)
+    frugal = streaming.read_ahead(watched(REFERENCE, lambda: sizes.append(resident(folder))), model.weights, max_bytes)
 
     def stop(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name == "layers.1.feed_forward.gate":
@@ -148,20 +148,20 @@ def test_after_a_pass_that_was_broken_off(folder: Path, model: Model) -> None:
 
 def test_nothing_happens_where_all_fits(model: Model) -> None:
     ops = fast_ops()
-    assert read_ahead.read_ahead(ops, model.weights, 80_000_000) is ops
+    assert streaming.read_ahead(ops, model.weights, 80_000_000) is ops
 
 
 def test_what_cannot_be_read_ahead(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     least = least_memory(model.weights)
     with pytest.raises(UserError, match=f"{least:,} are the least"):
-        read_ahead.read_ahead(REFERENCE, model.weights, least - 1)
+        streaming.read_ahead(REFERENCE, model.weights, least - 1)
     layers = list(model.weights.layers)
     layers[2] = layers[2]._replace(w3=layers[2].w3.clone())
     with pytest.raises(UserError, match=r"layers\.2\.w3 is no window into a file"):
-        read_ahead.read_ahead(REFERENCE, model.weights._replace(layers=tuple(layers)), least)
-    monkeypatch.setattr(read_ahead, "POPULATE_READ", 9999)  # as a system that does not know it
+        streaming.read_ahead(REFERENCE, model.weights._replace(layers=tuple(layers)), least)
+    monkeypatch.setattr(streaming, "POPULATE_READ", 9999)  # as a system that does not know it
     with pytest.raises(UserError, match=r"takes Linux 5\.14 or newer .*Invalid argument"):
-        read_ahead.read_ahead(REFERENCE, model.weights, least)
+        streaming.read_ahead(REFERENCE, model.weights, least)
 
 
 @pytest.mark.parametrize(

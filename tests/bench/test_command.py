@@ -20,10 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llama3_raw
 from llama3_raw import Model, Params, UserError
 from llama3_raw.bench import __main__ as bench
-from llama3_raw.bench import baselines as peers
-from llama3_raw.bench import engines
+from llama3_raw.bench import baselines, engines, roofline
 from llama3_raw.bench import measure as measuring
-from llama3_raw.bench import roofline as limits
 from llama3_raw.bench.__main__ import build_parser, main
 from llama3_raw.bench.baselines import (
     CompiledTransformers,
@@ -85,7 +83,7 @@ class Clock:
 @pytest.fixture
 def no_llama_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were none on the PATH."""
-    monkeypatch.setattr(peers, "shutil", SimpleNamespace(which=lambda _: None))
+    monkeypatch.setattr(baselines, "shutil", SimpleNamespace(which=lambda _: None))
 
 
 def output_of(capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
@@ -224,7 +222,7 @@ def test_compiled_transformers_is_the_same_model(monkeypatch: pytest.MonkeyPatch
         during.append(compiled.number() - before)
         return float(len(during))
 
-    monkeypatch.setattr(peers, "seconds_of", timed)
+    monkeypatch.setattr(baselines, "seconds_of", timed)
     assert peer.decode(5, 1) == 4.0  # after three times
     assert during == [1, 0, 0, 0]
     assert peer.prefill(5) == 5.0
@@ -293,7 +291,7 @@ def test_int8_beside_the_stored_weights(
     """The peers get the weights as they are stored; without int8 there is nothing to compare."""
     weights = []
     monkeypatch.setattr(
-        peers, "Own", lambda model, longest, name, version: weights.append(model.weights) or Clock(name)
+        baselines, "Own", lambda model, longest, name, version: weights.append(model.weights) or Clock(name)
     )
     extra = ["--quantize", "int8"] if quantized else []
     assert main([*QUICK, "--vs", "stored", *extra]) == (0 if quantized else 2)
@@ -364,12 +362,12 @@ def test_peers_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch) -> None
     chosen = choose_model(build_parser().parse_args(QUICK), needs_tokenizer=False)
     lengths = Lengths(prompt=17, text=22, least=2)
     plan = Plan(chosen.checkpoint, chosen.device, None, lengths)
-    enough = peers.memory_together(plan, ["llama.cpp"])
-    monkeypatch.setattr(peers, "free_memory", lambda _: enough * 10 // 9 + 2)
-    peers.check_peers(chosen, lengths, ["llama.cpp"])
-    monkeypatch.setattr(peers, "free_memory", lambda _: enough)
+    enough = baselines.memory_together(plan, ["llama.cpp"])
+    monkeypatch.setattr(baselines, "free_memory", lambda _: enough * 10 // 9 + 2)
+    baselines.check_peers(chosen, lengths, ["llama.cpp"])
+    monkeypatch.setattr(baselines, "free_memory", lambda _: enough)
     with pytest.raises(UserError, match=r"--vs llama.cpp: .* push the other's weights out; --layers 3 fits"):
-        peers.check_peers(chosen, lengths, ["llama.cpp"])
+        baselines.check_peers(chosen, lengths, ["llama.cpp"])
 
 
 def test_what_is_offered_where_it_does_not_fit_is_an_option_here(
@@ -425,8 +423,8 @@ def test_what_is_measured_on_the_cpu_and_on_a_gpu(tiny: Model) -> None:
 
 def test_speeds_are_those_of_the_work_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes read and bytes written, a product and a sum for each pair of numbers; all of it is done, ten times."""
-    monkeypatch.setattr(limits, "BUFFER", 1000)
-    monkeypatch.setattr(limits, "WIDTH", 16)
+    monkeypatch.setattr(roofline, "BUFFER", 1000)
+    monkeypatch.setattr(roofline, "WIDTH", 16)
     copied, multiplied = [], []
 
     class Counting(TorchDispatchMode):
@@ -442,7 +440,7 @@ def test_speeds_are_those_of_the_work_that_is_done(monkeypatch: pytest.MonkeyPat
             work()
         return 2.0
 
-    monkeypatch.setattr(limits, "seconds_of", timed)
+    monkeypatch.setattr(roofline, "seconds_of", timed)
     cpu = torch.device("cpu")
     assert copy_speed(cpu) == sum(copied) / 2.0 > 0
     assert multiply_speed(cpu, torch.bfloat16) == sum(multiplied) / 2.0 > 0
@@ -498,7 +496,7 @@ def test_decoding_on_a_gpu_is_timed_from_the_third_pass_on(
 def test_peers_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Both kinds of transformers, our own on the weights before they are rounded, and no other."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(peers, "free_memory", lambda device: 10**10)
+    monkeypatch.setattr(baselines, "free_memory", lambda device: 10**10)
     arguments = [*QUICK, "--device", "cuda"]
     chosen = choose_model(build_parser().parse_args(arguments), needs_tokenizer=False)
     check_peers(chosen, Lengths(17, 22, 22), ["transformers", "transformers-compiled"])

@@ -16,9 +16,8 @@ import torch
 
 import llama3_raw
 from llama3_raw import UserError
-from llama3_raw.bench import baselines as peers
+from llama3_raw.bench import baselines, synthetic
 from llama3_raw.bench import measure as measuring
-from llama3_raw.bench import synthetic
 from llama3_raw.bench.__main__ import main
 from llama3_raw.bench.engines import Own
 from llama3_raw.bench.synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint
@@ -140,7 +139,7 @@ def test_int8_beside_the_same_weights_in_bf16(
         models.append(model)
         return own(model, *arguments, **options)
 
-    monkeypatch.setattr(peers, "Own", watched)
+    monkeypatch.setattr(baselines, "Own", watched)
     monkeypatch.setattr(measuring, "Own", watched)
     arguments = ["--device", "cpu", "--prefill", "5", "--rounds", "1", "--seed", "3"]
     assert main(["--make-synthetic", "small", *arguments, "--quantize", "int8", "--vs", "stored"]) == 0

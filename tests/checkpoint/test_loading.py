@@ -1,4 +1,4 @@
-"""Loading: what is mapped and what is copied, in every format. (What is refused: test_world.py)"""
+"""Loading: what is mapped and what is copied, in every format. (What is refused: test_refusals.py)"""
 
 from __future__ import annotations
 

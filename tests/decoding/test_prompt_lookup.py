@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llama3_raw import KVCache, Model, Params, UserError
 from llama3_raw import __main__ as command
-from llama3_raw.backends import cpu as ops_cpu
+from llama3_raw.backends import cpu
 from llama3_raw.chat import conversation
 from llama3_raw.chat.conversation import Conversation
 from llama3_raw.decoding.loop import StopReason, generate
@@ -39,8 +39,8 @@ class Eager(LookupPolicy):
 @pytest.fixture(autouse=True)
 def _kernels() -> None:
     try:
-        ops_cpu.build_kernels()
-    except ops_cpu.CannotBuild as reason:
+        cpu.build_kernels()
+    except cpu.CannotBuild as reason:
         pytest.skip(f"without the kernels tokens may differ by rounding: {reason}")
 
 

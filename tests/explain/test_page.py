@@ -1,4 +1,4 @@
-"""The page of explain.py: every number on it against a pass of its own, and the page in a real browser."""
+"""The page of llama3_raw.explain: every number on it against a pass of its own, and the page in a real browser."""
 
 from __future__ import annotations
 
