@@ -1,0 +1,1 @@
+"""Files and `Weights`: what a folder holds, mapped, checked, split, loaded and written."""

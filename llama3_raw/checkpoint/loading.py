@@ -67,7 +67,7 @@ def load(  # noqa: PLR0913  # what a caller may set
         first forward pass uses them.
     gpu_layers: with a CUDA device, for a model that is larger than its memory: the matrices of only the first so many
         layers go there, those of the others stay on the CPU (see `goes_to_gpu`). `generate` finds the operations for
-        that; `forward` and `trace` are to be given `backends.choose.ops_for(weights)`. None: all of the model goes there.
+        that; `forward` and `trace` are to be given `backends.choose.ops_for(weights)`. None: all layers go there.
     shard: the part that one of several processes is to hold, of which alone the bytes are read; the params stay those
         of the whole model. The operations are to be those of `backends.tensor_parallel.parallel_ops`.
 

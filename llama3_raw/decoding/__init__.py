@@ -1,0 +1,1 @@
+"""One decoding loop, for one text and for several; sampling, and drafts."""

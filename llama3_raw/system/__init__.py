@@ -1,0 +1,1 @@
+"""The machine: files, memory, processors, processes. It knows nothing of models."""
