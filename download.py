@@ -1,4 +1,4 @@
-"""python download.py: fetches the files of a model into weights/; the same as python -m llama3_raw.download."""
+"""Download a model into weights/; the same as python -m llama3_raw.download."""
 
 import sys
 

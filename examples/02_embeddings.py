@@ -1,8 +1,8 @@
-"""02: what does a token id become?
+"""02: token embeddings, rows of a learned table.
 
-The question: an id is a mere name, token 998 is no more than token 3, so what does the model compute with? The idea:
-every id owns a row of a table, learned like all other weights; to look a token up is to take its row. What to look at:
-the ways to write that, all the same to the last bit, and which rows lie near each other.
+The question: an id is only a name (token 998 is not more than token 3), so what does the model compute with? The idea:
+every id has a row in a table, which is learned like all other weights; an embedding is a lookup of that row. What to
+look at: several ways to write the lookup, all bit-identical, and which rows are similar.
 
     python examples/02_embeddings.py
 """
@@ -34,32 +34,32 @@ by_function = F.embedding(tokens, table)  # [T, dim]
 show("F.embedding(tokens, table)", by_function)
 
 embedded = trace(model, tokens.tolist(), "tok_embeddings")["tok_embeddings"]  # [T, dim]
-show("the engine's tok_embeddings", embedded)
+show("llama3_raw's tok_embeddings", embedded)
 assert torch.equal(by_index, by_product)
 assert torch.equal(by_index, by_function)
 assert torch.equal(by_index, embedded)
-print("the three and the engine's are equal to the last bit; to multiply with one 1 among 0s picks a row too,")
-print("at vocab_size times the work")
+print("all three are bit-identical to llama3_raw's; multiplying by a one-hot row also selects a row,")
+print("with vocab_size times the work")
 
-title("An embedding layer is a linear layer without its arithmetic")
+title("An embedding layer is a linear layer on one-hot rows, without the arithmetic")
 layer = torch.nn.Embedding.from_pretrained(table)
 linear = torch.nn.Linear(table.shape[0], table.shape[1], bias=False)
-linear.weight = torch.nn.Parameter(table.T)  # Linear keeps its matrix transposed, and multiplies by the transpose
+linear.weight = torch.nn.Parameter(table.T)  # Linear stores [out, in] and multiplies by the transpose
 assert torch.equal(layer(tokens), by_index)
 assert torch.equal(linear(one_hot), by_index)
-print("torch.nn.Embedding on ids and torch.nn.Linear on one-hot rows give the same rows again")
+print("torch.nn.Embedding on ids and torch.nn.Linear on one-hot rows give the same rows")
 
-title("The same token has the same row wherever it stands: order comes later (lesson 04)")
+title("A token has the same row at every position: positions come later (lesson 04)")
 twice = torch.tensor(tokenizer.encode(" red red", bos=False))
 assert torch.equal(table[twice][0], table[twice][1])
 show("' red red'", table[twice])
 
-title("Tokens that are used alike have rows that lie near each other (by the angle between them)")
-ranks = table[: tokenizer.n_words - len(tokenizer.special_tokens)]  # most special tokens never came in training
-lengths = ranks.norm(dim=-1)  # [ranks]
+title("Tokens used in similar ways have similar rows (by cosine similarity)")
+rows = table[: tokenizer.n_words - len(tokenizer.special_tokens)]  # most special tokens never occur in training
+norms = rows.norm(dim=-1)  # [n]
 for word in (" red", " girl", " mom", " happy"):
     (token,) = tokenizer.encode(word)
-    likeness = ranks @ ranks[token] / (lengths * lengths[token])  # [ranks]: the cosine of the angle to each row
-    nearest = likeness.topk(6).indices.tolist()
-    assert nearest[0] == token  # nothing is nearer to it than itself
-    print(f"  {word!r:<10} {'  '.join(f'{tokenizer.decode([near])!r} {likeness[near]:.2f}' for near in nearest[1:])}")
+    similarity = rows @ rows[token] / (norms * norms[token])  # [n]: the cosine of the angle to each row
+    nearest = similarity.topk(6).indices.tolist()
+    assert nearest[0] == token  # no row is nearer than its own
+    print(f"  {word!r:<10} {'  '.join(f'{tokenizer.decode([near])!r} {similarity[near]:.2f}' for near in nearest[1:])}")

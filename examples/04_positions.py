@@ -1,9 +1,9 @@
-"""04: how does a model know the order of words?
+"""04: positions: learned, sinusoidal, relative, and RoPE.
 
-The question: attention adds up what it finds, and a sum does not depend on order, so how are "dog bites man" and "man
-bites dog" told apart? The idea: mark every token with its place; Llama turns queries and keys by an angle that grows
-with the position. What to look at: the four ways in turn, and that after the turn a score depends on the distance
-alone.
+The question: attention computes a sum, which does not depend on order, so how can it distinguish "dog bites man" from
+"man bites dog"? The idea: encode the position of every token; Llama rotates queries and keys by an angle that grows
+with the position. What to look at: four ways to do this, and how a score depends only on the distance after the
+rotation.
 
     python examples/04_positions.py --picture positions.png
 """
@@ -24,7 +24,7 @@ params, layer = model.params, model.weights.layers[0]
 generator = torch.Generator().manual_seed(0)
 by_head = (-1, params.head_dim)
 
-title("Without positions, a layer's attention cannot tell orders apart")
+title("Without positions, the attention of a layer does not depend on the order")
 one_order = tokenizer.encode("The dog saw the cat", bos=True)
 other_order = [*reversed(one_order[:-1]), one_order[-1]]  # the same tokens before the same last one
 print(f"  {tokenizer.decode(one_order)!r}")
@@ -32,44 +32,43 @@ print(f"  {tokenizer.decode(other_order)!r}")
 
 
 def embed(ids: list[int]) -> torch.Tensor:
-    """[T] -> [T, dim] fp32, so that rounding is small beside what is shown."""
+    """[T] -> [T, dim] fp32, so that rounding is small compared with the differences shown."""
     rows: torch.Tensor = model.weights.tok_embeddings[torch.tensor(ids)]
     return rows.float()
 
 
-def last_row_of_attention(x: torch.Tensor, turned: bool = False) -> torch.Tensor:
-    """[T, dim] -> [n_heads, head_dim]: what layer 0's heads gather for the last token, with or without RoPE."""
+def last_row_of_attention(x: torch.Tensor, rotated: bool = False) -> torch.Tensor:
+    """[T, dim] -> [n_heads, head_dim]: the output of layer 0's heads for the last token, with or without RoPE."""
     normed = rms_norm(x, layer.attention_norm.float(), params.norm_eps)
     q, k, v = ((normed @ w.float().T).unflatten(-1, by_head) for w in (layer.wq, layer.wk, layer.wv))  # [T, heads, …]
-    if turned:
+    if rotated:
         rotation = rope_rotation(token_positions(0, len(x), x.device), params)
         q, k = rope(q, *rotation), rope(k, *rotation)
     return attend(q, k, v, 0, no_tap)[-1]
 
 
-def difference(add: torch.Tensor | None = None, turned: bool = False) -> float:
-    """How far the last token's attention differs between the two orders, relative to its size. add: [T, dim]."""
+def difference(add: torch.Tensor | None = None, rotated: bool = False) -> float:
+    """Return the relative difference in the last token's attention between the two orders. add: [T, dim]."""
     added = 0 if add is None else add
-    one, other = (last_row_of_attention(embed(ids) + added, turned) for ids in (one_order, other_order))
+    one, other = (last_row_of_attention(embed(ids) + added, rotated) for ids in (one_order, other_order))
     return float((one - other).norm() / one.norm())
 
 
 without = difference()
-print(f"the last token's attention differs by {without:.1e}: by rounding alone")
-print(
-    "(a second layer could, dimly: under the mask, the rows it reads have seen different beginnings; Haviv et al. 2022)"
-)
+print(f"the last token's attention differs by {without:.1e}, which is rounding")
+print("(a second layer can see some of the order: with the causal mask, its input rows depend on different")
+print("beginnings; Haviv et al. 2022)")
 assert without < 1e-5
 
 title("1. Learned absolute positions: a second table, one row per position (GPT-2)")
 max_seq_len = 64
-size = embed(one_order).std()  # positions as large as the embeddings themselves
+size = embed(one_order).std()  # makes the positions as large as the embeddings
 learned = torch.randn(max_seq_len, params.dim, generator=generator) * size  # untrained here
 show("position table", learned)
 show("tokens + positions", embed(one_order) + learned[: len(one_order)])
-told_apart = difference(add=learned[: len(one_order)])
-print(f"now the two orders differ by {told_apart:.2f}; but there is no row {max_seq_len}")
-assert told_apart > 0.01
+with_learned = difference(add=learned[: len(one_order)])
+print(f"now the two orders differ by {with_learned:.2f}; but the table has no row {max_seq_len}")
+assert with_learned > 0.01
 
 title("2. Sinusoidal positions: the table is computed, for any position (Vaswani et al. 2017, section 3.5)")
 positions = torch.arange(max_seq_len)  # [max_seq_len]
@@ -82,34 +81,34 @@ print(f"the two orders differ by {difference(add=scaled):.2f}")
 assert difference(add=scaled) > 0.01
 
 title("3. Relative positions: a number for each distance, added to the scores (T5; Raffel et al. 2020)")
-# Shaw et al. (2018), who came first, add a learned vector for each distance to the keys; T5 has numbers, for each head
+# Shaw et al. (2018), who came first, add a learned vector per distance to the keys; T5 has one number per head
 length = len(one_order)
-distance = torch.arange(length)[:, None] - torch.arange(length)  # [T, T]: how far back each key lies
+distance = torch.arange(length)[:, None] - torch.arange(length)  # [T, T]: how far back each key is
 by_distance = torch.randn(max_seq_len, generator=generator)  # learned in a real model
 bias = by_distance[distance.clamp(min=0)]  # [T, T]
 show("distance", distance)
 show("bias of the last token", bias[-1])
-assert torch.equal(bias.diagonal(-1), by_distance[1].expand(length - 1))  # all neighbours share one number
-print("the same number along each diagonal: what counts is how far back a token lies, not where it stands")
+assert torch.equal(bias.diagonal(-1), by_distance[1].expand(length - 1))  # all adjacent tokens share one number
+print("the same number along each diagonal: only the distance between two tokens matters, not their positions")
 
 
-def gathered(ids: list[int]) -> torch.Tensor:
-    """[T] -> [head_dim]: what head 0 gathers for the last token, the bias added to its scores."""
+def head_output(ids: list[int]) -> torch.Tensor:
+    """[T] -> [head_dim]: the output of head 0 for the last token, with the bias added to its scores."""
     normed = rms_norm(embed(ids), layer.attention_norm.float(), params.norm_eps)
     q, k, v = (normed @ w[: params.head_dim].float().T for w in (layer.wq, layer.wk, layer.wv))  # [T, head_dim]
-    shares = (q[-1] @ k.T / params.head_dim**0.5 + bias[-1]).softmax(-1)  # [T]
-    return torch.matmul(shares, v)
+    probs = (q[-1] @ k.T / params.head_dim**0.5 + bias[-1]).softmax(-1)  # [T]
+    return torch.matmul(probs, v)
 
 
-one, other = gathered(one_order), gathered(other_order)
+one, other = head_output(one_order), head_output(other_order)
 print(f"the two orders differ by {(one - other).norm() / one.norm():.2f}")
 assert (one - other).norm() > 0.01 * one.norm()
 
-title("4. RoPE: each two neighbouring values are a point in a plane, turned by position × frequency (Su et al. 2021)")
+title("4. RoPE: each pair of values is a point in the plane, rotated by position × frequency (Su et al. 2021)")
 pair_frequencies = rope_frequencies(params, torch.device("cpu"))  # [head_dim/2], in radians per position
 show("frequencies", pair_frequencies)
-turn = 2 * torch.pi / pair_frequencies
-print(f"the first pair turns once in {turn[0]:.1f} tokens, the last in {turn[-1]:,.0f}")
+full_turn = 2 * torch.pi / pair_frequencies  # [head_dim/2], in positions
+print(f"a full turn of the first pair takes {full_turn[0]:.1f} tokens, of the last {full_turn[-1]:,.0f}")
 
 positions = token_positions(0, length, torch.device("cpu"))  # [T]
 angles = positions[:, None] * pair_frequencies  # [T, head_dim/2]
@@ -119,36 +118,37 @@ show("q", q)
 pairs = q.unflatten(-1, (-1, 2))  # [T, n_heads, head_dim/2, 2]
 show("q in pairs", pairs)
 
-turns = torch.polar(torch.ones_like(angles), angles)  # [T, head_dim/2] complex: points on the unit circle
-show("turns, as angles", turns.angle())
-complex_form = torch.view_as_real(torch.view_as_complex(pairs) * turns[:, None]).flatten(-2)  # [T, n_heads, head_dim]
-real_form = rope(q, *rope_rotation(positions, params))  # the engine's, from cos and sin
-show("turned q", real_form)
-if params.head_dim % 16 == 0:  # as rope() says; every Llama is so
+rotations = torch.polar(torch.ones_like(angles), angles)  # [T, head_dim/2] complex: points on the unit circle
+show("rotations, as angles", rotations.angle())
+rotated_pairs = torch.view_as_complex(pairs) * rotations[:, None]  # [T, n_heads, head_dim/2] complex
+complex_form = torch.view_as_real(rotated_pairs).flatten(-2)  # [T, n_heads, head_dim]
+real_form = rope(q, *rope_rotation(positions, params))  # llama3_raw's, from cos and sin
+show("rotated q", real_form)
+if params.head_dim % 16 == 0:  # true for every Llama; see rope()
     assert torch.equal(complex_form, real_form)
-    print("Meta's complex product and the engine's cos and sin give the same bits; a position costs no parameter")
-assert torch.equal(real_form[0], q[0])  # position 0 is not turned
-assert torch.allclose(real_form.norm(dim=-1), q.norm(dim=-1))  # a turn changes no length
+    print("Meta's complex product and llama3_raw's cos and sin give the same bits; RoPE has no parameters")
+assert torch.equal(real_form[0], q[0])  # position 0 is not rotated
+assert torch.allclose(real_form.norm(dim=-1), q.norm(dim=-1))  # a rotation preserves lengths
 
-title("After RoPE, a score depends on the distance alone")
+title("After RoPE, a score depends only on the distance")
 query, key = torch.randn(2, 1, 1, params.head_dim, generator=generator)  # each [T = 1, heads = 1, head_dim]
 print(f"  {'query at':>10} {'key at':>8}   score")
 scores = []
 for query_at, key_at in ((3, 0), (13, 10), (203, 200), (13, 3)):
-    turned_query = rope(query, *rope_rotation(torch.tensor([query_at]), params))
-    turned_key = rope(key, *rope_rotation(torch.tensor([key_at]), params))
-    scores.append(float((turned_query * turned_key).sum()))
+    rotated_query = rope(query, *rope_rotation(torch.tensor([query_at]), params))
+    rotated_key = rope(key, *rope_rotation(torch.tensor([key_at]), params))
+    scores.append(float((rotated_query * rotated_key).sum()))
     print(f"  {query_at:10} {key_at:8}   {scores[-1]:.5f}")
-assert max(abs(scores[0] - score) for score in scores[1:3]) < 1e-3  # of angles near 200 radians fp32 keeps 5 decimals
+assert max(abs(scores[0] - score) for score in scores[1:3]) < 1e-3  # fp32 has about 5 decimals near 200 radians
 assert abs(scores[0] - scores[3]) > 0.01
 
-title("And the two orders are told apart, by the engine's own attention")
-print(f"the last token's attention differs by {difference(turned=True):.2f}")
-assert difference(turned=True) > 0.01
+title("With RoPE, llama3_raw's attention distinguishes the two orders")
+print(f"the last token's attention differs by {difference(rotated=True):.2f}")
+assert difference(rotated=True) > 0.01
 
 
 def draw() -> Figure:
-    """A query of the last token, before and after its turn, in four of its pairs."""
+    """Return a plot of four pairs of the last token's query, before and after their rotation."""
     return plots.rope_turns(trace(model, one_order, "layers.0.attention.q*"), params, layer=0, head=0)
 
 

@@ -1,11 +1,11 @@
-"""05: how does a token take in what stands before it?
+"""05: attention, from a weighted mean to grouped-query heads.
 
-The question: "it" alone means nothing, so how does the row of a token come to hold what other tokens say? The idea:
-each token asks (a query), it and all before it answer as far as their keys fit, and the answers (values) are added up
-by that share. What to look at: four steps, each a few lines longer than the last.
+The question: "it" alone means nothing, so how does a token's row get information from other tokens?
+The idea: each token has a query; every token up to it has a key, and the better the key matches, the more of that
+token's value is added. What to look at: four steps, each a few lines longer than the one before.
 
-What came before: a recurrent encoder read a whole sentence into one hidden state, and its decoder had to write from
-that state alone; attention lets every word be looked at again (Bahdanau et al. 2014).
+Before attention, a recurrent encoder compressed a whole sentence into one hidden state, and the decoder had only that;
+with attention the decoder can look at every word again (Bahdanau et al. 2014).
 
     python examples/05_attention.py --picture attention.png
 """
@@ -32,7 +32,7 @@ x = model.weights.tok_embeddings[torch.tensor(ids)]  # [T, dim]
 x = rms_norm(x, layer.attention_norm, params.norm_eps)  # [T, dim] (lesson 06)
 show("x", x)
 
-title("1. Plain attention: look at what is like you")
+title("1. Plain attention: each token attends to similar tokens")
 scores = x @ x.T  # [T, T]: the dot product of each pair of tokens
 show("scores = x @ x.T", scores)
 probs = scores.float().softmax(dim=-1)  # [T, T]: each row sums to 1
@@ -46,12 +46,12 @@ for i in range(length):
 assert torch.allclose(context, by_loop, rtol=1e-4, atol=1e-5)
 assert torch.allclose(probs.sum(dim=-1), torch.ones(length))
 assert torch.equal(probs.argmax(-1), torch.arange(length))
-print("a weighted mean of all rows; but each token is most like itself, and nothing here can be learned")
+print("a weighted mean of all rows; but each token is most similar to itself, and nothing here is learned")
 
-title("2. Trainable: a token asks with one matrix, answers with two others")
-seen = trace(model, ids, "layers.0.attention*")  # the engine's, to compare with
+title("2. Trainable: one matrix for queries, one for keys, one for values")
+seen = trace(model, ids, "layers.0.attention*")  # llama3_raw's tensors, to compare with
 animals = [words.index(" dog"), words.index(" cat")]
-# the head of layer 0 in which "it" looks most at the animals, and the kv head that it shares with others (step 4)
+# the head of layer 0 in which "it" attends most to the animals, and the kv head that it shares with others (step 4)
 chosen = int(seen["layers.0.attention.probs"][:, -1, animals].sum(-1).argmax())
 chosen_kv = chosen // (params.n_heads // params.n_kv_heads)
 wq = layer.wq.view(-1, head_dim, params.dim)[chosen]  # [head_dim, dim]
@@ -59,44 +59,45 @@ wk, wv = (w.view(-1, head_dim, params.dim)[chosen_kv] for w in (layer.wk, layer.
 q, k, v = x @ wq.T, x @ wk.T, x @ wv.T  # each [T, head_dim]
 for name, tensor in ((f"wq of head {chosen}", wq), ("q = x @ wq.T", q), ("k = x @ wk.T", k), ("v = x @ wv.T", v)):
     show(name, tensor)
-# marks positions (lesson 04); the 1 is the head
+# RoPE (lesson 04); unsqueeze(1) adds the dimension of heads
 rotation = rope_rotation(token_positions(0, length, x.device), params)
 q, k = rope(q.unsqueeze(1), *rotation).squeeze(1), rope(k.unsqueeze(1), *rotation).squeeze(1)
 scores = q @ k.T / math.sqrt(head_dim)  # [T, T]
 show("scores = q @ k.T / √head_dim", scores)
-wide = torch.randn(10_000, 2, head_dim, generator=torch.Generator().manual_seed(0))
-spread = (wide[:, 0] * wide[:, 1]).sum(-1).std()
-print(f"the root: dot products of {head_dim} random values spread by {spread:.1f} ≈ √{head_dim} = {head_dim**0.5:.1f};")
-print("undivided, softmax would give most to the largest, and its gradient, by which it learns, would be near 0")
+random_pairs = torch.randn(10_000, 2, head_dim, generator=torch.Generator().manual_seed(0))
+spread = (random_pairs[:, 0] * random_pairs[:, 1]).sum(-1).std()
+print(f"why √head_dim: dot products of {head_dim} random values have a standard deviation of {spread:.1f}, about")
+print(f"√{head_dim} = {head_dim**0.5:.1f}; without the division, softmax would give the largest score nearly all the")
+print("weight, and its gradient would be near 0")
 
-title("3. Causal: nobody looks ahead, or there would be nothing left to predict")
+title("3. Causal: no token sees later ones, or there would be nothing left to predict")
 future = torch.ones(length, length, dtype=torch.bool).triu(1)  # [T, T]: True above the diagonal
 masked = scores.masked_fill(future, -torch.inf)
-probs = F.softmax(masked.float(), dim=-1).to(q.dtype)  # in fp32, then back, as Meta does
+probs = F.softmax(masked.float(), dim=-1).to(q.dtype)  # in fp32 and cast back, as Meta does
 for word, row in zip(words, probs.tolist(), strict=True):
     print(f"  {word!r:>20} " + " ".join(f"{p:.2f}" if p else "  · " for p in row))
 assert not probs[future].any()
 assert torch.equal(probs, seen["layers.0.attention.probs"][chosen])
-share = float(probs[-1, animals].sum())
-print(f"the last row: 'it' gives {share:.0%} of its attention to the dog and the cat")
+on_animals = float(probs[-1, animals].sum())
+print(f"the last row: 'it' gives {on_animals:.0%} of its attention to the dog and the cat")
 alone = F.softmax(masked[:3, :3].float(), dim=-1).to(q.dtype)
 assert torch.equal(alone, probs[:3, :3])
-print("and so a token's row stays what it is when others follow: that is why keys and values can be cached (lesson 08)")
+print("later tokens do not change the row of an earlier one, so keys and values can be cached (lesson 08)")
 torch.manual_seed(0)
 dropped = F.dropout(probs.float(), p=0.5, training=True)
-left, all_shares = int((dropped > 0).sum()), int((probs > 0).sum())
-print(f"in training, dropout may set shares to 0: {left} of {all_shares} are left here,")
-print("doubled, so that the sum stays the same on average")
-print("(Meta's Llama code has none; it is a remedy for small texts that are read many times over)")
+left, total = int((dropped > 0).sum()), int((probs > 0).sum())
+print(f"in training, dropout can set probabilities to 0: here {left} of {total} remain, doubled to keep the sum the")
+print("same on average")
+print("(Meta's Llama code has none; dropout helps with small texts that are seen many times)")
 assert torch.equal(F.dropout(probs, p=0.5, training=False), probs)
 
-title("4. Several heads: different questions at once; neighbouring query heads share a kv head")
+title("4. Several heads: different queries at once; neighbouring query heads share a kv head")
 n_heads, n_kv_heads = params.n_heads, params.n_kv_heads
-sharing = n_heads // n_kv_heads
-print(f"  {n_heads} query heads, {n_kv_heads} kv heads: {sharing} share each (grouped-query; Ainslie et al. 2023)")
+group_size = n_heads // n_kv_heads
+print(f"  {n_heads} query heads, {n_kv_heads} kv heads: {group_size} share one (grouped-query; Ainslie et al. 2023)")
 heads = []
 for head in range(n_heads):
-    kv_head = head // sharing
+    kv_head = head // group_size
     wq = layer.wq[head * head_dim : (head + 1) * head_dim]  # [head_dim, dim]
     wk = layer.wk[kv_head * head_dim : (kv_head + 1) * head_dim]
     wv = layer.wv[kv_head * head_dim : (kv_head + 1) * head_dim]
@@ -110,9 +111,9 @@ show("all heads, joined", joined)
 show("wo", layer.wo)
 out = joined @ layer.wo.T  # [T, n_heads * head_dim] @ [n_heads * head_dim, dim] -> [T, dim]
 show("out = joined @ wo.T", out)
-print(f"what has to be kept for each token, in every layer: keys and values of {n_kv_heads} heads, not {n_heads}")
+print(f"the KV cache holds, for each token and layer, keys and values of {n_kv_heads} heads, not {n_heads}")
 
-title("The same as the engine's attention, to the last bit")
+title("Bit-identical to llama3_raw's attention")
 assert torch.equal(x, seen["layers.0.attention_norm"])
 assert torch.equal(torch.stack(heads, dim=1), seen["layers.0.attention.heads"])
 assert torch.equal(out, seen["layers.0.attention.out"])
@@ -121,7 +122,7 @@ for name in ("layers.0.attention_norm", "layers.0.attention.heads", "layers.0.at
 
 
 def draw() -> Figure:
-    """Where the head of step 3 looks."""
+    """Return a plot of the attention of the head of step 3."""
     return plots.attention(seen, 0, chosen, tokenizer=tokenizer)
 
 

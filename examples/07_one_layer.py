@@ -1,8 +1,8 @@
 """07: a whole layer by hand.
 
-The question: what does layer 0 compute, number by number, from the tensors of the checkpoint? The idea: nothing but
-what lessons 04 to 06 showed, one head at a time, in the order of the well-known notebook. What to look at: every shape
-(beside each line as it is for Llama-3-8B), and that every step is the engine's own to the last bit.
+The question: what does layer 0 compute, number by number, from the tensors of the checkpoint? The idea: only what
+lessons 04 to 06 showed, one head at a time, in the order of the well-known notebook. What to look at: every shape (the
+comments have those of Llama-3-8B), and that every step is bit-identical to llama3_raw's.
 
     python examples/07_one_layer.py
 """
@@ -20,7 +20,7 @@ params = model.params
 weights = model.weights.layers[0]
 prompt = "the answer to the ultimate question of life, the universe, and everything is "
 tokens = tokenizer.encode(prompt, bos=True)
-seen = trace(model, tokens, "tok_embeddings", "layers.0.*")  # what the engine has, to compare with
+seen = trace(model, tokens, "tok_embeddings", "layers.0.*")  # llama3_raw's tensors, to compare with
 
 title("The prompt")
 print(f"  {len(tokens)} tokens: {[tokenizer.decode([token]) for token in tokens]}")
@@ -28,7 +28,7 @@ token_embeddings = model.weights.tok_embeddings[torch.tensor(tokens)]  # [17, 40
 show("token_embeddings", token_embeddings)
 print(f"  T = {len(tokens)}, dim = {params.dim}, head_dim = {params.head_dim}")
 print(f"  {params.n_heads} heads, {params.n_kv_heads} kv heads")
-print("  (beside each line of the code stand the shapes of Llama-3-8B, with its own tokenizer)")
+print("  (the comments in the code have the shapes of Llama-3-8B with its tokenizer)")
 
 
 def rms_norm(tensor: torch.Tensor, norm_weights: torch.Tensor) -> torch.Tensor:
@@ -42,7 +42,7 @@ normed = rms_norm(token_embeddings, weights.attention_norm)
 show("normed", normed)
 assert torch.equal(normed, seen["layers.0.attention_norm"])
 
-title("Queries: wq holds all heads, one above the other")
+title("Queries: wq contains all heads, one above the other")
 q_layer0 = weights.wq.view(params.n_heads, params.head_dim, params.dim)  # [32, 128, 4096]
 show("q_layer0", q_layer0)
 q_layer0_head0 = q_layer0[0]  # [128, 4096]
@@ -51,12 +51,12 @@ q_per_token = normed @ q_layer0_head0.T  # [17, 128]
 show("q_per_token", q_per_token)
 assert torch.equal(q_per_token, seen["layers.0.attention.q"][:, 0])
 
-title("RoPE: each pair of neighbouring values is a complex number to be turned")
+title("RoPE: each pair of neighbouring values is a complex number, which is rotated")
 q_in_pairs = q_per_token.float().view(len(tokens), -1, 2)  # [17, 64, 2]
 show("q_in_pairs", q_in_pairs)
 exponents = torch.arange(0, params.head_dim, 2).float() / params.head_dim  # [64], from 0 to nearly 1
 freqs = 1.0 / params.rope_theta**exponents  # [64]
-if params.rope_scaling is not None:  # Llama 3.1 and later slow some of them down; taken from the engine here
+if params.rope_scaling is not None:  # Llama 3.1 and later reduce some of them; computed by llama3_raw here
     from llama3_raw.model import rope_frequencies
 
     freqs = rope_frequencies(params, freqs.device)
@@ -69,8 +69,8 @@ show("angles of freqs_cis", freqs_cis.angle())
 def rotate(per_token: torch.Tensor) -> torch.Tensor:
     """[T, head_dim] -> [T, head_dim] (lesson 04)"""
     as_complex = torch.view_as_complex(per_token.float().view(len(tokens), -1, 2))  # [17, 64] complex
-    turned = torch.view_as_real(as_complex * freqs_cis)  # [17, 64, 2]
-    return turned.view(per_token.shape).to(per_token.dtype)
+    rotated = torch.view_as_real(as_complex * freqs_cis)  # [17, 64, 2]
+    return rotated.view(per_token.shape).to(per_token.dtype)
 
 
 q_rotated = rotate(q_per_token)
@@ -84,7 +84,7 @@ k_rotated = rotate(normed @ k_layer0[0].T)  # [17, 128]
 show("k_rotated", k_rotated)
 assert torch.equal(k_rotated, seen["layers.0.attention.k_rope"][:, 0])
 
-title("Scores: every query with every key, the future masked, softmax")
+title("Scores: every query times every key, later tokens masked, softmax")
 qk_per_token = q_rotated @ k_rotated.T / params.head_dim**0.5  # [17, 17]
 show("qk_per_token", qk_per_token)
 mask = torch.full((len(tokens), len(tokens)), float("-inf")).triu(1)  # [17, 17]: -inf above the diagonal
@@ -94,7 +94,7 @@ qk_after_softmax = qk_masked.float().softmax(dim=-1).to(normed.dtype)  # [17, 17
 show("qk_after_softmax", qk_after_softmax)
 assert torch.equal(qk_after_softmax, seen["layers.0.attention.probs"][0])
 
-title("Values: what is added up by those shares")
+title("Values: summed, weighted by the probabilities")
 v_layer0 = weights.wv.view(params.n_kv_heads, params.head_dim, params.dim)  # [8, 128, 4096]
 show("v_layer0", v_layer0)
 v_per_token = normed @ v_layer0[0].T  # [17, 128]
@@ -103,7 +103,7 @@ qkv_attention = qk_after_softmax @ v_per_token  # [17, 128]
 show("qkv_attention", qkv_attention)
 assert torch.equal(qkv_attention, seen["layers.0.attention.heads"][:, 0])
 
-title("The same for every head, and the heads side by side")
+title("The same for every head, and the heads concatenated")
 qkv_attention_store = []
 for head in range(params.n_heads):
     kv_head = head // (params.n_heads // params.n_kv_heads)
@@ -116,7 +116,7 @@ stacked_qkv_attention = torch.cat(qkv_attention_store, dim=-1)  # [17, 4096]
 show("stacked_qkv_attention", stacked_qkv_attention)
 assert torch.equal(stacked_qkv_attention, seen["layers.0.attention.heads"].flatten(-2))
 
-title("wo mixes the heads; the result is added to what came in")
+title("wo combines the heads; the result is added to the input")
 embedding_delta = stacked_qkv_attention @ weights.wo.T  # [17, 4096]
 show("embedding_delta", embedding_delta)
 assert torch.equal(embedding_delta, seen["layers.0.attention.out"])
@@ -124,7 +124,7 @@ embedding_after_attention = token_embeddings + embedding_delta  # [17, 4096]
 show("embedding_after_attention", embedding_after_attention)
 assert torch.equal(embedding_after_attention, seen["layers.0.attention.residual"])
 
-title("SwiGLU, and added again")
+title("SwiGLU; its result is added as well")
 normed = rms_norm(embedding_after_attention, weights.ffn_norm)  # [17, 4096]
 hidden = torch.nn.functional.silu(normed @ weights.w1.T) * (normed @ weights.w3.T)  # [17, 14336]
 show("hidden", hidden)
@@ -133,4 +133,4 @@ assert torch.equal(hidden, seen["layers.0.feed_forward.hidden"])
 layer_0_embedding = embedding_after_attention + hidden @ weights.w2.T  # [17, 4096]
 show("layer_0_embedding", layer_0_embedding)
 assert torch.equal(layer_0_embedding, seen["layers.0.residual"])
-print("\nequal to the engine's layer 0, at every step, to the last bit")
+print("\nevery step is bit-identical to llama3_raw's layer 0")

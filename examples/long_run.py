@@ -1,4 +1,4 @@
-"""What a long run wants besides the training itself: Ctrl-C at the right moment, and a picture of how it goes."""
+"""Helpers for a long training run: Ctrl-C between steps, and a plot of the loss."""
 
 from __future__ import annotations
 
@@ -14,33 +14,36 @@ from llama3_raw.system.files import atomic_write
 
 
 @contextlib.contextmanager
-def ctrl_c_noted() -> Iterator[list[int]]:
-    """Within it Ctrl-C is only noted, in the list, so that a step is never left half done; a second one is as ever."""
-    noted: list[int] = []
+def deferred_ctrl_c() -> Iterator[list[int]]:
+    """Append the first Ctrl-C to the yielded list instead of raising, so that a step always completes.
 
-    def note(number: int, frame: object) -> None:
-        noted.append(number)
+    A second Ctrl-C raises KeyboardInterrupt as usual.
+    """
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # in the background of a shell it is ignored, and stays so
-        signal.signal(signal.SIGINT, note)
+    if before is signal.default_int_handler:  # a shell's background job ignores it, and should keep ignoring it
+        signal.signal(signal.SIGINT, handle)
     try:
-        yield noted
+        yield received
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def draw_losses(training: Sequence[float], held_out: Sequence[tuple[int, float]], file: Path) -> None:
-    """The loss curve as a picture: bits per byte against the step.
+    """Write a plot of the loss to a file: bits per byte against the step.
 
-    training: one for each step. held_out: (step, bits per byte).
+    training: one value for each step. held_out: pairs (step, bits per byte).
     """
     needed_package("matplotlib", "the loss curve", "examples")
     from matplotlib.figure import Figure
 
     losses = torch.tensor(training)
-    width = max(1, len(losses) // 100)  # a single batch tells little: the mean of so many
+    width = max(1, len(losses) // 100)  # the loss of a single batch is noisy, so plot means over `width` steps
     means = losses[: len(losses) // width * width].view(-1, width).mean(-1)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -1,8 +1,8 @@
-"""Makes walkthrough.ipynb from the lessons, and runs it: the same road as one notebook, with pictures.
+"""Build walkthrough.ipynb, all lessons as one notebook with figures, and run it.
 
     pip install -e '.[examples]' && python examples/make_walkthrough.py
 
-A lesson's docstring becomes text, each title a heading with a cell of code below it, and what --picture draws is shown.
+A lesson's docstring becomes text, each title a heading with a cell of code below it; the figure of --picture is shown.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from llama3_raw.system.files import atomic_write
 
 HERE = Path(__file__).parent
 NOTEBOOK = HERE / "walkthrough.ipynb"
-OPENING = """# Llama 3 from the first token to the next one
+OPENING = """# Lessons: how Llama 3 computes the next token
 
-The ten lessons of this folder, one after the other, on the small built-in model; for the real one, change the first
-cell. Made from the scripts by `make_walkthrough.py`."""
+The ten lessons of this folder on the small built-in model. To use a real model, change the first cell. This notebook is
+generated from the scripts by `make_walkthrough.py`."""
 OPEN_MODEL = """import llama3_raw
 
 model = llama3_raw.load("../weights/tiny")  # or "../weights/Meta-Llama-3-8B"
@@ -34,13 +34,13 @@ tokenizer = model.tokenizer"""
 
 
 def is_call_of(statement: ast.stmt, function: str) -> bool:
-    """Whether a statement is a call of that function, its result taken or not."""
+    """Whether a statement calls the function, with or without an assignment of the result."""
     value = statement.value if isinstance(statement, (ast.Expr, ast.Assign)) else None
     return isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == function
 
 
 def title_of(statement: ast.stmt) -> str | None:
-    """The text of a title("…"); None for other statements, and for a title that is not known before it is run."""
+    """Return the text of a title("…"); None for other statements, and for a title that is not a constant."""
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call) and is_call_of(statement, "title"):
         (text,) = statement.value.args
         if isinstance(text, ast.Constant):
@@ -49,7 +49,7 @@ def title_of(statement: ast.stmt) -> str | None:
 
 
 def cells_of(lesson: Path) -> list[NotebookNode]:
-    """A lesson as cells: its docstring, then each title with the code below it."""
+    """Return a lesson as cells: its docstring, then each title with the code below it."""
     source = lesson.read_text(encoding="utf-8")
     lines = source.splitlines()
     tree = ast.parse(source)
@@ -63,10 +63,10 @@ def cells_of(lesson: Path) -> list[NotebookNode]:
             cells.append(new_code_cell(text))
         code.clear()
 
-    end = tree.body[0].end_lineno or 0  # of the docstring
+    end = tree.body[0].end_lineno or 0  # the last line of the docstring
     for statement in tree.body[1:]:
         last = statement.end_lineno or statement.lineno
-        code += lines[end : statement.lineno - 1]  # comments and blank lines before it
+        code += lines[end : statement.lineno - 1]  # comments and blank lines before the statement
         end = last
         step = title_of(statement)
         if step:
@@ -80,7 +80,7 @@ def cells_of(lesson: Path) -> list[NotebookNode]:
             names = [alias.name for alias in statement.names if alias.name not in replaced]
             code += [f"from lesson import {', '.join(names)}"] if names else []
         elif isinstance(statement, ast.If) and ast.unparse(statement.test) == "picture":
-            code.append("draw()")  # shown below the cell, where the script saves it
+            code.append("draw()")  # shown below the cell; the script saves it to a file
         elif not (
             is_call_of(statement, "open_model")
             or (isinstance(statement, ast.ImportFrom) and statement.module == "__future__")
@@ -91,12 +91,12 @@ def cells_of(lesson: Path) -> list[NotebookNode]:
 
 
 def make_notebook() -> NotebookNode:
-    """All lessons as one notebook, not run yet."""
+    """Return all lessons as one notebook, not run yet."""
     cells = [new_markdown_cell(OPENING), new_code_cell(OPEN_MODEL)]
     for lesson in sorted(HERE.glob("[0-9][0-9]_*.py")):
         cells += cells_of(lesson)
     for number, cell in enumerate(cells):
-        cell["id"] = f"cell-{number}"  # the same each time, so that a new run changes only what is new
+        cell["id"] = f"cell-{number}"  # fixed ids keep the diff of a new run small
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     notebook: NotebookNode = new_notebook(cells=cells, metadata=metadata)
     return notebook
@@ -104,14 +104,14 @@ def make_notebook() -> NotebookNode:
 
 @command_line_tool
 def main(arguments: Sequence[str]) -> int:
-    """Runs it; -> exit status."""
+    """Run the command and return the exit status."""
     ArgumentParser(description=__doc__).parse_args(arguments)
     notebook = make_notebook()
     client = NotebookClient(
         notebook,
         resources={"metadata": {"path": str(HERE)}},
         record_timing=False,
-        extra_arguments=["--log-level=ERROR"],  # or it warns of its own port on this machine
+        extra_arguments=["--log-level=ERROR"],  # otherwise it warns about its port
     )
     with client.setup_kernel():
         for number, cell in enumerate(tqdm(notebook.cells, desc="running the cells", unit="cell")):

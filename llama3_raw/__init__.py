@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .weights import Model as Model
     from .weights import Weights as Weights
 
-_HOMES = {  # module -> the names of the public API that live there
+_PUBLIC_NAMES = {  # module -> the public names defined there
     "checkpoint.loading": ("load",),
     "decoding.loop": ("StopReason", "generate"),
     "errors": ("UserError",),
@@ -36,14 +36,16 @@ _HOMES = {  # module -> the names of the public API that live there
     "tracing.taps": ("chain", "patch"),
     "weights": ("LayerWeights", "Model", "Weights"),
 }
-_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = {"plots": "tracing.plots"} | {name: name for name in ("errors", "model", "ops", "params", "weights")}
+_MODULE_OF = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}
+_MODULES = {"plots": "tracing.plots"} | {
+    name: name for name in ("errors", "model", "ops", "params", "tokenizer", "weights")
+}
 
 __all__ = [*_MODULE_OF, "plots"]
 
 
 def __getattr__(name: str) -> Any:
-    """A name of the API, imported when it is first asked for: a download need not wait seconds for torch."""
+    """Import a public name when it is first used: a download need not wait seconds for torch."""
     if name in _MODULE_OF:
         return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     if name in _MODULES:

@@ -1,4 +1,4 @@
-"""python -m llama3_raw PROMPT: the prompt's continuation on stdout, everything else on stderr."""
+"""python -m llama3_raw PROMPT: continue a text. The text goes to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ from torch import Tensor
 from .chat.dialog import Message, encode_dialog, warn_of_base_model
 from .checkpoint.writing import save_quantized
 from .cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
-from .cli.memory_plan import Lengths
+from .cli.memory_plan import RunShape
 from .cli.models import choose_device, choose_model, load_model
 from .cli.options import (
     add_compile_option,
     add_lookup_option,
     add_model_options,
     add_sampling_options,
+    add_special_option,
     check_context,
     chosen_sampling,
     parse_ids,
     positive_int,
     read_prompt,
 )
+from .console import COMMANDS
 from .decoding.loop import StopReason, generate
 from .decoding.prompt_lookup import LookupPolicy
 from .errors import UserError
@@ -44,58 +46,48 @@ from .system.process_groups import Ranks, init
 from .tokenizer import Tokenizer
 from .tracing.debugger import break_at
 from .tracing.taps import chain, check_names
-from .weights import Model, in_words
+from .weights import Model, dtype_name
+
+FIRST_STEPS = """\
+  python -m llama3_raw "Once upon a time"                  continue a text with the built-in model
+  python -m llama3_raw.explain "Once upon a time"          follow it to the next token on a page
+  python -m llama3_raw.download --list                     the models that can be downloaded"""
+
+EXAMPLES = """\
+  python -m llama3_raw "Once upon a time" --temperature 0.8 --top-p 0.9 --seed 1
+  python -m llama3_raw --weights Meta-Llama-3-8B --stats "The capital of France is"
+  cat prompt.txt | python -m llama3_raw -"""
 
 
 def build_parser() -> ArgumentParser:
-    """The options of `python -m llama3_raw`."""
+    """Return the parser of `python -m llama3_raw`."""
+    others = "\n".join(f"  {name:<12} {purpose}" for name, purpose in COMMANDS.items())
     parser = ArgumentParser(
         prog="python -m llama3_raw",
-        description="Continues a text with a Llama 3 model. The continuation goes to stdout, all else to stderr.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=(
-            "examples:\n"
-            '  python -m llama3_raw "Once upon a time"\n'
-            '  python -m llama3_raw "Once upon a time" --temperature 0.8 --top-p 0.9 --seed 1\n'
-            '  python -m llama3_raw --weights weights/Meta-Llama-3-8B --stats "The capital of France is"\n'
-            '  python -m llama3_raw --ids "128000 1820 4320" --weights weights/Meta-Llama-3-8B\n'
-            '  python -m llama3_raw --chat "Why is the sky blue?" --weights weights/Meta-Llama-3-8B-Instruct\n'
-            "  cat prompt.txt | python -m llama3_raw -\n"
-            '  torchrun --nproc-per-node 2 -m llama3_raw "Once upon a time"'
-        ),
+        usage="python -m llama3_raw [options] PROMPT",
+        description="Continue a text with a Llama 3 model: the text goes to stdout, everything else to stderr.",
+        epilog=f"examples:\n{EXAMPLES}\n\nother commands, as python -m llama3_raw.NAME or llama3-raw NAME:\n{others}",
     )
-    parser.add_argument("prompt", nargs="?", help="the text to continue; - reads it from stdin")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue; - reads it from stdin")
     parser.add_argument("--version", action="version", version=f"llama3_raw {version('llama3_raw')}")
-    group = parser.add_argument_group("text")
-    group.add_argument(
-        "--ids",
-        action="store_true",
-        help="the prompt is token ids, and so is what is printed; needs no tokenizer (where there is none, no token "
-        "ends the text)",
-    )
-    group.add_argument(
-        "--chat", action="store_true", help="the prompt is a question, in the dialog format of an Instruct model"
-    )
-    group.add_argument("--system", metavar="TEXT", help="with --chat: the system message before it")
-    group.add_argument(
-        "--special", action="store_true", help="names such as <|eot_id|> in the prompt are special tokens"
-    )
+    group = parser.add_argument_group("prompt and text")
+    group.add_argument("--ids", action="store_true", help="read and print token ids; needs no tokenizer")
+    group.add_argument("--chat", action="store_true", help="the prompt is a question for an Instruct model")
+    group.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    add_special_option(group)
     group.add_argument(
         "--max-new-tokens", type=int, default=256, metavar="N", help="stop after N tokens (default: %(default)s)"
     )
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT (may be repeated)")
-    group.add_argument("--context", type=positive_int, metavar="N", help="the most tokens, prompt included")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT (repeatable)")
+    group.add_argument("--context", type=positive_int, metavar="N", help="at most N tokens, prompt included")
     add_lookup_option(group)
     add_sampling_options(parser)
-    add_model_options(parser)
+    add_compile_option(add_model_options(parser))
     parser.add_argument(
-        "--save-quantized",
-        type=not_empty,
-        metavar="FOLDER",
-        help="write the model with its matrices in int8 into a new folder, from where it is mapped, and end",
+        "--save-quantized", type=not_empty, metavar="FOLDER", help="write the model in int8 to FOLDER, and exit"
     )
-    group = parser.add_argument_group("looking on")
-    group.add_argument("--reference", action="store_true", help="the exact operations, bit for bit Meta's, but slower")
+    group = parser.add_argument_group("inspection")
+    group.add_argument("--reference", action="store_true", help="use the exact operations: Meta's bits, but slower")
     group.add_argument(
         "--break",
         dest="break_at",
@@ -103,20 +95,15 @@ def build_parser() -> ArgumentParser:
         default=[],
         type=not_empty,
         metavar="NAME",
-        help="stop in pdb, in model.py, where the tensor of this name was just made: layers.0.attention.scores, say, "
-        "or with * ? [0-9] as in a shell (may be repeated; implies --reference). It stops at each pass, thus for each "
-        "token: --max-new-tokens 1 has it stop over the prompt only. $PYTHONBREAKPOINT names another debugger",
+        help="stop in pdb where a tensor was computed, e.g. 'layers.0.*' (repeatable; exact operations)",
     )
-    add_compile_option(group)
-    group.add_argument("--top", type=positive_int, metavar="N", help="show the N likeliest next tokens at each step")
-    group.add_argument(
-        "--stats", choices=("text", "json"), help="speed and memory on stderr; --stats alone is --stats text"
-    )
+    group.add_argument("--top", type=positive_int, metavar="N", help="show the N most likely tokens at each step")
+    group.add_argument("--stats", choices=("text", "json"), metavar="json", help="report speed and memory on stderr")
     return parser
 
 
 def _with_plain_stats(arguments: Sequence[str]) -> list[str]:
-    """A bare --stats becomes --stats=text, since argparse would take the prompt behind it for its value."""
+    """Turn a bare --stats into --stats=text, because argparse would read the prompt after it as its value."""
     plain = list(arguments)
     options = plain[: plain.index("--")] if "--" in plain else plain
     for i, argument in enumerate(options):
@@ -128,7 +115,10 @@ def _with_plain_stats(arguments: Sequence[str]) -> list[str]:
 @command_line_tool
 @for_several_processes
 def main(arguments: Sequence[str]) -> int:
-    """Runs the tool; -> exit status."""
+    """Run the command and return the exit status."""
+    if not arguments:
+        print(f"llama3_raw: no prompt. Try one of these, or --help:\n{FIRST_STEPS}", file=sys.stderr)
+        return 2
     options = build_parser().parse_args(_with_plain_stats(arguments))
     if options.save_quantized:
         return _save_quantized(options)
@@ -137,10 +127,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _continue(options: argparse.Namespace, ranks: Ranks | None) -> int:
-    """Continue the prompt; with `ranks` as one of several processes, which all do the same with their part."""
+    """Continue the prompt; with `ranks` as one of several processes, each with its shard of the model."""
     _check_options(options, ranks)
     prompt = _shared_prompt(options, ranks)
-    sampling = chosen_sampling(options)  # complains of what is out of range now, not after a long load
+    sampling = chosen_sampling(options)  # before a long load, so that a wrong value is reported at once
     lookup = LookupPolicy(options.lookup)
     load_start = time.perf_counter()
     chosen = choose_model(options, needs_tokenizer=not options.ids)
@@ -150,8 +140,8 @@ def _continue(options: argparse.Namespace, ranks: Ranks | None) -> int:
         check_names(chosen.checkpoint.params, *options.break_at)
     ids = _prompt_ids(options, chosen.tokenizer, prompt)
     text_length = min(options.context or longest, len(ids) + options.max_new_tokens)
-    lengths = Lengths(prompt=len(ids), text=text_length, least=len(ids) + 1)
-    model, ops, which = load_model(chosen, lengths, options.reference or bool(options.break_at), ranks)
+    shape = RunShape(prompt=len(ids), text=text_length, least=len(ids) + 1)
+    model, ops, which = load_model(chosen, shape, options.reference or bool(options.break_at), ranks)
     load_seconds = time.perf_counter() - load_start
 
     watch = _Watch(options.top, chosen.tokenizer, lookup)
@@ -177,8 +167,7 @@ def _continue(options: argparse.Namespace, ranks: Ranks | None) -> int:
     stopped_by = _print_text(pieces, options)
     print(f"llama3_raw: {_why_it_stopped(watch, options, stopped_by)}", file=sys.stderr)
     if options.stats:
-        stats = _stats(model, len(ids), watch, ranks.size if ranks else 1)
-        _print_stats(options.stats, stats | {"load_seconds": round(load_seconds, 3)})
+        _print_stats(options.stats, _stats(model, len(ids), load_seconds, watch, ranks.size if ranks else 1))
     return 130 if stopped_by else 0
 
 
@@ -202,7 +191,7 @@ def _check_options(options: argparse.Namespace, ranks: Ranks | None) -> None:
 
 
 def _shared_prompt(options: argparse.Namespace, ranks: Ranks | None) -> str:
-    """The prompt, the same in all processes, which also get the same seed: stdin, and chance, are there once."""
+    """Return the prompt on every rank, and set the same seed: only rank 0 reads stdin and picks a seed."""
     prompt = read_prompt(options.prompt, "python -m llama3_raw") if ranks is None or ranks.rank == 0 else ""
     if ranks is not None:
         seed = secrets.randbits(63) if options.seed is None else options.seed
@@ -211,10 +200,10 @@ def _shared_prompt(options: argparse.Namespace, ranks: Ranks | None) -> str:
 
 
 def _prompt_ids(options: argparse.Namespace, tokenizer: Tokenizer | None, prompt: str) -> list[int]:
-    """The prompt in tokens: as a question, as ids, or as text."""
+    """Return the prompt's token ids, from a question, ids or text."""
     if options.ids:
         return parse_ids(prompt, "--ids")
-    assert tokenizer is not None  # choose_model has seen to it
+    assert tokenizer is not None  # checked by choose_model
     if options.chat:
         system = [Message("system", options.system)] if options.system else []
         return encode_dialog(tokenizer, [*system, Message("user", prompt)])
@@ -222,7 +211,7 @@ def _prompt_ids(options: argparse.Namespace, tokenizer: Tokenizer | None, prompt
 
 
 def _chosen_tap(options: argparse.Namespace, watch: _Watch) -> Tap | None:
-    """What --top and --break want to see; None if nothing does."""
+    """Return the tap for --top and --break, or None without them."""
     taps: list[Tap] = [watch.tap] if options.top else []
     if options.break_at:
         taps.append(break_at(*options.break_at))
@@ -240,14 +229,14 @@ def _save_quantized(options: argparse.Namespace) -> int:
     folder = Path(options.save_quantized)
     save_quantized(chosen.folder.path, chosen.checkpoint, folder, tokenizer_file, chosen.dtype, progress=True)
     print(
-        f"llama3_raw: {options.save_quantized} is written; run it with --weights {options.save_quantized}",
+        f"llama3_raw: wrote {options.save_quantized}; run it with --weights {options.save_quantized}",
         file=sys.stderr,
     )
     return 0
 
 
 class _Watch:
-    """Goes along with the tokens as they are generated: keeps the times and the reason why they end, shows --top."""
+    """Watches tokens while they are generated: keeps their times and why they end, and shows --top."""
 
     def __init__(self, top: int | None, tokenizer: Tokenizer | None, lookup: LookupPolicy):
         self.top = top
@@ -255,18 +244,18 @@ class _Watch:
         self.lookup = lookup
         self.start = time.perf_counter()
         self.times: list[float] = []  # seconds from the start to each token
-        self.reason: StopReason | None = None  # None: someone else stopped it
+        self.reason: StopReason | None = None  # None: not stopped by `generate`
         self.passes = 0  # of the model between the first token and the last
-        self.rows: Iterator[Tensor] = iter(())  # the logits [vocab] of the tokens to come, as far as they are computed
+        self.rows: Iterator[Tensor] = iter(())  # logits [vocab] of the next tokens, as far as computed
 
     def tap(self, name: str, tensor: Tensor) -> Tensor:
-        """Keeps the logits; the tap of `forward`."""
+        """Keep the logits; a tap for `forward`."""
         if name == "logits":
             self.rows = iter(tensor.reshape(-1, tensor.shape[-1]))
         return tensor
 
     def over(self, tokens: Generator[int, None, StopReason]) -> Iterator[int]:
-        """The same tokens."""
+        """Yield the same tokens."""
         while True:
             try:
                 token = next(tokens)
@@ -290,13 +279,16 @@ class _Watch:
             return
         logits = next(self.rows)
         probs, ids = logits.softmax(dim=-1).topk(min(self.top, len(logits)))
-        likeliest = "  ".join(f"{self._name(i)} {p:.1%}" for i, p in zip(ids.tolist(), probs.tolist(), strict=True))
+        candidates = "  ".join(f"{self._name(i)} {p:.1%}" for i, p in zip(ids.tolist(), probs.tolist(), strict=True))
         taken = "(end)" if token is None else self._name(token)
-        print(f"{len(self.times):4d}  {taken:<16} <- {likeliest}", file=sys.stderr)
+        print(f"{len(self.times):4d}  {taken:<16} <- {candidates}", file=sys.stderr)
 
 
 def _print_text(pieces: Iterator[str], options: argparse.Namespace) -> str | None:
-    """Prints the pieces as they come, or in the end where others would tear them; -> what the user stopped it by."""
+    """Print the pieces as they come; on a terminal that also shows --top or pdb, at the end.
+
+    Return how the user stopped it ("Ctrl-C"), or None.
+    """
     hold = bool(options.top or options.break_at) and sys.stdout.isatty()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a "?"
@@ -311,7 +303,7 @@ def _print_text(pieces: Iterator[str], options: argparse.Namespace) -> str | Non
         stopped_by = "Ctrl-C"
     except BdbQuit:
         if not options.break_at:
-            raise  # python -m pdb waits for it
+            raise  # python -m pdb handles it
         stopped_by = "q in the debugger"
     print("".join(held), end="\n" if sys.stdout.isatty() else "", flush=True)
     return stopped_by
@@ -331,8 +323,8 @@ def _why_it_stopped(watch: _Watch, options: argparse.Namespace, stopped_by: str 
     return f"stopped after {count} at a --stop text"
 
 
-def _stats(model: Model, prompt_tokens: int, watch: _Watch, processes: int) -> dict[str, Any]:
-    """What --stats shows, by name."""
+def _stats(model: Model, prompt_tokens: int, load_seconds: float, watch: _Watch, processes: int) -> dict[str, Any]:
+    """Return what --stats shows, by name."""
     weights = model.weights
     per_pass = processes * (
         sum(t.nbytes for layer in weights.layers for t in layer) + weights.norm.nbytes + weights.output.nbytes
@@ -343,7 +335,7 @@ def _stats(model: Model, prompt_tokens: int, watch: _Watch, processes: int) -> d
     return {
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(times),
-        "load_seconds": None,
+        "load_seconds": round(load_seconds, 3),
         "seconds_to_first_token": round(times[0], 3) if times else None,
         "tokens_per_second": tokens_per_second and round(tokens_per_second, 3),
         "passes": watch.passes,
@@ -352,8 +344,8 @@ def _stats(model: Model, prompt_tokens: int, watch: _Watch, processes: int) -> d
         "weights_gb_per_second": seconds and round(watch.passes * per_pass / seconds / 1e9, 3),
         "peak_ram_bytes": peak_memory(),
         "device": str(weights.norm.device),
-        "dtype": in_words(weights.norm.dtype),
-        "matrices": "int8" if isinstance(weights.output, Int8) else in_words(weights.output.dtype),
+        "dtype": dtype_name(weights.norm.dtype),
+        "matrices": "int8" if isinstance(weights.output, Int8) else dtype_name(weights.output.dtype),
         "threads": torch.get_num_threads(),
         "processes": processes,
     }

@@ -1,6 +1,6 @@
-"""python -m llama3_raw.convert SOURCE FOLDER: a model in another number of Meta's shards, or in another format.
+"""python -m llama3_raw.convert SOURCE FOLDER: convert a model to another format, or another number of Meta's shards.
 
-It is written a few rows at a time, so that models larger than the memory can be converted too.
+A few rows are converted at a time, so the model may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .errors import UserError
 from .params import Params
 from .system.files import atomic_folder
 from .system.machine import set_threads
-from .weights import TensorPlace, in_words
+from .weights import TensorSpec, dtype_name
 
 Format = Literal["meta", "hf"]
 
-_MOST_SHARDS = 100  # they are numbered from 00 to 99
-LARGEST_FILE = 5_000_000_000  # bytes of tensors in a file of Hugging Face's, unless a single one has more
-CHUNK = 1 << 22  # bytes of a tensor in memory at a time
-# what Hugging Face's folders have beside the config and the weights
+_MAX_SHARDS = 100  # numbered from 00 to 99
+LARGEST_FILE = 5_000_000_000  # bytes of tensors in one safetensors file, unless a single tensor is larger
+CHUNK = 1 << 22  # bytes of a tensor in memory at once
+# files in Hugging Face's folders besides config and weights
 _HF_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,132 +46,133 @@ _HF_FILES = (
 )
 
 
-class Part(NamedTuple):
-    """What of a tensor goes into one file: a block of rows and columns. A norm is a single column."""
+class Block(NamedTuple):
+    """The rows and columns of a tensor that go into one file. A norm is a single column."""
 
-    place: TensorPlace
+    spec: TensorSpec
     dtype: torch.dtype
     rows: range
     columns: range
 
     @property
     def nbytes(self) -> int:
-        """The bytes it takes."""
+        """Size in the file."""
         return len(self.rows) * len(self.columns) * self.dtype.itemsize
 
     def empty(self) -> Tensor:
-        """The tensor in the file, without content (on meta)."""
-        shape = (len(self.rows), len(self.columns))[: len(self.place.shape)]
+        """Return the tensor of the file on the meta device, without values."""
+        shape = (len(self.rows), len(self.columns))[: len(self.spec.shape)]
         return torch.empty(shape, dtype=self.dtype, device="meta")
 
 
-Parts = dict[str, Part]  # by the name of the tensor
+Blocks = dict[str, Block]  # by tensor name
 
 
 class File(NamedTuple):
-    """A file that is being written."""
+    """A file being written."""
 
     opened: BinaryIO
-    offsets: dict[str, int]  # where the bytes of each tensor begin
-    parts: Parts
+    offsets: dict[str, int]  # of each tensor's first byte
+    blocks: Blocks
 
 
 def convert(
     source: Path, checkpoint: Checkpoint, folder: Path, to: Format, shards: int = 1, progress: bool = False
 ) -> None:
-    """Writes the checkpoint of the model folder `source` into another `folder`, every value as it is.
+    """Write the checkpoint of the model folder `source` to a new `folder`, with all values unchanged.
 
-    shards: how many of Meta's files. tokenizer.model is copied along, and what else Hugging Face's folders hold if both
-    do. The folder gets its name when all of it is written. progress: shows a bar on stderr. Raises UserError where
-    there is one of that name, where it cannot be written, and for what the format or the number of shards cannot hold.
+    shards: the number of Meta's files. tokenizer.model is copied too, and for Hugging Face's format the files that
+    belong to it. The folder gets its name when all files are complete. progress: show a bar on stderr. Raises UserError
+    if the folder exists and is not empty, if it cannot be written, and if the format or the number of shards does not
+    fit the model.
     """
     layout = _hf_files(checkpoint) if to == "hf" else _meta_files(checkpoint, shards)
-    small_files = _hf_texts(source, checkpoint, layout) if to == "hf" else _meta_texts(source, checkpoint)
+    json_files = _hf_json(source, checkpoint, layout) if to == "hf" else _meta_json(source, checkpoint)
     write_empty = write_empty_safetensors if to == "hf" else write_empty_checkpoint
-    n_bytes = sum(part.nbytes for parts in layout.values() for part in parts.values())
+    n_bytes = sum(block.nbytes for blocks in layout.values() for block in blocks.values())
     with atomic_folder(folder, n_bytes) as unfinished, contextlib.ExitStack() as stack:
-        for name, text in small_files.items():
+        for name, text in json_files.items():
             (unfinished / name).write_text(text)
-        for beside in _files_beside(source, to):
-            shutil.copyfile(beside, unfinished / beside.name)
+        for file_to_copy in _files_to_copy(source, to):
+            shutil.copyfile(file_to_copy, unfinished / file_to_copy.name)
         files = []
-        for name, parts in layout.items():
-            offsets = write_empty(unfinished / name, {tensor: part.empty() for tensor, part in parts.items()})
-            files.append(File(stack.enter_context(open(unfinished / name, "r+b")), offsets, parts))
+        for name, blocks in layout.items():
+            offsets = write_empty(unfinished / name, {tensor: block.empty() for tensor, block in blocks.items()})
+            files.append(File(stack.enter_context(open(unfinished / name, "r+b")), offsets, blocks))
         bar = stack.enter_context(_bar(f"writing {folder}", n_bytes, progress))
-        for place in checkpoint.parts:
-            for first, rows in _rows(checkpoint, place, to):
+        for spec in checkpoint.shards:
+            for first, rows in _rows(checkpoint, spec, to):
                 for file in files:
-                    bar.update(_write(file, _name(place, to), first, rows))
+                    bar.update(_write(file, _name(spec, to), first, rows))
 
 
 def _write(file: File, name: str, first: int, rows: Tensor) -> int:
-    """Puts what belongs there of some rows of a tensor, from the row `first` on, into a file; -> how many bytes."""
-    if name not in file.parts:
+    """Write to a file what it holds of some rows of a tensor, from row `first` on. Return the number of bytes."""
+    if name not in file.blocks:
         return 0
-    part = file.parts[name]
-    begin, end = max(first, part.rows.start), min(first + len(rows), part.rows.stop)
+    block = file.blocks[name]
+    begin, end = max(first, block.rows.start), min(first + len(rows), block.rows.stop)
     if begin >= end:
         return 0
-    block = rows[begin - first : end - first, part.columns.start : part.columns.stop]
-    before = (begin - part.rows.start) * len(part.columns) * block.itemsize
-    write_at(file.opened, file.offsets[name] + before, block)
-    return block.nbytes
+    values = rows[begin - first : end - first, block.columns.start : block.columns.stop]
+    before = (begin - block.rows.start) * len(block.columns) * values.itemsize
+    write_at(file.opened, file.offsets[name] + before, values)
+    return values.nbytes
 
 
 def verify(checkpoint: Checkpoint, copy: Checkpoint, progress: bool = False) -> int:
-    """Holds every tensor of a copy against the original, bit by bit in Meta's layout; -> how many there are.
+    """Compare every tensor of a copy with the original, bit by bit in Meta's layout. Return the number of tensors.
 
-    progress: shows a bar on stderr. Raises UserError naming the first that differs, or what else does.
+    progress: show a bar on stderr. Raises UserError naming the first difference: a param, a dtype or a row of a tensor.
     """
-    way_out = f"; it is no copy of {checkpoint.source}, remove it and convert that again"
+    way_out = f"; it is not a copy of {checkpoint.source}, remove it and convert that again"
     for field in fields(Params):
-        has, should = getattr(copy.params, field.name), getattr(checkpoint.params, field.name)
-        if has != should:
-            raise UserError(f"{copy.source}: {field.name} is {has}, not {should}{way_out}")
+        actual, expected = getattr(copy.params, field.name), getattr(checkpoint.params, field.name)
+        if actual != expected:
+            raise UserError(f"{copy.source}: {field.name} is {actual}, not {expected}{way_out}")
     if copy.tied != checkpoint.tied:
-        raise UserError(f"{copy.source}: only one of the two has an output matrix of its own{way_out}")
-    n_bytes = sum(_whole(checkpoint, place).nbytes for place in checkpoint.parts)
+        raise UserError(f"{copy.source}: only one of the two has a separate output matrix{way_out}")
+    n_bytes = sum(_whole(checkpoint, spec).nbytes for spec in checkpoint.shards)
     with _bar(f"comparing {copy.source}", n_bytes, progress) as bar:
-        for place, parts in checkpoint.parts.items():
-            name = _name(place, _format(copy))
-            stored, wanted = in_words(copy.parts[place][0].dtype), in_words(parts[0].dtype)
+        for spec, shards in checkpoint.shards.items():
+            name = _name(spec, _format(copy))
+            stored, wanted = dtype_name(copy.shards[spec][0].dtype), dtype_name(shards[0].dtype)
             if stored != wanted:
                 raise UserError(f"{copy.source}: tensor {name} is in {stored}, not in {wanted}{way_out}")
-            for (first, ours), (_, theirs) in zip(
-                _rows(copy, place, "meta"), _rows(checkpoint, place, "meta"), strict=True
+            for (first, copied), (_, original) in zip(
+                _rows(copy, spec, "meta"), _rows(checkpoint, spec, "meta"), strict=True
             ):
-                if not torch.equal(_bits(ours), _bits(theirs)):
-                    row = first + int((_bits(ours) != _bits(theirs)).any(-1).nonzero()[0])
+                if not torch.equal(_bits(copied), _bits(original)):
+                    row = first + int((_bits(copied) != _bits(original)).any(-1).nonzero()[0])
                     raise UserError(f"{copy.source}: tensor {name} differs, first in row {row}{way_out}")
-                bar.update(ours.nbytes)
-    return len(checkpoint.parts)
+                bar.update(copied.nbytes)
+    return len(checkpoint.shards)
 
 
-def _rows(checkpoint: Checkpoint, place: TensorPlace, to: Format) -> Iterator[tuple[int, Tensor]]:
-    """A whole tensor as a format has it, some rows at a time: the number of the first, and the rows [rows, columns].
+def _rows(checkpoint: Checkpoint, spec: TensorSpec, to: Format) -> Iterator[tuple[int, Tensor]]:
+    """Yield a whole tensor in the order of a format, some rows at a time: (first row, rows [rows, columns]).
 
-    They are a window into the file where that has them so, else a copy. A norm is a single column.
+    The rows are a view of the file if it has the same order, else a copy. A norm is a single column.
     """
     head_dim = checkpoint.params.head_dim
-    parts = [part.view(len(part), -1) for part in checkpoint.parts[place]]
-    dimension = SHARDED_DIMENSION.get(place.field)
+    shards = [shard.view(len(shard), -1) for shard in checkpoint.shards[spec]]
+    dimension = SHARDED_DIMENSION.get(spec.field)
     if dimension is None:
-        parts = parts[:1]  # the same in each shard
-    n_rows = place.shape[0]
-    row_bytes = parts[0].itemsize * torch.Size(place.shape[1:]).numel()
+        shards = shards[:1]  # all the same
+    n_rows = spec.shape[0]
+    row_bytes = shards[0].itemsize * torch.Size(spec.shape[1:]).numel()
     step = -(-CHUNK // (row_bytes * head_dim)) * head_dim  # whole heads
     for begin in range(0, n_rows, step):
         wanted = range(begin, min(begin + step, n_rows))
-        pieces = take(parts, 0, wanted) if dimension == 0 else [part[wanted.start : wanted.stop] for part in parts]
+        pieces = take(shards, 0, wanted) if dimension == 0 else [shard[wanted.start : wanted.stop] for shard in shards]
         rows = join(pieces, dimension or 0)
-        if place.field in ("wq", "wk") and to != _format(checkpoint):
+        if spec.field in ("wq", "wk") and to != _format(checkpoint):
             rows = split_pairs(rows, head_dim) if to == "hf" else interleave_pairs(rows, head_dim)
         yield begin, rows
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Its bytes, by which NaN is NaN, and -0 is not 0."""
+    """Return the bytes of a tensor: NaN equals itself, and -0 differs from 0."""
     return tensor.contiguous().view(torch.uint8)
 
 
@@ -183,85 +184,84 @@ def _format(checkpoint: Checkpoint) -> Format:
     return "hf" if checkpoint.hf else "meta"
 
 
-def _kind(to: Format, shards: int) -> str:
-    """In words."""
+def _format_name(to: Format, shards: int) -> str:
     if to == "hf":
         return "in Hugging Face's format"
     return f"in Meta's format, {shards} shard{'s' if shards > 1 else ''}"
 
 
-def _name(place: TensorPlace, to: Format) -> str:
-    return place.hf_name if to == "hf" else place.meta_name
+def _name(spec: TensorSpec, to: Format) -> str:
+    return spec.hf_name if to == "hf" else spec.meta_name
 
 
-def _whole(checkpoint: Checkpoint, place: TensorPlace) -> Part:
-    columns = torch.Size(place.shape[1:]).numel()
-    return Part(place, checkpoint.parts[place][0].dtype, range(place.shape[0]), range(columns))
+def _whole(checkpoint: Checkpoint, spec: TensorSpec) -> Block:
+    columns = torch.Size(spec.shape[1:]).numel()
+    return Block(spec, checkpoint.shards[spec][0].dtype, range(spec.shape[0]), range(columns))
 
 
-def _meta_files(checkpoint: Checkpoint, shards: int) -> dict[str, Parts]:
-    """Equal parts of each tensor. Raises UserError naming one that does not divide into so many."""
-    if shards > _MOST_SHARDS:
+def _meta_files(checkpoint: Checkpoint, shards: int) -> dict[str, Blocks]:
+    """Split each tensor into equal shards. Raises UserError naming one that cannot be split into that many."""
+    if shards > _MAX_SHARDS:
         raise UserError(
-            f"{shards}: Meta numbers its files from 00 to 99; give at most {_MOST_SHARDS}", argument="shards"
+            f"{shards}: Meta numbers its files from 00 to 99; give at most {_MAX_SHARDS}", argument="shards"
         )
-    files: dict[str, Parts] = {f"consolidated.{number:02}.pth": {} for number in range(shards)}
-    for place in checkpoint.parts:
-        dimension = SHARDED_DIMENSION.get(place.field)
-        if dimension is not None and place.shape[dimension] % shards:
+    files: dict[str, Blocks] = {f"consolidated.{number:02}.pth": {} for number in range(shards)}
+    for spec in checkpoint.shards:
+        dimension = SHARDED_DIMENSION.get(spec.field)
+        if dimension is not None and spec.shape[dimension] % shards:
             raise UserError(
-                f"{shards}: the {place.shape[dimension]} {('rows', 'columns')[dimension]} of {place.meta_name} do not "
-                "divide into so many equal parts; give another number",
+                f"{shards}: the {spec.shape[dimension]} {('rows', 'columns')[dimension]} of {spec.meta_name} do not "
+                "divide into that many equal parts; give another number",
                 argument="shards",
             )
-        for number, parts in enumerate(files.values()):
-            part = _whole(checkpoint, place)
+        for number, blocks in enumerate(files.values()):
+            block = _whole(checkpoint, spec)
             if dimension == 0:
-                part = part._replace(rows=_nth(part.rows, number, shards))
+                block = block._replace(rows=_nth(block.rows, number, shards))
             elif dimension == 1:
-                part = part._replace(columns=_nth(part.columns, number, shards))
-            parts[place.meta_name] = part
+                block = block._replace(columns=_nth(block.columns, number, shards))
+            blocks[spec.meta_name] = block
     return files
 
 
 def _nth(whole: range, number: int, count: int) -> range:
-    """One of `count` equal parts."""
+    """Return part `number` of `count` equal ones."""
     size = len(whole) // count
     return whole[number * size : (number + 1) * size]
 
 
-def _hf_files(checkpoint: Checkpoint) -> dict[str, Parts]:
-    """Whole tensors, in the order of the forward pass, in files of at most LARGEST_FILE bytes."""
-    files: list[Parts] = [{}]
-    room = LARGEST_FILE
-    for place in checkpoint.parts:
-        part = _whole(checkpoint, place)
-        if part.nbytes > room and files[-1]:
+def _hf_files(checkpoint: Checkpoint) -> dict[str, Blocks]:
+    """Distribute whole tensors, in the order of the forward pass, over files of at most LARGEST_FILE bytes."""
+    files: list[Blocks] = [{}]
+    space = LARGEST_FILE
+    for spec in checkpoint.shards:
+        block = _whole(checkpoint, spec)
+        if block.nbytes > space and files[-1]:
             files.append({})
-            room = LARGEST_FILE
-        files[-1][place.hf_name] = part
-        room -= part.nbytes
+            space = LARGEST_FILE
+        files[-1][spec.hf_name] = block
+        space -= block.nbytes
     if len(files) == 1:
         return {"model.safetensors": files[0]}
-    return {f"model-{number:05}-of-{len(files):05}.safetensors": parts for number, parts in enumerate(files, start=1)}
+    return {f"model-{number:05}-of-{len(files):05}.safetensors": blocks for number, blocks in enumerate(files, start=1)}
 
 
-def _meta_texts(source: Path, checkpoint: Checkpoint) -> dict[str, str]:
-    """params.json: that of the source, if it has one."""
+def _meta_json(source: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return params.json: that of the source, if it has one."""
     params_file, _ = find_files(source)
     if params_file.name == "params.json":
         return {"params.json": params_file.read_text()}
     try:
         return {"params.json": _json(checkpoint.params.to_meta())}
     except UserError as error:
-        raise UserError(f"{params_file}: {error}; so the model cannot be in Meta's format") from error
+        raise UserError(f"{params_file}: {error}; the model cannot be converted to Meta's format") from error
 
 
-def _hf_texts(source: Path, checkpoint: Checkpoint, files: dict[str, Parts]) -> dict[str, str]:
-    """config.json, as LlamaForCausalLM.from_pretrained reads it in transformers 4 and 5; the index of several files."""
+def _hf_json(source: Path, checkpoint: Checkpoint, files: dict[str, Blocks]) -> dict[str, str]:
+    """Return config.json, for LlamaForCausalLM.from_pretrained (transformers 4, 5), and an index of several files."""
     try:
         tokenizer = find_tokenizer(source, None, checkpoint.params)
-    except UserError:  # it is none of Llama 3's, and goes along as it is
+    except UserError:  # not one of Llama 3's; it is copied anyway
         tokenizer = None
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -271,14 +271,14 @@ def _hf_texts(source: Path, checkpoint: Checkpoint, files: dict[str, Parts]) -> 
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": checkpoint.tied,
-        "torch_dtype": in_words(checkpoint.dtype),
+        "torch_dtype": dtype_name(checkpoint.dtype),
         "bos_token_id": tokenizer and tokenizer.bos_id,
         "eos_token_id": tokenizer and sorted(tokenizer.stop_ids),
     }
     texts = {"config.json": _json(config)}
     if len(files) > 1:
-        total = sum(part.nbytes for parts in files.values() for part in parts.values())
-        weight_map = {name: file for file, parts in files.items() for name in parts}
+        total = sum(block.nbytes for blocks in files.values() for block in blocks.values())
+        weight_map = {name: file for file, blocks in files.items() for name in blocks}
         texts["model.safetensors.index.json"] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
     return texts
 
@@ -287,54 +287,53 @@ def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def _files_beside(source: Path, to: Format) -> list[Path]:
-    """The files of a model folder that go along as they are."""
+def _files_to_copy(source: Path, to: Format) -> list[Path]:
+    """Return the files of a model folder that are copied unchanged."""
     tokenizers = [source / "tokenizer.model", source / "original" / "tokenizer.model"]
     others = [source / name for name in _HF_FILES] if to == "hf" else []
     return [file for file in tokenizers if file.exists()][:1] + [file for file in others if file.exists()]
 
 
 def open_source(folder: Path) -> Checkpoint:
-    """A checkpoint to convert. Raises UserError as `open_checkpoint` does, and for one in int8."""
+    """Open a checkpoint to convert. Raises UserError as `open_checkpoint` does, for int8, and for mixed dtypes."""
     checkpoint = open_checkpoint(folder)
     if checkpoint.scales:
-        raise UserError(f"{folder}: is in int8, which neither format holds; take the model that it was made of")
-    for place, parts in checkpoint.parts.items():
-        if any(part.dtype != parts[0].dtype for part in parts):
-            raise UserError(f"{folder}: the shards have {place.meta_name} in several dtypes; keep those of one model")
+        raise UserError(f"{folder}: is in int8, which neither format has; convert the model before quantization")
+    for spec, shards in checkpoint.shards.items():
+        if any(shard.dtype != shards[0].dtype for shard in shards):
+            raise UserError(f"{folder}: the shards have {spec.meta_name} in several dtypes; keep those of one model")
     return checkpoint
 
 
 def build_parser() -> ArgumentParser:
-    """The options of `python -m llama3_raw.convert`."""
+    """Return the parser of `python -m llama3_raw.convert`."""
     parser = ArgumentParser(
         prog="python -m llama3_raw.convert",
-        description="Writes a model in another format, or in another number of Meta's shards, into a new folder.",
+        description="Convert a model to another format, or another number of Meta's shards, with all values unchanged.",
     )
     parser.add_argument(
         "source",
         type=not_empty,
         metavar="SOURCE",
-        help="a folder, a name in weights/, or org/repo in the Hugging Face cache",
+        help="folder, name in weights/, or org/repo in the Hugging Face cache",
     )
     parser.add_argument("folder", type=not_empty, metavar="FOLDER", help="the folder to write")
     parser.add_argument(
         "--to",
         choices=get_args(Format),
-        help="Meta's format (params.json, consolidated.*.pth) or Hugging Face's (config.json, *.safetensors); default: "
-        "the one that SOURCE is not in, with --shards Meta's",
+        help="Meta's format (params.json, consolidated.*.pth) or Hugging Face's (config.json, *.safetensors) (default: "
+        "the one that SOURCE is not in; with --shards, Meta's)",
     )
     parser.add_argument(
         "--shards",
         type=positive_int,
         metavar="N",
-        help="how many of Meta's files; its own code, in N processes, wants no more than kv heads (default: 1)",
+        help="number of Meta's files (default: 1); Meta's own code supports at most as many as there are kv heads",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read what was written, and compare each tensor with SOURCE bit by bit; a FOLDER that is there already is "
-        "only compared",
+        help="read the files back and compare each tensor with SOURCE, bit by bit; if FOLDER exists, only compare",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -342,7 +341,7 @@ def build_parser() -> ArgumentParser:
 
 @command_line_tool
 def main(arguments: Sequence[str]) -> int:
-    """Runs the tool; -> exit status."""
+    """Run the command and return the exit status."""
     options = build_parser().parse_args(arguments)
     set_threads(None)
     source, folder = find_model(options.source, "SOURCE").path, Path(options.folder)
@@ -351,23 +350,23 @@ def main(arguments: Sequence[str]) -> int:
     checkpoint = open_source(source)
     to: Format = options.to or ("meta" if options.shards or checkpoint.hf else "hf")
     if to == "hf" and options.shards:
-        raise UserError(f"--shards {options.shards}: is about Meta's format; leave it out, or give --to meta")
+        raise UserError(f"--shards {options.shards}: is only for Meta's format; leave it out, or give --to meta")
     if to == _format(checkpoint) == "hf":
         raise UserError(f"--to hf: {source} is in Hugging Face's format already; leave it out, or give --to meta")
-    is_there = folder.is_dir() and any(folder.iterdir())
-    wanted = _kind(to, options.shards or 1)
-    if not (is_there and options.verify):
+    exists = folder.is_dir() and any(folder.iterdir())
+    wanted = _format_name(to, options.shards or 1)
+    if not (exists and options.verify):
         convert(source, checkpoint, folder, to, options.shards or 1, progress=True)
-        print(f"llama3_raw: {folder} is written, {wanted}; run it with --weights {folder}", file=sys.stderr)
+        print(f"llama3_raw: wrote {folder}, {wanted}; run it with --weights {folder}", file=sys.stderr)
     if options.verify:
         copy = open_checkpoint(folder)
-        found = _kind(_format(copy), len(next(iter(copy.parts.values()))))
-        if found != wanted and (options.to or options.shards):
+        actual = _format_name(_format(copy), len(next(iter(copy.shards.values()))))
+        if actual != wanted and (options.to or options.shards):
             raise UserError(
-                f"{folder}: is there already, {found}, not {wanted}; name another folder, or remove it first"
+                f"{folder}: exists already, {actual}, not {wanted}; name another folder, or remove it first"
             )
-        if is_there:
-            print(f"llama3_raw: {folder} is there already, {found}; it is only compared", file=sys.stderr)
+        if exists:
+            print(f"llama3_raw: {folder} exists already, {actual}; it is only compared", file=sys.stderr)
         count = verify(checkpoint, copy, progress=True)
         print(f"{count} tensors of {folder} have the same bits as those of {source}")
     return 0

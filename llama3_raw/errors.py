@@ -1,4 +1,4 @@
-"""The one error for what a user did wrong."""
+"""`UserError`, the one error for a user's mistake."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from types import ModuleType
 
 
 class UserError(Exception):
-    """What the user asked for cannot be done. The message is one line that names the file or argument and the way out.
+    """A request that cannot be fulfilled. The message is one line: the file or argument, the reason and the way out.
 
-    argument: the function argument that is wrong, or that is the way out, if there is one. The message has {argument}
-    in its place, or else begins with it, so that a command can show the option that it comes from.
+    argument: the function argument that is wrong, or that is the way out; None if there is none. `{argument}` in the
+    message stands for it; without that, the message begins with it. A command shows the option instead.
     """
 
     def __init__(self, message: str, *, argument: str | None = None):
@@ -19,25 +19,22 @@ class UserError(Exception):
         super().__init__(self.naming(argument or ""))
 
     def naming(self, name: str) -> str:
-        """The message with this name for the argument."""
+        """Return the message with this name for the argument."""
         return self._template.replace("{argument}", name) if self.argument else self._template
 
 
 def needed_package(name: str, needed_by: str, extra: str = "bench") -> ModuleType:
-    """The package, which is none of those that llama3_raw always brings, but one of an extra. (See pyproject.toml)
-
-    Raises UserError where it is missing.
-    """
+    """Import an optional package, one of an extra in pyproject.toml. Raises UserError if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"{needed_by} needs the package {name} ({in_short(error)}); pip install {name}, or all that {extra} can "
-            f"use: pip install -e '.[{extra}]'"
+            f"{needed_by} needs the package {name} ({in_short(error)}); pip install {name}, or everything that {extra} "
+            f"can use: pip install -e '.[{extra}]'"
         ) from error
 
 
 def in_short(what: object) -> str:
-    """A value or another library's error as part of a message: on one line, not too long, never without words."""
+    """Return a value or another library's error as part of a message: on one line, short, never empty."""
     text = " ".join(str(what).split()) or type(what).__name__
     return text if len(text) <= 200 else f"{text[:200]} …"

@@ -1,9 +1,9 @@
 """The forward pass of Llama 3, from token ids to logits, as plain functions over plain tensors.
 
-Read it from the small pieces down to `forward`, which puts them together. Shapes: `...` is nothing for a lone prompt
-and [B] for a batch; T is the number of new tokens, S the number of tokens so far, the new ones included.
+Read it from the small pieces down to `forward`, which puts them together. Shapes: `...` is empty for a single prompt
+and [B] for a batch; T is the number of new tokens, S the number of all tokens so far, including the new ones.
 
-The computation and every cast are those of Meta's own code (llama_models/llama3/model.py), bit for bit.
+Every operation and every cast is that of Meta's code (llama_models/llama3/model.py), bit for bit.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from .weights import LayerWeights, Weights
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[..., dim] -> [..., dim]: each row over its root mean square, times weight. (Zhang & Sennrich 2019, eq. 4)"""
-    x32 = x.float()  # the mean square needs fp32; the result goes back to x's dtype before the weight
+    """[..., dim] -> [..., dim]: each row divided by its RMS, times `weight`. (Zhang & Sennrich 2019, eq. 4)"""
+    x32 = x.float()  # the mean square needs fp32; the cast back comes before the weight
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def token_positions(start: int | Tensor, length: int, device: torch.device) -> Tensor:
-    """The positions of `length` new tokens: [T] for an int start, [..., T] for a tensor of starts, one per row."""
+    """Return the positions of `length` new tokens: [T] for an int start, [..., T] for a tensor of one per row."""
     offsets = torch.arange(length, device=device)  # [T]
     return start + offsets if isinstance(start, int) else start.unsqueeze(-1) + offsets
 
 
 def rope_frequencies(params: Params, device: torch.device) -> Tensor:
-    """-> [head_dim/2] fp32: how far each pair of a head turns per position, in radians. (Su et al. 2021, eq. 15)
+    """Return the rotation of each pair of a head per position, in radians, [head_dim/2] fp32. (Su et al. 2021, eq. 15)
 
-    Llama 3.1 and later slow the low frequencies down for a longer context. (Meta's apply_scaling)
+    Llama 3.1 and later scale the low frequencies down for a longer context. (Meta's apply_scaling)
     """
     exponents = torch.arange(0, params.head_dim, 2, device=device).float() / params.head_dim  # [head_dim/2]
     frequencies = 1.0 / params.rope_theta**exponents
@@ -48,30 +48,30 @@ def rope_frequencies(params: Params, device: torch.device) -> Tensor:
     low, high, original = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_seq_len
     smooth = (original / wavelengths - low) / (high - low)  # 0 at the long end of the middle band, 1 at the short one
     between = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
-    slowed = torch.where(wavelengths > original / low, frequencies / scaling.factor, between)
-    return torch.where(wavelengths < original / high, frequencies, slowed)
+    scaled = torch.where(wavelengths > original / low, frequencies / scaling.factor, between)
+    return torch.where(wavelengths < original / high, frequencies, scaled)
 
 
 def rope_rotation(positions: Tensor, params: Params) -> tuple[Tensor, Tensor]:
-    """[..., T] -> cos and sin, each [..., T, 1, head_dim/2] fp32: the turn of every pair at every position."""
+    """[..., T] -> cos and sin, each [..., T, 1, head_dim/2] fp32: the rotation of every pair at every position."""
     angles = positions.unsqueeze(-1) * rope_frequencies(params, positions.device)  # [..., T, head_dim/2]
-    if angles.device.type == "mps":  # no complex numbers there
+    if angles.device.type == "mps":  # has no complex numbers
         cos, sin = angles.cos(), angles.sin()
     else:  # as Meta does: torch.cos and torch.sin differ from torch.polar in the last bit
-        turns = torch.polar(torch.ones_like(angles), angles)
-        cos, sin = turns.real, turns.imag
-    return cos.unsqueeze(-2), sin.unsqueeze(-2)  # 1: the same turn for every head
+        rotation = torch.polar(torch.ones_like(angles), angles)
+        cos, sin = rotation.real, rotation.imag
+    return cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same rotation for every head
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[..., T, heads, head_dim] -> the same: neighbouring values (0, 1), (2, 3), … turned as points in the plane.
+    """[..., T, heads, head_dim] -> the same shape: each pair of neighbours (0, 1), (2, 3), … rotated in the plane.
 
-    The bits of Meta's complex product where head_dim is a multiple of 16 (every Llama); below that torch's complex
-    kernel rounds the last pairs of a head in another way.
+    Bit-identical to Meta's complex product if head_dim is a multiple of 16 (as in every Llama); otherwise torch's
+    complex kernel rounds the last pairs of a head differently.
     """
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each [..., T, heads, head_dim/2] fp32
-    turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 class LayerCache(NamedTuple):
@@ -83,7 +83,7 @@ class LayerCache(NamedTuple):
     def update(self, k: Tensor, v: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v [..., T, n_kv_heads, head_dim] from `start` on; return the keys and values to attend to.
 
-        They are [..., start + T, n_kv_heads, head_dim] for an int; all of the cache, to be masked, for a tensor.
+        For an int `start` they are [..., start + T, n_kv_heads, head_dim]; for a tensor, the whole cache (mask it).
         """
         return _updated(self.keys, k, start), _updated(self.values, v, start)
 
@@ -93,40 +93,38 @@ def _updated(cached: Tensor, new: Tensor, start: int | Tensor) -> Tensor:
     if isinstance(start, int):
         cached[..., start : start + length, :, :] = new
         return cached[..., : start + length, :, :]
-    positions = token_positions(start, length, new.device).view(-1, length)  # [B, T], B = 1 for a lone prompt
+    positions = token_positions(start, length, new.device).view(-1, length)  # [B, T], B = 1 for a single prompt
     rows = torch.arange(len(positions), device=new.device).unsqueeze(-1)  # [B, 1]
     cached.view(-1, *cached.shape[-3:])[rows, positions] = new.view(-1, *new.shape[-3:])
     return cached
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all tokens so far, per layer [..., max_seq_len, n_kv_heads, head_dim]; written in place."""
+    """Keys and values of all tokens so far, per layer [..., max_seq_len, n_kv_heads, head_dim]; updated in place."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
     @property
     def max_seq_len(self) -> int:
-        """How many tokens fit."""
+        """The number of tokens that fit."""
         return self.keys[0].shape[-3]
 
     @staticmethod
     def allocate(params: Params, *, max_seq_len: int, like: Weights, batch: tuple[int, ...] = ()) -> KVCache:
-        """An empty cache for `max_seq_len` tokens; dtype, layers, devices and kv heads are those of `like`.
-
-        Raises UserError if it does not fit into memory.
-        """
+        """Allocate a cache like the weights in dtype, device and kv heads. Raises UserError if it does not fit."""
 
         def empty(layer: LayerWeights) -> Tensor:
             shape = (*batch, max_seq_len, layer.wk.shape[0] // params.head_dim, params.head_dim)
-            # the norm is in the dtype that the layer computes in, however its matrices are stored
+            # norms have the compute dtype, however the matrices are stored
             return torch.zeros(shape, dtype=layer.attention_norm.dtype, device=layer.attention_norm.device)
 
         try:
             return KVCache(tuple(map(empty, like.layers)), tuple(map(empty, like.layers)))
-        except RuntimeError as error:  # all that torch says when the CPU's memory is too small
+        except RuntimeError as error:  # all that torch raises when the CPU's memory is too small
             size = " x ".join(map(str, (*batch, max_seq_len)))
-            raise UserError(f"a cache for {size} tokens does not fit into memory; allow fewer of them") from error
+            message = f"a cache for {size} tokens does not fit into memory; lower {{argument}}"
+            raise UserError(message, argument="max_seq_len") from error
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor:
@@ -157,7 +155,7 @@ class Pass(NamedTuple):
 
     params: Params
     start: int | Tensor  # the position of the first token
-    cos: Tensor  # of the RoPE rotation, [..., T, 1, head_dim/2] fp32; sin likewise
+    cos: Tensor  # RoPE rotation, [..., T, 1, head_dim/2] fp32; sin likewise
     sin: Tensor
     ops: Ops
 
@@ -177,7 +175,7 @@ def attention(x: Tensor, weights: LayerWeights, cache: LayerCache | None, at: Pa
 
 
 def feed_forward(x: Tensor, weights: LayerWeights, ops: Ops, tap: Tap) -> Tensor:
-    """[..., T, dim] -> [..., T, dim]: SwiGLU, w2(silu(w1 x) * w3 x), through hidden_dim. (Shazeer 2020, eq. 6)"""
+    """[..., T, dim] -> [..., T, dim]: SwiGLU, w2(silu(w1 x) * w3 x). (Shazeer 2020, eq. 6)"""
     gate = tap("gate", ops.linear(x, weights.w1))  # [..., T, hidden_dim]
     up = tap("up", ops.linear(x, weights.w3))  # [..., T, hidden_dim]
     hidden = tap("hidden", F.silu(gate) * up)  # [..., T, hidden_dim]
@@ -203,17 +201,18 @@ def forward(
     ops: Ops = REFERENCE,
     tap: Tap = no_tap,
 ) -> Tensor:
-    """Token ids [..., T] -> logits [..., T, vocab_size] in fp32: how likely each token of the vocabulary comes next.
+    """Compute the logits of the next token [..., T, vocab_size], in fp32, for token ids [..., T].
 
-    cache: the keys and values of earlier tokens; those of `tokens` are written into it. None: `tokens` is all there is.
-    start: the position of the first of `tokens`. An int is exact; a tensor, one start per row [...], attends over the
-        whole width of the cache (masked), so that shapes stay the same from call to call and rows may differ in length.
-        Whether a tensor's tokens fit is not checked: to look at it would stop a captured graph.
-    logits_at: None for every position; an index into T, or a tensor [...] of one per row, for logits [..., vocab_size].
-    tap: called at every named point, in order; the computation continues with the tensor that it returns.
+    Args:
+        cache: keys and values of earlier tokens, to which those of `tokens` are added; None if there are none.
+        start: the position of the first of `tokens`. An int is exact. A tensor [...], one start per row, attends over
+            the whole cache (masked): shapes stay the same from call to call, and rows may differ in length. It is not
+            checked, because reading it would break the capture of a CUDA graph.
+        logits_at: None for all positions; an index into T, or a tensor [...] of one per row, for [..., vocab_size].
+        tap: called at every named point, in order; the computation continues with the tensor that it returns.
 
-    Raises ValueError if `start` is given without a cache, if the cache is for another batch, or if an int `start`
-    leaves no room for the tokens in it.
+    Raises:
+        ValueError: there is no cache for `start`, or the tokens do not fit into it, in batch shape or length.
     """
     check_cache(cache, tokens, start)
     cos, sin = rope_rotation(token_positions(start, tokens.shape[-1], tokens.device), params)
@@ -228,7 +227,7 @@ def forward(
 
 
 def select(x: Tensor, at: int | Tensor | None) -> Tensor:
-    """[..., T, dim] -> the rows at one position [..., dim], or at one per row of a batch; None: all of them."""
+    """[..., T, dim] -> [..., dim] at one position, or at one per row of a batch; None: all positions."""
     if at is None or isinstance(at, int):
         return x if at is None else x[..., at, :]
     rows = at[..., None, None].expand(*at.shape, 1, x.shape[-1])  # [..., 1, dim]
@@ -238,8 +237,8 @@ def select(x: Tensor, at: int | Tensor | None) -> Tensor:
 def check_cache(cache: KVCache | None, tokens: Tensor, start: int | Tensor) -> None:
     """Raise ValueError unless the tokens [..., T] fit into the cache from `start` on."""
     if cache is None and not (isinstance(start, int) and start == 0):
-        raise ValueError("start needs the cache that holds the tokens before it")
+        raise ValueError("start needs a cache that holds the tokens before it")
     if cache is not None and cache.keys[0].shape[:-3] != tokens.shape[:-1]:
-        raise ValueError(f"tokens {list(tokens.shape)} do not go with the cache {list(cache.keys[0].shape)}")
+        raise ValueError(f"tokens {list(tokens.shape)} do not match the cache {list(cache.keys[0].shape)}")
     if cache is not None and isinstance(start, int) and not 0 <= start <= cache.max_seq_len - tokens.shape[-1]:
         raise ValueError(f"{tokens.shape[-1]} tokens at position {start} overrun the cache of {cache.max_seq_len}")

@@ -1,4 +1,4 @@
-"""The types `Ops`, the few primitives of the forward pass that cost time, and `Tap`, which sees its tensors by name."""
+"""`Ops`, the primitives of the forward pass that cost time, and `Tap`, a function that sees its tensors by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .quantization.matrix import Matrix
 Tap = Callable[[str, Tensor], Tensor]
 """tap(name, tensor) -> tensor: called at every named point of the forward pass, which continues with the result.
 
-What PyTorch calls a forward hook, but for one tensor at a time, and with a name.
+Like a forward hook in PyTorch, but for one tensor at a time, by name.
 """
 
 
@@ -27,14 +27,14 @@ class Attend(Protocol):
 
 
 def identity(x: Tensor) -> Tensor:
-    """The sum over one process."""
+    """Return x: the sum over one process."""
     return x
 
 
 class Ops(NamedTuple):
-    """The primitives that model.forward calls, and what a caller has to know of them. `model.REFERENCE` is exact.
+    """The primitives that model.forward calls, and their properties. `model.REFERENCE` is exact.
 
-    `ops._replace(attend=...)` makes another set; what it says of itself should be true of the replacement too.
+    `ops._replace(attend=...)` returns another set; its properties should hold for the replacement too.
     """
 
     embed: Callable[[Tensor, Tensor], Tensor]  # (tokens [..., T], table [vocab, dim]) -> [..., T, dim]
@@ -44,18 +44,18 @@ class Ops(NamedTuple):
 
     prefill_chunk: int = PREFILL_CHUNK  # tokens of a prompt in one pass
     max_packed: int = 128  # tokens of several short prompts in one pass
-    has_scores: bool = False  # whether attend taps scores and probs; a fused one never has them
-    can_capture: bool = False  # whether a pass of few tokens can be captured as a CUDA graph
+    has_scores: bool = False  # whether attend taps scores and probs; a fused one never computes them
+    can_capture: bool = False  # whether a pass over few tokens can be captured as a CUDA graph
 
 
 def no_tap(name: str, tensor: Tensor) -> Tensor:
-    """The tap that sees nothing and changes nothing."""
+    """Return the tensor unchanged: the tap that does nothing."""
     return tensor
 
 
 @dataclass(frozen=True)
 class Scoped:
-    """A tap for a part of the pass, whose names all begin with `prefix`."""
+    """A tap for a part of the pass: it adds `prefix` to each name."""
 
     tap: Tap
     prefix: str
@@ -65,12 +65,12 @@ class Scoped:
 
 
 def scoped(tap: Tap, prefix: str) -> Tap:
-    """The same tap for a part of the pass whose names all begin with `prefix`, such as "attention."."""
+    """Return the tap for a part of the pass whose names all begin with `prefix`, such as "attention."."""
     if tap is no_tap:
         return tap
     return Scoped(tap.tap, tap.prefix + prefix) if isinstance(tap, Scoped) else Scoped(tap, prefix)
 
 
 def score_bytes(itemsize: int) -> int:
-    """How many bytes an attention score of `itemsize` bytes takes in all until it is used. (Measured)"""
-    return 12 if itemsize == 4 else 24  # another dtype than fp32 has each score in fp32 as well
+    """Return the bytes of memory per attention score with `itemsize` bytes, temporary tensors included. (Measured)"""
+    return 12 if itemsize == 4 else 24  # dtypes other than fp32 need each score in fp32 as well

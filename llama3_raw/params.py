@@ -1,4 +1,4 @@
-"""`Params`: what params.json (Meta's) or config.json (Hugging Face's) says about a model, checked and frozen."""
+"""`Params`: the content of params.json (Meta's) or config.json (Hugging Face's), checked and frozen."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from .errors import UserError, in_short
 from .system.files import read_small_file
 
-# beyond what any model has; a file that says more is damaged
-_LARGEST = 2**31
-_MOST_LAYERS = 10_000
+# more than any model has; a file with larger numbers is damaged
+_MAX_VALUE = 2**31
+_MAX_LAYERS = 10_000
 
-# dim -> ffn_dim_multiplier and multiple_of of Meta's own models of that width (llama_models.sku_list)
+# dim -> ffn_dim_multiplier and multiple_of in Meta's models of that width (llama_models.sku_list)
 _META_FEED_FORWARD = {
     2048: (1.5, 256),
     3072: (1.0, 256),
@@ -28,7 +28,7 @@ _META_FEED_FORWARD = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3.1 and later stretch RoPE to a longer context. (apply_scaling in Meta's model.py)"""
+    """The RoPE scaling of Llama 3.1 and later, for a longer context. (apply_scaling in Meta's model.py)"""
 
     factor: float
     low_freq_factor: float = 1.0
@@ -58,7 +58,7 @@ class Params:
 
     @staticmethod
     def from_file(path: str | Path) -> Params:
-        """Reads params.json or config.json. Raises UserError naming the file and the key that is wrong."""
+        """Read params.json or config.json. Raises UserError naming the file and the key that is wrong."""
         path = Path(path)
         text = read_small_file(path)
         try:
@@ -74,7 +74,7 @@ class Params:
 
     @staticmethod
     def from_meta(content: Mapping[str, Any]) -> Params:
-        """From the content of a params.json. (ModelArgs in llama_models/llama3/args.py)"""
+        """Return the params for the content of a params.json. (ModelArgs in llama_models/llama3/args.py)"""
         for key, value in content.items():
             if (key.startswith("vision_") or key in ("quantization_args", "lora_args")) and not _is_off(value):
                 raise UserError(f"{key} = {value!r} changes the computation and is not supported")
@@ -86,13 +86,13 @@ class Params:
             raise UserError(f"dim = {dim} does not divide into n_heads = {n_heads} heads")
 
         multiplier = fields.number("ffn_dim_multiplier", default=None)
-        if multiplier is not None and not 1 <= multiplier * _hidden_dim(dim) < _LARGEST:
+        if multiplier is not None and not 1 <= multiplier * _hidden_dim(dim) < _MAX_VALUE:
             raise UserError(f"ffn_dim_multiplier = {multiplier} makes the feed-forward impossible")
         hidden_dim = _hidden_dim(dim, multiplier, fields.integer("multiple_of", default=256))
 
         use_scaled_rope = fields.boolean("use_scaled_rope", default=False)
         scaling_factor = fields.number("rope_scaling_factor", default=None)
-        if scaling_factor is None:  # params.json of Llama 3.2 1B and 3B does not say that they were trained with 32
+        if scaling_factor is None:  # Llama 3.2 1B and 3B were trained with 32, but their params.json does not say so
             scaling_factor = 32.0 if (dim, n_layers) in ((2048, 16), (3072, 28)) else 8.0
         return _checked(
             Params(
@@ -112,7 +112,7 @@ class Params:
 
     @staticmethod
     def from_hf(content: Mapping[str, Any]) -> Params:
-        """From the content of a config.json. (LlamaConfig in transformers, both before and since version 5)"""
+        """Return the params for the content of a config.json. (LlamaConfig in transformers, before and since 5.0)"""
         fields = _Fields(content)
         if content.get("model_type", "llama") != "llama":
             raise UserError(f"model_type = {content['model_type']!r}: only 'llama' is supported")
@@ -150,17 +150,17 @@ class Params:
                 raise UserError(f"token id {token} is outside the model's vocabulary of {self.vocab_size}")
 
     def to_meta(self) -> dict[str, Any]:
-        """The content of a params.json, of which `from_meta` makes the same params; no key more than needed.
+        """Return the content of a params.json from which `from_meta` builds the same params; only needed keys.
 
-        Raises UserError where params.json has no key for what the params say.
+        Raises UserError if params.json cannot express the params.
         """
         if self.head_dim * self.n_heads != self.dim:
             raise UserError(
-                f"head_dim = {self.head_dim} is not {self.dim} / {self.n_heads}; params.json cannot say that"
+                f"head_dim = {self.head_dim} is not {self.dim} / {self.n_heads}; params.json cannot express that"
             )
         scaling = self.rope_scaling
         if scaling and scaling != RopeScaling(scaling.factor):
-            raise UserError(f"{scaling} is none of Llama 3.1's kind; params.json can say the factor alone")
+            raise UserError(f"{scaling} is not Llama 3.1's scaling; params.json can express only the factor")
         multiplier, multiple_of = _META_FEED_FORWARD.get(self.dim, (1.0, 256))
         if _hidden_dim(self.dim, multiplier, multiple_of) != self.hidden_dim:
             multiplier, multiple_of = self.hidden_dim / _hidden_dim(self.dim), self.hidden_dim
@@ -186,9 +186,9 @@ class Params:
         return content
 
     def to_hf(self) -> dict[str, Any]:
-        """What the params say, by the keys of a config.json; of them `from_hf` makes the same params.
+        """Return the keys of a config.json from which `from_hf` builds the same params.
 
-        RoPE is as transformers had it before version 5, which both read.
+        The RoPE keys are those of transformers before version 5, which later versions read too.
         """
         scaling = self.rope_scaling
         return {
@@ -222,12 +222,12 @@ def _hidden_dim(dim: int, multiplier: float | None = None, multiple_of: int = 1)
 
 
 def _hf_rope(content: Mapping[str, Any], fields: _Fields) -> tuple[float, RopeScaling | None]:
-    """rope_theta and the scaling of a config.json. Raises UserError for another kind of RoPE than Llama's."""
-    # transformers 5 keeps everything about RoPE in rope_parameters; before, rope_theta stood beside rope_scaling
+    """Return rope_theta and the scaling of a config.json. Raises UserError for a RoPE that is not Llama's."""
+    # transformers 5 has all in rope_parameters; before, rope_theta was a separate key next to rope_scaling
     new, old = fields.mapping("rope_parameters"), fields.mapping("rope_scaling")
     for rope in (new, old):
         if _rope_type(rope) not in ("default", "llama3"):
-            raise UserError(f"rope type {_rope_type(rope)!r} changes the computation; only default or llama3 will do")
+            raise UserError(f"rope type {_rope_type(rope)!r} changes the computation; supported: default, llama3")
     for source in (content, new, old):
         if source.get("partial_rotary_factor", 1.0) != 1.0:
             raise UserError(f"partial_rotary_factor = {source['partial_rotary_factor']!r} is not supported")
@@ -248,17 +248,17 @@ def _hf_rope(content: Mapping[str, Any], fields: _Fields) -> tuple[float, RopeSc
 
 
 def _rope_type(rope: Mapping[str, Any]) -> Any:
-    """The kind of RoPE that rope_parameters or rope_scaling names; "type" is what older configs call it."""
+    """Return the kind of RoPE that rope_parameters or rope_scaling names; older configs call the key "type"."""
     return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _is_off(value: Any) -> bool:
-    """True for the values by which a config says that a feature is not there: null, false, -1, an empty object."""
+    """Whether a value says that a feature is absent: null, false, -1, an empty object."""
     return value is None or value is False or value == -1 or value == {}
 
 
 class _Fields:
-    """Typed access to a JSON object: a missing key takes its default, a value of the wrong kind is a UserError."""
+    """Typed access to a JSON object. A missing key has its default; a value of the wrong type raises UserError."""
 
     REQUIRED: Any = object()
 
@@ -277,7 +277,7 @@ class _Fields:
 
     def integer(self, key: str, default: Any = REQUIRED) -> int:
         value = self._get(key, default, (int,), "a positive integer")
-        if not 1 <= value < _LARGEST:
+        if not 1 <= value < _MAX_VALUE:
             raise UserError(f"{key} should be a positive integer, is {value!r}")
         return int(value)
 
@@ -296,9 +296,9 @@ class _Fields:
 
 
 def _checked(params: Params) -> Params:
-    """The params themselves, once what they say of the heads and of RoPE can be true."""
-    if params.n_layers > _MOST_LAYERS:
-        raise UserError(f"{params.n_layers} layers cannot be; the largest Llama has 126")
+    """Return the params. Raises UserError if their layers, heads or RoPE are impossible."""
+    if params.n_layers > _MAX_LAYERS:
+        raise UserError(f"{params.n_layers} layers are impossible; the largest Llama has 126")
     if params.n_heads % params.n_kv_heads:
         raise UserError(f"{params.n_heads} heads cannot share {params.n_kv_heads} kv heads evenly")
     if params.head_dim % 2:

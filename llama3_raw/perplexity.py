@@ -1,4 +1,4 @@
-"""python -m llama3_raw.perplexity FILE: how well a model predicts a text. The figures on stdout, all else on stderr."""
+"""Measure how well a model predicts a text. Figures go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .backends.choose import ops_for
 from .cli.entry_point import ArgumentParser, command_line_tool
-from .cli.memory_plan import Lengths
+from .cli.memory_plan import RunShape
 from .cli.models import choose_model, load_model
 from .cli.options import add_model_options, check_context, parse_ids, positive_int, read_text
 from .decoding.sampling import check_sound, is_sound
@@ -26,16 +26,16 @@ from .ops import Ops
 from .params import Params
 from .weights import Model
 
-DEFAULT_CONTEXT = 2048  # tokens, where the model's own is longer: with more, each token costs more and gains little
+DEFAULT_CONTEXT = 2048  # tokens; a longer window costs more per token and gains little
 
-CHUNK = 256  # positions whose logits are in memory at a time
+CHUNK = 256  # positions whose logits are in memory at once
 
 
 class Score(NamedTuple):
     """How well a text was predicted."""
 
-    tokens: int  # how many were scored
-    nats: float  # the sum over them of -log p, p being the probability that the model gave the token
+    tokens: int  # number of scored tokens
+    nats: float  # the sum of -log p over them, where p is the model's probability of the token
 
     @property
     def nats_per_token(self) -> float:
@@ -44,16 +44,16 @@ class Score(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean: among so many equally likely tokens the model had to choose, as it were."""
+        """exp of the mean: the number of equally likely tokens that would be as hard to predict."""
         return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf  # math.exp would overflow
 
     def bits_per_byte(self, n_bytes: int) -> float:
-        """What does not depend on the tokenizer; n_bytes: the length in UTF-8 of the text of the scored tokens."""
+        """Return bits per byte, which do not depend on the tokenizer. n_bytes: UTF-8 length of the scored tokens."""
         return self.nats / math.log(2) / n_bytes
 
 
 class Window(NamedTuple):
-    """The tokens from `begin` to before `end`, of which those from `first` on are scored."""
+    """The tokens [begin, end), of which [first, end) are scored."""
 
     begin: int
     first: int
@@ -61,10 +61,10 @@ class Window(NamedTuple):
 
 
 def sliding_windows(length: int, context: int, stride: int) -> Iterator[Window]:
-    """Windows of `context` tokens, `stride` apart, over a text of so many tokens; each token is scored once.
+    """Yield windows of `context` tokens, `stride` apart, over a text of `length` tokens, to score each token once.
 
-    A token is scored in the first window that holds it, and the first token of a window, with nothing before it there,
-    is not: that is the first of the text, or of every window where stride is context.
+    A token is scored in the first window that contains it. Tokens with no earlier token in that window are not scored:
+    the first of the text, or the first of every window if stride equals context.
     (huggingface.co/docs/transformers/perplexity)
     """
     scored = 0
@@ -77,9 +77,9 @@ def sliding_windows(length: int, context: int, stride: int) -> Iterator[Window]:
 
 
 def check_windows(params: Params, ids: Sequence[int], context: int | None, stride: int | None) -> tuple[int, int]:
-    """-> context and stride in tokens, the defaults where they are None.
+    """Return context and stride in tokens, with the default for None.
 
-    Raises UserError where there is nothing to score, for ids outside the vocabulary, and for sizes out of range.
+    Raises UserError if there is nothing to score, for ids outside the vocabulary, and for sizes out of range.
     """
     params.check_ids(ids)
     if len(ids) < 2:
@@ -106,13 +106,19 @@ def perplexity(
     ops: Ops | None = None,
     progress: bool = False,
 ) -> Score:
-    """How well the model predicts each of the tokens `ids` from those before it, in `sliding_windows`.
+    """Score how well the model predicts each of the tokens `ids` from those before it, in `sliding_windows`.
 
-    context: tokens in a window; None takes the model's max_seq_len, 2,048 at most. stride: None takes half of that, so
-    that every token has at least so much before it (but for the beginning of the text). ops: None takes the set that
-    suits the weights. progress: shows a bar on stderr.
+    Args:
+        model: what `load` returned.
+        ids: the text, [length].
+        context: tokens in a window; None takes the model's max_seq_len, at most 2,048.
+        stride: how far apart windows begin. None takes half of the context, so that every token has at least that many
+            before it (except at the start of the text).
+        ops: None chooses the set for the weights.
+        progress: show a bar on stderr.
 
-    Raises UserError as `check_windows` does, and where the weights are damaged.
+    Raises:
+        UserError: as `check_windows` does, and if the weights are damaged.
     """
     context, stride = check_windows(model.params, ids, context, stride)
     tokens = torch.tensor(ids, device=model.weights.norm.device)  # [length]
@@ -133,11 +139,8 @@ def perplexity(
 
 @torch.no_grad()
 def _losses(model: Model, window: Tensor, first: int, cache: KVCache, ops: Ops) -> Iterator[list[float]]:
-    """The -log p of the tokens window[first:], a chunk of them at a time, so that few logits are in memory.
-
-    window: [T] ids.
-    """
-    last = len(window) - 1  # the last token is predicted, and predicts none
+    """Yield -log p of the tokens window[first:], in chunks, so that few logits are in memory. window: [T] ids."""
+    last = len(window) - 1  # the last token predicts nothing
     cuts = [*range(0, first - 1, CHUNK), *range(first - 1, last, CHUNK), last]
     for start, end in itertools.pairwise(cuts):
         is_scored = start >= first - 1
@@ -149,38 +152,36 @@ def _losses(model: Model, window: Tensor, first: int, cache: KVCache, ops: Ops) 
             start=start,
             logits_at=None if is_scored else -1,
             ops=ops,
-        )  # [end - start, vocab] where it is scored
+        )  # [end - start, vocab] if scored
         if is_scored:
             check_sound(bool(is_sound(logits).all()))
             yield F.cross_entropy(logits, window[start + 1 : end + 1], reduction="none").tolist()
 
 
 def build_parser() -> ArgumentParser:
-    """The options of `python -m llama3_raw.perplexity`."""
+    """Return the parser of `python -m llama3_raw.perplexity`."""
     parser = ArgumentParser(prog="python -m llama3_raw.perplexity", description=__doc__)
-    parser.add_argument("file", metavar="FILE", help="a text in UTF-8; - reads it from stdin")
-    parser.add_argument(
-        "--ids", action="store_true", help="FILE holds token ids; needs no tokenizer, and no BOS is added"
-    )
+    parser.add_argument("file", metavar="FILE", help="a text in UTF-8; - reads stdin")
+    parser.add_argument("--ids", action="store_true", help="FILE holds token ids; needs no tokenizer, and adds no BOS")
     parser.add_argument(
         "--context",
         type=positive_int,
         metavar="N",
-        help=f"tokens in a window (default: the model's own context, {DEFAULT_CONTEXT:,} at most)",
+        help=f"tokens in a window (default: the model's context, at most {DEFAULT_CONTEXT:,})",
     )
     parser.add_argument(
         "--stride",
         type=positive_int,
         metavar="N",
-        help="how far a window is from the next (default: half of --context)",
+        help="tokens from one window to the next (default: half of --context)",
     )
-    parser.add_argument("--reference", action="store_true", help="the exact operations, bit for bit Meta's, but slower")
+    parser.add_argument("--reference", action="store_true", help="use the exact operations: Meta's bits, but slower")
     add_model_options(parser)
     return parser
 
 
 def show(score: Score, n_bytes: int | None, context: int, stride: int) -> None:
-    """Prints a table, and the same as JSON in the last line. n_bytes: as in `Score.bits_per_byte`; None: not known."""
+    """Print a table, and the same as JSON in the last line. n_bytes: as in `Score.bits_per_byte`; None: unknown."""
     bits_per_byte = None if n_bytes is None else score.bits_per_byte(n_bytes)
     print(f"tokens scored   {score.tokens:12,}  in windows of {context:,}, {stride:,} apart")
     print(f"nats            {score.nats:15,.2f}")
@@ -201,7 +202,7 @@ def show(score: Score, n_bytes: int | None, context: int, stride: int) -> None:
 
 @command_line_tool
 def main(arguments: Sequence[str]) -> int:
-    """Runs the tool; -> exit status."""
+    """Run the command and return the exit status."""
     options = build_parser().parse_args(arguments)
     name = "stdin" if options.file == "-" else options.file
     text = read_text(options.file)
@@ -213,14 +214,14 @@ def main(arguments: Sequence[str]) -> int:
     ids = parse_ids(text, name) if tokenizer is None else tokenizer.encode(text, bos=True)
     context, stride = check_windows(params, ids, options.context, options.stride)
     length = min(context, len(ids))
-    lengths = Lengths(prompt=length, text=length, least=2, scored=CHUNK)
-    model, ops, which = load_model(chosen, lengths, options.reference)
+    shape = RunShape(prompt=length, text=length, least=2, scored=CHUNK)
+    model, ops, which = load_model(chosen, shape, options.reference)
     print(f"llama3_raw: {which}", file=sys.stderr)
     score = perplexity(model, ids, context=context, stride=stride, ops=ops, progress=True)
     n_bytes = None
     if tokenizer is not None:
         scored = (ids[first:end] for _, first, end in sliding_windows(len(ids), context, stride))
-        n_bytes = sum(len(tokenizer.token_bytes(token)) for part in scored for token in part)
+        n_bytes = sum(len(tokenizer.token_bytes(token)) for window in scored for token in window)
     show(score, n_bytes, context, stride)
     return 0
 

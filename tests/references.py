@@ -1,4 +1,4 @@
-"""The reference implementations that the engine is held against: Meta's (llama-models) and Hugging Face's."""
+"""The reference implementations, Meta's (llama-models) and Hugging Face's, and other helpers for weights."""
 
 from __future__ import annotations
 
@@ -18,34 +18,32 @@ from llama3_raw.checkpoint.loading import from_state_dict, to_state_dict
 from llama3_raw.decoding.loop import StopReason
 from llama3_raw.params import RopeScaling
 from llama3_raw.quantization.int8 import Int8
-from llama3_raw.weights import tensor_places
+from llama3_raw.weights import tensor_specs
 
 
 def random_weights(params: Params, dtype: torch.dtype, seed: int, tied: bool = False) -> Weights:
-    """Normal matrices that keep the residual stream near one, and norms that are not all one."""
+    """Return normal matrices that keep the residual stream near one, and norms that are not all one."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for place in tensor_places(params, tied):
-        values = torch.randn(place.shape, generator=generator)
-        tensors[place.meta_name] = (values * place.shape[-1] ** -0.5 if values.dim() > 1 else 1 + 0.2 * values).to(
-            dtype
-        )
+    for spec in tensor_specs(params, tied):
+        values = torch.randn(spec.shape, generator=generator)
+        tensors[spec.meta_name] = (values * spec.shape[-1] ** -0.5 if values.dim() > 1 else 1 + 0.2 * values).to(dtype)
     return from_state_dict(params, tensors)
 
 
 def flat(weights: Weights) -> list[Any]:
-    """All tensors and int8 matrices, the tied one twice."""
+    """Return all tensors and int8 matrices; a tied tensor occurs twice."""
     return [weights.tok_embeddings, *(t for layer in weights.layers for t in layer), weights.norm, weights.output]
 
 
 def dense(weight: Tensor | Int8) -> Tensor:
-    """A weight that is a plain tensor."""
+    """Return a weight that must be a plain tensor."""
     assert isinstance(weight, Tensor)
     return weight
 
 
 def converted(weights: Weights, convert: Callable[[Any], Any]) -> Weights:
-    """The same weights, each tensor made another; tied embeddings stay tied."""
+    """Return the weights with `convert` applied to each tensor; tied embeddings stay tied."""
     embeddings = convert(weights.tok_embeddings)
     return Weights(
         embeddings,
@@ -56,12 +54,12 @@ def converted(weights: Weights, convert: Callable[[Any], Any]) -> Weights:
 
 
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
-    """The same weights in another dtype."""
+    """Return the weights in another dtype."""
     return converted(weights, lambda tensor: tensor.to(dtype))
 
 
 def seen_by_hand(model: Model, ids: list[int]) -> dict[str, Tensor]:
-    """What the tap of a pass gets, copied before anything else can happen to it."""
+    """Return what a tap sees in a pass, copied at once."""
     seen: dict[str, Tensor] = {}
 
     def tap(name: str, tensor: Tensor) -> Tensor:
@@ -74,7 +72,7 @@ def seen_by_hand(model: Model, ids: list[int]) -> dict[str, Tensor]:
 
 
 def meta_model(params: Params, weights: Weights, batch: int, length: int) -> Any:
-    """Meta's Transformer with these weights, its cache made for `batch` rows of `length` tokens."""
+    """Return Meta's Transformer with these weights, and a cache for `batch` rows of `length` tokens."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         import torch.distributed as dist
@@ -89,7 +87,7 @@ def meta_model(params: Params, weights: Weights, batch: int, length: int) -> Any
             dist.init_process_group("gloo", rank=0, world_size=1)
             initialize_model_parallel(1)
         if params.rope_scaling is not None:
-            assert params.rope_scaling == RopeScaling(8.0), "Meta's code knows the factor 8 alone"
+            assert params.rope_scaling == RopeScaling(8.0), "Meta's code supports only the factor 8"
         arguments = {
             "dim": params.dim,
             "n_layers": params.n_layers,
@@ -112,7 +110,7 @@ def meta_model(params: Params, weights: Weights, batch: int, length: int) -> Any
         state_dict = to_state_dict(params, weights)
         state_dict.setdefault("output.weight", weights.tok_embeddings)
         model.load_state_dict(state_dict)
-        # Meta's generation code makes this table in fp32, whatever the weights are
+        # Meta's generation code builds this table in fp32, for weights of any dtype
         model.freqs_cis = precompute_freqs_cis(
             params.head_dim, 2 * length, params.rope_theta, params.rope_scaling is not None
         )
@@ -120,13 +118,13 @@ def meta_model(params: Params, weights: Weights, batch: int, length: int) -> Any
 
 
 def half_split(weight: Tensor, head_dim: int) -> Tensor:
-    """wq or wk as Meta stores it -> as Hugging Face does."""
+    """Convert wq or wk from Meta's row order to Hugging Face's."""
     heads = weight.shape[0] // head_dim
     return weight.view(heads, head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
 def hf_model(params: Params, weights: Weights) -> Any:
-    """Hugging Face's LlamaForCausalLM with these weights, in their dtype, with eager attention."""
+    """Return Hugging Face's LlamaForCausalLM with these weights, in their dtype, with eager attention."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -152,27 +150,27 @@ def hf_model(params: Params, weights: Weights) -> Any:
             max_position_embeddings=params.max_seq_len,
             tie_word_embeddings=weights.output is weights.tok_embeddings,
             rope_parameters=rope,
-            attn_implementation="eager",  # type: ignore[call-arg]  # it has it from its base
+            attn_implementation="eager",  # type: ignore[call-arg]  # inherited
             bos_token_id=None,
             eos_token_id=None,
         )
         model: Any = LlamaForCausalLM(config)
         model = model.to(weights.norm.dtype).eval()
-    names = {place.meta_name: place for place in tensor_places(params)}
+    specs = {spec.meta_name: spec for spec in tensor_specs(params)}
     state_dict = {}
     for name, tensor in to_state_dict(params, weights).items():
-        place = names[name]
-        state_dict[place.hf_name] = half_split(tensor, params.head_dim) if place.field in ("wq", "wk") else tensor
+        spec = specs[name]
+        state_dict[spec.hf_name] = half_split(tensor, params.head_dim) if spec.field in ("wq", "wk") else tensor
     state_dict.setdefault("lm_head.weight", dense(weights.output))
     model.load_state_dict(state_dict)
     return model
 
 
 def run(tokens: Generator[int, None, StopReason]) -> tuple[list[int], StopReason]:
-    """All that `generate` yields, and why it ended."""
-    got = []
+    """Return the tokens that `generate` yields, and the reason why it stopped."""
+    result = []
     while True:
         try:
-            got.append(next(tokens))
+            result.append(next(tokens))
         except StopIteration as end:
-            return got, end.value
+            return result, end.value

@@ -1,4 +1,4 @@
-"""A row of the tables of what is refused, and how it is held against what the tool does."""
+"""`Case`, a row of the tables of refused input, and the check that a tool refuses it."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from tests.paths import TINY
 
 
 class Case(NamedTuple):
-    """A row: what the line says, the name of the file or option first; what is done; how the tool is called."""
+    """A refused input: the texts in the error, the file or option first; the damage; how the tool is called."""
 
     says: tuple[str, ...]
     damage: Callable[[Path], Any] = unharmed
     arguments: tuple[str, ...] = ("Once upon a time",)
     start: Callable[[Path], Any] = copy_tiny
     stdin: bytes | None = None
-    free: Mapping[str, int] = MappingProxyType({})  # bytes of "RAM", "container" or "GPU", where not the machine's own
+    free: Mapping[str, int] = MappingProxyType({})  # bytes of "RAM", "container" or "GPU"; others are the machine's
     tool: Callable[[list[str]], int] = main
 
 
 AGAIN = "download it again"
 
-ONE_MODEL = "take params and weights of one model"
+ONE_MODEL = "use params and weights of one model"
 
 HTML = "<!doctype html><html>"
 
@@ -43,7 +43,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0"
 
 
 def content_of(folder: Path) -> dict[Path, tuple[int, bytes]]:
-    """Every file below a folder with its length and its content, of which 100 MB count, and every folder."""
+    """Return the length and the first 100 MB of every file below a folder, and every folder."""
 
     def beginning(file: Path) -> bytes:
         with open(file, "rb") as opened:
@@ -53,7 +53,7 @@ def content_of(folder: Path) -> dict[Path, tuple[int, bytes]]:
 
 
 def pretend_free(monkeypatch: pytest.MonkeyPatch, free: Mapping[str, int]) -> None:
-    """The machine says that so much memory is free."""
+    """Make the machine report this much free memory."""
     if "RAM" in free:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free["RAM"]))
     if "container" in free:
@@ -66,7 +66,7 @@ def pretend_free(monkeypatch: pytest.MonkeyPatch, free: Mapping[str, int]) -> No
 def check_refused(
     case: Case, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line on stderr that names the file or option and the way out, nothing damaged, a traceback with --debug."""
+    """Check for one line on stderr that names the file or option and the way out, no changed files, and --debug."""
     folder = tmp_path / "model"
     folder.mkdir()
     case.start(folder)
@@ -75,15 +75,15 @@ def check_refused(
     arguments = [argument.format(folder=folder) for argument in case.arguments]
     if "--make-synthetic" not in case.arguments:
         arguments = ["--weights", str(folder), *arguments]
-        if case.start is not copy_tiny:  # which has no tokenizer
+        if case.start is not copy_tiny:  # the others have no tokenizer
             arguments = [*arguments, "--tokenizer", str(TINY / "tokenizer.model")]
     if case.stdin is not None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(case.stdin)))
     pretend_free(monkeypatch, case.free)
 
-    with limited_memory(), warnings.catch_warnings(record=True) as remarks:
+    with limited_memory(), warnings.catch_warnings(record=True) as caught:
         status = case.tool(arguments)
-    assert not remarks  # which would be more lines on stderr
+    assert not caught  # warnings would be more lines on stderr
     out, err = capfd.readouterr()
     assert (status, out) == (2, "")
     assert len(err.splitlines()) == 1
@@ -96,5 +96,5 @@ def check_refused(
 
     if case.stdin is not None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(case.stdin)))
-    with pytest.raises((UserError, OSError)):  # which Python shows as a traceback
+    with pytest.raises((UserError, OSError)):  # Python shows it as a traceback
         case.tool([*arguments, "--debug"])

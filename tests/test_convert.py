@@ -1,4 +1,4 @@
-"""Converting: every number of shards, both formats, the same bits; what transformers makes of it; in little memory."""
+"""Conversion keeps the bits, for any number of shards and both formats; transformers loads it; memory stays low."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from llama3_raw.checkpoint.loading import to_state_dict
 from llama3_raw.checkpoint.writing import save_quantized
 from llama3_raw.convert import main
 from llama3_raw.params import RopeScaling
-from llama3_raw.weights import tensor_places
+from llama3_raw.weights import tensor_specs
 from tests.paths import TINY
 from tests.references import hf_model, random_weights
 
-# every dimension divides by 8; with 8 shards two rows of wk are in each, less than a head
+# every dimension divides by 8; with 8 shards each has two rows of wk, less than a head
 DIVISIBLE = {
     "dim": 64,
     "n_layers": 1,
@@ -50,7 +50,7 @@ WQ, WK = "layers.0.attention.wq.weight", "layers.0.attention.wk.weight"
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the tensors take several, whose ends are not those of the shards."""
+    """Make chunks so small that tensors have several, with other boundaries than the shards."""
     monkeypatch.setattr(convert, "CHUNK", 3000)
 
 
@@ -60,13 +60,13 @@ def state_dict(seed: int = 0, tied: bool = False, dtype: torch.dtype = torch.bfl
 
 
 def split(tensors: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """As Meta does it: matrices by rows, but wo and w2 by columns, and norms in each shard."""
+    """Split as Meta does: matrices by rows, but wo and w2 by columns, and norms in each shard."""
     shards: list[dict[str, Tensor]] = [{} for _ in range(count)]
     for name, tensor in tensors.items():
         dimension = 1 if ".wo." in name or ".w2." in name else 0
-        parts = [tensor] * count if tensor.dim() == 1 else tensor.chunk(count, dimension)
-        for shard, part in zip(shards, parts, strict=True):
-            shard[name] = part.clone()
+        slices = [tensor] * count if tensor.dim() == 1 else tensor.chunk(count, dimension)
+        for shard, piece in zip(shards, slices, strict=True):
+            shard[name] = piece.clone()
     return shards
 
 
@@ -83,13 +83,13 @@ def run(*arguments: str | Path) -> None:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The one line that the tool says, with nothing on stdout."""
+    """Run the command, which must fail. Return its error line; stdout is empty."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     *before, line = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("llama3_raw")]
-    assert all("is written" in other or "only compared" in other for other in before)
+    assert all("wrote" in other or "only compared" in other for other in before)
     return line.removeprefix("llama3_raw: error: ")
 
 
@@ -108,12 +108,12 @@ def assert_same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> N
 
 @pytest.fixture(scope="module")
 def direct(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Number of shards -> a folder converted from a single file, each tensor at once."""
-    place = tmp_path_factory.mktemp("direct")
-    whole = write_shards(place / "whole", state_dict())
+    """Number of shards -> a folder converted from a single file, one chunk per tensor."""
+    folder = tmp_path_factory.mktemp("direct")
+    whole = write_shards(folder / "whole", state_dict())
     for count in COUNTS:
-        run(whole, place / str(count), "--shards", str(count))
-    return {count: place / str(count) for count in COUNTS}
+        run(whole, folder / str(count), "--shards", str(count))
+    return {count: folder / str(count) for count in COUNTS}
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -121,7 +121,7 @@ def direct(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def test_every_number_of_shards(
     tmp_path: Path, old: int, new: int, direct: dict[int, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What torch.load reads of each file is a direct split, and the files do not tell where they come from."""
+    """Each file has the tensors of a direct split, and the same bytes whatever it was converted from."""
     tensors = state_dict()
     source = write_shards(tmp_path / "source", tensors, old)
     capsys.readouterr()
@@ -147,7 +147,7 @@ MODELS: dict[str, tuple[dict[str, Any], bool, torch.dtype]] = {
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("model", MODELS)
 def test_to_meta_and_back(tmp_path: Path, model: str) -> None:
-    """From a folder that transformers wrote: the same tensors come back, and the same files the second time."""
+    """A folder that transformers wrote: the same tensors come back, and the same files the second time."""
     changes, tied, dtype = MODELS[model]
     params = replace(Params.from_meta(DIVISIBLE), **changes)
     weights = random_weights(params, dtype, seed=1, tied=tied)
@@ -161,20 +161,20 @@ def test_to_meta_and_back(tmp_path: Path, model: str) -> None:
         load_file(tmp_path / "hf again" / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
     )
     run(tmp_path / "hf again", tmp_path / "meta again")
-    run(tmp_path / "meta again", tmp_path / "hf at last")
+    run(tmp_path / "meta again", tmp_path / "hf at the end")
     assert_same_files(tmp_path / "meta again", tmp_path / "meta")
-    assert_same_files(tmp_path / "hf at last", tmp_path / "hf again")
+    assert_same_files(tmp_path / "hf at the end", tmp_path / "hf again")
 
 
 def from_pretrained(folder: Path) -> Any:
-    """What transformers makes of a folder, in fp32, each tensor of it and no other."""
+    """Load a folder with transformers in fp32; no tensor may be missing or unexpected."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import LlamaForCausalLM
 
         loaded: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        model, found = loaded
-    assert not any(found.values()), found
+        model, loading_info = loaded
+    assert not any(loading_info.values()), loading_info
     return model.eval()
 
 
@@ -203,15 +203,14 @@ def test_transformers_computes_the_same(tmp_path: Path, model: str) -> None:
 def test_the_built_in_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As README shows it. Its tokenizer goes along, and the config has the tokens where a text begins and ends."""
+    """The tokenizer is copied too, and the config has the tokens with which a text begins and ends."""
     monkeypatch.chdir(tmp_path)
-    readme = (TINY.parent.parent / "README.md").read_text().split("## Change the format")[1].split("\n## ")[0]
-    lines = [line.strip() for line in readme.splitlines() if line.startswith("    ")]
-    for command in [line for line in lines if line.startswith("$")]:
-        run(*command.removeprefix("$ python -m llama3_raw.convert ").split())
-    said = capsys.readouterr()
-    for line in [line for line in lines if not line.startswith("$")]:
-        assert line.split(" as those of ")[0] in said.out + said.err
+    run("tiny", "tiny-hf", "--verify")
+    run("tiny-hf", "tiny-2", "--shards", "2")
+    out, err = capsys.readouterr()
+    assert out.startswith("38 tensors of tiny-hf have the same bits as those of ")
+    assert "llama3_raw: wrote tiny-hf, in Hugging Face's format; run it with --weights tiny-hf\n" in err
+    assert "llama3_raw: wrote tiny-2, in Meta's format, 2 shards; run it with --weights tiny-2\n" in err
     Path("tiny-hf").rename("hf")
     assert_same_logits(tmp_path / "hf", TINY)
     assert filecmp.cmp(tmp_path / "hf" / "tokenizer.model", TINY / "tokenizer.model", shallow=False)
@@ -225,7 +224,7 @@ def test_the_built_in_model(
 
 
 def test_several_files_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None is larger than allowed, but for one with a single tensor; safetensors reads each, so does transformers."""
+    """Only a file with a single tensor may exceed the limit; safetensors and transformers read all of them."""
     tensors = state_dict()
     monkeypatch.setattr(convert, "LARGEST_FILE", 8000)
     run(write_shards(tmp_path / "meta", tensors), tmp_path / "hf", "--verify")
@@ -246,7 +245,7 @@ def test_several_files_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_each_tensor_keeps_its_dtype(tmp_path: Path) -> None:
-    """In safetensors the wider come first, so that all of them are aligned."""
+    """In safetensors the wider dtypes come first, so that all tensors are aligned."""
     tensors = state_dict()
     tensors = {name: tensor.float() if tensor.dim() == 1 else tensor for name, tensor in tensors.items()}
     run(write_shards(tmp_path / "meta", tensors), tmp_path / "hf", "--verify")
@@ -256,15 +255,15 @@ def test_each_tensor_keeps_its_dtype(tmp_path: Path) -> None:
     content = (tmp_path / "hf" / "model.safetensors").read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     del header["__metadata__"]
-    by_begin = sorted(header.values(), key=lambda entry: entry["data_offsets"])
-    assert [entry["dtype"] for entry in by_begin] == ["F32"] * 3 + ["BF16"] * 9
+    by_offset = sorted(header.values(), key=lambda entry: entry["data_offsets"])
+    assert [entry["dtype"] for entry in by_offset] == ["F32"] * 3 + ["BF16"] * 9
 
 
-def test_what_else_goes_along(tmp_path: Path) -> None:
-    """A repository with Meta's files in original/: its tokenizers, and to Hugging Face's format what is theirs."""
+def test_files_that_are_copied_too(tmp_path: Path) -> None:
+    """In a repository with Meta's files in original/: tokenizer.model, and for Hugging Face's format its own files."""
     source = tmp_path / "repository"
     write_shards(source / "original", state_dict())
-    (source / "original" / "tokenizer.model").write_text("as it is")
+    (source / "original" / "tokenizer.model").write_text("unchanged")
     for name in ("tokenizer.json", "generation_config.json", "README.md"):
         (source / name).write_text(name)
     run(source, tmp_path / "hf")
@@ -272,13 +271,13 @@ def test_what_else_goes_along(tmp_path: Path) -> None:
     assert names == {
         *("config.json", "model.safetensors", "tokenizer.model", "tokenizer.json", "generation_config.json"),
     }
-    assert (tmp_path / "hf" / "tokenizer.model").read_text() == "as it is"
+    assert (tmp_path / "hf" / "tokenizer.model").read_text() == "unchanged"
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] is None
-    (source / "tokenizer.model").write_text("the first that is looked for")
+    (source / "tokenizer.model").write_text("preferred")
     run(source, tmp_path / "meta", "--to", "meta")
     names = {file.name for file in (tmp_path / "meta").iterdir()}
     assert names == {"params.json", "consolidated.00.pth", "tokenizer.model"}
-    assert (tmp_path / "meta" / "tokenizer.model").read_text() == "the first that is looked for"
+    assert (tmp_path / "meta" / "tokenizer.model").read_text() == "preferred"
 
 
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
@@ -291,7 +290,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
 
 
 def flip(file: Path, tensor: Tensor, offset: int) -> None:
-    """Turns the sign of the value at a place of a tensor, by finding its bytes in the file."""
+    """Flip the sign of one value of a tensor, whose bytes are searched for in the file."""
     content = bytearray(file.read_bytes())
     bits = bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     assert content.count(bits) == 1
@@ -300,7 +299,7 @@ def flip(file: Path, tensor: Tensor, offset: int) -> None:
 
 
 def test_one_flipped_bit_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also where it makes -0 of 0, in either format; what is not a number is the same as itself."""
+    """In both formats, even if 0 becomes -0; NaN equals itself."""
     tensors = state_dict()
     tensors[WK][3, 5] = 0
     tensors["norm.weight"][1] = float("nan")
@@ -309,19 +308,19 @@ def test_one_flipped_bit_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[
     run(source, tmp_path / "hf", "--to", "hf", "--verify")
     flip(tmp_path / "meta" / "consolidated.00.pth", tensors[WK], 3 * 64 + 5)
     line = refusal(capsys, source, tmp_path / "meta", "--verify")
-    assert f"tensor {WK} differs, first in row 3; it is no copy of" in line
+    assert f"tensor {WK} differs, first in row 3; it is not a copy of" in line
     written = load_file(tmp_path / "hf" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
     flip(tmp_path / "hf" / "model.safetensors", written, 64 * written.shape[1] - 1)
     line = refusal(capsys, source, tmp_path / "hf", "--verify")
     assert "tensor model.layers.0.mlp.down_proj.weight differs, first in row 63;" in line
 
 
-def test_what_is_no_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_a_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = state_dict()
     source = write_shards(tmp_path / "source", tensors)
     tied = {name: tensor for name, tensor in tensors.items() if name != "output.weight"}
     line = refusal(capsys, source, write_shards(tmp_path / "tied", tied), "--verify")
-    assert "only one of the two has an output matrix" in line
+    assert "only one of the two has a separate output matrix" in line
     wide = write_shards(tmp_path / "wide", {name: tensor.float() for name, tensor in tensors.items()})
     assert f"tensor {next(iter(tensors))} is in float32, not in bfloat16" in refusal(capsys, source, wide, "--verify")
     other = write_shards(tmp_path / "other", tensors)
@@ -329,22 +328,22 @@ def test_what_is_no_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "norm_eps is 1e-06, not 1e-05" in refusal(capsys, source, other, "--verify")
 
 
-def test_a_folder_that_is_there_is_only_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_folder_is_only_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_shards(tmp_path / "source", state_dict())
-    there = write_shards(tmp_path / "there", state_dict(), 4)
-    before = {file: file.stat().st_mtime_ns for file in there.iterdir()}
+    existing = write_shards(tmp_path / "existing", state_dict(), 4)
+    before = {file: file.stat().st_mtime_ns for file in existing.iterdir()}
     for options in ([], ["--shards", "4"]):
-        run(source, there, "--verify", *options)
+        run(source, existing, "--verify", *options)
         out, err = capsys.readouterr()
-        assert out == f"12 tensors of {there} have the same bits as those of {source}\n"
-        assert "is there already, in Meta's format, 4 shards; it is only compared" in err
-    assert {file: file.stat().st_mtime_ns for file in there.iterdir()} == before
+        assert out == f"12 tensors of {existing} have the same bits as those of {source}\n"
+        assert "exists already, in Meta's format, 4 shards; it is only compared" in err
+    assert {file: file.stat().st_mtime_ns for file in existing.iterdir()} == before
     for options in (["--shards", "2"], ["--to", "hf"]):
-        line = refusal(capsys, source, there, "--verify", *options)
-        assert "is there already, in Meta's format, 4 shards, not in" in line
+        line = refusal(capsys, source, existing, "--verify", *options)
+        assert "exists already, in Meta's format, 4 shards, not in" in line
 
 
-# What is refused, and what is left behind
+# Errors, and what they leave behind
 
 
 def head_dim(folder: Path) -> Path:
@@ -385,10 +384,10 @@ REFUSED: list[tuple[Callable[[Path], Path], str, str]] = [
     (meta, "--shards 32", "--shards 32: the 16 rows of layers.0.attention.wk.weight do not divide"),
     (meta, "--shards 128", "--shards 128: Meta numbers its files from 00 to 99"),
     (meta, "--shards 0", "argument --shards: should be 1 or more"),
-    (meta, "--to hf --shards 2", "--shards 2: is about Meta's format"),
+    (meta, "--to hf --shards 2", "--shards 2: is only for Meta's format"),
     (meta, "--to gguf", "argument --to: invalid choice: 'gguf'"),
     (in_hf, "--to hf", "--to hf: SOURCE is in Hugging Face's format already"),
-    (in_int8, "--to hf", "SOURCE: is in int8, which neither format holds"),
+    (in_int8, "--to hf", "SOURCE: is in int8, which neither format has"),
     (mixed, "", f"SOURCE: the shards have {WQ} in several dtypes"),
     (head_dim, "", "SOURCE/config.json: head_dim = 16 is not 64 / 8"),
     (scaling, "", "SOURCE/config.json: RopeScaling(factor=8.0, low_freq_factor=2.0"),
@@ -415,14 +414,14 @@ def test_source_and_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "is SOURCE itself" in refusal(capsys, source, tmp_path / "link")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious").write_text("precious")
-    assert "is there already, and is not empty" in refusal(capsys, source, tmp_path / "other")
-    assert "is there already, and is not empty" in refusal(capsys, source, tmp_path / "other" / "precious")
+    assert "already exists and is not empty" in refusal(capsys, source, tmp_path / "other")
+    assert "already exists and is not empty" in refusal(capsys, source, tmp_path / "other" / "precious")
     assert "no model here" in refusal(capsys, source, tmp_path / "other", "--verify")
     assert (tmp_path / "other" / "precious").read_text() == "precious"
     assert "SOURCE nowhere: there is no such folder" in refusal(capsys, "nowhere", tmp_path / "new")
 
 
-def test_a_full_disk_is_seen_before(
+def test_a_full_disk_is_noticed_before_writing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "free")
@@ -434,7 +433,7 @@ def test_a_full_disk_is_seen_before(
 def test_memory_that_the_system_refuses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a limit on addresses (ulimit -v), which the tensors of the file's structure take, though no memory."""
+    """With a limit on address space (ulimit -v): tensors for the file's structure use addresses, but no memory."""
 
     def refused(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -448,7 +447,7 @@ def test_memory_that_the_system_refuses(
 def test_nothing_is_left_behind(
     error: BaseException, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the disk is full all the same, or somebody stops it, in the middle of the tensors."""
+    """The disk becomes full, or the user presses Ctrl-C, in the middle of the tensors."""
     count = itertools.count()
 
     def write_at(*arguments: Any) -> None:
@@ -465,33 +464,33 @@ def test_nothing_is_left_behind(
 
 # Memory
 
-# a model of zeros, which take no room on the disk; the most memory of its own that the process has at any write
+# prints the most anonymous memory at any write; the model is zeros, which take no space on the disk
 WATCHED = """
 import os, shutil
 from pathlib import Path
 from llama3_raw import convert
 
-def own():
+def anonymous_memory():
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
 
-write_at, most = convert.write_at, 0
+write_at, peak = convert.write_at, 0
 
 def watched(*arguments):
-    global most
-    most = max(most, own())
+    global peak
+    peak = max(peak, anonymous_memory())
     write_at(*arguments)
 
 convert.write_at = watched
 for source, folder, to, shards in (
     ("meta", "sharded", "meta", 4), ("sharded", "hf", "hf", 1), ("hf", "back", "meta", 2), ("back", "whole", "meta", 1)
 ):
-    if os.fork() == 0:  # each by itself: what one has freed, the next would take without asking the system
+    if os.fork() == 0:  # separate processes: freed memory would be reused without asking the system
         checkpoint = convert.open_source(Path(source))
-        before = own()
+        before = anonymous_memory()
         convert.convert(Path(source), checkpoint, Path(folder), to, shards)
-        print(most - before, flush=True)
+        print(peak - before, flush=True)
         os._exit(0)
     _, status = os.wait()
     assert status == 0
@@ -502,11 +501,11 @@ for source, folder, to, shards in (
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc/self/status")
 def test_in_the_memory_of_two_tensors(tmp_path: Path) -> None:
-    """Of a model seven times as large; what is mapped is the file's, and does not count."""
+    """The model is seven times as large. Memory-mapped pages of the file do not count."""
     content = {**DIVISIBLE, "dim": 1024, "n_heads": 16, "n_layers": 6, "vocab_size": 12288, "multiple_of": 2816}
-    places = list(tensor_places(Params.from_meta(content)))
-    sizes = [2 * torch.Size(place.shape).numel() for place in places]
-    empty = {place.meta_name: torch.empty(place.shape, dtype=torch.bfloat16, device="meta") for place in places}
+    specs = list(tensor_specs(Params.from_meta(content)))
+    sizes = [2 * torch.Size(spec.shape).numel() for spec in specs]
+    empty = {spec.meta_name: torch.empty(spec.shape, dtype=torch.bfloat16, device="meta") for spec in specs}
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "params.json").write_text(json.dumps(content))
     writing.write_empty_checkpoint(tmp_path / "meta" / "consolidated.00.pth", empty)
@@ -514,4 +513,4 @@ def test_in_the_memory_of_two_tensors(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", WATCHED], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == 4
-    assert all(0 < int(most) <= 2 * max(sizes) for most in done.stdout.split()), done.stdout
+    assert all(0 < int(peak) <= 2 * max(sizes) for peak in done.stdout.split()), done.stdout

@@ -1,4 +1,4 @@
-"""Errors of the library name arguments; a command shows the option that each comes from."""
+"""Errors of the library name arguments; commands show the option instead."""
 
 from __future__ import annotations
 

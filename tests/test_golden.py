@@ -1,4 +1,4 @@
-"""What others have published of the real Meta-Llama-3-8B (sources in golden.json), wherever someone has the weights."""
+"""Published values of Meta-Llama-3-8B (sources in golden.json), compared with its weights if they are available."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def run(model: Model, ids: list[int]) -> dict[str, Tensor]:
-    """Every tensor of a forward pass up to layer 0, and the logits."""
+    """Return every tensor of a forward pass up to layer 0, and the logits."""
     seen = {}
 
     def record(name: str, tensor: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def test_embedding_rows(bf16: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(("name", "resolution"), [("scores", 0.045), ("probs", 0.005)])
 def test_head_0_of_layer_0(bf16: dict[str, Tensor], name: str, resolution: float) -> None:
-    """Read off published pictures, so to twice their resolution; above the diagonal they show no numbers."""
+    """The values were read from published pictures, so twice their resolution is allowed; none above the diagonal."""
     published = torch.tensor(GOLDEN[f"layer0_head0_{name}_decoded_from_png"]).tril()
     ours = bf16[f"layers.0.attention.{name}"][0].tril()
     assert (ours - published).abs().max() <= 2 * resolution

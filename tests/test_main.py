@@ -25,7 +25,7 @@ COMMAND = [sys.executable, "-m", "llama3_raw", "--weights", str(TINY)]
 
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The tool in a process of its own."""
+    """Run the command in a separate process."""
     return subprocess.run(
         [*COMMAND, *arguments], capture_output=True, text=True, encoding="utf-8", timeout=120, **options
     )
@@ -38,7 +38,7 @@ def expected_text(model: Model, prompt: str, count: int) -> str:
 
 
 @pytest.mark.slow
-def test_stdout_is_the_text_and_nothing_else(tiny: Model) -> None:
+def test_stdout_has_the_text_only(tiny: Model) -> None:
     done = run("Once upon a time", "--max-new-tokens", "20", "--stats", "--top", "2")
     assert done.returncode == 0
     assert done.stdout == expected_text(tiny, "Once upon a time", 20)
@@ -47,8 +47,8 @@ def test_stdout_is_the_text_and_nothing_else(tiny: Model) -> None:
 
 
 @pytest.mark.slow
-def test_without_weights_it_tells_a_story(tmp_path: Path) -> None:
-    """The command of the README, in a folder with nothing in it."""
+def test_without_weights_the_built_in_model_tells_a_story(tmp_path: Path) -> None:
+    """README's command, in an empty folder."""
     environment = {name: value for name, value in os.environ.items() if name != "LLAMA3_RAW_WEIGHTS"}
     done = subprocess.run(
         [sys.executable, "-m", "llama3_raw", "Once upon a time"],
@@ -86,7 +86,7 @@ def test_stats_as_json() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-def test_ctrl_c_ends_it_with_what_was_printed() -> None:
+def test_ctrl_c_keeps_the_printed_text() -> None:
     arguments = ["--temperature", "1", "--seed", "3", "--repetition-penalty", "1.5", "--max-new-tokens", "450"]
     command = [*COMMAND, "Once", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -134,8 +134,8 @@ def test_ids_in_and_out(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny
     assert [int(word) for word in out.split(" ")] == expected
 
 
-def test_ids_end_where_the_text_ends(capsys: pytest.CaptureFixture[str], tiny: Model) -> None:
-    """With a tokenizer in the folder its end tokens count; one that does not fit is no obstacle."""
+def test_ids_stop_at_the_stop_tokens(capsys: pytest.CaptureFixture[str], tiny: Model) -> None:
+    """The stop tokens of the tokenizer in the folder count."""
     assert tiny.tokenizer is not None
     prompt = tiny.tokenizer.encode("Once upon a time", bos=True)
     status, out, err = tiny_call(capsys, "--ids", " ".join(map(str, prompt)), "--max-new-tokens", "400")
@@ -153,7 +153,7 @@ def test_ids_with_a_tokenizer_that_does_not_fit(capsys: pytest.CaptureFixture[st
     assert "line 1: should be base64" in err
 
 
-def test_the_exact_operations(capsys: pytest.CaptureFixture[str], tiny: Model) -> None:
+def test_reference_uses_the_exact_operations(capsys: pytest.CaptureFixture[str], tiny: Model) -> None:
     assert tiny.tokenizer is not None
     ids = tiny.tokenizer.encode("Once upon a time", bos=True)
     expected = tiny.tokenizer.decode(list(generate(tiny, ids, max_new_tokens=30, ops=REFERENCE)))
@@ -169,7 +169,7 @@ def test_stop_text(capsys: pytest.CaptureFixture[str], tiny: Model) -> None:
     assert "at a --stop text" in err
 
 
-def test_context_end(capsys: pytest.CaptureFixture[str], tiny: Model) -> None:
+def test_the_context_limits_the_text(capsys: pytest.CaptureFixture[str], tiny: Model) -> None:
     assert tiny.tokenizer is not None
     length = len(tiny.tokenizer.encode("Once upon a time", bos=True))
     status, out, err = tiny_call(capsys, "Once upon a time", "--context", str(length + 2))
@@ -187,7 +187,7 @@ def test_seed_layers_and_dtype(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_special_names(capsys: pytest.CaptureFixture[str]) -> None:
-    """As text the prompt is some ten tokens, as special tokens two, of which one is the BOS that is there anyway."""
+    """As text the prompt is about ten tokens, as special tokens two, of which one is the BOS that is added anyway."""
     prompt = "<|begin_of_text|><|end_of_text|>"
     as_text = json.loads(tiny_call(capsys, prompt, "--max-new-tokens", "1", "--stats", "json")[2].splitlines()[-1])
     special = tiny_call(capsys, prompt, "--special", "--max-new-tokens", "1", "--stats", "json")[2]
@@ -196,7 +196,7 @@ def test_special_names(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class TestWhichModel:
-    """The default, step by step; a fake source tree stands in for this one."""
+    """The default, step by step, in a fake source tree."""
 
     @pytest.fixture(autouse=True)
     def tree(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -254,8 +254,8 @@ class TestWhichModel:
 
 
 @pytest.mark.slow
-def test_the_first_words_come_before_the_last() -> None:
-    """Text is printed as it is generated, also into a pipe."""
+def test_text_is_printed_while_it_is_generated() -> None:
+    """Also into a pipe."""
     command = [*COMMAND, "Once upon a time", "--max-new-tokens", "200"]
     arrivals = 0
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -267,7 +267,7 @@ def test_the_first_words_come_before_the_last() -> None:
 
 
 @pytest.mark.slow
-def test_a_start_does_not_wait_for_what_it_may_not_need() -> None:
+def test_slow_imports_are_deferred() -> None:
     """torch.compile alone takes two seconds to import."""
     code = "import sys, llama3_raw.__main__; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -1,4 +1,4 @@
-"""The forward pass against Meta's and Hugging Face's code, and against itself cut differently."""
+"""The forward pass compared with Meta's and Hugging Face's code, and with itself, cached, chunked or batched."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.references import cast, converted, flat, hf_model, meta_model, random
 GROUPED = Params.from_meta(
     {"dim": 256, "n_layers": 3, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 500, "norm_eps": 1e-5, "multiple_of": 64}
 )
-SAME_COMPUTATION = 5e-6  # of the largest logit, in fp32
+TOLERANCE = 5e-6  # of the largest logit, in fp32
 
 
 def tokens_for(params: Params, *shape: int, seed: int = 0) -> Tensor:
@@ -25,11 +25,11 @@ def tokens_for(params: Params, *shape: int, seed: int = 0) -> Tensor:
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    assert (ours - theirs).abs().max() <= SAME_COMPUTATION * theirs.abs().max()
+    assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
 
 
 def assert_equal_to_meta(params: Params, weights: Weights, batch: int | None, seed: int = 0) -> None:
-    """Prefill, one token, five tokens on a warm cache, one token, and all at once without a cache: the same bits."""
+    """Check for the same bits: a prefill, then 1, 5, 1 and 16 tokens with a cache, and all at once without."""
     length = 40
     tokens = tokens_for(params, *([] if batch is None else [batch]), length, seed=seed)
     theirs = meta_model(params, weights, batch or 1, length)
@@ -58,26 +58,26 @@ def test_equal_to_meta(heads: tuple[int, int, int], dtype: torch.dtype, scaled: 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_equal_to_meta_for_random_configurations(seed: int) -> None:
-    """head_dim is a multiple of 16, as in every Llama: see `rope`."""
-    draw = random.Random(seed)
-    n_kv_heads = draw.choice([1, 2, 3, 4])
-    n_heads = n_kv_heads * draw.choice([1, 2, 3, 4])
+    """head_dim is a multiple of 16, as in every Llama (see `rope`)."""
+    rng = random.Random(seed)
+    n_kv_heads = rng.choice([1, 2, 3, 4])
+    n_heads = n_kv_heads * rng.choice([1, 2, 3, 4])
     params = Params.from_meta(
         {
-            "dim": n_heads * draw.choice([16, 32, 48, 64, 128]),
-            "n_layers": draw.choice([1, 2, 4]),
+            "dim": n_heads * rng.choice([16, 32, 48, 64, 128]),
+            "n_layers": rng.choice([1, 2, 4]),
             "n_heads": n_heads,
             "n_kv_heads": n_kv_heads,
-            "vocab_size": draw.randrange(50, 800),
-            "norm_eps": draw.choice([1e-6, 1e-5]),
-            "multiple_of": draw.choice([16, 32, 256]),
-            "rope_theta": draw.choice([10000.0, 500000.0]),
-            "use_scaled_rope": draw.choice([False, True]),
+            "vocab_size": rng.randrange(50, 800),
+            "norm_eps": rng.choice([1e-6, 1e-5]),
+            "multiple_of": rng.choice([16, 32, 256]),
+            "rope_theta": rng.choice([10000.0, 500000.0]),
+            "use_scaled_rope": rng.choice([False, True]),
         }
     )
-    dtype = draw.choice([torch.bfloat16, torch.float32])
-    weights = random_weights(params, dtype, seed, tied=draw.choice([False, True]))
-    assert_equal_to_meta(params, weights, draw.choice([None, 2, 5]), seed)
+    dtype = rng.choice([torch.bfloat16, torch.float32])
+    weights = random_weights(params, dtype, seed, tied=rng.choice([False, True]))
+    assert_equal_to_meta(params, weights, rng.choice([None, 2, 5]), seed)
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ CAPITAL_OF_FRANCE = [504, 3575, 282, 4649, 314]  # "The capital of France is" in
 
 @pytest.fixture(scope="module")
 def text(smollm2: Model) -> Tensor:
-    """[1, 65]: a sentence and how the model goes on with it."""
+    """[1, 65]: a sentence and the model's continuation."""
     return torch.tensor([[*CAPITAL_OF_FRANCE, *generate(smollm2, CAPITAL_OF_FRANCE, max_new_tokens=60)]])
 
 
@@ -109,20 +109,20 @@ def test_hf_in_fp32_on_trained_weights(smollm2: Model, text: Tensor) -> None:
 
 @pytest.mark.slow
 def test_fp32_error_is_that_of_hf(smollm2: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both against a forward pass in fp64, root mean square over all logits of four prompts of random tokens.
+    """Errors relative to a forward pass in fp64, root mean square over all logits of four prompts of random tokens.
 
-    The largest difference between the two lies by chance on either side of 1e-4 there: it is the rounding of fp32. The
-    ratio of their errors was 1.06 when measured; another machine adds up in another order.
+    The largest difference between the two is around 1e-4 there, above or below it by chance: it is the rounding of
+    fp32. The ratio of their errors was 1.06 when measured; other machines add in another order.
     """
     tokens = tokens_for(smollm2.params, 4, 64)
     weights = smollm2.weights
-    wide = cast(weights, torch.float64)
+    in_fp64 = cast(weights, torch.float64)
     to_float = Tensor.float
     with torch.no_grad():
         ours = forward(weights, smollm2.params, tokens)
         theirs = hf_model(smollm2.params, weights)(tokens).logits
         monkeypatch.setattr(Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float(x))
-        truth = forward(wide, smollm2.params, tokens)
+        truth = forward(in_fp64, smollm2.params, tokens)
     assert truth.dtype == torch.float64
     assert (ours - truth).square().mean() <= 1.5**2 * (theirs - truth).square().mean()
 
@@ -136,7 +136,7 @@ def test_trained_weights_know_the_capital_of_france(smollm2: Model) -> None:
 
 @pytest.mark.slow
 def test_bf16_error_is_no_larger_than_that_of_hf(smollm2: Model) -> None:
-    """Both against the fp32 result, root mean square over all logits of four prompts."""
+    """Errors relative to the fp32 result, root mean square over all logits of four prompts."""
     tokens = tokens_for(smollm2.params, 4, 32)
     weights = cast(smollm2.weights, torch.bfloat16)
     exact = cast(weights, torch.float32)
@@ -147,8 +147,8 @@ def test_bf16_error_is_no_larger_than_that_of_hf(smollm2: Model) -> None:
     assert ours <= 1.1 * theirs
 
 
-def test_hf_with_a_head_dim_of_its_own() -> None:
-    """HF's config may give heads another width than dim / n_heads; Meta's cannot."""
+def test_hf_with_another_head_dim() -> None:
+    """In HF's config head_dim may differ from dim / n_heads; in Meta's it cannot."""
     params = Params.from_hf(
         {
             "hidden_size": 96,
@@ -175,7 +175,7 @@ def fp32(tiny: Model) -> Model:
 
 @pytest.mark.parametrize("trained", ["fp32", "smollm2"])
 @pytest.mark.parametrize("cuts", [[1] * 24, [24], [16, 8], [17, 1, 5, 1], [3, 7, 14]], ids=str)
-def test_cached_is_uncached(trained: str, cuts: list[int], request: pytest.FixtureRequest) -> None:
+def test_cached_equals_uncached(trained: str, cuts: list[int], request: pytest.FixtureRequest) -> None:
     model: Model = request.getfixturevalue(trained)
     tokens = tokens_for(model.params, sum(cuts))
     cache = KVCache.allocate(model.params, max_seq_len=30, like=model.weights)
@@ -189,7 +189,7 @@ def test_cached_is_uncached(trained: str, cuts: list[int], request: pytest.Fixtu
     assert_close(torch.cat(pieces), whole)
 
 
-def test_a_batch_is_its_rows_alone(fp32: Model) -> None:
+def test_a_batch_equals_its_rows(fp32: Model) -> None:
     tokens = tokens_for(fp32.params, 4, 30)
     with torch.no_grad():
         together = forward(fp32.weights, fp32.params, tokens)
@@ -199,20 +199,20 @@ def test_a_batch_is_its_rows_alone(fp32: Model) -> None:
     assert_close(nested.view_as(alone), alone)
 
 
-@pytest.mark.parametrize("batch", [(), (3,)], ids=["lone", "batch"])
-def test_tensor_start_is_int_start(fp32: Model, batch: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["single", "batch"])
+def test_tensor_start_equals_int_start(fp32: Model, batch: tuple[int, ...]) -> None:
     tokens = tokens_for(fp32.params, *batch, 20)
     caches = [KVCache.allocate(fp32.params, max_seq_len=32, like=fp32.weights, batch=batch) for _ in range(2)]
     with torch.no_grad():
         for begin, end in ((0, 12), (12, 13), (13, 18), (18, 20)):
             new = tokens[..., begin:end]
             exact = forward(fp32.weights, fp32.params, new, cache=caches[0], start=begin)
-            wide = forward(fp32.weights, fp32.params, new, cache=caches[1], start=torch.full(batch, begin))
-            assert_close(wide, exact)
+            masked = forward(fp32.weights, fp32.params, new, cache=caches[1], start=torch.full(batch, begin))
+            assert_close(masked, exact)
 
 
 def test_rows_of_unequal_length(fp32: Model) -> None:
-    """Right-padded prompts, each row then going on from its own length, as if it were alone."""
+    """Right-padded prompts; each row then continues after its own length, as if it were alone."""
     lengths = torch.tensor([5, 12, 9])
     tokens = tokens_for(fp32.params, 3, 16)
     cache = KVCache.allocate(fp32.params, max_seq_len=20, like=fp32.weights, batch=(3,))
@@ -220,7 +220,7 @@ def test_rows_of_unequal_length(fp32: Model) -> None:
         prompt = forward(
             fp32.weights,
             fp32.params,
-            tokens[:, :12],  # beyond a row's length these are padding
+            tokens[:, :12],  # padding after a row's length
             cache=cache,
             start=torch.zeros(3, dtype=torch.long),
             logits_at=lengths - 1,
@@ -240,14 +240,14 @@ def test_logits_at(fp32: Model) -> None:
         assert_close(forward(fp32.weights, fp32.params, tokens, logits_at=-1), every[:, -1])
         picked = forward(fp32.weights, fp32.params, tokens, logits_at=torch.tensor([3, 7]))
         assert_close(picked, every[[0, 1], [3, 7]])
-        lone = forward(fp32.weights, fp32.params, tokens[0], logits_at=torch.tensor(4))
-    assert_close(lone, every[0, 4])
+        single = forward(fp32.weights, fp32.params, tokens[0], logits_at=torch.tensor(4))
+    assert_close(single, every[0, 4])
     for outside in (10, -1):
         with pytest.raises(RuntimeError, match="out of bounds"):
             forward(fp32.weights, fp32.params, tokens[0], logits_at=torch.tensor(outside))
 
 
-def test_what_cannot_be_is_refused(fp32: Model) -> None:
+def test_invalid_arguments_are_refused(fp32: Model) -> None:
     cache = KVCache.allocate(fp32.params, max_seq_len=8, like=fp32.weights)
     tokens = tokens_for(fp32.params, 5)
     for start in (4, -1):
@@ -255,24 +255,24 @@ def test_what_cannot_be_is_refused(fp32: Model) -> None:
             forward(fp32.weights, fp32.params, tokens, cache=cache, start=start)
     for shape, batch in (((5,), (2,)), ((2, 5), ()), ((3, 5), (2,))):
         cache = KVCache.allocate(fp32.params, max_seq_len=8, like=fp32.weights, batch=batch)
-        with pytest.raises(ValueError, match="do not go with the cache"):
+        with pytest.raises(ValueError, match="do not match the cache"):
             forward(fp32.weights, fp32.params, tokens_for(fp32.params, *shape), cache=cache)
-    for lone_start in (3, torch.tensor(0)):
-        with pytest.raises(ValueError, match="start needs the cache"):
-            forward(fp32.weights, fp32.params, tokens, start=lone_start)
+    for start_alone in (3, torch.tensor(0)):
+        with pytest.raises(ValueError, match="start needs a cache"):
+            forward(fp32.weights, fp32.params, tokens, start=start_alone)
 
 
-def test_rope_is_the_complex_product() -> None:
+def test_rope_equals_the_complex_product() -> None:
     params = Params.from_meta(
         {"dim": 256, "n_layers": 1, "n_heads": 4, "vocab_size": 9, "norm_eps": 1e-5, "use_scaled_rope": True}
     )
     x = torch.randn(1000, 4, 64, generator=torch.Generator().manual_seed(0))
     cos, sin = rope_rotation(torch.arange(1000), params)
-    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
-    assert torch.equal(rope(x, cos, sin), torch.view_as_real(turned).flatten(-2))
+    rotated = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
+    assert torch.equal(rope(x, cos, sin), torch.view_as_real(rotated).flatten(-2))
 
 
-def test_scaled_rope_keeps_high_frequencies_and_slows_low_ones() -> None:
+def test_scaled_rope_keeps_high_frequencies_and_lowers_low_ones() -> None:
     content = {"dim": 2048, "n_layers": 16, "n_heads": 32, "vocab_size": 9, "norm_eps": 1e-5}
     plain = Params.from_meta(content)
     scaled = Params.from_meta({**content, "use_scaled_rope": True})
@@ -334,7 +334,7 @@ def test_a_tap_changes_what_follows(tiny: Model) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [5, torch.tensor([5, 2])], ids=["int start", "tensor start"])
 def test_it_compiles_as_one_graph(start: int | Tensor) -> None:
-    """Nothing in it makes torch.compile fall back to Python; the eager backend runs the captured graph as it is."""
+    """torch.compile never falls back to Python; the eager backend runs the captured graph unchanged."""
     weights = random_weights(GROUPED, torch.float32, seed=3)
     tokens = tokens_for(GROUPED, 2, 3)
     caches = [KVCache.allocate(GROUPED, max_seq_len=16, like=weights, batch=(2,)) for _ in range(2)]
@@ -345,7 +345,7 @@ def test_it_compiles_as_one_graph(start: int | Tensor) -> None:
 
 
 def test_it_is_differentiable() -> None:
-    """Every weight gets a gradient, and it is the slope of the loss."""
+    """Every weight gets a gradient, and it equals the numerical slope of the loss."""
     weights = random_weights(GROUPED, torch.float32, seed=3)
     every = flat(weights)
     for tensor in every:
@@ -367,7 +367,7 @@ def test_it_is_differentiable() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
-def test_bf16_on_a_gpu_is_as_near_to_fp32_as_hf(smollm2: Model) -> None:
+def test_bf16_error_on_a_gpu_is_no_larger_than_that_of_hf(smollm2: Model) -> None:
     tokens = tokens_for(smollm2.params, 4, 64).cuda()
     weights = cast(smollm2.weights, torch.bfloat16)
     exact = cast(weights, torch.float32)

@@ -1,4 +1,4 @@
-"""What params.json and config.json mean, and what is refused."""
+"""Reading and writing params.json and config.json, and what is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL_HF: dict[str, Any] = {
 
 
 def test_every_text_model_that_meta_lists() -> None:
-    """Widths and context of Llama 3 to 3.3, from the package's own list; hidden_dim as Meta's FeedForward makes it."""
+    """Widths and context of Llama 3 to 3.3, from llama-models' list; hidden_dim as Meta's FeedForward computes it."""
     from llama_models.sku_list import llama3_1_family, llama3_2_family, llama3_3_family, llama3_family
 
     hidden = {4096: 14336, 8192: 28672, 16384: 53248, 2048: 8192, 3072: 8192}
@@ -47,7 +47,7 @@ def test_every_text_model_that_meta_lists() -> None:
             else:
                 assert params.rope_scaling is None
                 assert params.max_seq_len == 8192
-            written = params.to_meta()  # as Meta writes it itself
+            written = params.to_meta()  # like Meta's own file
             assert written.items() <= content.items()
             assert Params.from_meta(written) == Params.from_hf(params.to_hf()) == params
             count += 1
@@ -65,7 +65,7 @@ def test_defaults_are_those_of_meta() -> None:
     assert params.hidden_dim == 256  # two thirds of 4 * 64 is 170, rounded up to Meta's multiple_of, 256
 
 
-def test_scaling_factor_and_context_that_are_given() -> None:
+def test_given_scaling_factor_and_context() -> None:
     params = Params.from_meta({**SMALL, "use_scaled_rope": True, "rope_scaling_factor": 16, "max_seq_len": 4096})
     assert params.rope_scaling == RopeScaling(16.0)
     assert params.max_seq_len == 4096
@@ -122,7 +122,7 @@ WRONG_META = [
     ({"norm_eps": 0}, "norm_eps should be a positive number"),
     ({"norm_eps": 10**400}, "norm_eps should be a positive number"),
     ({"ffn_dim_multiplier": 1e300}, "ffn_dim_multiplier = 1e.300 makes the feed-forward impossible"),
-    ({"n_layers": 10**9}, "1000000000 layers cannot be"),
+    ({"n_layers": 10**9}, "1000000000 layers are impossible"),
     ({"rope_theta": -1.0}, "rope_theta should be a positive number"),
     ({"use_scaled_rope": 1}, "use_scaled_rope should be true or false, is 1"),
     ({"n_heads": 5}, "dim = 64 does not divide into n_heads = 5"),
@@ -170,16 +170,16 @@ def test_refused_by_name_in_config_json(change: dict[str, Any], message: str) ->
 
 sizes = st.integers(1, 500)
 any_params = st.builds(
-    lambda head_dim, n_kv_heads, sharing, **rest: Params(
-        dim=2 * head_dim * n_kv_heads * sharing,
-        n_heads=n_kv_heads * sharing,
+    lambda head_dim, n_kv_heads, n_rep, **rest: Params(
+        dim=2 * head_dim * n_kv_heads * n_rep,
+        n_heads=n_kv_heads * n_rep,
         n_kv_heads=n_kv_heads,
         head_dim=2 * head_dim,
         **rest,
     ),
     head_dim=sizes,
     n_kv_heads=st.integers(1, 16),
-    sharing=st.integers(1, 8),
+    n_rep=st.integers(1, 8),
     n_layers=sizes,
     vocab_size=sizes,
     hidden_dim=st.integers(2, 2**20),
@@ -195,15 +195,15 @@ def test_written_and_read_again(params: Params) -> None:
     assert Params.from_meta(params.to_meta()) == Params.from_hf(params.to_hf()) == params
 
 
-UNSAID = [
+INEXPRESSIBLE = [
     ({"head_dim": 32}, "head_dim = 32 is not 64 / 4"),
-    ({"rope_scaling": RopeScaling(8.0, low_freq_factor=2.0)}, "RopeScaling.* is none of Llama 3.1's kind"),
+    ({"rope_scaling": RopeScaling(8.0, low_freq_factor=2.0)}, "RopeScaling.* is not Llama 3.1's scaling"),
     ({"rope_scaling": RopeScaling(8.0, original_max_seq_len=4096)}, "RopeScaling"),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), UNSAID, ids=lambda value: str(value)[:40])
-def test_what_params_json_cannot_say(change: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("change", "message"), INEXPRESSIBLE, ids=lambda value: str(value)[:40])
+def test_what_params_json_cannot_express(change: dict[str, Any], message: str) -> None:
     params = replace(Params.from_meta(SMALL), **change)
     assert Params.from_hf(params.to_hf()) == params
     with pytest.raises(UserError, match=message):
@@ -220,7 +220,7 @@ hf_keys = [*SMALL_HF, "num_key_value_heads", "rope_theta", "rope_scaling", "rope
 
 
 @given(st.dictionaries(st.sampled_from(meta_keys), anything), st.dictionaries(st.sampled_from(hf_keys), anything))
-def test_only_the_projects_own_error_comes_out(meta: dict[str, Any], hf: dict[str, Any]) -> None:
+def test_only_user_errors_are_raised(meta: dict[str, Any], hf: dict[str, Any]) -> None:
     for read, content in ((Params.from_meta, {**SMALL, **meta}), (Params.from_hf, {**SMALL_HF, **hf})):
         with contextlib.suppress(UserError):
             read(content)

@@ -1,4 +1,4 @@
-"""The figures against Hugging Face's, and against each other however they are computed; the tool as a user runs it."""
+"""Perplexity against Hugging Face's, in any chunks; and the command."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def ids(tiny: Model) -> list[int]:
 
 
 def score_by_hf(model: Any, ids: list[int], context: int, stride: int) -> Score:
-    """The loop of Hugging Face's guide (huggingface.co/docs/transformers/perplexity), with their own loss.
+    """Score with the loop of Hugging Face's guide (huggingface.co/docs/transformers/perplexity), with its loss.
 
-    Each window's mean counts as often as it has tokens; the guide counts all of them but one.
+    Each window's mean is weighted by its number of scored tokens; the guide uses one less.
     """
     tokens = torch.tensor([ids])
     nats, count, previous_end = 0.0, 0, 0
@@ -57,12 +57,12 @@ def score_by_hf(model: Any, ids: list[int], context: int, stride: int) -> Score:
     return Score(count, nats)
 
 
-# the text has 131 tokens: less than a window, as many, not a multiple of the stride; 65 leaves one over
+# the text has 131 tokens: fewer than a window, exactly one window, not a multiple of the stride, one left over (65)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("context", "stride"), [(512, 256), (131, 60), (130, 65), (65, 65), (50, 50), (50, 17), (40, 39), (20, 1), (2, 1)]
 )
-def test_hugging_face_says_the_same(fp32: Model, ids: list[int], context: int, stride: int) -> None:
+def test_the_same_as_hugging_face(fp32: Model, ids: list[int], context: int, stride: int) -> None:
     assert len(ids) == 131
     expected = score_by_hf(hf_model(fp32.params, fp32.weights), ids, context, stride)
     score = perplexity.perplexity(fp32, ids, context=context, stride=stride)
@@ -73,24 +73,26 @@ def test_hugging_face_says_the_same(fp32: Model, ids: list[int], context: int, s
 
 @pytest.mark.parametrize(("length", "context", "stride"), [(127, 20, 7), (127, 20, 19), (127, 20, 20), (5, 20, 10)])
 def test_each_token_is_scored_once(length: int, context: int, stride: int) -> None:
-    """But for the first of the text, or of every window where they do not overlap."""
+    """Except the first of the text, or of every window if they do not overlap."""
     windows = list(sliding_windows(length, context, stride))
     assert all(window.begin < window.first and window.end - window.begin <= context for window in windows)
-    assert len({window.end for window in windows}) == len(windows)  # none is there for nothing
+    assert len({window.end for window in windows}) == len(windows)  # none is redundant
     scored = [position for window in windows for position in range(window.first, window.end)]
     assert scored == [position for position in range(length) if position % (stride if stride == context else length)]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 50])
-def test_the_chunks_do_not_matter(fp32: Model, ids: list[int], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_change_the_score(
+    fp32: Model, ids: list[int], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = perplexity.perplexity(fp32, ids, context=60, stride=25, ops=REFERENCE)
     monkeypatch.setattr(perplexity, "CHUNK", chunk)
-    cut = perplexity.perplexity(fp32, ids, context=60, stride=25, ops=REFERENCE)
-    assert cut.tokens == 130
-    assert cut.nats == pytest.approx(whole.nats, rel=1e-6)
+    chunked = perplexity.perplexity(fp32, ids, context=60, stride=25, ops=REFERENCE)
+    assert chunked.tokens == 130
+    assert chunked.nats == pytest.approx(whole.nats, rel=1e-6)
 
 
-def test_what_the_figures_mean() -> None:
+def test_definitions_of_the_figures() -> None:
     score = Score(tokens=4, nats=4 * math.log(8))
     assert score.perplexity == pytest.approx(8)
     assert score.bits_per_byte(24) == pytest.approx(0.5)
@@ -98,14 +100,14 @@ def test_what_the_figures_mean() -> None:
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[list[str], dict[str, Any], str]:
-    """The tool's table, its JSON, and what it says on stderr."""
+    """Run the command. Return its table, its JSON and its stderr."""
     assert main(["--weights", str(TINY), "--device", "cpu", *arguments]) == 0
     captured = capsys.readouterr()
     *table, last = captured.out.splitlines()
     return table, json.loads(last), captured.err
 
 
-def test_the_tool(
+def test_the_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Model, ids: list[int]
 ) -> None:
     file = tmp_path / "story.txt"
@@ -133,7 +135,7 @@ def test_the_tool(
     assert exact["nats"] == perplexity.perplexity(tiny, ids, ops=REFERENCE).nats
 
 
-def test_the_bytes_are_those_of_the_scored_tokens(
+def test_only_the_bytes_of_scored_tokens_count(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Model, ids: list[int]
 ) -> None:
     file = tmp_path / "story.txt"
@@ -146,12 +148,12 @@ def test_the_bytes_are_those_of_the_scored_tokens(
 
 
 def test_ids(capsys: pytest.CaptureFixture[str], tmp_path: Path, ids: list[int]) -> None:
-    """They are taken as they are, and have no bytes."""
+    """Ids are used as given, without BOS, and have no bytes."""
     (tmp_path / "story.txt").write_text(STORY, encoding="utf-8")
     (tmp_path / "ids.json").write_text(json.dumps(ids))
-    of_text = call(capsys, str(tmp_path / "story.txt"), "--context", "30", "--stride", "10")[1]
+    from_text = call(capsys, str(tmp_path / "story.txt"), "--context", "30", "--stride", "10")[1]
     table, figures, _ = call(capsys, str(tmp_path / "ids.json"), "--ids", "--context", "30", "--stride", "10")
-    assert figures == {**of_text, "bits_per_byte": None}
+    assert figures == {**from_text, "bits_per_byte": None}
     assert len(table) == 4
 
 

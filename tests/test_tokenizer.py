@@ -1,4 +1,4 @@
-"""The tokenizer against Meta's own, llama.cpp's cases, and any text."""
+"""The tokenizer compared with Meta's own, with llama.cpp's test cases, and on arbitrary text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def llama3(meta_tokenizer_file: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def metas_own(meta_tokenizer_file: Path):  # type: ignore[no-untyped-def]
+def meta_tokenizer(meta_tokenizer_file: Path):  # type: ignore[no-untyped-def]
     from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 
     return MetaTokenizer(meta_tokenizer_file)
@@ -46,10 +46,10 @@ def test_the_prompt_of_the_ultimate_question(llama3: Tokenizer) -> None:
     assert llama3.encode(PROMPT, bos=True) == PROMPT_IDS
 
 
-def test_special_tokens_are_those_of_meta(llama3: Tokenizer, metas_own) -> None:  # type: ignore[no-untyped-def]
-    assert llama3.special_tokens == metas_own.special_tokens
-    assert llama3.n_words == metas_own.n_words == 128256
-    assert sorted(llama3.stop_ids) == sorted(metas_own.stop_tokens) == [128001, 128008, 128009]
+def test_special_tokens_are_those_of_meta(llama3: Tokenizer, meta_tokenizer) -> None:  # type: ignore[no-untyped-def]
+    assert llama3.special_tokens == meta_tokenizer.special_tokens
+    assert llama3.n_words == meta_tokenizer.n_words == 128256
+    assert sorted(llama3.stop_ids) == sorted(meta_tokenizer.stop_tokens) == [128001, 128008, 128009]
     assert (llama3.bos_id, llama3.eos_id, llama3.eot_id) == (128000, 128001, 128009)
 
 
@@ -64,8 +64,8 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=[f"{text[:3]!r} {len(text)}" for text in TEXTS])
-def test_long_runs_are_cut_where_meta_cuts(llama3: Tokenizer, metas_own, text: str) -> None:  # type: ignore[no-untyped-def]
-    assert llama3.encode(text) == metas_own.encode(text, bos=False, eos=False)
+def test_long_runs_are_split_as_by_meta(llama3: Tokenizer, meta_tokenizer, text: str) -> None:  # type: ignore[no-untyped-def]
+    assert llama3.encode(text) == meta_tokenizer.encode(text, bos=False, eos=False)
 
 
 def test_a_million_spaces(llama3: Tokenizer) -> None:
@@ -74,15 +74,15 @@ def test_a_million_spaces(llama3: Tokenizer) -> None:
     assert time.monotonic() - start < 60
 
 
-def test_long_text_is_not_cut_at_400_000_characters(llama3: Tokenizer) -> None:
-    """Meta's cut there splits the word that lies across it, which changes the ids."""
+def test_long_text_is_not_split_at_400_000_characters(llama3: Tokenizer) -> None:
+    """Meta's code splits it there, even within a word, which changes the ids."""
     text = "a word " * 60_000
     ids = llama3.encode(text)
     assert ids == llama3.encode("a word" + " a word" * 59_999 + " ")
     assert set(ids[1:-1]) == {llama3.encode(" a")[0], llama3.encode(" word")[0]}
 
 
-def test_special_names_in_a_text_stay_text(llama3: Tokenizer) -> None:
+def test_special_names_are_plain_text(llama3: Tokenizer) -> None:
     text = "<|eot_id|>hello<|begin_of_text|>"
     assert not set(llama3.encode(text)) & set(llama3.special_tokens.values())
     assert llama3.decode(llama3.encode(text)) == text
@@ -106,8 +106,8 @@ def test_round_trip(text: str) -> None:
 
 
 @given(st.lists(st.integers(0, 255)), st.text(max_size=3))
-def test_streamed_bytes_are_decoded_bytes(values: list[int], stop: str) -> None:
-    """Single bytes in any order: what is streamed is what is decoded, less an unfinished character at the end."""
+def test_stream_equals_decode(values: list[int], stop: str) -> None:
+    """Single bytes in any order: the stream equals the decoded text, except an incomplete character at the end."""
     tokenizer = _tiny()
     assert [tokenizer.token_bytes(value) for value in (0, 128, 255)] == [b"\x00", b"\x80", b"\xff"]
     whole = tokenizer.decode(values)
@@ -121,7 +121,7 @@ def test_streamed_bytes_are_decoded_bytes(values: list[int], stop: str) -> None:
         assert set(whole[len(streamed) :]) <= {"\ufffd"}
 
 
-def test_half_a_character_is_held_back(llama3: Tokenizer) -> None:
+def test_an_incomplete_character_is_held_back(llama3: Tokenizer) -> None:
     ids = llama3.encode("🦙")
     assert len(ids) > 1
     assert list(llama3.stream(ids)) == ["🦙"]
@@ -141,7 +141,7 @@ def test_the_beginning_of_a_stop_text_is_held_back() -> None:
     assert stream("ab", "bc") == ["a", "b"]
 
 
-def test_an_id_that_is_not_there(llama3: Tokenizer) -> None:
+def test_an_id_out_of_range(llama3: Tokenizer) -> None:
     for token in (-1, 128256):
         with pytest.raises(UserError, match=f"token id {token} "):
             llama3.decode([token])
@@ -161,7 +161,7 @@ GOOD = lines(*BYTES, b"ab")
 
 
 def test_no_copy_is_kept_by_path(tmp_path: Path) -> None:
-    """Another file under the same name is another tokenizer (tiktoken's own reader would give the first again)."""
+    """A changed file is another tokenizer (tiktoken's own reader would return the first one again)."""
     file = tmp_path / "tokenizer.model"
     file.write_bytes(b"\n".join(GOOD))
     assert Tokenizer(file).encode("ab") == [256]

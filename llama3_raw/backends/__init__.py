@@ -1,1 +1,1 @@
-"""The fast `Ops` of each device, and those for weights that do not all fit on one."""
+"""The fast `Ops` of each device, and `Ops` for weights that do not fit on one device."""

@@ -1,4 +1,4 @@
-"""Which set of operations suits where the weights lie."""
+"""Choosing the operations for the device of the weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .offload import mixed_ops
 
 
 def suitable_ops(device: torch.device) -> Ops:
-    """The set of operations that suits the device."""
+    """Return the fast operations of a device, or the exact ones if it has none."""
     return {"cpu": fast_ops, "cuda": cuda_ops}.get(device.type, lambda: REFERENCE)()
 
 
 def ops_for(weights: Weights, exact: bool = False) -> Ops:
-    """The set of operations that suits where the weights lie, on one device or two. exact: only of REFERENCE's."""
+    """Return the operations for the weights, which may be on one device or two. exact: use only REFERENCE's."""
     device = weights.norm.device
-    own = REFERENCE if exact else suitable_ops(device)
-    elsewhere = devices_of(weights) - {device}
-    return mixed_ops(own, REFERENCE if exact else suitable_ops(elsewhere.pop())) if elsewhere else own
+    ops = REFERENCE if exact else suitable_ops(device)
+    others = devices_of(weights) - {device}
+    return mixed_ops(ops, REFERENCE if exact else suitable_ops(others.pop())) if others else ops

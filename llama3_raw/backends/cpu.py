@@ -1,8 +1,8 @@
-"""Fast operations for the CPU: few tokens at a time at the speed of the memory, many at that of the matrix units.
+"""Fast operations for the CPU: few tokens at the speed of the memory, many at the speed of the matrix units.
 
-The C source, cpu_kernels.c, is compiled when it is first needed, in some seconds, for the processor at hand, and kept
-in the user's cache folder. It is called by ctypes: that costs 2 µs a call and no start-up, where
-torch.utils.cpp_extension compiles for half a minute and torch.compile in every process anew.
+The C source, cpu_kernels.c, is compiled for this processor when it is first needed, in some seconds, and kept in the
+user's cache folder. It is called with ctypes, which costs 2 µs per call and no start-up time;
+torch.utils.cpp_extension would compile for half a minute, and torch.compile anew in every process.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from ..quantization.int8 import Int8
 from ..quantization.matrix import Matrix, linear
 from ..system.files import atomic_write
 
-FEW = 16  # tokens: up to so many are computed by the kernels on every processor, all with the same bits
-_MOST = 128  # tokens: with more, torch is faster, which brings the matrix into another order first, or widens it
-_MOST_INT8 = 64  # the same, for int8 without tiles; by tiles there is no such number
-_MOST_KEYS = 256  # to attend to, for more tokens than a few; with more, torch is faster
-_LONGEST = 2**17  # values of a row; above that the sum of int8 products might overflow 32 bits
-QUERIES = 128  # tokens that attend to earlier ones at a time, where there are more than a few
+MAX_DECODE_ROWS = 16  # tokens that the kernels compute on every processor, each with the same bits as alone
+_MAX_ROWS = 128  # tokens; with more, torch is faster, as it first reorders or upcasts the matrix
+_MAX_ROWS_INT8 = 64  # the same for int8 without tiles; with tiles there is no limit
+_MAX_KEYS = 256  # for more than MAX_DECODE_ROWS tokens; with more keys, torch is faster
+_MAX_LENGTH = 2**17  # values of a row; above that, a sum of int8 products may overflow 32 bits
+QUERIES = 128  # tokens that torch attends for at a time
 _SOURCE = Path(__file__).with_name("cpu_kernels.c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma")
 _FLAGS = ("-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC")
-# what the compiler is told for each kind of processor; native: the one that it runs on
+# compiler flags for each kind of processor; native: this one
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "native": ("-march=native",),
     "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
@@ -54,11 +54,11 @@ INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
 
 
 class CannotBuild(Exception):
-    """There is no compiler, or it fails; the message says which."""
+    """The kernels cannot be compiled or loaded; the message is the reason."""
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [  # as ctypes wants it
+    _fields_ = [  # the layout of Shape in cpu_kernels.c
         (name, ctypes.c_int64)
         for name in (
             *("n_tokens", "n_heads", "n_kv_heads", "head_dim", "start", "use_tiles"),
@@ -72,16 +72,16 @@ class _CInt8(ctypes.Structure):
 
 
 def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
-    """The compiled kernels, from the user's cache folder if they are there. Raises CannotBuild."""
+    """Load the kernels from the user's cache folder, and compile them first if necessary. Raises CannotBuild."""
     compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or ""]
     if not compiler[0]:
         raise CannotBuild("there is no C compiler (cc)")
     flags = [*_FLAGS, *INSTRUCTION_SETS[instruction_set]]
-    # what the compiler defines tells its version and what it takes this processor to be
+    # the predefined macros identify the compiler's version and the processor that it compiles for
     defined = _run([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull])
     key = hashlib.sha256(b"\0".join((_SOURCE.read_bytes(), " ".join(flags).encode(), defined))).hexdigest()[:20]
     folder = _cache_folder()
-    library = next(filter(_is_whole, folder.glob(f"cpu_kernels-{key}-*.so")), None) or _build(
+    library = next(filter(_is_complete, folder.glob(f"cpu_kernels-{key}-*.so")), None) or _build(
         compiler, flags, folder, f"cpu_kernels-{key}"
     )
     try:
@@ -94,14 +94,17 @@ def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
 
 
 def _build(compiler: Sequence[str], flags: Sequence[str], folder: Path, name: str) -> Path:
-    """Compile the kernels -> the library in `folder`, whose name ends with the digest of its content."""
-    with tempfile.TemporaryDirectory() as scratch:
-        objects, built = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
-        _run([*compiler, *flags, "-c", str(_SOURCE), "-o", str(objects)])
-        # without -fopenmp, so that it takes OpenMP from torch: two pools of threads would fight for the processors
-        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        _run([*compiler, "-shared", *undefined, str(objects), "-o", str(built), "-lm"])
-        content = built.read_bytes()
+    """Compile the kernels. Return the library in `folder`; its name ends with the digest of its content."""
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            objects, built = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
+            _run([*compiler, *flags, "-c", str(_SOURCE), "-o", str(objects)])
+            # without -fopenmp, so that it uses torch's OpenMP: two thread pools would compete for the processors
+            undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+            _run([*compiler, "-shared", *undefined, str(objects), "-o", str(built), "-lm"])
+            content = built.read_bytes()
+    except OSError as error:  # of the temporary folder
+        raise CannotBuild(f"the kernels cannot be compiled ({error})") from error
     library = folder / f"{name}-{_digest(content)}.so"
     try:
         with atomic_write(library) as part:
@@ -111,9 +114,12 @@ def _build(compiler: Sequence[str], flags: Sequence[str], folder: Path, name: st
     return library
 
 
-def _is_whole(library: Path) -> bool:
-    """Whether its content is what its name says: one that was cut short would be a bus error at each start."""
-    return library.stem.rpartition("-")[2] == _digest(library.read_bytes())
+def _is_complete(library: Path) -> bool:
+    """Whether the content has the digest in the name: loading a truncated library would be a bus error."""
+    try:
+        return library.stem.rpartition("-")[2] == _digest(library.read_bytes())
+    except OSError:
+        return False
 
 
 def _digest(content: bytes) -> str:
@@ -126,7 +132,7 @@ def _cache_folder() -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise CannotBuild(f"{folder} cannot be made ({error.strerror})") from error
+        raise CannotBuild(f"{folder} cannot be created ({error.strerror})") from error
     return folder
 
 
@@ -140,20 +146,18 @@ def _run(command: Sequence[str]) -> bytes:
 
 
 def make_ops(kernels: ctypes.CDLL) -> Ops:
-    """The operations with these kernels. A product that they do not do (fp32, say) is torch's."""
-    by_kernels = _Kernels(kernels)
-    return Ops(
-        embed=F.embedding, linear=by_kernels.linear, attend=by_kernels.attend, max_packed=by_kernels.max_packed()
-    )
+    """Return the operations with these kernels. What they do not support, such as fp32, torch computes."""
+    wrapper = _Kernels(kernels)
+    return Ops(embed=F.embedding, linear=wrapper.linear, attend=wrapper.attend, max_packed=wrapper.max_packed())
 
 
 class _Kernels:
-    """The compiled kernels, for tensors that they do, and torch for others."""
+    """The compiled kernels for tensors that they support, and torch for the others."""
 
     def __init__(self, kernels: ctypes.CDLL):
         self._kernels = kernels
         self._has_tiles = bool(kernels.has_tiles())
-        self._is_x86 = kernels.width() >= 8  # NEON is not measured, beside Apple's matrix units, say
+        self._is_x86 = kernels.width() >= 8  # NEON is not measured against Apple's matrix units
 
     def linear(self, x: Tensor, weight: Matrix) -> Tensor:
         """x [..., in], weight [out, in] -> [..., out]; few rows of bf16 at the speed of the memory."""
@@ -161,27 +165,27 @@ class _Kernels:
         rows = x.numel() // length
         is_int8 = isinstance(weight, Int8)
         by_tiles = (
-            self._has_tiles and outputs % 32 == 0 and length % (64 if is_int8 else 32) == 0 and length <= _LONGEST
+            self._has_tiles and outputs % 32 == 0 and length % (64 if is_int8 else 32) == 0 and length <= _MAX_LENGTH
         )
         if not (rows > 0 and length % 32 == 0 and _is_plain_bf16(x)):
             return linear_by_torch(x, weight)
         if not (isinstance(weight, Int8) or (_is_plain_bf16(weight) and weight.is_contiguous())):
             return linear_by_torch(x, weight)
-        if rows > FEW and rows > self._most_rows(is_int8, by_tiles):
+        if rows > MAX_DECODE_ROWS and rows > self._max_rows(is_int8, by_tiles):
             return linear_by_torch(x, weight)
         return self._product(x.contiguous(), weight, by_tiles)
 
-    def _most_rows(self, is_int8: bool, by_tiles: bool) -> float:
-        """With more rows torch is faster."""
+    def _max_rows(self, is_int8: bool, by_tiles: bool) -> float:
+        """Return the number of rows above which torch is faster."""
         if by_tiles:
-            return math.inf if is_int8 else _MOST
+            return math.inf if is_int8 else _MAX_ROWS
         if not self._is_x86 or not fp32_is_faster():
-            return FEW
-        return _MOST_INT8 if is_int8 else _MOST
+            return MAX_DECODE_ROWS
+        return _MAX_ROWS_INT8 if is_int8 else _MAX_ROWS
 
     def max_packed(self) -> int:
-        """How many tokens of several prompts get the same bits together as alone, in bf16 and in int8."""
-        return int(min(self._most_rows(is_int8, self._has_tiles) for is_int8 in (False, True)))
+        """Return how many tokens of several prompts get the same bits together as alone, in bf16 and in int8."""
+        return int(min(self._max_rows(is_int8, self._has_tiles) for is_int8 in (False, True)))
 
     def _product(self, x: Tensor, weight: Matrix, by_tiles: bool) -> Tensor:
         """x [..., in] contiguous, weight [out, in] -> [..., out]"""
@@ -197,21 +201,21 @@ class _Kernels:
         if by_tiles:
             multiply = self._kernels.linear_tiles
         if multiply(_pointer(x), *matrices, _pointer(y), *map(ctypes.c_int64, (rows, outputs, length))):
-            raise MemoryError(f"no memory for the product of {rows} tokens with a matrix {list(weight.shape)}")
+            raise MemoryError(f"out of memory in the product of {rows} tokens with a matrix {list(weight.shape)}")
         return y
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor:
-        """As model.attend, but there are no scores to tap. A row of a batch has the same bits as alone."""
+        """Like model.attend, without taps of the scores. A row of a batch has the same bits as alone."""
         n_tokens, n_heads, head_dim = q.shape[-3:]
         are_plain = all(
             _is_plain_bf16(x) and x.dim() <= 4 and x.stride()[-2:] == (head_dim, 1) for x in (q, keys, values)
         )
         use_tiles = self._has_tiles and n_heads // keys.shape[-2] % 4 == 0
-        is_short = n_tokens <= FEW or (self._is_x86 and keys.shape[-3] <= _MOST_KEYS)
+        is_short = n_tokens <= MAX_DECODE_ROWS or (self._is_x86 and keys.shape[-3] <= _MAX_KEYS)
         if not are_plain or head_dim % 32 or not (is_short or use_tiles):
             return attend_by_torch(q, keys, values, start)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        rows = zip(*(x.view(-1, *x.shape[-3:]) for x in (q, keys, values, out)), strict=True)  # one for a lone prompt
+        rows = zip(*(x.view(-1, *x.shape[-3:]) for x in (q, keys, values, out)), strict=True)  # one for a single prompt
         starts = itertools.repeat(start) if isinstance(start, int) else start.view(-1).tolist()
         for (q_row, keys_row, values_row, out_row), begin in zip(rows, starts, strict=False):
             self._attend_row(q_row, keys_row, values_row, out_row, begin, use_tiles)
@@ -221,38 +225,38 @@ class _Kernels:
         """q and out [T, n_heads, head_dim], keys and values [S, n_kv_heads, head_dim]"""
         n_tokens, n_heads, head_dim = q.shape
         strides = (q.stride(0), keys.stride(0), values.stride(0))
-        for first in range(0, n_tokens, FEW):  # so that what is made on the way stays small
-            few, to = q[first : first + FEW], out[first : first + FEW]
-            shape = _Shape(len(few), n_heads, keys.shape[-2], head_dim, start + first, use_tiles, *strides)
-            if self._kernels.attend(*map(_pointer, (few, keys, values, to)), ctypes.byref(shape)):
-                raise MemoryError(f"no memory to attend to {start + n_tokens} tokens")
+        for first in range(0, n_tokens, MAX_DECODE_ROWS):  # keeps the buffers of the kernel small
+            block, to = q[first : first + MAX_DECODE_ROWS], out[first : first + MAX_DECODE_ROWS]
+            shape = _Shape(len(block), n_heads, keys.shape[-2], head_dim, start + first, use_tiles, *strides)
+            if self._kernels.attend(*map(_pointer, (block, keys, values, to)), ctypes.byref(shape)):
+                raise MemoryError(f"out of memory in attention to {start + n_tokens} tokens")
 
 
 def read_loop(kernels: ctypes.CDLL, x: Tensor) -> None:
-    """Reads all of a contiguous tensor on the CPU once, as fast as the memory goes; for measuring."""
+    """Read all of a contiguous CPU tensor once, as fast as the memory allows; for measurements."""
     kernels.read_loop.restype = ctypes.c_float
     kernels.read_loop(_pointer(x), ctypes.c_int64(x.nbytes // 256 * 64))
 
 
 def linear_by_torch(x: Tensor, weight: Matrix) -> Tensor:
-    """x [..., in], weight [out, in] -> [..., out]; in fp32 where the processor has no instructions for bf16."""
+    """x [..., in], weight [out, in] -> [..., out]; in fp32 if the processor has no instructions for bf16."""
     if x.dtype == torch.bfloat16 and fp32_is_faster():
         return linear(x, weight, torch.float32)
     return linear(x, weight)
 
 
 def fp32_is_faster() -> bool:
-    """Whether torch multiplies in fp32 faster than in bf16 here: on a CPU without instructions for bf16.
+    """Whether torch multiplies faster in fp32 than in bf16 here: on a CPU without instructions for bf16.
 
-    By a factor of at least two in either direction on all processors that were tried.
+    The difference is a factor of at least two, in either direction, on all processors that were tried.
     """
-    has = torch.cpu.get_capabilities()
-    with_bf16 = any(has.get(instructions) for instructions in ("avx512_bf16", "amx_bf16", "bf16"))  # bf16: of ARM
-    return not (with_bf16 and torch.backends.mkldnn.is_available())  # without which torch uses none of them
+    capabilities = torch.cpu.get_capabilities()
+    has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # bf16: ARM's
+    return not (has_bf16 and torch.backends.mkldnn.is_available())  # torch uses them only through oneDNN
 
 
 def attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor) -> Tensor:
-    """As model.attend, by blocks of tokens and keys, never with all scores in memory at once. (Dao et al. 2022)"""
+    """Like model.attend, in blocks of tokens and keys, so that not all scores are in memory. (Dao et al. 2022)"""
     n_kv_heads, n_keys = keys.shape[-2], keys.shape[-3]
     n_rep = q.shape[-2] // n_kv_heads
     original = q.dtype
@@ -265,12 +269,12 @@ def attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor
         length = block.shape[-3]
         offsets = torch.arange(begin, begin + length, device=q.device)
         positions = start + offsets if isinstance(start, int) else start.unsqueeze(-1) + offsets  # [..., T]
-        end = start + begin + length if isinstance(start, int) else n_keys  # what is behind it, none of them sees
+        end = start + begin + length if isinstance(start, int) else n_keys  # the keys after it are masked
         seen = torch.arange(end, device=q.device) <= positions.unsqueeze(-1)  # [..., T, S]
-        # the query heads that share a kv head become one with so many times the tokens: no key is repeated for them
+        # the n_rep query heads of a kv head become one head with n_rep * T tokens, so that no key is repeated
         block = block.unflatten(-2, (n_kv_heads, n_rep)).movedim(-4, -2).flatten(-3, -2)
         seen = torch.cat([seen] * n_rep, dim=-2).unsqueeze(-3)  # [..., 1, n_rep * T, S]
-        four = (1,) * (4 - block.dim())  # torch works by blocks on four dimensions only, the mask's too
+        four = (1,) * (4 - block.dim())  # torch works in blocks only with four dimensions, also of the mask
         attended = F.scaled_dot_product_attention(
             block.reshape(*four, *block.shape),  # [..., n_kv_heads, n_rep * T, head_dim]
             keys[..., :end, :].reshape(*four, *keys[..., :end, :].shape),
@@ -291,25 +295,25 @@ def _pointer(x: Tensor) -> ctypes.c_void_p:
 
 
 def _keep_freed_memory() -> None:
-    """Has the C library keep what is freed, instead of giving it back to the system and asking again, page by page.
+    """Make the C library keep freed memory, instead of returning it to the system and requesting it again by pages.
 
-    The tensors that a prompt of 256 tokens makes on its way cost a tenth of its time otherwise.
+    Otherwise the intermediate tensors of a prompt of 256 tokens cost a tenth of its time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # glibc's; by the numbers of its malloc.h
+    if mallopt is not None:  # glibc's; the values are in its malloc.h
         trim_threshold, mmap_threshold = -1, -3
         mallopt(trim_threshold, 1 << 30)
-        mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+        mallopt(mmap_threshold, 32 << 20)  # the largest allowed
 
 
 @functools.cache
 def fast_ops() -> Ops:
-    """The fast operations for this machine's CPU; one line on stderr says what is lost where there is no compiler."""
+    """Return the fast operations for this CPU. Without a compiler torch computes, and a line on stderr says so."""
     _keep_freed_memory()
     try:
         return make_ops(build_kernels())
     except CannotBuild as reason:
-        print(f"llama3_raw: {reason}; tokens come about half as fast, by torch's own products", file=sys.stderr)
+        print(f"llama3_raw: {reason}; tokens come about half as fast, computed by torch", file=sys.stderr)
         return Ops(
             embed=F.embedding,
             linear=linear_by_torch,

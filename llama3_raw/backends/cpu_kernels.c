@@ -1,8 +1,8 @@
-/* The operations that cost time: products with a matrix in bf16 or int8, and attention over a bf16 cache. Built on first
-   use by cpu.py for the processor at hand.
+/* The operations that cost time: products with a matrix in bf16 or int8, and attention over a bf16 cache. cpu.py
+   compiles this file on first use, for the processor that it runs on.
 
-   Whatever stands beside it, a token's result comes from the same operations in the same order: every sum runs over its
-   terms in one fixed order, whose pieces do not depend on how many tokens or threads there are. */
+   A token's result has the same bits alone and among other tokens: every sum adds its terms in one fixed order, in
+   pieces that do not depend on the number of tokens or threads. */
 
 #include <math.h>
 #include <omp.h>
@@ -19,19 +19,19 @@ typedef uint16_t bf16; /* the upper half of a float */
 #else
 #define WIDTH 4
 #endif
-#define LITTLE (1 << 18) /* products, or bytes: so few are done before another thread is awake */
+#define SERIAL (1 << 18) /* products, or bytes: up to this many are done before another thread has woken up */
 #define ROWS 4     /* tokens at a time */
-#define OUTPUTS 8  /* rows of the matrix at a time: as many streams from memory, and sums that do not wait for each other */
+#define OUTPUTS 8  /* rows of the matrix at a time: that many streams from memory, and independent sums */
 
 typedef float floats __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDTH)));
 
-static inline float widen(bf16 x) {
+static inline float to_float(bf16 x) {
     union { uint32_t bits; float value; } both = {(uint32_t)x << 16};
     return both.value;
 }
 
-static inline bf16 narrow(float x) { /* to the nearest, ties to even, as torch does; not for NaN */
+static inline bf16 to_bf16(float x) { /* rounds to nearest, ties to even, as torch does; not for NaN */
     union { float value; uint32_t bits; } both = {x};
     return (both.bits + 0x7fff + ((both.bits >> 16) & 1)) >> 16;
 }
@@ -59,7 +59,7 @@ static inline float total(floats sums) {
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-/* Two bf16 a lane: sums += x . w, where x and w are 2 * WIDTH values. */
+/* sums += x . w for 2 * WIDTH values x and w, two bf16 per lane. */
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 typedef __m512bh pairs;
@@ -73,12 +73,12 @@ static inline pairs load_pairs(const bf16 *from) {
     return loaded;
 }
 static inline floats add_products(floats sums, pairs x, pairs w) {
-    sums += (floats)(x << 16) * (floats)(w << 16); /* the compiler makes one multiply-add of it */
+    sums += (floats)(x << 16) * (floats)(w << 16); /* compiled to a fused multiply-add */
     return sums + (floats)(x & 0xffff0000u) * (floats)(w & 0xffff0000u);
 }
 #endif
 
-/* y[r][o * y_step] = x[r] . w[o], for constant numbers of rows r and outputs o; w_stride values from one w to the next */
+/* y[r][o * y_step] = x[r] . w[o], for constant numbers of rows r and outputs o; w_stride values from w[o] to w[o + 1] */
 static inline __attribute__((always_inline)) void product(
     int rows, int outputs, const bf16 *x, const bf16 *w, int64_t w_stride, bf16 *y, int64_t y_stride, int64_t y_step,
     int64_t length) {
@@ -94,30 +94,29 @@ static inline __attribute__((always_inline)) void product(
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int o = 0; o < outputs; o++) y[r * y_stride + o * y_step] = narrow(total(sums[r][o]));
+        for (int o = 0; o < outputs; o++) y[r * y_stride + o * y_step] = to_bf16(total(sums[r][o]));
 }
 
-/* A matrix in int8 is whole numbers times a scale for each row and one for each column. The tokens that it is multiplied
-   with are rounded to 16 bits, after the scales of the columns, which leaves hardly an error. The product of whole numbers
-   is exact, in whatever order it is made. */
-#define LARGEST (127 * 254 + 126) /* of a rounded value, which is 254 times one int8 and another */
+/* A matrix in int8 is integers times a scale for each row and one for each column. The tokens are multiplied by the
+   column scales and rounded to 16 bits, with hardly any error. The product of integers is exact in any order. */
+#define LARGEST (127 * 254 + 126) /* of a rounded value, which is 254 times one int8 plus another */
 
-/* Rounds the values of a token times their scales to whole numbers times a scale for all, which it returns. If one of
-   them is infinite or NaN, that scale is NaN, and so is the whole product. */
+/* Rounds a token's values, times the column scales, to integers times one scale, which it returns. If a value is
+   infinite or NaN, that scale is NaN, and so is the whole product. */
 static float round_token(const bf16 *x, const float *column_scales, int16_t *rounded, int64_t length) {
     union { float value; uint32_t bits; } largest = {0};
-    for (int64_t i = 0; i < length; i++) { /* the bits of sizes stand in the order of the sizes, those of NaN above all */
-        union { float value; uint32_t bits; } size = {fabsf(widen(x[i]) * column_scales[i])};
+    for (int64_t i = 0; i < length; i++) { /* the bits of absolute values are ordered like the values, NaN above all */
+        union { float value; uint32_t bits; } size = {fabsf(to_float(x[i]) * column_scales[i])};
         largest.bits = size.bits > largest.bits ? size.bits : largest.bits;
     }
-    if (!isfinite(largest.value) || largest.value < 1e-30f) { /* so little that its inverse may be infinite is nothing */
+    if (!isfinite(largest.value) || largest.value < 1e-30f) { /* values whose inverse may be infinite count as zero */
         memset(rounded, 0, length * sizeof *rounded);
         return isfinite(largest.value) ? 0 : NAN;
     }
     float inverse = LARGEST / largest.value;
-    const float magic = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded to a whole number */
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     for (int64_t i = 0; i < length; i++)
-        rounded[i] = (int16_t)(int)(widen(x[i]) * column_scales[i] * inverse + magic - magic);
+        rounded[i] = (int16_t)(int)(to_float(x[i]) * column_scales[i] * inverse + magic - magic);
     return largest.value / LARGEST;
 }
 
@@ -129,21 +128,21 @@ typedef struct {
 
 #if defined(__linux__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
 /* Matrix units (Intel AMX). A tile is 16 rows of up to 64 bytes, and one instruction multiplies two of them: 16 rows of
-   the matrix, as they lie in memory, by up to 16 columns. For bf16 a column is a token. For int8 a token has two columns,
-   since its values have 16 bits: the first takes 254ths of them, the second what is left. */
+   the matrix, as stored in memory, by up to 16 columns. For bf16 a column is a token. For int8 a token has two columns,
+   because its values have 16 bits: the first has the values divided by 254, the second the remainders. */
 #define WITH_TILES
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* GCC does not know that tiles are loaded from memory (its bug 114098), and would not write what nothing else reads. */
+/* GCC does not know that tiles are loaded from memory (bug 114098), and would omit writes that nothing else reads. */
 #define SEEN(memory) __asm__ volatile("" : : "r"(memory) : "memory")
 
-#define COLUMNS 256 /* so many at a time, with a part of the matrix, stay in the cache next to the processor */
-#define PART 256    /* rows of the matrix that go with them; with few columns: */
-#define PART_FOR_FEW 32
+#define COLUMNS 256 /* at a time: together with a block of the matrix they stay in the core's cache */
+#define BLOCK 256   /* rows of the matrix at a time; with few columns: */
+#define BLOCK_FOR_FEW 32
 
-/* Asks the system for the tiles; -> whether this process may use them. */
+/* Requests the tiles from the system. Returns whether this process may use them. */
 int has_tiles(void) {
     const long request_permission = 0x1023, tile_data = 18;
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
@@ -152,7 +151,7 @@ int has_tiles(void) {
 typedef struct {
     int64_t row_bytes; /* of the matrix and of a column */
     int width;         /* columns in a tile */
-    int64_t n_groups;  /* of so many columns, the last ones perhaps made up; for int8 there are two for the same tokens */
+    int64_t n_groups;  /* of `width` columns, the last ones possibly padding; int8 has two for the same tokens */
     char *packed;      /* [n_groups][row_bytes / 4][width][4 bytes] */
 } Columns;
 
@@ -176,7 +175,7 @@ static void pack(const Columns *columns, int64_t group, int member, const void *
     for (int64_t i = 0; i < columns->row_bytes / 4; i++) memcpy(to + i * columns->width, (const char *)column + 4 * i, 4);
 }
 
-/* scores [16][ROWS] = 16 keys times ROWS queries, [length / 2][ROWS][2]; for tiles of that width */
+/* scores [16][ROWS] = 16 keys times ROWS queries, [length / 2][ROWS][2]; needs tiles of width ROWS */
 static inline void score(const int32_t *queries, const bf16 *keys, int64_t key_stride, int64_t length, float *scores) {
     SEEN(queries);
     _tile_zero(0);
@@ -188,7 +187,7 @@ static inline void score(const int32_t *queries, const bf16 *keys, int64_t key_s
     _tile_stored(0, scores, 4 * ROWS);
 }
 
-/* Puts the tokens into the order that the matrix unit wants; for int8 also their scales. */
+/* Packs the tokens in the order that the matrix units need; for int8 also computes their scales. */
 static void pack_tokens(const Columns *columns, const bf16 *x, int64_t n_rows, const Int8 *int8, float *scales) {
     int64_t length = columns->row_bytes / (int8 ? 1 : 2);
     int16_t rounded[int8 ? length : 1];
@@ -211,11 +210,11 @@ static void pack_tokens(const Columns *columns, const bf16 *x, int64_t n_rows, c
     }
 }
 
-/* sums [2][groups][16][width], `apart` bytes from one half to the other: 32 rows of w times one or two groups of columns,
-   over so many bytes; added to what is there if `go_on` */
+/* sums [2][groups][16][width], `apart` bytes from one half to the other: 32 rows of w times one or two groups of
+   columns, over `bytes` of each row; added to the present sums if `accumulate` */
 static inline __attribute__((always_inline)) void multiply(
-    int is_int8, int groups, int go_on, const char *w, const char *x, const Columns *columns, int64_t bytes, char *sums,
-    int64_t apart) {
+    int is_int8, int groups, int accumulate, const char *w, const char *x, const Columns *columns, int64_t bytes,
+    char *sums, int64_t apart) {
 #define ADD(sums, outputs, group) \
     if (is_int8) _tile_dpbssd(sums, outputs, group); \
     else _tile_dpbf16ps(sums, outputs, group)
@@ -224,7 +223,7 @@ static inline __attribute__((always_inline)) void multiply(
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    if (go_on) {
+    if (accumulate) {
         _tile_loadd(0, sums, 4 * width);
         _tile_loadd(1, sums + apart, 4 * width);
         if (groups == 2) {
@@ -253,11 +252,11 @@ static inline __attribute__((always_inline)) void multiply(
     }
 }
 
-/* sums [outputs / 16][n_groups][16][width], each in four bytes, for the groups from `group` on and a part of the matrix */
-static inline __attribute__((always_inline)) void multiply_part(
+/* sums [outputs / 16][n_groups][16][width], each in four bytes, for the groups from `group` on and a matrix block */
+static inline __attribute__((always_inline)) void multiply_block(
     int is_int8, const char *w, int64_t outputs, const Columns *columns, int64_t group, int64_t n_groups, char *sums) {
     int64_t row_bytes = columns->row_bytes, size = 64 * columns->width, apart = n_groups * size;
-    /* with many columns, so much of a row that the rows and the columns stay in the cache */
+    /* with many columns, a piece of each row, so that the pieces and the columns stay in the cache */
     int64_t step = columns->n_groups <= 2 ? row_bytes : 2048;
     for (int64_t begin = 0; begin < row_bytes; begin += step) {
         int64_t bytes = row_bytes - begin < step ? row_bytes - begin : step;
@@ -272,23 +271,23 @@ static inline __attribute__((always_inline)) void multiply_part(
     }
 }
 
-/* As linear_bf16 where int8 is NULL, as linear_int8 where w is; at any number of tokens, for n_outputs a multiple of 32
-   and rows of multiples of 64 bytes. -> 0, or 1 where there is no memory. */
+/* Like linear_bf16 if int8 is NULL, like linear_int8 if w is; for any number of tokens. n_outputs must be a multiple of
+   32, and a row a multiple of 64 bytes. Returns 0, or 1 if out of memory. */
 int linear_tiles(const bf16 *x, const bf16 *w, const Int8 *int8, bf16 *y, int64_t n_rows, int64_t n_outputs,
                  int64_t length) {
     int width = n_rows < 16 ? (int)n_rows : 16;
     int64_t row_bytes = int8 ? length : 2 * length, n_groups = (n_rows + width - 1) / width * (int8 ? 2 : 1);
-    int64_t part = n_groups <= 2 ? PART_FOR_FEW : PART, together = COLUMNS / width / 2 * 2;
-    while (part > PART_FOR_FEW && n_outputs < part * omp_get_max_threads()) part /= 2; /* some for every thread */
+    int64_t block = n_groups <= 2 ? BLOCK_FOR_FEW : BLOCK, together = COLUMNS / width / 2 * 2;
+    while (block > BLOCK_FOR_FEW && n_outputs < block * omp_get_max_threads()) block /= 2; /* work for every thread */
     char *packed = calloc(n_groups * width, row_bytes + sizeof(float));
     if (!packed) return 1;
     float *scales = (float *)(packed + n_groups * width * row_bytes);
     Columns columns = {row_bytes, width, n_groups, packed};
-#pragma omp parallel if (n_groups * n_outputs * row_bytes > LITTLE)
+#pragma omp parallel if (n_groups * n_outputs * row_bytes > SERIAL)
     {
         union {
-            float as_float[PART * COLUMNS];
-            int32_t as_int[PART * COLUMNS];
+            float as_float[BLOCK * COLUMNS];
+            int32_t as_int[BLOCK * COLUMNS];
         } sums __attribute__((aligned(64)));
         pack_tokens(&columns, x, n_rows, int8, scales);
         shape_tiles(width);
@@ -297,23 +296,23 @@ int linear_tiles(const bf16 *x, const bf16 *w, const Int8 *int8, bf16 *y, int64_
             int64_t begin = group / (int8 ? 2 : 1) * width, end = begin + count / (int8 ? 2 : 1) * width;
             if (end > n_rows) end = n_rows;
 #pragma omp for schedule(static)
-            for (int64_t first = 0; first < n_outputs; first += part) {
-                int64_t outputs = n_outputs - first < part ? n_outputs - first : part;
+            for (int64_t first = 0; first < n_outputs; first += block) {
+                int64_t outputs = n_outputs - first < block ? n_outputs - first : block;
                 const char *rows = (int8 ? (const char *)int8->values : (const char *)w) + first * row_bytes;
-                if (int8) multiply_part(1, rows, outputs, &columns, group, count, (char *)&sums);
-                else multiply_part(0, rows, outputs, &columns, group, count, (char *)&sums);
-                for (int i = 0; i < 32; i++) /* of the next part: else the memory would be idle for a moment */
+                if (int8) multiply_block(1, rows, outputs, &columns, group, count, (char *)&sums);
+                else multiply_block(0, rows, outputs, &columns, group, count, (char *)&sums);
+                for (int i = 0; i < 32; i++) /* of the next block, so that the memory is never idle */
                     for (int line = 0; line < 2; line++)
                         __builtin_prefetch(rows + (outputs + i) * row_bytes + 64 * line);
                 for (int64_t t = begin; t < end; t++)
                     for (int64_t o = 0; o < outputs; o++) {
                         int64_t tile = o / 16 * count + (t - begin) / width * (int8 ? 2 : 1);
-                        int64_t place = (tile * 16 + o % 16) * width + t % width;
+                        int64_t index = (tile * 16 + o % 16) * width + t % width;
                         bf16 *to = y + t * n_outputs + first + o;
                         if (int8) {
-                            int64_t high = sums.as_int[place], low = sums.as_int[place + 16 * width];
-                            *to = narrow((float)(254 * high + low) * (int8->row_scales[first + o] * scales[t]));
-                        } else *to = narrow(sums.as_float[place]);
+                            int64_t high = sums.as_int[index], low = sums.as_int[index + 16 * width];
+                            *to = to_bf16((float)(254 * high + low) * (int8->row_scales[first + o] * scales[t]));
+                        } else *to = to_bf16(sums.as_float[index]);
                     }
             }
         }
@@ -328,7 +327,7 @@ int has_tiles(void) { return 0; }
 
 int width(void) { return WIDTH; }
 
-/* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length] in int8. -> 0, or 1 where there is no memory. */
+/* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length] in int8. Returns 0, or 1 if out of memory. */
 int linear_int8(const bf16 *x, const bf16 *unused, const Int8 *w, bf16 *y, int64_t n_rows, int64_t n_outputs,
                 int64_t length) {
     (void)unused;
@@ -337,11 +336,11 @@ int linear_int8(const bf16 *x, const bf16 *unused, const Int8 *w, bf16 *y, int64
     int16_t *rounded = (int16_t *)(scales + n_rows);
     for (int64_t r = 0; r < n_rows; r++)
         scales[r] = round_token(x + r * length, w->column_scales, rounded + r * length, length);
-#pragma omp parallel for schedule(static) if (n_rows * n_outputs * length > LITTLE)
+#pragma omp parallel for schedule(static) if (n_rows * n_outputs * length > SERIAL)
     for (int64_t o = 0; o < n_outputs; o++)
         for (int64_t r = 0; r < n_rows; r++) {
             int64_t sum = 0;
-            for (int64_t begin = 0; begin < length; begin += 256) { /* so many products do not overflow 32 bits */
+            for (int64_t begin = 0; begin < length; begin += 256) { /* 256 products do not overflow 32 bits */
                 const int16_t *values = rounded + r * length + begin;
                 const int8_t *weights = w->values + o * length + begin;
                 int count = length - begin < 256 ? (int)(length - begin) : 256;
@@ -349,25 +348,25 @@ int linear_int8(const bf16 *x, const bf16 *unused, const Int8 *w, bf16 *y, int64
                 for (int i = 0; i < count; i++) partial += (int32_t)values[i] * weights[i];
                 sum += partial;
             }
-            y[r * n_outputs + o] = narrow((float)sum * (w->row_scales[o] * scales[r]));
+            y[r * n_outputs + o] = to_bf16((float)sum * (w->row_scales[o] * scales[r]));
         }
     free(scales);
     return 0;
 }
 
-/* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length]; length a multiple of 32. -> 0: it needs
-   no memory of its own. (The products have the same arguments, and use one of the two matrices.) */
+/* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length]; length must be a multiple of 32. Returns 0, as
+   it allocates no memory. (All products have the same arguments, and use one of the two matrices.) */
 int linear_bf16(const bf16 *x, const bf16 *w, const Int8 *unused, bf16 *y, int64_t n_rows, int64_t n_outputs,
                 int64_t length) {
     (void)unused;
-    /* The rows of w that are read together lie an eighth of it apart, so that each stream goes on through memory when
+    /* The rows of w that are read together are an eighth of it apart, so that each stream continues through memory when
        its row ends. */
     int64_t step = n_outputs / OUTPUTS, stride = step * length;
-#pragma omp parallel for schedule(static) if (n_rows * n_outputs * length > LITTLE)
+#pragma omp parallel for schedule(static) if (n_rows * n_outputs * length > SERIAL)
     for (int64_t o = 0; o < step; o++)
         for (int64_t r = 0; r < n_rows; r += ROWS) {
             const bf16 *from = x + r * length, *matrix = w + o * length, *second = matrix + OUTPUTS / 2 * stride;
-            bf16 *to = y + r * n_outputs + o, *behind = to + OUTPUTS / 2 * step;
+            bf16 *to = y + r * n_outputs + o, *second_to = to + OUTPUTS / 2 * step;
             switch (n_rows - r) {
             case 1:
                 product(1, OUTPUTS, from, matrix, stride, to, n_outputs, step, length);
@@ -375,13 +374,13 @@ int linear_bf16(const bf16 *x, const bf16 *w, const Int8 *unused, bf16 *y, int64
             case 2:
                 product(2, OUTPUTS, from, matrix, stride, to, n_outputs, step, length);
                 break;
-            case 3: /* in halves, whose sums are as many as a processor has registers for */
+            case 3: /* in halves, whose sums fit into the registers */
                 product(3, OUTPUTS / 2, from, matrix, stride, to, n_outputs, step, length);
-                product(3, OUTPUTS / 2, from, second, stride, behind, n_outputs, step, length);
+                product(3, OUTPUTS / 2, from, second, stride, second_to, n_outputs, step, length);
                 break;
             default:
                 product(4, OUTPUTS / 2, from, matrix, stride, to, n_outputs, step, length);
-                product(4, OUTPUTS / 2, from, second, stride, behind, n_outputs, step, length);
+                product(4, OUTPUTS / 2, from, second, stride, second_to, n_outputs, step, length);
             }
         }
     for (int64_t o = step * OUTPUTS; o < n_outputs; o++)
@@ -390,11 +389,11 @@ int linear_bf16(const bf16 *x, const bf16 *w, const Int8 *unused, bf16 *y, int64
     return 0;
 }
 
-#define CHUNK 128 /* keys whose part of the sum is made at once; they are added up in order */
+#define CHUNK 128 /* keys per partial result; the partial results are added in order */
 
 typedef struct {
     int64_t n_tokens, n_heads, n_kv_heads, head_dim, start; /* token t sees the positions up to start + t */
-    int64_t use_tiles; /* where ROWS divides the query heads that share a kv head */
+    int64_t use_tiles; /* if ROWS divides the number of query heads per kv head */
     int64_t q_stride, key_stride, value_stride;             /* values from one token to the next */
 } Shape;
 
@@ -403,7 +402,7 @@ static inline floats exponential(floats x) {
     floats lowest = (floats){0} - 87.0f;
     words too_low = (words)(x < lowest);
     x = (floats)(((words)x & ~too_low) | ((words)lowest & too_low));
-    const float magic = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded to a whole number */
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     floats shifted = x * 1.44269504f + magic, n = shifted - magic;
     floats r = x - n * 0.693359375f + n * 2.12194440e-4f, power = (floats){0} + 1.9875691e-4f;
     power = power * r + 1.3981999e-3f;
@@ -427,22 +426,24 @@ static inline words load_words(const void *from) {
     return loaded;
 }
 
-/* Where token t's query head h keeps, of one chunk of keys: its largest score, the sum of the weights, head_dim sums. */
-static inline float *part_of(float *parts, const Shape *shape, int64_t chunks, int64_t t, int64_t h, int64_t chunk) {
-    return parts + ((t * shape->n_heads + h) * chunks + chunk) * (shape->head_dim + 2);
+/* The partial result of token t's query head h over a chunk of keys: the largest score, the sum of the weights, and
+   head_dim weighted sums of values. */
+static inline float *partial_of(float *partials, const Shape *shape, int64_t chunks, int64_t t, int64_t h,
+                                int64_t chunk) {
+    return partials + ((t * shape->n_heads + h) * chunks + chunk) * (shape->head_dim + 2);
 }
 
-/* Brings rows into the cache, in the order in which they lie in memory and by loads: the processor reads ahead of those
-   with more requests at a time than it has for prefetch instructions. */
+/* Loads rows into the cache in the order of memory. Plain loads, because the processor reads ahead of them with more
+   requests at a time than it has for prefetch instructions. */
 static void fetch(const bf16 *rows, int64_t count, int64_t stride, int64_t length) {
     for (int64_t s = 0; s < count; s++)
         for (int64_t i = 0; i < length; i += 32) (void)*(volatile const bf16 *)(rows + s * stride + i);
 }
 
-/* The part of one chunk in the attention of one token, for a constant number of query heads that share a kv head. */
+/* Attention of one token to one chunk, for a constant number of query heads that share a kv head. */
 static inline __attribute__((always_inline)) void attend_heads(
-    int heads, const bf16 *queries, const bf16 *keys, const bf16 *values, float *part, int64_t part_stride, int count,
-    const Shape *shape) {
+    int heads, const bf16 *queries, const bf16 *keys, const bf16 *values, float *partial, int64_t partial_stride,
+    int count, const Shape *shape) {
     int64_t size = shape->head_dim;
     float scale = 1 / sqrtf((float)size);
     float weights[ROWS][CHUNK] __attribute__((aligned(64)));
@@ -482,8 +483,8 @@ static inline __attribute__((always_inline)) void attend_heads(
             memcpy(weights[h] + s, &exponentials, sizeof exponentials);
             sum += exponentials;
         }
-        part[h * part_stride] = largest;
-        part[h * part_stride + 1] = total(sum);
+        partial[h * partial_stride] = largest;
+        partial[h * partial_stride + 1] = total(sum);
     }
     for (int64_t i = 0; i < size; i += 2 * WIDTH) {
         floats even[ROWS], odd[ROWS];
@@ -497,17 +498,17 @@ static inline __attribute__((always_inline)) void attend_heads(
         }
         for (int h = 0; h < heads; h++)
             for (int j = 0; j < WIDTH; j++) {
-                part[h * part_stride + 2 + i + 2 * j] = even[h][j];
-                part[h * part_stride + 2 + i + 2 * j + 1] = odd[h][j];
+                partial[h * partial_stride + 2 + i + 2 * j] = even[h][j];
+                partial[h * partial_stride + 2 + i + 2 * j + 1] = odd[h][j];
             }
     }
 }
 
-static void attend_chunk(const Shape *shape, const bf16 *q, const bf16 *keys, const bf16 *values, float *parts,
+static void attend_chunk(const Shape *shape, const bf16 *q, const bf16 *keys, const bf16 *values, float *partials,
                          int64_t chunks, int64_t kv_head, int64_t chunk) {
-    int64_t sharing = shape->n_heads / shape->n_kv_heads, size = shape->head_dim, first = chunk * CHUNK;
-    int64_t behind = shape->start + shape->n_tokens - first, rows = behind < CHUNK ? behind : CHUNK;
-    if (kv_head == 0) { /* one head alone has but a few bytes of each token, and would wait for most of them */
+    int64_t n_rep = shape->n_heads / shape->n_kv_heads, size = shape->head_dim, first = chunk * CHUNK;
+    int64_t keys_left = shape->start + shape->n_tokens - first, rows = keys_left < CHUNK ? keys_left : CHUNK;
+    if (kv_head == 0) { /* one head has only a few bytes of each token, and would wait for most of them */
         fetch(keys + first * shape->key_stride, rows, shape->key_stride, shape->n_kv_heads * size);
         fetch(values + first * shape->value_stride, rows, shape->value_stride, shape->n_kv_heads * size);
     }
@@ -517,26 +518,26 @@ static void attend_chunk(const Shape *shape, const bf16 *q, const bf16 *keys, co
         int64_t left = shape->start + t + 1 - first;
         if (left <= 0) continue;
         int count = left < CHUNK ? (int)left : CHUNK;
-        for (int64_t h = kv_head * sharing, end = h + sharing; h < end; h += ROWS) {
+        for (int64_t h = kv_head * n_rep, end = h + n_rep; h < end; h += ROWS) {
             int heads = end - h < ROWS ? (int)(end - h) : ROWS;
             const bf16 *queries = q + t * shape->q_stride + h * size;
-            float *part = part_of(parts, shape, chunks, t, h, chunk);
+            float *partial = partial_of(partials, shape, chunks, t, h, chunk);
             int64_t stride = chunks * (size + 2);
-            if (heads == 4) attend_heads(4, queries, keys, values, part, stride, count, shape);
-            else if (heads == 3) attend_heads(3, queries, keys, values, part, stride, count, shape);
-            else if (heads == 2) attend_heads(2, queries, keys, values, part, stride, count, shape);
-            else attend_heads(1, queries, keys, values, part, stride, count, shape);
+            if (heads == 4) attend_heads(4, queries, keys, values, partial, stride, count, shape);
+            else if (heads == 3) attend_heads(3, queries, keys, values, partial, stride, count, shape);
+            else if (heads == 2) attend_heads(2, queries, keys, values, partial, stride, count, shape);
+            else attend_heads(1, queries, keys, values, partial, stride, count, shape);
         }
     }
 }
 
-/* out [n_tokens, n_heads, head_dim] = softmax(q . keys / sqrt(head_dim)) . values over each token's own past.
-   Neighbouring query heads share a kv head; head_dim a multiple of 32. -> 0, or 1 where there is no memory. */
+/* out [n_tokens, n_heads, head_dim] = softmax(q . keys / sqrt(head_dim)) . values, under a causal mask.
+   Neighbouring query heads share a kv head; head_dim must be a multiple of 32. Returns 0, or 1 if out of memory. */
 int attend(const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *out, const Shape *shape) {
     int64_t size = shape->head_dim, chunks = (shape->start + shape->n_tokens + CHUNK - 1) / CHUNK;
-    float *parts = malloc(shape->n_tokens * shape->n_heads * chunks * (size + 2) * sizeof *parts);
-    if (!parts) return 1;
-#pragma omp parallel if (shape->n_tokens * shape->n_heads * shape->start * size > LITTLE)
+    float *partials = malloc(shape->n_tokens * shape->n_heads * chunks * (size + 2) * sizeof *partials);
+    if (!partials) return 1;
+#pragma omp parallel if (shape->n_tokens * shape->n_heads * shape->start * size > SERIAL)
     {
 #ifdef WITH_TILES
         if (shape->use_tiles) shape_tiles(ROWS);
@@ -544,34 +545,34 @@ int attend(const bf16 *q, const bf16 *keys, const bf16 *values, bf16 *out, const
 #pragma omp for schedule(static) collapse(2)
         for (int64_t chunk = 0; chunk < chunks; chunk++)
             for (int64_t kv_head = 0; kv_head < shape->n_kv_heads; kv_head++)
-                attend_chunk(shape, q, keys, values, parts, chunks, kv_head, chunk);
+                attend_chunk(shape, q, keys, values, partials, chunks, kv_head, chunk);
 #ifdef WITH_TILES
         if (shape->use_tiles) _tile_release();
 #endif
     }
-#pragma omp parallel for schedule(static) collapse(2) if (shape->n_tokens * shape->n_heads * chunks * size > LITTLE)
+#pragma omp parallel for schedule(static) collapse(2) if (shape->n_tokens * shape->n_heads * chunks * size > SERIAL)
     for (int64_t t = 0; t < shape->n_tokens; t++)
         for (int64_t h = 0; h < shape->n_heads; h++) {
             int64_t seen = (shape->start + t) / CHUNK + 1; /* chunks that token t sees a part of */
-            float largest = -INFINITY, sum = 0, *first = part_of(parts, shape, chunks, t, h, 0);
+            float largest = -INFINITY, sum = 0, *first = partial_of(partials, shape, chunks, t, h, 0);
             for (int64_t c = 0; c < seen; c++)
                 if (first[c * (size + 2)] > largest) largest = first[c * (size + 2)];
             for (int64_t c = 0; c < seen; c++) {
-                float *part = first + c * (size + 2), factor = expf(part[0] - largest);
-                sum += part[1] * factor;
+                float *partial = first + c * (size + 2), factor = expf(partial[0] - largest);
+                sum += partial[1] * factor;
                 for (int64_t i = 0; i < size; i++) {
-                    part[2 + i] *= factor;
-                    if (c) first[2 + i] += part[2 + i];
+                    partial[2 + i] *= factor;
+                    if (c) first[2 + i] += partial[2 + i];
                 }
             }
             for (int64_t i = 0; i < size; i++)
-                out[(t * shape->n_heads + h) * size + i] = narrow(first[2 + i] / sum);
+                out[(t * shape->n_heads + h) * size + i] = to_bf16(first[2 + i] / sum);
         }
-    free(parts);
+    free(partials);
     return 0;
 }
 
-/* The sum of about n floats, read in streams as linear does it: how fast the memory can be read. */
+/* The sum of about n floats, read in streams as linear_bf16 reads them, to measure how fast the memory can be read. */
 float read_loop(const float *from, int64_t n) {
     float sum = 0;
     int64_t step = n / OUTPUTS / 1024 * 1024; /* from one stream to the next */

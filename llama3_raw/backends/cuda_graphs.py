@@ -1,8 +1,8 @@
-"""The forward pass over a few tokens as a CUDA graph: captured once, then replayed without a word from Python.
+"""The forward pass over a few tokens as a CUDA graph: captured once, then replayed without Python.
 
-A pass of 8B is some hundreds of kernels of a few microseconds each; to launch them one by one takes longer than to run
-them. A graph is launched at once. What it reads and writes stays where it was when it was captured: the weights, the
-cache, and two tensors for the tokens and where they start, which are filled in before each replay.
+A pass of 8B is some hundreds of kernels of a few microseconds each; launching them one by one takes longer than running
+them. A graph is launched at once. It reads and writes the memory that it was captured with: the weights, the cache, and
+two tensors for the tokens and their start, which are filled before each replay.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from ..errors import in_short
 from ..model import KVCache, forward
 from ..ops import Ops
 from ..weights import Model, devices_of
-from .cpu import FEW
+from .cpu import MAX_DECODE_ROWS
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
-"""Takes a function -> one that does the same work on the same tensors, and gives the same tensor each time."""
+"""capture(function) -> a function that repeats the work on the same tensors and returns the same tensor each time."""
 
 
 def capture_graph(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Runs the function, which has its kernels compiled, and captures it on the current GPU."""
+    """Run the function, so that its kernels are compiled, and capture it on the current GPU."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # torch wants no first time of anything in a capture
+    with torch.cuda.stream(side):  # torch requires a warm-up before a capture
         for _ in range(2):
             function()
     torch.cuda.current_stream().wait_stream(side)
@@ -46,55 +46,55 @@ def capture_graph(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 @functools.cache
 def compiled_forward() -> Callable[..., Tensor]:
-    """`forward` by torch.compile, which fuses what stands between the products: norms, rotations, SwiGLU.
+    """Return `forward` with torch.compile, which fuses the operations between the products: norms, rotations, SwiGLU.
 
-    It is compiled when it is first called; torch keeps what it made on the disk, for the next process.
+    It is compiled when first called; torch keeps the result on the disk for the next process.
     """
     print("llama3_raw: compiling the pass over one token, once for this process", file=sys.stderr)
     return torch.compile(forward, fullgraph=True, dynamic=False)
 
 
 class CudaGraphs:
-    """Passes over up to FEW tokens of one text behind what its cache holds, without logits_at or a tap.
+    """Passes over up to MAX_DECODE_ROWS new tokens of the one text in a cache, without logits_at or a tap.
 
-    Each is captured at its first use, where it is run for a trial: it writes what it would write anyhow.
+    Each is captured at its first use. The warm-up runs before that write to the cache only what the pass itself writes.
     """
 
     def __init__(self, model: Model, cache: KVCache, ops: Ops, capture: Capture = capture_graph, compiled: bool = True):
-        """compiled: whether the pass over one token is compiled before."""
+        """compiled: whether to compile the pass over one token before it is captured."""
         self.cache = cache
         self._model = model
         self._ops = ops
         self._capture = capture
         self._compiled = compiled
         device = cache.keys[0].device
-        self._tokens = torch.zeros(FEW, dtype=torch.long, device=device)
+        self._tokens = torch.zeros(MAX_DECODE_ROWS, dtype=torch.long, device=device)
         self._start = torch.zeros((), dtype=torch.long, device=device)
-        self._replays: dict[int, Callable[[], Tensor]] = {}  # by the number of tokens, one or FEW
+        self._replays: dict[int, Callable[[], Tensor]] = {}  # by the number of tokens, one or MAX_DECODE_ROWS
         for tensor in (*cache.keys, *cache.values):
-            torch._dynamo.mark_dynamic(tensor, tensor.dim() - 3)  # or each length of a cache would be compiled anew
+            torch._dynamo.mark_dynamic(tensor, tensor.dim() - 3)  # no new compilation for each cache length
 
     @staticmethod
     def where_possible(model: Model, cache: KVCache, ops: Ops, compiled: bool = True) -> CudaGraphs | None:
-        """None unless all of the model is on one GPU, and the operations are its fast ones.
+        """Return graphs if the whole model is on one GPU and the operations are its fast ones, or else None.
 
-        The exact ones are there to be stepped through; others read the whole cache where `start` is a tensor.
+        The exact operations are meant for inspection; others read the whole cache if `start` is a tensor.
         """
         devices = devices_of(model.weights)
         is_possible = len(devices) == 1 and devices.pop().type == "cuda" and ops.can_capture
         return CudaGraphs(model, cache, ops, compiled=compiled) if is_possible else None
 
     def fit(self, n_tokens: int, start: int) -> bool:
-        """Whether so many tokens from `start` on can be computed at once: a few take the room of FEW."""
-        return n_tokens == 1 or (n_tokens <= FEW and start + FEW <= self.cache.max_seq_len)
+        """Whether a graph can compute n_tokens from `start` on; more than one use the space of MAX_DECODE_ROWS."""
+        return n_tokens == 1 or (n_tokens <= MAX_DECODE_ROWS and start + MAX_DECODE_ROWS <= self.cache.max_seq_len)
 
     def are_ready(self, n_tokens: int) -> bool:
-        """Whether so many tokens need no capture any more."""
+        """Whether the graph for n_tokens is already captured."""
         return _width(n_tokens) in self._replays
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, start: int) -> Tensor:
-        """tokens [T] on the device -> logits [T, vocab], which stay until the next call."""
+        """tokens [T] on the device -> logits [T, vocab], which the next call overwrites."""
         self._tokens[: len(tokens)] = tokens
         self._start.fill_(start)
         width = _width(len(tokens))
@@ -104,8 +104,8 @@ class CudaGraphs:
         return self._replays[width]()[: len(tokens)]
 
     def _captured(self, width: int) -> Callable[[], Tensor]:
-        """The pass over `width` tokens as a graph; as it stands if it cannot be captured, which a line tells."""
-        # compiling takes long, and pays where there are many passes
+        """Return the pass over `width` tokens as a graph, or without one, with a line on stderr, if capture fails."""
+        # compiling takes long, and pays off only over many passes, so only the pass over one token is compiled
         run = (width == 1 and self._compiled and self._compiled_pass()) or self._pass(forward, width)
         try:
             return self._capture(run)
@@ -119,39 +119,39 @@ class CudaGraphs:
         return lambda: function(weights, params, tokens, cache=self.cache, start=self._start, ops=self._ops)
 
     def _compiled_pass(self) -> Callable[[], Tensor] | None:
-        """The pass over a token, compiled; None if the compiler fails, which a line tells."""
+        """Return the compiled pass over one token, or None, with a line on stderr, if the compiler fails."""
         run = self._pass(compiled_forward(), 1)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what could be compiled better
+                warnings.simplefilter("ignore")  # hints on performance
                 run()
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # compilers raise every kind there is
+        except Exception as error:  # compilers raise every kind of exception
             print(f"llama3_raw: torch.compile fails ({in_short(error)}); continuing without", file=sys.stderr)
             return None
         return run
 
 
 def _width(n_tokens: int) -> int:
-    """Of the pass for so many: a few take as long as FEW, and a graph for each number would take room."""
-    return 1 if n_tokens == 1 else FEW
+    """Return the width of the graph for n_tokens: few take as long as MAX_DECODE_ROWS, and each graph needs memory."""
+    return 1 if n_tokens == 1 else MAX_DECODE_ROWS
 
 
 def copy_to_host_async(values: Tensor) -> Callable[[], list[list[int]]]:
-    """Send a small tensor of two dimensions to the CPU -> a function that waits for it.
+    """Start to copy a small tensor of two dimensions to the CPU. Return a function that waits for it.
 
-    It does not wait for what the GPU was given since.
+    It does not wait for work that the GPU was given after the copy.
     """
     if values.device.type != "cuda":
         return values.tolist
     with torch.cuda.device_of(values):
-        arrived, here = torch.cuda.Event(), torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        here.copy_(values, non_blocking=True)
-        arrived.record()
+        copied, on_host = torch.cuda.Event(), torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        on_host.copy_(values, non_blocking=True)
+        copied.record()
 
     def wait() -> list[list[int]]:
-        arrived.synchronize()
-        return here.tolist()
+        copied.synchronize()
+        return on_host.tolist()
 
     return wait

@@ -1,8 +1,8 @@
-"""Operations for a model whose matrices lie partly on a GPU, partly on the CPU: each is multiplied where it lies.
+"""Operations for a model with some matrices on a GPU and some on the CPU: each is multiplied where it is stored.
 
-Activations, norms, cache and attention stay on the GPU. For a matrix on the CPU the activations go there, and the
-result comes back: 14 copies of some KB for a token and a layer, about 15 µs each, against the 0.44 GB of a layer of 8B
-in bf16, which a CPU reads in about 10 ms. (An estimate; no GPU was at hand to measure it.)
+Activations, norms, cache and attention stay on the GPU. For a matrix on the CPU, the activations are copied there and
+the result is copied back: 14 copies of some KB per token and layer, about 15 µs each, compared with the 0.44 GB of a
+layer of 8B in bf16, which a CPU reads in about 10 ms. (An estimate, not measured on a GPU.)
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from ..quantization.matrix import Matrix, tensors_of
 
 
 def mixed_ops(gpu: Ops, cpu: Ops) -> Ops:
-    """The operations of `gpu`, but products with a matrix, and rows of a table, that lie elsewhere are those of `cpu`.
+    """Return the operations of `gpu`, with those of `cpu` for matrices and tables that are stored elsewhere.
 
-    What comes in and what comes out is on the GPU: the results of `cpu` are moved to where its input was.
+    Inputs and outputs are on the GPU: a result of `cpu` is moved to the device of its input.
     """
 
     def embed(tokens: Tensor, table: Tensor) -> Tensor:
-        """Tokens [..., T], table [vocab, dim] -> [..., T, dim] on the tokens' device, in the table's dtype."""
+        """tokens [..., T], table [vocab, dim] -> [..., T, dim] on the tokens' device, in the table's dtype."""
         if table.device == tokens.device:
             return gpu.embed(tokens, table)
         return cpu.embed(tokens.to(table.device), table).to(tokens.device)

@@ -1,1 +1,1 @@
-"""The command python -m llama3_raw.batch."""
+"""Complete a file of prompts: the command `python -m llama3_raw.batch`."""

@@ -1,7 +1,7 @@
-"""python -m llama3_raw.batch PROMPTS -o OUT: many prompts at once, a line of JSON each, and as many lines of results.
+"""Complete a file of prompts, several at a time. PROMPTS and OUT have one JSON object per line.
 
-What is done is written down as it comes. After whatever ended a run, the same command goes on where it stopped, and the
-file in the end is the same.
+Each result is saved when its text ends. After any interruption, the same command continues where it stopped, and OUT is
+the same in the end.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..backends.cpu import FEW
+from ..backends.cpu import MAX_DECODE_ROWS
 from ..chat.dialog import Message, warn_of_base_model
 from ..cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
-from ..cli.memory_plan import Lengths
+from ..cli.memory_plan import RunShape
 from ..cli.models import ChosenModel, choose_device, choose_model, load_model
 from ..cli.options import (
     add_model_options,
@@ -37,22 +37,33 @@ from ..ops import Ops
 from ..system.files import atomic_write
 from ..system.process_groups import Ranks, init
 from ..tokenizer import Tokenizer
-from ..weights import Model, in_words
-from .journal import Journal, alone, as_line, journal_files, own_journal, read_results, results_so_far
-from .requests import FIELDS, SAMPLING_FIELDS, Request, Result, Task, Tasks, bad_line, grouped, read_requests, task_of
+from ..weights import Model, dtype_name
+from .journal import Journal, exclusive, journal_files, json_line, process_journal, read_results, saved_results
+from .requests import (
+    FIELDS,
+    SAMPLING_FIELDS,
+    Request,
+    Result,
+    Task,
+    Tasks,
+    bad_line,
+    group_by_length,
+    make_task,
+    read_requests,
+)
 
-_TOLD = ("texts ended", "new tokens", "steps of the bar")  # what processes tell the first one, by these names
+_COUNTERS = ("texts ended", "new tokens", "steps of the bar")  # in the store, by which other ranks report to rank 0
 
 
 def compute(
     model: Model, groups: Sequence[Tasks], journal: Journal, context: int, ops: Ops, ranks: Ranks | None = None
 ) -> None:
-    """Computes the groups, each whole, and writes each result down when its text has ended.
+    """Compute the groups one after the other, and save each result when its text ends.
 
-    ranks: as one of several processes; each row of them takes the next group that none has taken.
+    ranks: as one of several processes; those that share a model take the next group that no others have taken.
     """
     with _Progress(groups, ranks) as progress:
-        for group in groups if ranks is None else _shared_out(groups, ranks):
+        for group in groups if ranks is None else _claimed(groups, ranks):
             rows = [_row(task, model.tokenizer) for task in group]
             new: list[list[int]] = [[] for _ in group]
             for place, event in generate_batch(model, rows, context=context, ops=ops):
@@ -64,8 +75,8 @@ def compute(
                     progress.step(group[place], len(new[place]))
 
 
-def _shared_out(groups: Sequence[Tasks], ranks: Ranks) -> Iterator[Tasks]:
-    """The groups that this process computes, with those that it shares the model with."""
+def _claimed(groups: Sequence[Tasks], ranks: Ranks) -> Iterator[Tasks]:
+    """Yield the groups that this process computes together with those that share its model."""
     while True:
         number = ranks.add("groups taken", 1) - 1 if ranks.tensor.rank == 0 else None
         number = ranks.tensor.broadcast(number)
@@ -79,7 +90,7 @@ def _row(task: Task, tokenizer: Tokenizer | None) -> Row:
     stops = [text.encode("utf-8") for text in request.stop]
 
     def is_over(new: Sequence[int]) -> bool:
-        """A stop text ends in the newest token, and each token has a byte of it at least."""
+        # a stop text ends in the newest token, and each token has at least one byte of it
         return any(stop in b"".join(map(tokenizer.token_bytes, new[-len(stop) :])) for stop in stops if tokenizer)
 
     return Row(task.ids, request.max_tokens, request.sampling, request.seed, is_over)
@@ -96,9 +107,9 @@ def _result(task: Task, new: Sequence[int], reason: StopReason, tokenizer: Token
 
 
 class _Progress:
-    """A bar over all tokens that there may be; what is left when a text ends early is counted as done.
+    """A progress bar over the most tokens that there may be; when a text ends early, the rest counts as done.
 
-    The first of several processes shows it, the others tell it what they have done when a text has ended.
+    Rank 0 of several processes shows it. The others report to it when a text ends.
     """
 
     def __init__(self, groups: Sequence[Tasks], ranks: Ranks | None):
@@ -106,12 +117,12 @@ class _Progress:
         self._ended, self._all, self._new = 0, len(tasks), 0
         self._ranks = ranks if ranks is not None and ranks.data.size > 1 else None
         self._is_first = ranks is None or ranks.rank == 0
-        self._tells = ranks is not None and ranks.tensor.rank == 0 and ranks.rank > 0
-        self._told = [0, 0, 0]  # by the others: texts that ended, new tokens, what they are in the bar
-        self._asked = self._begun = time.perf_counter()
+        self._reports = ranks is not None and ranks.tensor.rank == 0 and ranks.rank > 0
+        self._counts = [0, 0, 0]  # _COUNTERS, as last read
+        self._last_read = self._start = time.perf_counter()
         total = sum(len(task.ids) + task.budget for task in tasks)
-        form = "{desc}: {percentage:3.0f}%|{bar}| {postfix}{remaining} left"
-        self._bar = tqdm(total=total, desc="prompts", bar_format=form, leave=False, smoothing=0.1)
+        bar_format = "{desc}: {percentage:3.0f}%|{bar}| {postfix}{remaining} left"
+        self._bar = tqdm(total=total, desc="prompts", bar_format=bar_format, leave=False, smoothing=0.1)
 
     def __enter__(self) -> _Progress:
         return self
@@ -120,39 +131,40 @@ class _Progress:
         self._bar.close()
 
     def step(self, task: Task, count: int) -> None:
-        """The text has got its token number `count`."""
+        """Count token number `count` of a text."""
         self._new += 1
         now = time.perf_counter()
         steps = 1 + (len(task.ids) if count == 1 else 0)
-        if self._ranks is not None and self._is_first and now > self._asked + 1:
-            told, self._told, self._asked = self._told, [self._ranks.add(name, 0) for name in _TOLD], now
-            ended, new, others_steps = (after - before for before, after in zip(told, self._told, strict=True))
+        if self._ranks is not None and self._is_first and now > self._last_read + 1:
+            previous, self._last_read = self._counts, now
+            self._counts = [self._ranks.add(name, 0) for name in _COUNTERS]
+            ended, new, others_steps = (after - before for before, after in zip(previous, self._counts, strict=True))
             self._ended += ended
             self._new += new
             steps += others_steps
-        speed = self._new / (now - self._begun)
+        speed = self._new / (now - self._start)
         self._bar.set_postfix_str(f"{self._ended}/{self._all} ended, {speed:.1f} tok/s, ", refresh=False)
         self._bar.update(steps)
 
     def end(self, task: Task, count: int) -> None:
-        """The text has ended with so many tokens."""
+        """Count the end of a text after `count` tokens."""
         self._ended += 1
         self._bar.update(task.budget - count + (0 if count else len(task.ids)))
-        if self._ranks is not None and self._tells:
-            for name, number in zip(_TOLD, (1, count, len(task.ids) + task.budget), strict=True):
+        if self._ranks is not None and self._reports:
+            for name, number in zip(_COUNTERS, (1, count, len(task.ids) + task.budget), strict=True):
                 self._ranks.add(name, number)
 
 
 def describe_run(
     options: argparse.Namespace, content: bytes, chosen: ChosenModel, ranks: Ranks | None
 ) -> dict[str, Any]:
-    """What the results depend on, by what it is called: a run in which all of it is the same may be gone on with."""
+    """Return everything that the results depend on, by name. A run may be continued if all of it is the same."""
     checkpoint, tokenizer = chosen.checkpoint, chosen.tokenizer
     model = hashlib.sha256(repr(checkpoint.params).encode())
-    for place, parts in checkpoint.parts.items():  # the beginning of each tensor: not all is read, and yet all counts
-        for part in parts:
-            beginning = part.reshape(-1)[:1024].contiguous().view(torch.uint8).numpy().tobytes()
-            model.update(f"{place.meta_name} {list(part.shape)} {part.dtype}".encode() + beginning)
+    for spec, shards in checkpoint.shards.items():
+        for shard in shards:  # the first values of each, so that not all is read
+            first_values = shard.reshape(-1)[:1024].contiguous().view(torch.uint8).numpy().tobytes()
+            model.update(f"{spec.meta_name} {list(shard.shape)} {shard.dtype}".encode() + first_values)
     return {
         "prompts": hashlib.sha256(content).hexdigest(),
         "weights": model.hexdigest(),
@@ -160,7 +172,7 @@ def describe_run(
         "--device": chosen.device.type,
         "--tp": ranks.tensor.size if ranks else 1,
         "--gpu-layers": chosen.gpu_layers,
-        "--dtype": in_words(chosen.dtype or checkpoint.dtype),
+        "--dtype": dtype_name(chosen.dtype or checkpoint.dtype),
         "--quantize": chosen.quantized,
         "--reference": options.reference,
         "--batch-size": options.batch_size,
@@ -173,56 +185,56 @@ def describe_run(
 
 
 def build_parser() -> ArgumentParser:
-    """The options of `python -m llama3_raw.batch`."""
+    """Return the parser of `python -m llama3_raw.batch`."""
     parser = ArgumentParser(prog="python -m llama3_raw.batch", description=__doc__)
     parser.add_argument(
-        "prompts", metavar="PROMPTS", help=f"a file with an object of JSON in each line; fields: {', '.join(FIELDS)}"
+        "prompts", metavar="PROMPTS", help=f"file with one JSON object per line; fields: {', '.join(FIELDS)}"
     )
     parser.add_argument("-o", "--output", required=True, type=not_empty, metavar="OUT", help="the file to write")
     parser.add_argument(
         "--batch-size",
         type=positive_int,
-        default=FEW,
+        default=MAX_DECODE_ROWS,
         metavar="N",
-        help="texts at a time (default: %(default)s; a CPU computes up to so many tokens for the price of few)",
+        help="texts at a time (default: %(default)s, the most that a CPU computes for the cost of a few)",
     )
-    group = parser.add_argument_group("text, where a line does not say")
+    group = parser.add_argument_group("text, for fields that a line leaves out")
     group.add_argument(
         "--max-new-tokens", type=positive_int, default=256, metavar="N", help="max_tokens (default: %(default)s)"
     )
     group.add_argument(
-        "--stop", action="append", default=[], type=not_empty, metavar="TEXT", help="stop before TEXT (may be repeated)"
+        "--stop", action="append", default=[], type=not_empty, metavar="TEXT", help="stop before TEXT (repeatable)"
     )
     parser.add_argument(
         "--tp",
         type=positive_int,
         metavar="N",
-        help="under torchrun: N processes share a model, the next N have another copy and take other prompts (default: "
-        "all share one)",
+        help="under torchrun: every N processes share one copy of the model, and the copies take different prompts "
+        "(default: one copy)",
     )
-    parser.add_argument("--context", type=positive_int, metavar="N", help="the most tokens of a text, prompt included")
+    parser.add_argument("--context", type=positive_int, metavar="N", help="at most N tokens, prompt included")
     add_sampling_options(parser)
     add_model_options(parser)
-    parser.add_argument("--reference", action="store_true", help="the exact operations, bit for bit Meta's, but slower")
+    parser.add_argument("--reference", action="store_true", help="use the exact operations: Meta's bits, but slower")
     return parser
 
 
 @command_line_tool
 @for_several_processes
 def main(arguments: Sequence[str]) -> int:
-    """Runs the tool; -> exit status: 1 where a line could not be computed, but for several processes."""
+    """Run the command and return the exit status: 1 if a line could not be computed by a single process."""
     options = build_parser().parse_args(arguments)
     try:
         with init(lambda: choose_device(options.device), options.tp) as ranks:
             n_bad = _batch(options, ranks)
     except KeyboardInterrupt:
-        print("\nllama3_raw: stopped by Ctrl-C; the same command goes on where it stopped", file=sys.stderr)
+        print("\nllama3_raw: stopped by Ctrl-C; run the same command to continue", file=sys.stderr)
         return 130
-    return 1 if n_bad and ranks is None else 0  # torchrun would take it for a crash
+    return 1 if n_bad and ranks is None else 0  # torchrun would take 1 for a crash
 
 
 def _batch(options: argparse.Namespace, ranks: Ranks | None) -> int:
-    """Computes the prompts that the options name; -> how many lines could not be computed."""
+    """Compute the prompts that the options name, and return how many lines could not be computed."""
     sampling = chosen_sampling(options)
     check_output("-o", options.output)
     out = Path(options.output).resolve()
@@ -241,16 +253,16 @@ def _batch(options: argparse.Namespace, ranks: Ranks | None) -> int:
     tasks = []
     for request in requests:
         try:
-            tasks.append(task_of(request, chosen, context))
+            tasks.append(make_task(request, chosen, context))
         except UserError as error:
             bad[request.line] = bad_line(request.line, request.id, error)
     run = describe_run(options, content, chosen, ranks)
     if ranks is not None and ranks.everyone.broadcast(run) != run:
         raise UserError(
-            f"{options.prompts}: not all processes read the same prompts and weights; give all the same files"
+            f"{options.prompts}: not all processes read the same prompts and weights; give all of them the same files"
         )
-    with alone(out, ranks):
-        _run(options, chosen, grouped(tasks, options.batch_size), bad, run, context, out, ranks)
+    with exclusive(out, ranks):
+        _run(options, chosen, group_by_length(tasks, options.batch_size), bad, run, context, out, ranks)
     if bad:
         first = min(bad)
         print(
@@ -271,25 +283,25 @@ def _run(
     out: Path,
     ranks: Ranks | None,
 ) -> None:
-    """Computes what is not there yet, and writes the output."""
+    """Compute the missing results, and write the output."""
     record = out.with_name(f"{out.name}.run")
     is_first = ranks is None or ranks.rank == 0
-    done = results_so_far(out, record, run) if is_first else None
+    done = saved_results(out, record, run) if is_first else None
     if ranks is not None:
         done = ranks.everyone.broadcast(done)
     if done is None:
-        print(f"llama3_raw: {options.output} is finished already; to compute it anew, remove it", file=sys.stderr)
+        print(f"llama3_raw: {options.output} is finished already; remove it to compute it again", file=sys.stderr)
         return
-    # a group of which a row is missing is computed as a whole again: its rows depend on each other by rounding
+    # a group with a missing row is computed again as a whole, because its rows depend on each other by rounding
     missing = [group for group in groups if any(task.request.line not in done for task in group)]
     if missing:
         if done:
-            print(f"llama3_raw: going on; {len(done)} texts are there already", file=sys.stderr)
-        model, ops, which = load_model(chosen, lengths_of(missing), options.reference, ranks)
+            print(f"llama3_raw: continuing; {len(done)} texts are done already", file=sys.stderr)
+        model, ops, which = load_model(chosen, run_shape(missing), options.reference, ranks)
         print(f"llama3_raw: {which}", file=sys.stderr)
         if any(isinstance(task.request.prompt[0], Message) for group in missing for task in group):
             warn_of_base_model(model)
-        with own_journal(out, run, done, ranks) as journal:
+        with process_journal(out, run, done, ranks) as journal:
             compute(model, missing, journal, context, ops, ranks)
     if ranks is not None:
         ranks.everyone.barrier()
@@ -298,28 +310,28 @@ def _run(
         lacking = sum(task.request.line not in results for group in groups for task in group)
         if lacking:
             raise UserError(
-                f"{out}: the results of {lacking} lines are not there; all processes have to write into one folder, "
-                "which machines share; mend that, and give the same command again"
+                f"{out}: the results of {lacking} lines are not there; let all processes write into one folder, shared "
+                "by the machines, and run the same command again"
             )
-        content = b"".join(as_line({**bad, **results}[line]) for line in sorted({**bad, **results}))
+        content = b"".join(json_line({**bad, **results}[line]) for line in sorted({**bad, **results}))
         with atomic_write(out) as part:
             part.write_bytes(content)
         with atomic_write(record) as part:
-            part.write_bytes(as_line({**run, "output": hashlib.sha256(content).hexdigest()}))
+            part.write_bytes(json_line({**run, "output": hashlib.sha256(content).hexdigest()}))
         for file in journal_files(out):
             file.unlink()
-        print(f"llama3_raw: {options.output} is written: {len(results)} texts", file=sys.stderr)
+        print(f"llama3_raw: wrote {options.output}: {len(results)} texts", file=sys.stderr)
 
 
-def lengths_of(groups: Sequence[Tasks]) -> Lengths:
-    """What the group that takes the most memory takes."""
+def run_shape(groups: Sequence[Tasks]) -> RunShape:
+    """Return the shape of the run, with the rows of the group that needs the largest cache."""
 
-    def text(group: Tasks) -> int:
+    def text_length(group: Tasks) -> int:
         return max(len(task.ids) + task.budget for task in group)
 
-    largest = max(groups, key=lambda group: len(group) * text(group))
+    largest = max(groups, key=lambda group: len(group) * text_length(group))
     prompt = max(len(task.ids) for group in groups for task in group)
-    return Lengths(prompt=prompt, text=max(text(largest), prompt), least=prompt + 1, rows=len(largest))
+    return RunShape(prompt=prompt, text=max(text_length(largest), prompt), least=prompt + 1, rows=len(largest))
 
 
 if __name__ == "__main__":

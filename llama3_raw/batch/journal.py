@@ -1,4 +1,4 @@
-"""What a run has done so far, in files that any kill leaves readable, so that the next run goes on from there."""
+"""The journal: the results of a run so far, in files that stay readable after a kill, so that a run can be resumed."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from .requests import Result
 
 
 class Journal:
-    """The results of a run as they come, in a file that any kill leaves readable: its first line says of which run.
+    """A file of results, one JSON object per line. Its first line describes the run.
 
-    results: those that are written, by the number of the line.
+    results: those in the file, by line number of the prompt.
     """
 
     def __init__(self, opened: BinaryIO | None, results: dict[int, Result]):
-        """For `open_journal`, which knows what the file holds. opened: None writes nothing."""
+        """Use `open_journal`, which reads the file, instead. opened: None writes nothing."""
         self._opened = opened
         self.results = results
 
     def write(self, line: int, result: Result) -> None:
-        """A result that was there before stays as it is."""
+        """Write a result. One that exists already is kept."""
         if line not in self.results:
             self.results[line] = result
             self.append({"line": line, "result": result})
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Writes a line, and returns when the disk has it."""
+        """Write a line, and return when it is on the disk."""
         if self._opened is not None:
-            content = as_line(entry)
+            content = json_line(entry)
             if self._opened.write(content) < len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._opened.name)
             os.fsync(self._opened.fileno())
@@ -47,11 +47,14 @@ class Journal:
 
 @contextlib.contextmanager
 def open_journal(file: Path, run: Mapping[str, Any]) -> Iterator[Journal]:
-    """The journal in a file, to go on with, or a new one. Raises UserError where it is of another run, or none."""
+    """Open the journal in a file to continue it, or a new one.
+
+    Raises UserError if the file is the journal of another run, or not a journal.
+    """
     with open(file, "a+b", buffering=0) as opened:
         opened.seek(0)
         entries = []
-        whole = 0  # bytes; a line that a kill has torn, and what stands behind it, is written anew
+        whole = 0  # bytes of complete lines; what follows was torn by a kill, and is computed again
         for line in opened.readlines():
             try:
                 entry = json.loads(line)
@@ -62,7 +65,7 @@ def open_journal(file: Path, run: Mapping[str, Any]) -> Iterator[Journal]:
             entries.append(entry)
             whole += len(line)
         opened.seek(0)
-        if entries or b"\n" in opened.read():  # else a kill has torn the first line
+        if entries or b"\n" in opened.read():  # else a kill tore the first line
             check_same_run(entries[0] if entries else None, run, file)
         opened.truncate(whole)
         journal = Journal(opened, {entry["line"]: entry["result"] for entry in entries[1:]})
@@ -71,23 +74,23 @@ def open_journal(file: Path, run: Mapping[str, Any]) -> Iterator[Journal]:
         yield journal
 
 
-def as_line(entry: Mapping[str, Any]) -> bytes:
-    """A line of JSON."""
+def json_line(entry: Mapping[str, Any]) -> bytes:
+    """Return an entry as a line of JSON."""
     return json.dumps(entry, ensure_ascii=False).encode("utf-8") + b"\n"
 
 
 def check_same_run(found: Any, run: Mapping[str, Any], file: Path) -> None:
-    """Raises UserError, naming what differs, where what a file says of its run is not what this run is."""
+    """Raise UserError, naming what differs, if `found`, the description in a file, is not that of this run."""
     different = [name for name, value in run.items() if not isinstance(found, dict) or found.get(name) != value]
     if different:
         raise UserError(
-            f"{file}: is of a run with other {', '.join(different)}; give the same again to go on with it, choose "
-            "another -o, or remove it"
+            f"{file}: is of a run with other {', '.join(different)}; give the same to continue it, choose another -o, "
+            "or remove it"
         )
 
 
 def is_finished(out: Path, record: Path, run: Mapping[str, Any]) -> bool:
-    """Whether the output is there, whole, and of this run. Raises UserError where it is something else."""
+    """Whether the output exists, complete and of this run. Raises UserError if it is something else."""
     if not out.exists():
         return False
     found = json.loads(record.read_bytes()) if record.exists() else {}
@@ -98,8 +101,8 @@ def is_finished(out: Path, record: Path, run: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def alone(out: Path, ranks: Ranks | None) -> Iterator[None]:
-    """Keeps other runs from writing the same output. Raises UserError where one does."""
+def exclusive(out: Path, ranks: Ranks | None) -> Iterator[None]:
+    """Lock the output against other runs. Raises UserError if another one is writing it."""
     if ranks is not None and ranks.rank > 0:
         yield
         return
@@ -113,30 +116,30 @@ def alone(out: Path, ranks: Ranks | None) -> Iterator[None]:
         raise UserError(f"{out}: another run is writing it; wait for it, or end it first") from error
 
 
-def results_so_far(out: Path, record: Path, run: Mapping[str, Any]) -> dict[int, Result] | None:
-    """The results that an earlier run has left; None where it is finished."""
+def saved_results(out: Path, record: Path, run: Mapping[str, Any]) -> dict[int, Result] | None:
+    """Return the results of an earlier, interrupted run; None if it is finished."""
     journals = journal_files(out)
     try:
         finished = is_finished(out, record, run)
     except UserError:
         if not journals:
             raise
-        finished = False  # a kill came before the record was there
+        finished = False  # killed before the record was written
     if not finished:
         return read_results(out, run)
-    for file in journals:  # or before these were gone
+    for file in journals:  # killed before these were removed
         file.unlink()
     return None
 
 
 def journal_files(out: Path) -> list[Path]:
-    """Of a run of one process, or of each of several."""
+    """Return the journals of a run: one, or one per copy of the model under torchrun."""
     name = re.compile(re.escape(f"{out.name}.part") + r"(\.\d+)?")
     return sorted(file for file in out.parent.iterdir() if name.fullmatch(file.name))
 
 
 def read_results(out: Path, run: Mapping[str, Any]) -> dict[int, Result]:
-    """What all journals hold. Raises UserError where one is of another run."""
+    """Return the results in all journals. Raises UserError if one is of another run."""
     results: dict[int, Result] = {}
     for file in journal_files(out):
         with open_journal(file, run) as journal:
@@ -145,8 +148,10 @@ def read_results(out: Path, run: Mapping[str, Any]) -> dict[int, Result]:
 
 
 @contextlib.contextmanager
-def own_journal(out: Path, run: Mapping[str, Any], done: dict[int, Result], ranks: Ranks | None) -> Iterator[Journal]:
-    """The journal that this process writes: of those that share a model, the first one does."""
+def process_journal(
+    out: Path, run: Mapping[str, Any], done: dict[int, Result], ranks: Ranks | None
+) -> Iterator[Journal]:
+    """Open this process's journal. Among the processes that share a model, only the first writes one."""
     if ranks is not None and ranks.tensor.rank > 0:
         yield Journal(None, done)
         return

@@ -1,4 +1,4 @@
-"""The lines of a file of prompts: what each asks for, and what is wrong with those that ask for nothing sensible."""
+"""Requests: the lines of a file of prompts, validated."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Result = dict[str, Any]
 
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
-FIELDS: dict[str, tuple[tuple[type, ...], str]] = {  # what a line may say, and as what
+FIELDS: dict[str, tuple[tuple[type, ...], str]] = {  # name -> its types, and how errors describe them
     "id": ((str, int, float), "a string or a number"),
     "prompt": ((str, list), "a string or a list of token ids"),
     "messages": ((list,), 'a list of {"role": …, "content": …}'),
-    "max_tokens": ((int,), "a whole number"),
+    "max_tokens": ((int,), "an integer"),
     **dict.fromkeys(SAMPLING_FIELDS, ((int, float), "a number")),
-    "top_k": ((int,), "a whole number"),
-    "seed": ((int,), "a whole number"),
+    "top_k": ((int,), "an integer"),
+    "seed": ((int,), "an integer"),
     "stop": ((str, list), "a string or a list of strings"),
 }
 
@@ -33,9 +33,9 @@ _ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Request:
-    """What a line asks for. ids: the tokens of the prompt, once a tokenizer has made them."""
+    """What a line asks for."""
 
-    line: int  # its number in the file, from 1
+    line: int  # number in the file, from 1
     id: str | float | None
     prompt: str | list[int] | list[Message]
     max_tokens: int
@@ -49,18 +49,18 @@ class Task(NamedTuple):
 
     request: Request
     ids: list[int]  # of the prompt
-    budget: int  # new tokens at most
+    budget: int  # the most new tokens
 
 
 Tasks = list[Task]
-"""Tasks that are computed together, from the first to the last, wherever and whenever that is."""
+"""Tasks that are always computed together, in one batch."""
 
 
 def read_requests(content: bytes, defaults: Request) -> tuple[list[Request], dict[int, Result]]:
-    """The lines of a file -> the requests, and by the number of the line what is wrong with the others.
+    """Parse the lines of a file. Return the requests, and an error result for each bad line, by line number.
 
-    defaults: what counts where a line does not say; its seed is that of line 0, and each line has the next one. Blank
-    lines are left out.
+    defaults: used for fields that a line leaves out; the default seed is its seed plus the line number. Blank lines are
+    skipped.
     """
     requests, bad = [], {}
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
@@ -76,26 +76,26 @@ def read_requests(content: bytes, defaults: Request) -> tuple[list[Request], dic
 
 
 def bad_line(number: int, id: Any, error: UserError) -> Result:
-    """What stands in the output for a line that cannot be computed."""
+    """Return the result for a line that cannot be computed."""
     return {"line": number, "id": id if type(id) in FIELDS["id"][0] else None, "error": str(error)}
 
 
 def _parsed(line: bytes) -> Any:
-    """Raises UserError for what is no JSON."""
+    """Parse a line. Raises UserError if it is not JSON."""
     try:
         fields = json.loads(line.decode("utf-8"))
         json.dumps(fields, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"is not valid UTF-8 at byte {error.start} of the line") from error
     except UnicodeEncodeError as error:  # "\ud800"
-        raise UserError("holds half a character, which is no text") from error
+        raise UserError("holds half a character (a lone surrogate), which is not text") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"is not JSON: {in_short(error)}") from error
     return fields
 
 
 def _request(number: int, fields: Any, defaults: Request) -> Request:
-    """Raise UserError for a line that says too little, too much or something else."""
+    """Build the request of a line. Raises UserError for fields that are missing, unknown or invalid."""
     given = _given(fields)
     max_tokens = given.get("max_tokens", defaults.max_tokens)
     if max_tokens < 1:
@@ -117,7 +117,7 @@ def _request(number: int, fields: Any, defaults: Request) -> Request:
 
 
 def _given(fields: Any) -> dict[str, Any]:
-    """What a line says, each field of its type. Raises UserError for anything else."""
+    """Return the fields of a line that are not null. Raises UserError for an unknown field or a wrong type."""
     if not isinstance(fields, dict):
         raise UserError(f'should be an object, {{"prompt": …}}, is {in_short(json.dumps(fields))}')
     given = {name: value for name, value in fields.items() if value is not None}
@@ -131,7 +131,7 @@ def _given(fields: Any) -> dict[str, Any]:
 
 
 def _prompt(given: dict[str, Any]) -> str | list[int] | list[Message]:
-    """The one prompt that a line should have."""
+    """Return the prompt or the messages. Raises UserError unless a line has exactly one of them."""
     if ("prompt" in given) == ("messages" in given):
         raise UserError("should have a prompt or messages" + (", not both" if "prompt" in given else ""))
     prompt = _messages(given["messages"]) if "messages" in given else given["prompt"]
@@ -143,7 +143,7 @@ def _prompt(given: dict[str, Any]) -> str | list[int] | list[Message]:
 
 
 def _messages(entries: list[Any]) -> list[Message]:
-    """Raises UserError for what is no dialog to which an answer is due."""
+    """Return the messages. Raises UserError unless they are a dialog that ends with a question."""
     messages = []
     for entry in entries:
         if not isinstance(entry, dict) or entry.keys() != {"role", "content"} or not isinstance(entry["content"], str):
@@ -152,15 +152,15 @@ def _messages(entries: list[Any]) -> list[Message]:
             raise UserError(f"role should be one of {', '.join(_ROLES)}, is {in_short(json.dumps(entry['role']))}")
         messages.append(Message(**entry))
     if messages and messages[-1].role == "assistant":
-        raise UserError("messages should end with the user's, which is to be answered")
+        raise UserError("messages should end with the user's, which the model answers")
     return messages
 
 
-def task_of(request: Request, chosen: ChosenModel, context: int) -> Task:
-    """The request in tokens. Raises UserError for those that the model cannot take."""
+def make_task(request: Request, chosen: ChosenModel, context: int) -> Task:
+    """Tokenize a request. Raises UserError if the model cannot compute it."""
     tokenizer, prompt = chosen.tokenizer, request.prompt
     if isinstance(prompt, str):
-        assert tokenizer is not None  # main has seen to it
+        assert tokenizer is not None  # checked by choose_model
         ids = tokenizer.encode(prompt, bos=True)
     elif isinstance(prompt[0], Message):
         assert tokenizer is not None
@@ -173,11 +173,12 @@ def task_of(request: Request, chosen: ChosenModel, context: int) -> Task:
     return Task(request, ids, min(request.max_tokens, context - len(ids)))
 
 
-def grouped(tasks: Iterable[Task], size: int) -> list[Tasks]:
-    """Cuts the tasks into groups of about the same length, the longest first.
+def group_by_length(tasks: Iterable[Task], size: int) -> list[Tasks]:
+    """Group tasks of about the same length, the longest first.
 
-    Which go together depends on the input and the settings alone, so that a group comes to the same whoever computes it
-    and how often. The longest first: what does not fit shows at once, and several workers end at about the same time.
+    The groups depend only on the input and the settings, so that a group has the same results whichever process
+    computes it. The longest come first: a batch that does not fit fails at once, and several processes finish at about
+    the same time.
     """
     ordered = sorted(tasks, key=lambda task: (-len(task.ids), -task.budget, task.request.line))
     return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]

@@ -1,8 +1,8 @@
-"""python -m llama3_raw.bench: how fast a model runs, against what the memory can do and against other engines.
+"""Measure how fast a model runs, compared with what the memory allows and with other engines.
 
---make-synthetic SIZE makes random weights of true size on the device and measures on them, with a FOLDER behind it
-writes them there instead; --taps measures what seeing inside costs; --estimate MODEL reckons what a model takes on GPUs
-that are not there.
+--make-synthetic SIZE measures on random weights of true size, created on the device; with a FOLDER it writes them there
+instead. --taps measures the cost of taps and traces. --estimate MODEL computes what a model needs on GPUs that you do
+not have.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ import torch
 from ..backends.choose import suitable_ops
 from ..checkpoint.checkpoint import first_layers
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
-from ..cli.memory_plan import Lengths, Plan, check_memory
+from ..cli.memory_plan import MemoryPlan, RunShape, check_memory
 from ..cli.models import ChosenModel, ModelFolder, check_int8, choose_device, choose_model, load_model
 from ..cli.options import DTYPES_BY_NAME, add_model_options, positive_int, seed
 from ..errors import UserError, in_short, needed_package
 from ..ops import Ops
+from ..system.files import atomic_write
 from ..system.machine import set_threads
-from ..weights import Model, in_words
-from .baselines import LLAMA_CPP, PEERS, check_peers, open_peers
+from ..weights import Model, dtype_name
+from .baselines import BASELINES, LLAMA_CPP, check_baselines, open_baselines
 from .engines import Batch
 from .estimate import run_estimate
 from .measure import Figures, longest_text, measure
@@ -41,19 +42,19 @@ _PLOTTED = (17, 256, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
-class Start:
+class Startup:
     """A run of `python -m llama3_raw` with a short prompt, from the start of the process to its first token."""
 
     start_to_first_token_seconds: float
-    load_seconds: float  # of it; all weights are looked at, if there is a GB of them
-    first_pass_seconds: float  # of it
+    load_seconds: float  # part of the total; includes a look at all weights, if there is a GB of them
+    first_pass_seconds: float  # part of the total
     peak_ram_bytes: int | None
 
 
-def time_start(chosen: ChosenModel, prompt_length: int) -> Start:
-    """Runs the main tool once, as a user would, and takes the time until a token is out.
+def time_startup(chosen: ChosenModel, prompt_length: int) -> Startup:
+    """Run the main command once, as a user would, and measure the time until it prints a token.
 
-    Its weights should be in the page cache already.
+    The weights should be in the page cache already.
     """
     params = chosen.checkpoint.params
     command = [sys.executable, "-m", "llama3_raw", "--ids", "--max-new-tokens=1", "--stats=json"]
@@ -69,7 +70,7 @@ def time_start(chosen: ChosenModel, prompt_length: int) -> Start:
         command += [f"--dtype={str(chosen.dtype).removeprefix('torch.')}"]
     ids = " ".join(str(token % params.vocab_size) for token in range(prompt_length))
     start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as prompt:  # as an argument a long one would be refused
+    with tempfile.TemporaryFile("w+") as prompt:  # a long prompt would be refused as an argument
         prompt.write(ids)
         prompt.seek(0)
         with subprocess.Popen(
@@ -78,48 +79,48 @@ def time_start(chosen: ChosenModel, prompt_length: int) -> Start:
             assert process.stdout is not None
             process.stdout.read(1)
             seconds = time.perf_counter() - start
-            _, said = process.communicate()
+            _, stderr = process.communicate()
     if process.returncode:
-        raise UserError(f"a run of python -m llama3_raw fails: {in_short(said[-200:])}")
-    stats = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
-    return Start(seconds, stats["load_seconds"], stats["seconds_to_first_token"], stats["peak_ram_bytes"])
+        raise UserError(f"python -m llama3_raw failed: {in_short(stderr[-200:])}")
+    stats = json.loads(next(line for line in stderr.splitlines() if line.startswith("{")))
+    return Startup(seconds, stats["load_seconds"], stats["seconds_to_first_token"], stats["peak_ram_bytes"])
 
 
-def show(figures: Figures, start: Start | None) -> None:
-    """Print a table, and the same as JSON in the last line. start: None if there are no files to start from."""
+def show(figures: Figures, startup: Startup | None) -> None:
+    """Print a table, then the same as JSON on the last line. startup: None if there are no files to start from."""
     for length, speed in figures.prefill_tokens_per_second.items():
         _line(f"prefill {length:>5} tokens", f"{speed:10.1f} tokens/s")
     for context, speed in figures.decode_tokens_per_second_by_context.items():
-        _line(f"decode behind {context:>5}", f"{speed:10.2f} tokens/s")
+        _line(f"decode at context {context:>5}", f"{speed:10.2f} tokens/s")
     _line("weights read by decode", f"{figures.decode_gb_per_second:10.1f} GB/s")
-    _show_limits(figures)
-    if start:
-        _line("start to first token", f"{start.start_to_first_token_seconds:10.2f} s")
-        _line("  of it loading", f"{start.load_seconds:10.2f} s")
-        _line("  of it the first pass", f"{start.first_pass_seconds:10.2f} s")
-    if start and start.peak_ram_bytes:
-        _line("peak memory", f"{start.peak_ram_bytes / 1e9:10.2f} GB")
-    for peer in figures.vs.values():
-        print(f"\nbeside {peer.version}; ratio of llama3_raw to it: median (each round)")
-        for length, speed in peer.prefill_tokens_per_second.items():
-            ratios = _in_words(peer.prefill_ratio[length], peer.prefill_ratios[length])
+    _show_roofline(figures)
+    if startup:
+        _line("start to first token", f"{startup.start_to_first_token_seconds:10.2f} s")
+        _line("  of which loading", f"{startup.load_seconds:10.2f} s")
+        _line("  of which first pass", f"{startup.first_pass_seconds:10.2f} s")
+    if startup and startup.peak_ram_bytes:
+        _line("peak memory", f"{startup.peak_ram_bytes / 1e9:10.2f} GB")
+    for baseline in figures.vs.values():
+        print(f"\ncompared with {baseline.version}; ratio of llama3_raw to it: median (each round)")
+        for length, speed in baseline.prefill_tokens_per_second.items():
+            ratios = _ratios_text(baseline.prefill_ratio[length], baseline.prefill_ratios[length])
             _line(f"prefill {length:>5} tokens", f"{speed:10.1f} tokens/s   {ratios}")
-        for context, speed in peer.decode_tokens_per_second.items():
-            ratios = _in_words(peer.decode_ratio[context], peer.decode_ratios[context])
-            _line(f"decode behind {context:>5}", f"{speed:10.2f} tokens/s   {ratios}")
-    print(json.dumps(asdict(figures) | (asdict(start) if start else {})))
+        for context, speed in baseline.decode_tokens_per_second.items():
+            ratios = _ratios_text(baseline.decode_ratio[context], baseline.decode_ratios[context])
+            _line(f"decode at context {context:>5}", f"{speed:10.2f} tokens/s   {ratios}")
+    print(json.dumps(asdict(figures) | (asdict(startup) if startup else {})))
 
 
-def _show_limits(figures: Figures) -> None:
-    """What the machine can do at most, as far as it was measured, and the share of it."""
+def _show_roofline(figures: Figures) -> None:
+    """Print what the machine can do at most, as far as it was measured, and the share that was reached."""
     if figures.read_loop_gb_per_second and figures.decode_share_of_read_loop:
-        _line("a loop that only reads", f"{figures.read_loop_gb_per_second:10.1f} GB/s")
+        _line("loop that only reads", f"{figures.read_loop_gb_per_second:10.1f} GB/s")
         _line("share of it", f"{figures.decode_share_of_read_loop:10.1%}")
     if figures.copy_gb_per_second and figures.decode_share_of_copy:
-        _line("a copy reads and writes", f"{figures.copy_gb_per_second:10.1f} GB/s")
+        _line("copy, reads and writes", f"{figures.copy_gb_per_second:10.1f} GB/s")
         _line("share of it", f"{figures.decode_share_of_copy:10.1%}")
     if figures.matmul_tflop_per_second and figures.prefill_share_of_matmul:
-        _line("a large matrix product", f"{figures.matmul_tflop_per_second:10.1f} TFLOP/s")
+        _line("large matrix product", f"{figures.matmul_tflop_per_second:10.1f} TFLOP/s")
         for length, share in figures.prefill_share_of_matmul.items():
             _line(f"share of it, {length:>5} tokens", f"{share:10.1%}")
 
@@ -129,55 +130,55 @@ def _line(name: str, value: str) -> None:
 
 
 def show_taps(figures: TapFigures) -> None:
-    """Prints a table, and the same as JSON in the last line."""
+    """Print a table, then the same as JSON on the last line."""
     for name, cost in (
-        (f"the default tap, {LENGTH} tokens", figures.default_tap_prompt),
-        ("the default tap, one token", figures.default_tap_token),
-        (f"every tensor of {LENGTH} tokens", figures.trace),
+        (f"default tap, {LENGTH} tokens", figures.default_tap_prompt),
+        ("default tap, one token", figures.default_tap_token),
+        (f"trace of {LENGTH} tokens", figures.trace),
     ):
         each = " ".join(f"{ratio:.3f}" for ratio in cost.ratios)
         print(f"{name:<30}{cost.ratio:.4f} times as long as {cost.plain_seconds:.4f} s without  ({each})")
-    print(f"copies of them                {figures.trace_bytes / 1e6:.1f} MB")
-    print(
-        f"all calls of the default tap  {figures.default_tap_seconds * 1e6:.0f} microseconds in a pass over one token"
-    )
+    print(f"size of the trace             {figures.trace_bytes / 1e6:.1f} MB")
+    microseconds = figures.default_tap_seconds * 1e6
+    print(f"all calls of the default tap  {microseconds:.0f} microseconds in a pass over one token")
     print(json.dumps(asdict(figures)))
 
 
-def _in_words(median: float, ratios: Sequence[float]) -> str:
+def _ratios_text(median: float, ratios: Sequence[float]) -> str:
     return f"{median:.2f}  ({' '.join(f'{ratio:.2f}' for ratio in ratios)})"
 
 
-def check_picture(file: Path) -> None:
-    """Raises UserError where matplotlib is missing, or where it will not be able to write this file."""
+def check_plot_file(file: Path) -> None:
+    """Raise UserError if matplotlib is missing, or cannot write this file."""
     needed_package("matplotlib", "--plot")
     from matplotlib.figure import Figure
 
     if file.suffix[1:] not in Figure().canvas.get_supported_filetypes():
         raise UserError(f"--plot {file}: the name should end in .png or .svg")
     if not file.parent.is_dir():
-        raise UserError(f"--plot {file}: there is no folder {file.parent}; make it first")
+        raise UserError(f"--plot {file}: there is no folder {file.parent}; create it first")
 
 
-def draw(figures: Figures, file: Path, title: str) -> None:
-    """The speed of decoding against the number of tokens before, as a picture; the suffix of the file says which kind.
+def plot(figures: Figures, file: Path, title: str) -> None:
+    """Plot the speed of decoding against the context. The suffix of the file selects the format.
 
-    The file has passed `check_picture`.
+    The file must have passed `check_plot_file`.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    own = figures.decode_tokens_per_second_by_context
-    speeds = {"llama3_raw": own, **{name: peer.decode_tokens_per_second for name, peer in figures.vs.items()}}
-    contexts = list(own)
+    this_engine = figures.decode_tokens_per_second_by_context
+    speeds = {"llama3_raw": this_engine}
+    speeds |= {name: baseline.decode_tokens_per_second for name, baseline in figures.vs.items()}
+    contexts = list(this_engine)
     memory_gb_per_second = figures.read_loop_gb_per_second or figures.copy_gb_per_second
     if memory_gb_per_second:
-        limits = [
+        roofline = [
             memory_gb_per_second * 1e9 / (figures.weights_bytes_per_token + context * figures.cache_bytes_per_token)
             for context in contexts
         ]
-        axes.plot(contexts, limits, "--", color="0.5", label="limit: reading weights and cache once a token")
+        axes.plot(contexts, roofline, "--", color="0.5", label="roofline: reading weights and cache once per token")
     for name, by_context in speeds.items():
         axes.plot(list(by_context), list(by_context.values()), "o-", label=name)
     axes.set(title=title, xlabel="tokens in the context", ylabel="tokens/s", xticks=contexts)
@@ -186,93 +187,99 @@ def draw(figures: Figures, file: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(file, dpi=150)
+    with atomic_write(file) as part:
+        figure.savefig(part, dpi=150)
 
 
 def build_parser() -> ArgumentParser:
-    """The options of `python -m llama3_raw.bench`."""
+    """Return the parser of `python -m llama3_raw.bench`."""
     parser = ArgumentParser(prog="python -m llama3_raw.bench", description=__doc__)
     parser.add_argument(
         "--make-synthetic",
         nargs="+",
         metavar=("SIZE", "FOLDER"),
-        help="measure on random weights of true size, made on the device; with a FOLDER write them there instead of "
-        f"measuring; SIZE is one of {', '.join(SYNTHETIC)}",
+        help="measure on random weights of true size, created on the device; with a FOLDER, write them there "
+        f"instead of measuring; SIZE is one of {', '.join(SYNTHETIC)}",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the random weights (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the random weights (default: %(default)s)")
     parser.add_argument(
         "--prefill",
         type=positive_int,
         nargs="+",
         metavar="N",
-        help="prompts of so many tokens; on the CPU more than 1,000 once only (default: 17 256 2048)",
+        help="prompts of N tokens; on the CPU, those of more than 1,000 are measured only once (default: 17 256 2048)",
     )
     parser.add_argument(
         "--contexts",
         type=positive_int,
         nargs="+",
         metavar="N",
-        help="decode behind so many tokens (default: as many as the shortest prompt; with --plot "
+        help="decode with N tokens in the cache (default: as many as the shortest prompt; with --plot "
         f"{' '.join(map(str, _PLOTTED))})",
     )
     parser.add_argument(
         "--new-tokens",
         type=positive_int,
         metavar="N",
-        help="tokens decoded in a round (default: 4, on a GPU 64)",
+        help="tokens decoded per round (default: 4, on a GPU 64)",
     )
-    parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=positive_int, default=5, metavar="N", help="rounds to measure (default: %(default)s)"
+    )
     parser.add_argument(
         "--vs",
         nargs="+",
-        choices=PEERS,
+        choices=BASELINES,
         default=[],
-        metavar="PEER",
-        help=f"engines to measure in turn with this one, on the same weights: {', '.join(PEERS)}",
+        metavar="NAME",
+        help=f"also measure these engines on the same weights, interleaved with this one: {', '.join(BASELINES)}",
     )
     parser.add_argument(
         "--batch",
         type=positive_int,
         metavar="N",
-        help="also measure N texts at a time, as python -m llama3_raw.batch computes them, in turn with one alone",
+        help="also measure N texts at a time, as python -m llama3_raw.batch computes them, interleaved with one alone",
     )
     parser.add_argument(
         "--gguf",
         type=not_empty,
         metavar="FILE",
-        help=f"for {LLAMA_CPP}: the weights in its format, written if they are not there (default: for this run only)",
+        help=f"for {LLAMA_CPP}: the weights in its format, written if missing (default: a temporary file)",
     )
     parser.add_argument(
         "--taps",
         action="store_true",
-        help="measure what seeing inside costs instead: the default tap beside no taps, for a prompt of "
+        help="measure the cost of taps and traces instead: the default tap compared with no taps, for a prompt of "
         f"{LENGTH} tokens and for one token, and a trace of every tensor",
     )
     parser.add_argument(
         "--estimate",
         metavar="MODEL",
-        help="measure nothing: reckon memory and speed on GPUs; for its own options: --estimate MODEL --help",
+        help="measure nothing: estimate memory and speed on GPUs; --estimate MODEL --help shows its own options",
     )
-    parser.add_argument("--plot", type=not_empty, metavar="FILE", help="draw tokens/s against the context (.png, .svg)")
+    parser.add_argument("--plot", type=not_empty, metavar="FILE", help="plot tokens/s against the context (.png, .svg)")
     add_model_options(parser)
     return parser
 
 
 def _lengths_within(
-    context: int, given: Sequence[int] | None, usual: Sequence[int], option: str, more: int
+    context: int, given: Sequence[int] | None, default: Sequence[int], option: str, new_tokens: int
 ) -> list[int]:
-    """The lengths given, else those of the usual ones that leave room for `more` tokens in the model's context."""
-    if given and max(given) + more > context:
-        raise UserError(f"{option} {max(given)}: with the new tokens that is beyond the model's context of {context}")
-    lengths = sorted(set(given or [length for length in usual if length + more <= context]))
+    """Return the given lengths, or those of the default that leave space for the new tokens in the model's context."""
+    if given and max(given) + new_tokens > context:
+        raise UserError(f"{option} {max(given)}: with the new tokens, that exceeds the model's context of {context}")
+    lengths = sorted(set(given or [length for length in default if length + new_tokens <= context]))
     if not lengths:
-        raise UserError(f"the model's context of {context} is short; give {option} and fewer --new-tokens")
+        raise UserError(
+            f"the model's context of {context} is too short for the default lengths; give {option} and fewer "
+            "--new-tokens"
+        )
     return lengths
 
 
 @command_line_tool
 def main(arguments: Sequence[str]) -> int:
-    """Runs the tool; -> exit status."""
+    """Run the command and return the exit status."""
     if any(argument.partition("=")[0] == "--estimate" for argument in arguments):
         return run_estimate(arguments)
     options = build_parser().parse_args(arguments)
@@ -281,42 +288,41 @@ def main(arguments: Sequence[str]) -> int:
         if size not in SYNTHETIC:
             raise UserError(f"--make-synthetic {size}: there is no such size; choose from {', '.join(SYNTHETIC)}")
         if len(folder) > 1:
-            raise UserError(f"--make-synthetic {size} {' '.join(folder)}: these are several folders; name one")
+            raise UserError(f"--make-synthetic {size} {' '.join(folder)}: these are several folders; give one")
         if folder:
             make_synthetic(size, Path(folder[0]), Path(options.tokenizer) if options.tokenizer else None, options.seed)
             return 0
     if options.taps:
         return _measure_taps(options)
     if options.plot:
-        check_picture(Path(options.plot))
+        check_plot_file(Path(options.plot))
     chosen = _choose(options)
-    limit = chosen.checkpoint.params.max_seq_len
+    max_context = chosen.checkpoint.params.max_seq_len
     new_tokens = options.new_tokens or (4 if chosen.device.type == "cpu" else 64)
-    more = new_tokens + 1
-    prefill = _lengths_within(limit, options.prefill, _PREFILL, "--prefill", more)
-    usual = _PLOTTED if options.plot else prefill[:1]
-    contexts = _lengths_within(limit, options.contexts, usual, "--contexts", more)
+    prefill = _lengths_within(max_context, options.prefill, _PREFILL, "--prefill", new_tokens + 1)
+    default = _PLOTTED if options.plot else prefill[:1]
+    contexts = _lengths_within(max_context, options.contexts, default, "--contexts", new_tokens + 1)
     longest = longest_text(prefill, contexts, new_tokens)
-    lengths = Lengths(prompt=prefill[-1], text=longest, least=longest, rows=options.batch or 1)
-    check_peers(chosen, lengths, options.vs)
-    model, ops, which = _load(chosen, lengths)
-    with open_peers(options.vs, chosen, model, options.gguf, longest) as peers:
-        print(f"llama3_raw: {which}", file=sys.stderr)
+    shape = RunShape(prompt=prefill[-1], text=longest, least=longest, rows=options.batch or 1)
+    check_baselines(chosen, shape, options.vs)
+    model, ops, description = _load(chosen, shape)
+    with open_baselines(options.vs, chosen, model, options.gguf, longest) as baselines:
+        print(f"llama3_raw: {description}", file=sys.stderr)
         if options.batch:
-            peers.append(Batch(model, options.batch, longest, ops))
-        figures = measure(model, prefill, contexts, new_tokens, options.rounds, peers, ops, options.max_ram is None)
-    show(figures, time_start(chosen, prefill[0]) if chosen.random_seed is None else None)
+            baselines.append(Batch(model, options.batch, longest, ops))
+        figures = measure(model, prefill, contexts, new_tokens, options.rounds, baselines, ops, options.max_ram is None)
+    show(figures, time_startup(chosen, prefill[0]) if chosen.random_seed is None else None)
     if options.plot:
-        dtype = in_words(model.weights.norm.dtype)
+        dtype = dtype_name(model.weights.norm.dtype)
         where = f"{figures.threads} threads" if figures.device == "cpu" else figures.device
-        draw(
+        plot(
             figures, Path(options.plot), f"{chosen.folder.path.name}, {model.params.n_layers} layers, {dtype}, {where}"
         )
     return 0
 
 
 def _choose(options: argparse.Namespace) -> ChosenModel:
-    """The model in the folder that the options name, or the one of --make-synthetic, which has no folder."""
+    """Return the model in the folder that the options name, or that of --make-synthetic, which has no folder."""
     if not options.make_synthetic:
         return choose_model(options, needs_tokenizer=False)
     size = options.make_synthetic[0]
@@ -329,30 +335,30 @@ def _choose(options: argparse.Namespace) -> ChosenModel:
     checkpoint = synthetic_checkpoint(size)
     if options.layers is not None:
         checkpoint = first_layers(checkpoint, options.layers)
-    named = ModelFolder(Path(size), "random weights")  # no folder, but a name for what is printed
+    folder = ModelFolder(Path(size), "random weights")  # not a folder, but a name to print
     device, dtype = choose_device(options.device), DTYPES_BY_NAME.get(options.dtype)
     quantized = options.quantize is not None
     if quantized:
         check_int8(quantized, device, dtype or checkpoint.dtype)
-    return ChosenModel(named, checkpoint, None, device, dtype, None, quantized, random_seed=options.seed)
+    return ChosenModel(folder, checkpoint, None, device, dtype, None, quantized, random_seed=options.seed)
 
 
 def _needs_files(size: str, option: str) -> str:
     return (
-        f"{option} is about a model in files, and --make-synthetic {size} without a folder makes none; leave it out, "
+        f"{option} needs a model in files, and --make-synthetic {size} without a FOLDER writes none; leave it out, "
         f"or write the model first: --make-synthetic {size} FOLDER"
     )
 
 
-def _load(chosen: ChosenModel, lengths: Lengths) -> tuple[Model, Ops, str]:
-    """What `load_model` gives; a model without files is made instead. Raises UserError where it does not fit."""
+def _load(chosen: ChosenModel, shape: RunShape) -> tuple[Model, Ops, str]:
+    """Do what `load_model` does; a model without files is created instead. Raises UserError if it does not fit."""
     checkpoint, device, dtype, quantized = chosen.checkpoint, chosen.device, chosen.dtype, chosen.quantized
     if chosen.random_seed is None:
-        return load_model(chosen, lengths)
-    check_memory(Plan(checkpoint, device, dtype, lengths, quantized=quantized, made=True))
+        return load_model(chosen, shape)
+    check_memory(MemoryPlan(checkpoint, device, dtype, shape, quantized=quantized, made=True))
     weights = random_weights(checkpoint, device, dtype, chosen.random_seed, quantized)
-    which = f"{checkpoint.source} ({chosen.folder.why}) on {device}"
-    return Model(weights, checkpoint.params, None), suitable_ops(device), which
+    description = f"{checkpoint.source} ({chosen.folder.why}) on {device}"
+    return Model(weights, checkpoint.params, None), suitable_ops(device), description
 
 
 def _measure_taps(options: argparse.Namespace) -> int:
@@ -360,8 +366,9 @@ def _measure_taps(options: argparse.Namespace) -> int:
         if getattr(options, option):
             raise UserError(f"--taps measures something else; leave --{option.replace('_', '-')} out")
     chosen = _choose(options)
-    model, ops, which = _load(chosen, Lengths(prompt=LENGTH, text=LENGTH + 1, least=LENGTH + 1, scored=LENGTH))
-    print(f"llama3_raw: {which}", file=sys.stderr)
+    shape = RunShape(prompt=LENGTH, text=LENGTH + 1, least=LENGTH + 1, scored=LENGTH)
+    model, ops, description = _load(chosen, shape)
+    print(f"llama3_raw: {description}", file=sys.stderr)
     show_taps(measure_taps(model, ops, options.rounds))
     return 0
 

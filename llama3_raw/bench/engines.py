@@ -1,6 +1,6 @@
-"""What is measured: this engine alone, with several texts at a time, and as two processes, all of one shape.
+"""The protocol `Engine`, and this engine in three forms: alone, with several texts at a time, and as two processes.
 
-Each is asked for no more than the one token that comes next.
+Each is asked for the next token only.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ from ..weights import Model
 from .roofline import seconds_of, wait_for
 
 TWO_PROCESSES = "two-processes"
-_UNTIMED = 2  # tokens: on a GPU the pass over a prompt is another than that over a token, whose first may be captured
-_SIZE = 2
+_UNTIMED = 2  # tokens; on a GPU the first pass is a prefill, and the second may capture a graph
+_PROCESSES = 2
 
 
 class Engine(Protocol):
-    """Something that runs a model, and is measured."""
+    """An implementation that runs a model, to be measured."""
 
     name: str
-    version: str  # in words: what exactly is run
+    version: str  # what exactly runs, as text
 
     def prefill(self, length: int) -> float:
-        """-> the seconds from a prompt of so many tokens to the token that comes next."""
+        """Return the seconds from a prompt of `length` tokens to the next token."""
 
     def decode(self, context: int, count: int) -> float:
-        """-> the seconds for so many tokens, one at a time, behind `context` tokens."""
+        """Return the seconds for `count` tokens, one at a time, after `context` tokens."""
 
 
 def random_ids(model: Model, length: int) -> list[int]:
-    """The prompt that all engines get: the speed does not depend on what it says."""
+    """Return the prompt that all engines get. Their speed does not depend on its content."""
     return torch.randint(model.params.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-class Own:
-    """This engine, in the shape of the others. For `decode` the cache is full of random numbers."""
+class ThisEngine:
+    """This engine. `decode` runs on a cache of random numbers."""
 
     def __init__(self, model: Model, longest: int, ops: Ops | None = None, name: str = "llama3_raw", version: str = ""):
         self.name = name
@@ -79,11 +79,11 @@ class Own:
         wait_for(self.device)
         for _ in range(before):
             next(tokens)
-        begun = time.perf_counter()  # the token is here; a GPU that is at the next one already has only just begun it
+        start_time = time.perf_counter()  # the token is available; a GPU may have just begun the next one
         for _ in tokens:
             pass
         wait_for(self.device)
-        return time.perf_counter() - begun
+        return time.perf_counter() - start_time
 
     def _generate(self, ids: Sequence[int], start: int, count: int) -> Iterator[int]:
         return generate(
@@ -99,14 +99,14 @@ class Own:
 
 
 class Batch:
-    """This engine with several texts at a time, whose tokens all count: seconds are those of a token, by their number.
+    """This engine with `rows` texts at a time. All tokens count: seconds are those of the batch, divided by `rows`.
 
-    For `decode` the prompts are computed first, which does not count.
+    `decode` computes the prompts first, which is not timed.
     """
 
     def __init__(self, model: Model, rows: int, longest: int, ops: Ops | None = None):
         self.name = f"batch of {rows}"
-        self.version = f"{rows} texts at a time, the tokens of all of them"
+        self.version = f"{rows} texts at a time, counting the tokens of all"
         self._model = model
         self._rows = rows
         self._ids = random_ids(model, longest)
@@ -128,15 +128,15 @@ class Batch:
 
 
 class TwoProcesses:
-    """This engine as two processes that share the model, as torchrun starts them; `two_processes` makes it.
+    """This engine as two processes that share the model, as under torchrun; created by `two_processes`.
 
-    Both do what they are told at the same time, and the later one counts.
+    Both do the same task at the same time, and the time of the slower one counts.
     """
 
     name = TWO_PROCESSES
 
     def __init__(self, pipes: list[Connection], threads: int):
-        self.version = f"{_SIZE} processes with {threads} thread{'s' if threads > 1 else ''} each"
+        self.version = f"{_PROCESSES} processes with {threads} thread{'s' if threads > 1 else ''} each"
         self._pipes = pipes
 
     def prefill(self, length: int) -> float:
@@ -151,28 +151,31 @@ class TwoProcesses:
                 pipe.send((task, numbers))
             return max(float(pipe.recv()) for pipe in self._pipes)
         except (EOFError, OSError) as error:
-            raise UserError(f"--vs {TWO_PROCESSES}: one of them has ended, see above; leave it out") from error
+            raise UserError(f"--vs {TWO_PROCESSES}: a process has ended, see above; leave it out") from error
 
 
 @contextmanager
 def two_processes(folder: Path, layers: int, dtype: torch.dtype | None, longest: int) -> Iterator[Engine]:
-    """Starts them, with half of the threads each, and ends them behind the block; the arguments are those of `load`."""
-    threads = torch.get_num_threads() // _SIZE
+    """Start the processes, each with half of the threads, and end them after the block.
+
+    The arguments are those of `load`. Raises UserError if there is only one thread.
+    """
+    threads = torch.get_num_threads() // _PROCESSES
     if not threads:
-        raise UserError(f"--vs {TWO_PROCESSES}: shares the threads between two, and there is one; give --threads 2")
+        raise UserError(f"--vs {TWO_PROCESSES}: needs a thread for each process, but there is one; give --threads 2")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
-    for rank in range(_SIZE):
-        own, theirs = context.Pipe()
-        environment = {**address, "RANK": str(rank), "WORLD_SIZE": str(_SIZE), "LOCAL_WORLD_SIZE": str(_SIZE)}
+    for rank in range(_PROCESSES):
+        ours, theirs = context.Pipe()
+        environment = {**address, "RANK": str(rank), "WORLD_SIZE": str(_PROCESSES), "LOCAL_WORLD_SIZE": str(_PROCESSES)}
         arguments = (theirs, environment, threads, folder, layers, dtype, longest)
         process = context.Process(target=_serve, args=arguments, daemon=True)
         process.start()
-        theirs.close()  # or its end would not be noticed here
-        pipes.append(own)
+        theirs.close()  # otherwise the end of the process would go unnoticed
+        pipes.append(ours)
         processes.append(process)
     try:
         yield TwoProcesses(pipes, threads)
@@ -192,14 +195,14 @@ def _serve(
     dtype: torch.dtype | None,
     longest: int,
 ) -> None:
-    """One of the two: loads its part, and does what comes by the pipe until that is closed."""
+    """Run one of the two processes: load its shard, and do the tasks from the pipe until it is closed."""
     os.environ.update(environment)
     torch.set_num_threads(threads)
     with init(lambda: torch.device("cpu")) as ranks:
         assert ranks is not None
         shard = Shard(ranks.tensor.rank, ranks.tensor.size)
         model = load(folder, layers=layers, dtype=dtype, tokenizer=False, shard=shard)
-        engine = Own(model, longest, parallel_ops(ops_for(model.weights), model.weights, ranks.tensor))
+        engine = ThisEngine(model, longest, parallel_ops(ops_for(model.weights), model.weights, ranks.tensor))
         while True:
             try:
                 task, numbers = pipe.recv()

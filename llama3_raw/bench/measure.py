@@ -1,4 +1,4 @@
-"""How fast engines run a model: each does a bit of everything in turn, beside what the machine can do at most."""
+"""Measure how fast engines run a model, interleaved with each other and with probes of the machine's roofline."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from ..backends import cpu
 from ..ops import Ops
 from ..quantization.matrix import Matrix, tensors_of
 from ..weights import Model, Weights
-from .engines import Engine, Own
+from .engines import Engine, ThisEngine
 from .roofline import copy_speed, multiply_speed, seconds_of
 
-LONG = 1000  # tokens: half a minute's work on 8B, and done once, on the CPU
+LONG = 1000  # tokens; on a CPU 8B takes half a minute for them, so longer tasks run only once there
 
 
 class Task(NamedTuple):
-    """Something to measure in tokens/s."""
+    """A task to measure in tokens/s."""
 
     kind: Literal["prefill", "decode"]
-    tokens: int  # of the prompt, or in the cache before
+    tokens: int  # length of the prompt, or of the context in the cache
 
     def is_long(self, device: torch.device) -> bool:
-        """Whether computing so many tokens takes too long to do it in every round."""
+        """Whether the task takes too long to run in every round."""
         return self.tokens > LONG and device.type == "cpu"
 
 
-Rates = dict[Task, dict[int, float]]  # of each task, by the number of the round; tokens/s
+Rates = dict[Task, dict[int, float]]  # tokens/s of each task, by the number of the round
 
 
 @dataclass(frozen=True)
 class EngineFigures:
-    """How fast an engine is, in medians over rounds."""
+    """The speed of an engine: medians over rounds."""
 
     version: str
     prefill_tokens_per_second: dict[int, float]  # by the length of the prompt
-    decode_tokens_per_second: dict[int, float]  # by the number of tokens before
+    decode_tokens_per_second: dict[int, float]  # by context
 
 
 @dataclass(frozen=True)
-class PeerFigures(EngineFigures):
-    """How fast another engine is, and how many times as fast ours was in the same round: each pair, and the median."""
+class BaselineFigures(EngineFigures):
+    """The speed of a baseline, and the ratios of this engine's speed to it within each round, with their medians."""
 
     prefill_ratios: dict[int, list[float]]
     prefill_ratio: dict[int, float]
@@ -55,40 +55,40 @@ class PeerFigures(EngineFigures):
 
 @dataclass(frozen=True)
 class Figures:
-    """What `measure` found. Rates are medians over rounds; ratios are medians of the ratios within a round."""
+    """The result of `measure`. Rates are medians over rounds; shares are medians of the shares within a round."""
 
     prefill_tokens_per_second: dict[int, float]  # by the length of the prompt
-    decode_tokens_per_second: float  # behind the fewest tokens
-    decode_tokens_per_second_by_context: dict[int, float]  # by the number of tokens before
-    decode_gb_per_second: float  # of weights read, in units of 1e9 bytes
-    read_loop_gb_per_second: float | None  # of the same weights by a plain loop; None without a compiler, on a GPU
+    decode_tokens_per_second: float  # at the shortest context
+    decode_tokens_per_second_by_context: dict[int, float]
+    decode_gb_per_second: float  # weights read, in units of 1e9 bytes
+    read_loop_gb_per_second: float | None  # the same weights, read by a plain loop; None on a GPU or without a compiler
     decode_share_of_read_loop: float | None
-    copy_gb_per_second: float | None  # read and written by a GPU that copies memory; None on the CPU
+    copy_gb_per_second: float | None  # read and written when a GPU copies memory; None on the CPU
     decode_share_of_copy: float | None
-    matmul_tflop_per_second: float | None  # 1e12 operations, by a GPU that multiplies large matrices; None on the CPU
-    prefill_share_of_matmul: dict[int, float] | None  # by the length of the prompt; its products with weights alone
+    matmul_tflop_per_second: float | None  # 1e12 operations/s of a GPU in a large matrix product; None on the CPU
+    prefill_share_of_matmul: dict[int, float] | None  # by the length of the prompt; counts products with weights only
     weights_bytes_per_token: int
-    cache_bytes_per_token: int  # of each token before
-    device: str  # "cpu", or what the GPU is called
+    cache_bytes_per_token: int  # for each token of the context
+    device: str  # "cpu", or the name of the GPU
     threads: int
-    vs: dict[str, PeerFigures]
+    vs: dict[str, BaselineFigures]  # by the name of the baseline
 
 
 def longest_text(prefill: Sequence[int], contexts: Sequence[int], new_tokens: int) -> int:
-    """The most tokens that any engine has in its cache."""
+    """Return the largest number of tokens that any engine has in its cache."""
     return max(max(prefill), max(contexts) + new_tokens) + 1
 
 
 class Probes(NamedTuple):
-    """What the machine can do at most, measured anew by each call; None for what is not to be measured."""
+    """Measurements of the machine's roofline, repeated by each call; None for those that do not apply."""
 
-    read: Callable[[], float] | None = None  # bytes of the weights in a second, by a loop on the CPU that only reads
-    copy: Callable[[], float] | None = None  # bytes in a second, read and written, by a GPU that copies memory
-    multiply: Callable[[], float] | None = None  # operations in a second, by a GPU in a large product of matrices
+    read: Callable[[], float] | None = None  # bytes/s of a CPU loop that only reads the weights
+    copy: Callable[[], float] | None = None  # bytes/s, read and written, of a GPU that copies memory
+    multiply: Callable[[], float] | None = None  # operations/s of a GPU in a large matrix product
 
 
 def probes_of(weights: Weights, read_loop: bool) -> Probes:
-    """What there is to measure where the weights are. read_loop: as for `measure`."""
+    """Return the probes for the device of the weights. read_loop: as for `measure`."""
     device, dtype = weights.norm.device, weights.norm.dtype
     if device.type == "cuda":
         return Probes(copy=lambda: copy_speed(device), multiply=lambda: multiply_speed(device, dtype))
@@ -108,17 +108,17 @@ def probes_of(weights: Weights, read_loop: bool) -> Probes:
 
 
 def matrices_of(weights: Weights) -> list[Matrix]:
-    """Those that every token is multiplied by."""
+    """Return the matrices that every token is multiplied by."""
     return [matrix for layer in weights.layers for matrix in layer if len(matrix.shape) == 2] + [weights.output]
 
 
 def products(weights: Weights, length: int) -> int:
-    """How many operations a prompt of so many tokens takes, each product and each sum: those with weights.
+    """Return the number of multiplications and additions with weights for a prompt of `length` tokens.
 
-    Attention comes on top: a twenty-fifth of it in 8B with 2,048 tokens. The last matrix is for the last token alone.
+    Attention adds to that, 1/25 of it in 8B with 2,048 tokens. The output matrix is applied to the last token only.
     """
-    *of_layers, output = (matrix.shape.numel() for matrix in matrices_of(weights))
-    return 2 * (length * sum(of_layers) + output)
+    *in_layers, output = (matrix.shape.numel() for matrix in matrices_of(weights))
+    return 2 * (length * sum(in_layers) + output)
 
 
 def measure(
@@ -127,39 +127,48 @@ def measure(
     contexts: Sequence[int] = (17,),
     new_tokens: int = 4,
     rounds: int = 5,
-    peers: Sequence[Engine] = (),
+    baselines: Sequence[Engine] = (),
     ops: Ops | None = None,
     read_loop: bool = True,
 ) -> Figures:
-    """Measures the model where it is, each round a bit of everything in turn, so that a disturbance hits all alike.
+    """Measure the model on its device. Each round runs every task once, so that a disturbance affects all alike.
 
-    prefill: how many tokens at once. contexts: behind how many tokens to decode `new_tokens`. peers: other engines,
-    each of which does everything in turn with ours. On the CPU a prompt of more than 1,000 tokens is for the last round
-    only, and so are the tokens before a peer's new ones, since some peers compute them. ops: as for `generate`.
-    read_loop: not for weights that the memory is not to hold.
+    On the CPU, prompts of more than 1,000 tokens run in the last round only. So does decoding by a baseline at such a
+    context, because some baselines compute the context first.
+
+    Args:
+        model: what `load` returned.
+        prefill: lengths of the prompts.
+        contexts: numbers of tokens in the cache before `new_tokens` are decoded.
+        new_tokens: tokens decoded in a round.
+        rounds: rounds that count, after one to warm up.
+        baselines: other engines, interleaved with this one.
+        ops: as for `generate`.
+        read_loop: whether to measure a loop that reads all weights; False if the memory must not hold them all.
     """
     weights, device = model.weights, model.weights.norm.device
     n_bytes = sum(matrix.nbytes for matrix in matrices_of(weights))
     probes = probes_of(weights, read_loop)
-    own = Own(model, longest_text(prefill, contexts, new_tokens), ops)
-    engines: list[Engine] = [own, *peers]
+    this_engine = ThisEngine(model, longest_text(prefill, contexts, new_tokens), ops)
+    engines: list[Engine] = [this_engine, *baselines]
     tasks = [Task("prefill", length) for length in sorted(prefill, reverse=True)]
     tasks += [Task("decode", context) for context in sorted(contexts)]
     shortest = Task("decode", min(contexts))
-    rates, possible = _run_rounds(engines, tasks, shortest, new_tokens, rounds, probes, device)
-    ours = medians(rates[own.name], "decode")
+    rates, roofline = _run_rounds(engines, tasks, shortest, new_tokens, rounds, probes, device)
+    ours = rates[this_engine.name]
+    decode = medians(ours, "decode")
 
     def share(task: Task, cost: float, name: str) -> float:
-        """What a task with so high a cost, in bytes or operations for a token, gets of what is possible."""
-        limit = {number: speed / cost for number, speed in possible[name].items()}
-        return statistics.median(pairs(rates[own.name][task], limit))
+        """Return the share of the roofline that a task reaches. cost: bytes or operations per token."""
+        limit = {number: speed / cost for number, speed in roofline[name].items()}
+        return statistics.median(ratios_by_round(ours[task], limit))
 
-    read, copy, multiply = (statistics.median(speeds.values()) if speeds else None for speeds in possible.values())
+    read, copy, multiply = (statistics.median(speeds.values()) if speeds else None for speeds in roofline.values())
     return Figures(
-        prefill_tokens_per_second=medians(rates[own.name], "prefill"),
-        decode_tokens_per_second=ours[shortest.tokens],
-        decode_tokens_per_second_by_context=ours,
-        decode_gb_per_second=ours[shortest.tokens] * n_bytes / 1e9,
+        prefill_tokens_per_second=medians(ours, "prefill"),
+        decode_tokens_per_second=decode[shortest.tokens],
+        decode_tokens_per_second_by_context=decode,
+        decode_gb_per_second=decode[shortest.tokens] * n_bytes / 1e9,
         read_loop_gb_per_second=read and read / 1e9,
         decode_share_of_read_loop=read and share(shortest, n_bytes, "read"),
         copy_gb_per_second=copy and copy / 1e9,
@@ -173,10 +182,10 @@ def measure(
         if multiply
         else None,
         weights_bytes_per_token=n_bytes,
-        cache_bytes_per_token=sum(t[0].nbytes for t in (*own.cache.keys, *own.cache.values)),
+        cache_bytes_per_token=sum(t[0].nbytes for t in (*this_engine.cache.keys, *this_engine.cache.values)),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         threads=torch.get_num_threads(),
-        vs={peer.name: compare(peer, rates[own.name], rates[peer.name]) for peer in peers},
+        vs={baseline.name: compare(baseline, ours, rates[baseline.name]) for baseline in baselines},
     )
 
 
@@ -189,51 +198,51 @@ def _run_rounds(
     probes: Probes,
     device: torch.device,
 ) -> tuple[dict[str, Rates], dict[str, dict[int, float]]]:
-    """The rates of each engine, of which ours is the first, and by the number of the round what the probes found."""
-    own = engines[0]
+    """Return the rates of each engine, of which this one is the first, and the results of each probe by round."""
+    this_engine = engines[0]
     rates: dict[str, Rates] = {engine.name: {task: {} for task in tasks} for engine in engines}
-    possible: dict[str, dict[int, float]] = {name: {} for name in Probes._fields}  # by the number of the round
+    roofline: dict[str, dict[int, float]] = {name: {} for name in Probes._fields}
     steps = [
         (number, task, engine)
         for number in range(rounds + 1)
         for task in tasks
-        for engine in [*engines[number % len(engines) :], *engines[: number % len(engines)]]  # each comes first in turn
-        if number == rounds or not task.is_long(device) or (task.kind == "decode" and engine is own)
+        for engine in [*engines[number % len(engines) :], *engines[: number % len(engines)]]  # each comes first once
+        if number == rounds or not task.is_long(device) or (task.kind == "decode" and engine is this_engine)
     ]
     for number, task, engine in tqdm(steps, desc="measuring", leave=False):
-        if engine is own and task == shortest:
+        if engine is this_engine and task == shortest:
             for name, probe in probes._asdict().items():
                 speed = probe() if probe else None
                 if speed is not None and number > 0:
-                    possible[name][number] = speed
+                    roofline[name][number] = speed
         if task.kind == "prefill":
             rate = task.tokens / engine.prefill(task.tokens)
         else:
             rate = new_tokens / engine.decode(task.tokens, new_tokens)
-        if number > 0:  # in the first round pages come in and threads start
+        if number > 0:  # the first round is a warm-up: it loads pages and starts threads
             rates[engine.name][task][number] = rate
-    return rates, possible
+    return rates, roofline
 
 
-def pairs(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
-    """Ours over theirs in every round that has both."""
+def ratios_by_round(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+    """Return ours / theirs for every round that has both."""
     return [ours[number] / theirs[number] for number in sorted(ours.keys() & theirs.keys())]
 
 
 def medians(rates: Rates, kind: str) -> dict[int, float]:
-    """The median over rounds of every task of a kind, by its tokens, the fewest first."""
+    """Return the median over rounds of every task of a kind, by its tokens in ascending order."""
     return {task.tokens: statistics.median(rates[task].values()) for task in sorted(rates) if task.kind == kind}
 
 
-def compare(peer: Engine, ours: Rates, theirs: Rates) -> PeerFigures:
-    """The figures of a peer, from its rates and ours."""
+def compare(baseline: Engine, ours: Rates, theirs: Rates) -> BaselineFigures:
+    """Return the figures of a baseline, from its rates and this engine's."""
 
     def ratios(kind: str) -> dict[int, list[float]]:
-        return {task.tokens: pairs(ours[task], theirs[task]) for task in sorted(theirs) if task.kind == kind}
+        return {task.tokens: ratios_by_round(ours[task], theirs[task]) for task in sorted(theirs) if task.kind == kind}
 
     prefill, decode = ratios("prefill"), ratios("decode")
-    return PeerFigures(
-        version=peer.version,
+    return BaselineFigures(
+        version=baseline.version,
         prefill_tokens_per_second=medians(theirs, "prefill"),
         decode_tokens_per_second=medians(theirs, "decode"),
         prefill_ratios=prefill,

@@ -1,4 +1,4 @@
-"""What a GPU can do at most, found by trying: how fast it copies memory and multiplies matrices. And how to time it."""
+"""Measure the roofline of a GPU: how fast it copies memory and multiplies matrices. And `seconds_of`, a timer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-BUFFER = 1 << 28  # bytes: several times what any GPU keeps in a cache
-WIDTH = 8192  # of the matrices: a GPU is at its best from here on
-_TIMES = 10  # in a row, so that the time to launch a kernel does not count
+BUFFER = 1 << 28  # bytes; several times the cache of any GPU
+WIDTH = 8192  # of the matrices; a GPU reaches its full speed from here on
+_REPEATS = 10  # in a row, so that the time to launch a kernel does not matter
 
 
 def wait_for(device: torch.device) -> None:
-    """Returns when the device has done all that it was given to do; a GPU works on while Python goes on."""
+    """Wait until the device has finished all its work, which a GPU does asynchronously."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -22,39 +22,40 @@ def wait_for(device: torch.device) -> None:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """How long some work on the device takes until all of it is done, once what was to do before is done."""
+    """Return the seconds that the work takes on the device. Earlier work is waited for first, and is not timed."""
     wait_for(device)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     work()
     wait_for(device)
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 def copy_speed(device: torch.device) -> float:
-    """The bytes in a second that the device reads and writes when it copies memory, both counted.
+    """Return the bytes per second that the device reads and writes, both counted, when it copies memory.
 
-    Takes 0.5 GB for the time being.
+    Needs 0.5 GB meanwhile.
     """
     source = torch.ones(BUFFER, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
     def copy() -> None:
-        for _ in range(_TIMES):
+        for _ in range(_REPEATS):
             target.copy_(source)
 
-    return 2 * BUFFER * _TIMES / seconds_of(copy, device)
+    return 2 * BUFFER * _REPEATS / seconds_of(copy, device)
 
 
 def multiply_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """The operations in a second, each product and each sum, of a large product of matrices laid out as weights are.
+    """Return the operations per second, multiplications and additions, of a large matrix product.
 
-    On random numbers, since a GPU is faster on zeros. In bf16 it takes 0.4 GB for the time being.
+    The matrices are laid out like weights. Their numbers are random, since a GPU is faster on zeros. Needs 0.4 GB in
+    bf16 meanwhile.
     """
     x, weight = torch.randn(2, WIDTH, WIDTH, dtype=dtype, device=device)
-    F.linear(x, weight)  # a library is loaded, and chooses how
+    F.linear(x, weight)  # the library is loaded and selects its kernel
 
     def multiply() -> None:
-        for _ in range(_TIMES):
+        for _ in range(_REPEATS):
             F.linear(x, weight)
 
-    return 2 * WIDTH**3 * _TIMES / seconds_of(multiply, device)
+    return 2 * WIDTH**3 * _REPEATS / seconds_of(multiply, device)

@@ -1,4 +1,4 @@
-"""Models to measure on, of true size with random weights: checkpoints of Meta's format, or tensors on a device."""
+"""Models of true size with random weights, for measuring: checkpoints in Meta's format, or tensors on a device."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..params import Params
 from ..quantization.int8 import quantize
 from ..system.files import atomic_write, check_disk
 from ..tokenizer import Tokenizer
-from ..weights import MATRICES, TensorPlace, Weights, tensor_places
+from ..weights import MATRICES, TensorSpec, Weights, tensor_specs
 
 _LLAMA_3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-05, "rope_theta": 500000.0}
 _70B = {"dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_dim_multiplier": 1.3, "multiple_of": 4096, **_LLAMA_3}
-# params.json of the models (llama_models.sku_list), and whether their embeddings are tied
+# params.json of each model (llama_models.sku_list), and whether its embeddings are tied
 SYNTHETIC: dict[str, tuple[dict[str, Any], bool]] = {
     "8b": (
         {"dim": 4096, "n_layers": 32, "n_heads": 32, "ffn_dim_multiplier": 1.3, "multiple_of": 1024, **_LLAMA_3},
@@ -42,24 +42,24 @@ SYNTHETIC: dict[str, tuple[dict[str, Any], bool]] = {
     ),
     "70b-1layer": ({**_70B, "n_layers": 1}, False),
     "70b": (_70B, False),
-    "405b": (  # as listed for 8 shards; for 16 the list has 16 kv heads
+    "405b": (  # as listed for 8 shards; the list for 16 shards has 16 kv heads
         {"dim": 16384, "n_layers": 126, "n_heads": 128, "ffn_dim_multiplier": 1.2, "multiple_of": 4096, **_LLAMA_3}
         | {"use_scaled_rope": True},
         False,
     ),
 }
-_DEVIATION = 0.02  # of the values of a matrix
-CHUNK = 1 << 26  # values made at once
+_STD = 0.02  # standard deviation of the values of a matrix
+CHUNK = 1 << 26  # values generated at once
 
 
 def synthetic_checkpoint(size: str) -> Checkpoint:
-    """A model of true size before it is made: its params, and its tensors in bf16 without content (on meta)."""
+    """Return the checkpoint of a model of true size: its params, and its tensors in bf16 on the meta device."""
     content, tied = SYNTHETIC[size]
     params = Params.from_meta(content)
-    parts = {
-        place: [torch.empty(place.shape, dtype=torch.bfloat16, device="meta")] for place in tensor_places(params, tied)
+    tensors = {
+        spec: [torch.empty(spec.shape, dtype=torch.bfloat16, device="meta")] for spec in tensor_specs(params, tied)
     }
-    return Checkpoint(size, params, parts, hf=False, scales={})
+    return Checkpoint(size, params, tensors, hf=False, scales={})
 
 
 def random_weights(
@@ -69,47 +69,55 @@ def random_weights(
     random_seed: int = 0,
     quantized: bool = False,
 ) -> Weights:
-    """The tensors of `synthetic_checkpoint`, made on the device one by one; beside them it takes no memory.
+    """Create the tensors of `synthetic_checkpoint` on the device, one by one, without any other memory.
 
-    Matrices are normal with a standard deviation of 0.02, norms are one. dtype: None keeps bf16. The same seed gives
-    the same values on the same kind of device; those of `make_synthetic` are others. quantized: each matrix is rounded
-    to int8 before the next one is made.
+    Matrices are normal with a standard deviation of 0.02, norms are one. The same seed gives the same values on the
+    same kind of device; `make_synthetic` gives different ones.
+
+    Args:
+        checkpoint: what `synthetic_checkpoint` returned.
+        device: where to create the tensors.
+        dtype: None keeps bf16.
+        random_seed: seed of the values.
+        quantized: round each matrix to int8 before creating the next one.
     """
     generator = torch.Generator(device).manual_seed(random_seed)
-    made: dict[TensorPlace, list[Tensor]] = {}
-    scales: dict[TensorPlace, tuple[Tensor, ...]] = {}
-    for place in tqdm(checkpoint.parts, desc=f"making {checkpoint.source}", unit="tensor", leave=False):
-        tensor = torch.ones(place.shape, dtype=dtype or checkpoint.dtype, device=device)
+    tensors: dict[TensorSpec, list[Tensor]] = {}
+    scales: dict[TensorSpec, tuple[Tensor, ...]] = {}
+    for spec in tqdm(checkpoint.shards, desc=f"creating {checkpoint.source}", unit="tensor", leave=False):
+        tensor = torch.ones(spec.shape, dtype=dtype or checkpoint.dtype, device=device)
         if tensor.dim() > 1:
-            tensor.normal_(0, _DEVIATION, generator=generator)
-        if quantized and place.field in MATRICES:
+            tensor.normal_(0, _STD, generator=generator)
+        if quantized and spec.field in MATRICES:
             rounded = quantize(tensor)
-            tensor, scales[place] = rounded.values, rounded[1:]
-        made[place] = [tensor]
-    # which takes them as they are, but for an output in int8 where the embeddings are tied
-    return build_weights(checkpoint._replace(parts=made, scales=scales), device, quantized=quantized)
+            tensor, scales[spec] = rounded.values, rounded[1:]
+        tensors[spec] = [tensor]
+    # copies nothing, except for an output in int8 if the embeddings are tied
+    return build_weights(checkpoint._replace(shards=tensors, scales=scales), device, quantized=quantized)
 
 
 def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, random_seed: int = 0) -> None:
-    """Writes a model of Meta's format and true size with random weights in bf16, in little memory.
+    """Write a model of true size in Meta's format, with random weights in bf16. Needs little memory.
 
-    Matrices are normal with a standard deviation of 0.02, norms are one. Raises UserError where the folder already
-    holds a model or the disk is too small.
+    Matrices are normal with a standard deviation of 0.02, norms are one. Raises UserError if the folder already holds a
+    model, or if the disk is too small.
     """
     content, _ = SYNTHETIC[size]
     params = Params.from_meta(content)
     if tokenizer is not None and Tokenizer(tokenizer).n_words != params.vocab_size:
         raise UserError(f"{tokenizer}: does not have the {params.vocab_size} tokens of Llama 3", argument="tokenizer")
-    tensors = {place.meta_name: parts[0] for place, parts in synthetic_checkpoint(size).parts.items()}
+    tensors = {spec.meta_name: shards[0] for spec, shards in synthetic_checkpoint(size).shards.items()}
     n_bytes = sum(tensor.nbytes for tensor in tensors.values())
     checkpoint = folder / "consolidated.00.pth"
     for file in (checkpoint, folder / "params.json", folder / "tokenizer.model"):
         if file.exists() and not (tokenizer is not None and file.samefile(tokenizer)):
-            raise UserError(f"{file}: is there already; name another folder, or remove it first")
+            raise UserError(f"{file}: already exists; name another folder, or remove it first")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror}; name a folder you may write to") from error
+        raise UserError(
+            f"{folder}: cannot be created: {error.strerror}; name a folder that you can write to"
+        ) from error
     check_disk(folder, folder, n_bytes)
     with (
         tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"writing {folder}") as bar,
@@ -117,12 +125,14 @@ def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, rando
     ):
         _write_random(part, tensors, random_seed, bar)
         if tokenizer is not None and tokenizer.resolve() != (folder / "tokenizer.model").resolve():
-            shutil.copyfile(tokenizer, folder / "tokenizer.model")
-        (folder / "params.json").write_text(json.dumps(content) + "\n")
+            with atomic_write(folder / "tokenizer.model") as copy:
+                shutil.copyfile(tokenizer, copy)
+        with atomic_write(folder / "params.json") as params_file:
+            params_file.write_text(json.dumps(content) + "\n")
 
 
 def _write_random(file: Path, tensors: Mapping[str, Tensor], random_seed: int, bar: tqdm[Any]) -> None:
-    """Writes a checkpoint with random values in the place of each of the tensors, which are without content."""
+    """Write a checkpoint with random values for each of the tensors, which are on the meta device."""
     offsets = write_empty_checkpoint(file, tensors)
     generator = torch.Generator().manual_seed(random_seed)
     with open(file, "r+b") as opened:
@@ -132,6 +142,6 @@ def _write_random(file: Path, tensors: Mapping[str, Tensor], random_seed: int, b
                 if tensor.dim() == 1:
                     values = torch.ones(count, dtype=tensor.dtype)
                 else:
-                    values = torch.empty(count).normal_(0, _DEVIATION, generator=generator).to(tensor.dtype)
+                    values = torch.empty(count).normal_(0, _STD, generator=generator).to(tensor.dtype)
                 write_at(opened, offsets[name] + begin * tensor.itemsize, values)
                 bar.update(values.nbytes)

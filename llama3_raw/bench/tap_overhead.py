@@ -1,4 +1,4 @@
-"""What seeing inside costs: model.py beside itself without taps, and a trace of every tensor beside the plain pass."""
+"""Measure what taps and traces cost: model.py compared with a copy without taps, and a trace with a plain pass."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ..tracing.record import trace
 from ..weights import Model
 from .engines import random_ids
 
-LENGTH = 17  # tokens of the prompt
-_PASSES = 200  # without work, of a few milliseconds each
+LENGTH = 17  # tokens in the prompt
+_PASSES = 200  # passes that compute nothing, a few milliseconds each
 
 
 @dataclass(frozen=True)
 class Cost:
-    """How many times as long a pass takes as a plain one beside it: in each round, and the median."""
+    """The time of a pass divided by that of a plain pass next to it: in each round, and the median."""
 
     ratios: list[float]
     ratio: float
@@ -36,27 +36,27 @@ class Cost:
 
 @dataclass(frozen=True)
 class TapFigures:
-    """What `measure_taps` found."""
+    """The result of `measure_taps`."""
 
-    default_tap_prompt: Cost  # the default tap, against no call of a tap at all
-    default_tap_token: Cost  # the same for one token behind the prompt
-    default_tap_seconds: float  # what its calls take in such a pass, found where there is nothing else to do
-    trace: Cost  # a trace of every tensor of the prompt, against the pass alone, by the exact operations
+    default_tap_prompt: Cost  # the default tap, compared with no call of a tap
+    default_tap_token: Cost  # the same for one token after the prompt
+    default_tap_seconds: float  # for its calls in such a pass, measured in passes that compute nothing
+    trace: Cost  # a trace of every tensor of the prompt, compared with the pass alone, by the exact operations
     trace_bytes: int
     threads: int
 
 
 class _WithoutTaps(ast.NodeTransformer):
-    """Makes x of every tap(name, x), and tap of every scoped(tap, prefix)."""
+    """Replace every tap(name, x) by x, and every scoped(tap, prefix) by tap."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
-        kept = {"tap": 1, "scoped": 0}.get(node.func.id) if isinstance(node.func, ast.Name) else None
-        return node if kept is None else node.args[kept]
+        index = {"tap": 1, "scoped": 0}.get(node.func.id) if isinstance(node.func, ast.Name) else None
+        return node if index is None else node.args[index]
 
 
 def model_without_taps() -> ModuleType:
-    """model.py as it would be if nobody ever looked inside, as a module beside it."""
+    """Return a copy of the module model.py from which every tap is removed."""
     tree = ast.fix_missing_locations(_WithoutTaps().visit(ast.parse(inspect.getsource(model_module))))
     module = ModuleType(f"{model_module.__name__}_without_taps")
     module.__package__ = model_module.__package__
@@ -65,10 +65,10 @@ def model_without_taps() -> ModuleType:
 
 
 def measure_taps(model: Model, ops: Ops, rounds: int) -> TapFigures:
-    """Measures a prompt of 17 tokens, and one token behind it.
+    """Measure a prompt of 17 tokens, and one token after it.
 
-    In each round every pass is beside the plain one that it is compared with, and either comes first in turn. ops: what
-    the default tap is measured with; the faster they are, the more it shows.
+    In each round every pass runs next to the plain one that it is compared with, and they take turns to be the first.
+    ops: the operations to measure the default tap with. The faster they are, the larger its share.
     """
     weights, params = model.weights, model.params
     device = weights.tok_embeddings.device
@@ -76,45 +76,45 @@ def measure_taps(model: Model, ops: Ops, rounds: int) -> TapFigures:
     prompt, token = torch.tensor(ids, device=device), torch.tensor(ids[:1], device=device)
     cache = KVCache.allocate(params, max_seq_len=LENGTH + 1, like=weights)
     forward_without_taps: Callable[..., Tensor] = model_without_taps().forward
-    kept = trace(model, ids)  # known from now on: its size, and that the memory holds it
+    full_trace = trace(model, ids)  # for its size, and to know that it fits into memory
 
-    def over_the_prompt(forward: Callable[..., Tensor]) -> Tensor:
+    def over_prompt(forward: Callable[..., Tensor]) -> Tensor:
         return forward(weights, params, prompt, cache=cache, logits_at=-1, ops=ops)
 
-    def over_the_token(forward: Callable[..., Tensor], ops: Ops = ops) -> Tensor:
+    def over_token(forward: Callable[..., Tensor], ops: Ops = ops) -> Tensor:
         return forward(weights, params, token, cache=cache, start=LENGTH, logits_at=-1, ops=ops)
 
-    # each with what it is compared with
+    # each pass, and the plain pass that it is compared with
     pairs: list[tuple[Callable[[], Tensor], Callable[[], Tensor]]] = [
-        (lambda: over_the_prompt(forward), lambda: over_the_prompt(forward_without_taps)),
-        (lambda: over_the_token(forward), lambda: over_the_token(forward_without_taps)),
+        (lambda: over_prompt(forward), lambda: over_prompt(forward_without_taps)),
+        (lambda: over_token(forward), lambda: over_token(forward_without_taps)),
         (lambda: trace(model, ids)["logits"], lambda: forward(weights, params, prompt, ops=REFERENCE)),
     ]
     seconds: list[list[tuple[float, float]]] = [[] for _ in pairs]
     with torch.no_grad():
-        for watched, plain in pairs:  # once before it counts: pages come in and threads start
-            assert torch.equal(watched(), plain()), "to look on should change nothing"
+        for tapped, plain in pairs:  # a warm-up: loads pages and starts threads
+            assert torch.equal(tapped(), plain()), "a tap should change nothing"
         for number in tqdm(range(rounds), desc="measuring", leave=False):
-            for (watched, plain), times in zip(pairs, seconds, strict=True):
-                times.append(_in_turn(watched, plain, number))
-        no_work = _no_work(model)
-        alone = [
-            _in_turn(lambda: over_the_token(forward, no_work), lambda: over_the_token(forward_without_taps, no_work), i)
+            for (tapped, plain), times in zip(pairs, seconds, strict=True):
+                times.append(_time_both(tapped, plain, number))
+        empty = _empty_ops(model)
+        empty_seconds = [
+            _time_both(lambda: over_token(forward, empty), lambda: over_token(forward_without_taps, empty), i)
             for i in range(_PASSES)
         ]
-    at_the_prompt, at_the_token, traced = map(_cost, seconds)
+    prompt_cost, token_cost, trace_cost = map(_cost, seconds)
     return TapFigures(
-        default_tap_prompt=at_the_prompt,
-        default_tap_token=at_the_token,
-        default_tap_seconds=statistics.median(took - plain_took for took, plain_took in alone),
-        trace=traced,
-        trace_bytes=kept.nbytes,
+        default_tap_prompt=prompt_cost,
+        default_tap_token=token_cost,
+        default_tap_seconds=statistics.median(tapped - plain for tapped, plain in empty_seconds),
+        trace=trace_cost,
+        trace_bytes=full_trace.nbytes,
         threads=torch.get_num_threads(),
     )
 
 
-def _no_work(model: Model) -> Ops:
-    """Operations for one token that compute nothing, so that the rest of a pass shows."""
+def _empty_ops(model: Model) -> Ops:
+    """Return operations for one token that compute nothing, so that the rest of a pass can be timed."""
     params = model.params
     zeros = model.weights.norm.new_zeros(1, max(params.vocab_size, params.hidden_dim, params.dim))
     return Ops(
@@ -124,21 +124,21 @@ def _no_work(model: Model) -> Ops:
     )
 
 
-def _in_turn(watched: Callable[[], Tensor], plain: Callable[[], Tensor], number: int) -> tuple[float, float]:
-    """The seconds of both, of which either comes first in turn."""
+def _time_both(tapped: Callable[[], Tensor], plain: Callable[[], Tensor], number: int) -> tuple[float, float]:
+    """Return the seconds of both passes. Odd numbers run the plain one first."""
     if number % 2:
-        plain_took, took = _seconds(plain), _seconds(watched)
+        plain_seconds, tapped_seconds = _seconds(plain), _seconds(tapped)
     else:
-        took, plain_took = _seconds(watched), _seconds(plain)
-    return took, plain_took
+        tapped_seconds, plain_seconds = _seconds(tapped), _seconds(plain)
+    return tapped_seconds, plain_seconds
 
 
 def _seconds(compute: Callable[[], Tensor]) -> float:
     start = time.perf_counter()
-    compute().flatten()[0].item()  # waits for a GPU to be done
+    compute().flatten()[0].item()  # waits for a GPU
     return time.perf_counter() - start
 
 
 def _cost(times: list[tuple[float, float]]) -> Cost:
-    ratios = [took / plain_took for took, plain_took in times]
-    return Cost(ratios, statistics.median(ratios), statistics.median(plain_took for _, plain_took in times))
+    ratios = [tapped / plain for tapped, plain in times]
+    return Cost(ratios, statistics.median(ratios), statistics.median(plain for _, plain in times))

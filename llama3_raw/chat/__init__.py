@@ -1,1 +1,1 @@
-"""The dialog format, conversations, and the command python -m llama3_raw.chat."""
+"""Meta's dialog format, conversations, and the command `python -m llama3_raw.chat`."""

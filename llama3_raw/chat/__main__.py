@@ -1,8 +1,7 @@
-"""python -m llama3_raw.chat: talk to an Instruct model. Answers on stdout, everything else on stderr."""
+"""python -m llama3_raw.chat: talk to an Instruct model. Answers go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ..cli.entry_point import ArgumentParser, command_line_tool, describe
-from ..cli.memory_plan import Lengths
+from ..cli.memory_plan import RunShape
 from ..cli.models import choose_model, load_model
 from ..cli.options import (
     add_compile_option,
@@ -34,33 +33,33 @@ PROMPT = "> "
 
 
 COMMANDS = {
-    "/reset": "forget what was said, but for the system message",
-    "/system [TEXT]": "take TEXT as the system message, or none",
+    "/reset": "forget the conversation, but not the system message",
+    "/system [TEXT]": "set the system message; without TEXT, remove it",
     "/save FILE": "write the conversation as JSON",
-    "/load FILE": "go on from a conversation that was saved",
-    "/stats": "tokens, speed and memory",
-    "/exit": "end, as Ctrl-D does",
+    "/load FILE": "continue a saved conversation",
+    "/stats": "show tokens, speed and memory",
+    "/exit": "end the chat, as Ctrl-D does",
     "/help": "show this list",
 }
 
 
 def run_command(conversation: Conversation, line: str) -> None:
-    """Runs a line that begins with /. Raises UserError for what is no command, and for files that are not as needed."""
+    """Run a line that begins with /. Raises UserError for an unknown command, and for a file that cannot be used."""
     name, *rest = line.split(maxsplit=1)
     argument = "".join(rest).strip()
     file = Path(os.path.expanduser(argument))
     if name in ("/save", "/load") and not argument:
-        raise UserError(f"{name}: give the name of a file behind it")
+        raise UserError(f"{name}: give the name of a file after it")
     if name == "/reset":
         conversation.exchanges.clear()
-        _note("forgotten")
+        _note("the conversation is forgotten")
     elif name == "/system":
-        was = f"; it was {conversation.system!r}" if conversation.system else ""
+        previous = f"; it was {conversation.system!r}" if conversation.system else ""
         conversation.system = argument
-        _note(f"there is {'a new' if argument else 'no'} system message{was}")
+        _note(f"there is {'a new' if argument else 'no'} system message{previous}")
     elif name == "/save":
         write_dialog(file, conversation.messages)
-        _note(f"saved in {file}: {len(conversation.messages)} messages")
+        _note(f"saved to {file}: {len(conversation.messages)} messages")
     elif name == "/load":
         conversation.restore(read_dialog(file))
         _note(f"loaded from {file}: {len(conversation.messages)} messages")
@@ -70,7 +69,7 @@ def run_command(conversation: Conversation, line: str) -> None:
         for usage, meaning in COMMANDS.items():
             print(f"  {usage:<16}{meaning}", file=sys.stderr)
     else:
-        raise UserError(f"{name}: no such command (see /help); a question may begin with / behind a space")
+        raise UserError(f"{name}: no such command (see /help); put a space before a question that begins with /")
 
 
 def _print_stats(conversation: Conversation) -> None:
@@ -78,7 +77,7 @@ def _print_stats(conversation: Conversation) -> None:
     seconds = turn.times[-1] - turn.times[0] if turn.times else 0
     for name, value in {
         "tokens in the window": f"{conversation.length():,} of {conversation.context:,}",
-        "computed for the answer": f"{turn.computed:,}",
+        "tokens computed": f"{turn.computed:,}",
         "tokens of the answer": f"{len(turn.new):,}",
         "tokens per second": f"{(len(turn.times) - 1) / seconds:.2f}" if seconds else "-",
         "passes, in all answers": f"{lookup.passes:,}",
@@ -89,7 +88,7 @@ def _print_stats(conversation: Conversation) -> None:
 
 
 def print_answer(conversation: Conversation, question: str) -> bool:
-    """Prints the answer as it comes, then what the user would not expect of it; -> whether Ctrl-C stopped it."""
+    """Stream the answer to stdout, then note what is unusual about it. Return whether Ctrl-C stopped it."""
     interrupted = False
     try:
         with contextlib.closing(conversation.answer(question)) as pieces:
@@ -116,13 +115,13 @@ def _note(text: str) -> None:
 
 
 def _read_line(screen: TextIO | None) -> str | None:
-    """The next line of stdin, behind a prompt on the screen if there is one; None at the end.
+    """Return the next line of stdin, after showing a prompt on the screen, if any; None at the end.
 
-    Raises UserError where it is not UTF-8.
+    Raises UserError if the line is not UTF-8.
     """
     try:
         if screen is sys.stdout:
-            return input(PROMPT)  # edits lines where there is readline, but its prompt is on stdout always
+            return input(PROMPT)  # line editing if there is readline; the prompt is always on stdout
         if screen is not None:
             print(PROMPT, end="", file=screen, flush=True)
         line = sys.stdin.buffer.readline().decode("utf-8")
@@ -135,7 +134,7 @@ def _read_line(screen: TextIO | None) -> str | None:
 
 @contextlib.contextmanager
 def _line_editing() -> Iterator[None]:
-    """Gives input() line editing, a history that outlives the chat, and the tab key; on Windows the console edits."""
+    """Give input() line editing, a persistent history and tab completion; on Windows the console has its own."""
     try:
         import readline
     except ImportError:
@@ -146,11 +145,11 @@ def _line_editing() -> Iterator[None]:
     names = [usage.split()[0] for usage in COMMANDS]
     readline.set_completer_delims(" ")
     readline.set_completer(lambda text, n: [*(name for name in names if text and name.startswith(text)), None][n])
-    if "libedit" in (readline.__doc__ or ""):  # which macOS has in readline's place
+    if "libedit" in (readline.__doc__ or ""):  # macOS, instead of GNU readline
         readline.parse_and_bind("bind ^I rl_complete")
     else:
         readline.parse_and_bind("tab: complete")
-        readline.parse_and_bind("set enable-bracketed-paste on")  # several lines that are pasted are one question
+        readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one question
     with contextlib.suppress(OSError):
         readline.read_history_file(history)
     try:
@@ -163,13 +162,12 @@ def _line_editing() -> Iterator[None]:
 
 
 def build_parser() -> ArgumentParser:
-    """The options of `python -m llama3_raw.chat`."""
+    """Return the parser of `python -m llama3_raw.chat`."""
     commands = "\n".join(f"  {usage:<16}{meaning}" for usage, meaning in COMMANDS.items())
     parser = ArgumentParser(
         prog="python -m llama3_raw.chat",
-        description="Talks to an Instruct model. Its answers go to stdout, all else to stderr. Where stdin is not a\n"
-        "terminal, each line of it is a question or a command.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Talk to an Instruct model. Its answers go to stdout, everything else to stderr. If stdin is not a "
+        "terminal, each of its lines is a question or a command.",
         epilog=f"commands in the chat:\n{commands}\n\nCtrl-C stops an answer.",
     )
     group = parser.add_argument_group("conversation")
@@ -178,11 +176,11 @@ def build_parser() -> ArgumentParser:
         "--context",
         type=positive_int,
         metavar="N",
-        help=f"tokens in the window (default: what the model holds, but at most {DEFAULT_CONTEXT}, to spare memory); "
-        "when it is full the oldest turns are dropped",
+        help=f"tokens in the window (default: the model's context, at most {DEFAULT_CONTEXT} to save memory); when it "
+        "is full, the oldest turns are dropped",
     )
     group.add_argument(
-        "--max-new-tokens", type=positive_int, metavar="N", help="stop an answer after N tokens (default: never)"
+        "--max-new-tokens", type=positive_int, metavar="N", help="stop an answer after N tokens (default: no limit)"
     )
     add_lookup_option(group)
     add_compile_option(group)
@@ -194,21 +192,22 @@ def build_parser() -> ArgumentParser:
 
 @command_line_tool
 def main(arguments: Sequence[str]) -> int:
-    """Runs the tool; -> exit status."""
+    """Run the command and return the exit status."""
     options = build_parser().parse_args(arguments)
     sampling = chosen_sampling(options)
     if sys.stdin is None:
-        raise UserError("stdin is closed; questions come from there")
+        raise UserError("stdin is closed; the chat reads questions from it")
     try:
         options.system.encode()
     except UnicodeEncodeError as error:
         raise UserError("--system: not valid UTF-8; convert the text to UTF-8") from error
-    LookupPolicy(options.lookup)  # complains of what is out of range now, not after a long load
+    LookupPolicy(options.lookup)  # before a long load, so that a wrong value is reported at once
     chosen = choose_model(options)
     longest = chosen.checkpoint.params.max_seq_len
     check_context(options.context, longest)
     window = options.context or min(DEFAULT_CONTEXT, longest)
-    model, ops, which = load_model(chosen, Lengths(prompt=window, text=window, least=1))  # a question may fill it
+    shape = RunShape(prompt=window, text=window, least=1)  # a question may fill the window
+    model, ops, which = load_model(chosen, shape)
     conversation = Conversation(
         model,
         system=options.system,
@@ -226,19 +225,22 @@ def main(arguments: Sequence[str]) -> int:
     if not sys.stdin.isatty():
         return _converse(conversation, screen=None)
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="strict")  # bytes that are not UTF-8 are not to become half characters
+        sys.stdin.reconfigure(errors="strict")  # bytes that are not UTF-8 must not become lone surrogates
     _note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")
     with _line_editing():
         return _converse(conversation, screen=sys.stdout if sys.stdout.isatty() else sys.stderr)
 
 
 def _converse(conversation: Conversation, screen: TextIO | None) -> int:
-    """Answers line by line; -> exit status. screen: where a user sees the prompt, whom errors and Ctrl-C do not end."""
+    """Answer line by line, and return the exit status.
+
+    screen: where a user sees the prompt; errors and Ctrl-C then do not end the chat.
+    """
     while True:
         try:
             line = _read_line(screen)
             if line is None and screen is not None:
-                print(file=screen)  # behind the prompt
+                print(file=screen)  # end the line of the prompt
             if line is None or line.split() == ["/exit"]:
                 return 0
             if line.startswith("/"):

@@ -1,1 +1,1 @@
-"""Files and `Weights`: what a folder holds, mapped, checked, split, loaded and written."""
+"""Checkpoints: files are mapped, checked, sharded, loaded as `Weights` and written."""

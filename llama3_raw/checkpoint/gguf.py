@@ -1,4 +1,4 @@
-"""llama.cpp's format: a model written as one GGUF file. (github.com/ggml-org/ggml, docs/gguf.md)"""
+"""Writing a model as a GGUF file, llama.cpp's format. (github.com/ggml-org/ggml, docs/gguf.md)"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import needed_package
 from ..model import rope_frequencies
 from ..params import Params
 from ..system.files import atomic_write, check_disk
-from ..weights import Model, tensor_places
+from ..weights import Model, tensor_specs
 
 _GGUF_NAMES = {
     **{"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"},
@@ -27,15 +27,15 @@ _TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 def gguf_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
-    """Name and content of every tensor, matrices as they are: llama.cpp keeps Meta's order of the rows of wq and wk.
+    """Yield the name and content of every tensor. Matrices are unchanged: llama.cpp uses Meta's row order of wq and wk.
 
-    It wants the norms in fp32, and the scaling of RoPE as the divisors [head_dim/2] of the unscaled frequencies.
+    llama.cpp expects norms in fp32, and the RoPE scaling as divisors [head_dim/2] of the unscaled frequencies.
     """
     params, weights = model.params, model.weights
-    for place in tensor_places(params, weights.output is weights.tok_embeddings):
-        tensor: Tensor = getattr(weights if place.layer is None else weights.layers[place.layer], place.field)
-        layer = "" if place.layer is None else f"blk.{place.layer}."
-        yield f"{layer}{_GGUF_NAMES[place.field]}.weight", tensor.float() if tensor.dim() == 1 else tensor
+    for spec in tensor_specs(params, weights.output is weights.tok_embeddings):
+        tensor: Tensor = getattr(weights if spec.layer is None else weights.layers[spec.layer], spec.field)
+        layer = "" if spec.layer is None else f"blk.{spec.layer}."
+        yield f"{layer}{_GGUF_NAMES[spec.field]}.weight", tensor.float() if tensor.dim() == 1 else tensor
     if params.rope_scaling is not None:
         cpu = torch.device("cpu")
         unscaled = rope_frequencies(replace(params, rope_scaling=None), cpu)
@@ -45,14 +45,14 @@ def gguf_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
 def write_gguf(model: Model, file: Path) -> None:
     """Write the weights of a model on the CPU, in their dtype, tensor by tensor.
 
-    The vocabulary is made up, token N being called "tN": whoever runs the file talks to it in token ids. Raises
-    UserError if the disk is too small or refuses.
+    The vocabulary is a placeholder, with token N called "tN"; use the file with token ids. Raises UserError if the disk
+    is too small or cannot be written.
     """
     gguf: Any = needed_package("gguf", "a GGUF file")
     tensors = list(gguf_tensors(model))
     n_bytes = sum(tensor.nbytes for _, tensor in tensors)
-    check_disk(file, file.parent, n_bytes + 100_000_000)
     with atomic_write(file) as part:
+        check_disk(file, part.parent, n_bytes + 100_000_000)
         writer = gguf.GGUFWriter(part, "llama")
         _add_metadata(writer, model.params)
         arrays = [(name, _array(tensor), gguf.GGMLQuantizationType[_TYPES[tensor.dtype]]) for name, tensor in tensors]
@@ -69,7 +69,7 @@ def write_gguf(model: Model, file: Path) -> None:
 
 
 def _add_metadata(writer: Any, params: Params) -> None:
-    """What llama.cpp wants to know beside the tensors."""
+    """Add the metadata that llama.cpp requires."""
     writer.add_vocab_size(params.vocab_size)
     writer.add_context_length(params.max_seq_len)
     writer.add_embedding_length(params.dim)
@@ -86,11 +86,11 @@ def _add_metadata(writer: Any, params: Params) -> None:
     writer.add_tokenizer_pre("llama-bpe")
     writer.add_token_list([f"t{token}" for token in range(params.vocab_size)])
     writer.add_token_types([1] * params.vocab_size)  # gguf.TokenType.NORMAL
-    writer.add_token_merges(["t 0"])  # it will not do without any
+    writer.add_token_merges(["t 0"])  # llama.cpp requires at least one
 
 
 def is_gguf_of(file: Path, model: Model) -> bool:
-    """Whether a GGUF file holds this model: the same tensors, as far as their first and last rows tell."""
+    """Whether a GGUF file holds this model; only the first and last row of each tensor are compared."""
     gguf: Any = needed_package("gguf", "a GGUF file")
     try:
         with warnings.catch_warnings():
@@ -107,5 +107,5 @@ def is_gguf_of(file: Path, model: Model) -> bool:
 
 
 def _array(tensor: Tensor) -> Any:
-    """The same memory as a numpy array; bf16, which numpy does not have, as int16."""
+    """Return the same memory as a NumPy array; bf16, which NumPy lacks, as int16."""
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).contiguous().numpy()

@@ -1,4 +1,4 @@
-"""From a checkpoint to `Weights` on a device, and from a state dict and back."""
+"""`load`, and the conversion of checkpoints and state dicts to `Weights`."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from ..errors import UserError
 from ..params import Params
 from ..quantization.int8 import Int8, quantize
 from ..quantization.matrix import Matrix, tensors_of
-from ..system.madvise import read_exactly
-from ..weights import DTYPES, MATRICES, SCALE_ENDINGS, LayerWeights, Model, TensorPlace, Weights, tensor_places
+from ..system.madvise import prefetch_pages
+from ..weights import DTYPES, MATRICES, SCALE_ENDINGS, LayerWeights, Model, TensorSpec, Weights, tensor_specs
 from .checkpoint import Checkpoint, check_tensors, first_layers, open_checkpoint, shard_of, whole_tensor
 from .files import find_tokenizer
 from .sharding import Shard
-from .staging import Move, mover
+from .staging import Move, staging
 
 
 def from_state_dict(params: Params, tensors: Mapping[str, Tensor]) -> Weights:
-    """Tensors by Meta's names -> Weights, checked against `params`. Raises UserError naming a tensor that is wrong."""
-    found = {name: [tensor] for name, tensor in tensors.items()}
-    return build_weights(check_tensors("the state dict", params, found))
+    """Return the weights of a state dict with Meta's names. Raises UserError naming a tensor that is wrong."""
+    by_name = {name: [tensor] for name, tensor in tensors.items()}
+    return build_weights(check_tensors("the state dict", params, by_name))
 
 
 def to_state_dict(params: Params, weights: Weights) -> dict[str, Tensor]:
-    """Weights -> tensors by Meta's names, as torch.save writes them into consolidated.00.pth.
+    """Return the tensors of a model by Meta's names, ready for torch.save to consolidated.00.pth.
 
-    A matrix in int8 is three tensors, as `save_quantized` names them.
+    A matrix in int8 is three tensors, with the names that `save_quantized` uses.
     """
     tensors: dict[str, Tensor] = {}
-    for place in tensor_places(params, tied=weights.output is weights.tok_embeddings):
-        matrix = getattr(weights if place.layer is None else weights.layers[place.layer], place.field)
-        tensors |= by_stored_name(place.meta_name, matrix)
+    for spec in tensor_specs(params, tied=weights.output is weights.tok_embeddings):
+        matrix = getattr(weights if spec.layer is None else weights.layers[spec.layer], spec.field)
+        tensors |= by_stored_name(spec.meta_name, matrix)
     return tensors
 
 
 def by_stored_name(name: str, matrix: Matrix) -> dict[str, Tensor]:
-    """A matrix by its name, the scales of a quantised one beside it."""
+    """Return the tensors of a matrix by their names in files: itself and, if it is quantized, its scales."""
     endings = ("", *SCALE_ENDINGS) if isinstance(matrix, Int8) else ("",)
     return {name + ending: tensor for ending, tensor in zip(endings, tensors_of(matrix), strict=True)}
 
@@ -58,21 +58,26 @@ def load(  # noqa: PLR0913  # what a caller may set
     gpu_layers: int | None = None,
     shard: Shard | None = None,
 ) -> Model:
-    """A folder with Meta's files, a Hugging Face folder, or a repository with Meta's files in original/ -> Model.
+    """Load a model from a folder with Meta's files or Hugging Face's, or with Meta's in its subfolder original/.
 
-    dtype: None keeps the checkpoint's own. layers: only the first so many. tokenizer: a tokenizer.model elsewhere;
-        None takes the one in the folder or in its original/, if there is one; False reads none.
-    quantized: round the matrices to int8; they take memory of their own. (What `save_quantized` wrote is mapped.)
-    progress: read the weights into memory now, with a bar on stderr; otherwise the pages of a CPU model come in as the
-        first forward pass uses them.
-    gpu_layers: with a CUDA device, for a model that is larger than its memory: the matrices of only the first so many
-        layers go there, those of the others stay on the CPU (see `goes_to_gpu`). `generate` finds the operations for
-        that; `forward` and `trace` are to be given `backends.choose.ops_for(weights)`. None: all layers go there.
-    shard: the part that one of several processes is to hold, of which alone the bytes are read; the params stay those
-        of the whole model. The operations are to be those of `backends.tensor_parallel.parallel_ops`.
+    Args:
+        folder: the folder, with a tokenizer.model if there is to be text.
+        device: where the tensors are. On the CPU they are memory-mapped, and not copied unless they must be converted.
+        dtype: None keeps the checkpoint's dtype.
+        layers: load only the first `layers` layers.
+        tokenizer: a tokenizer.model elsewhere; None loads the folder's, if it has one; False loads none.
+        quantized: round the matrices to int8, in allocated memory. (What `save_quantized` wrote is mapped.)
+        progress: read the weights into memory now, with a bar on stderr. Otherwise the pages of a CPU model are read
+            when the first forward pass uses them.
+        gpu_layers: for a model larger than a CUDA GPU's memory: only the matrices of the first `gpu_layers` layers are
+            on the GPU (see `goes_to_gpu`). `generate` chooses the operations for that; pass
+            `ops=backends.choose.ops_for(weights)` to `forward` and `trace`. None: all layers are on the GPU.
+        shard: load only the shard that one of several processes holds; only its bytes are read. The params are those
+            of the whole model. Use it with the operations of `backends.tensor_parallel.parallel_ops`.
 
-    Raises UserError where a file is missing or damaged, or a tensor is not what params.json says, for a number of
-    layers that the model does not have, and for so many shards as it cannot be split into.
+    Raises:
+        UserError: a file is missing or damaged, a tensor does not match the params, the model has fewer layers, or it
+            cannot be split into that many shards.
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise UserError(f"dtype should be torch.bfloat16, float16 or float32, is {dtype}")
@@ -89,32 +94,33 @@ def load(  # noqa: PLR0913  # what a caller may set
 
 
 def check_gpu_layers(gpu_layers: int | None, device: torch.device, params: Params) -> None:
-    """Raise UserError if gpu_layers is given for another device than a CUDA GPU, or for layers that are not there."""
+    """Raise UserError if gpu_layers is given for a device other than a CUDA GPU, or is out of range."""
     if gpu_layers is None:
         return
     if device.type != "cuda":
         raise UserError(
-            f"{gpu_layers}: shares a model between a CUDA GPU and the CPU, but the device is {device}; leave it out, "
-            "or take a CUDA device",
+            f"{gpu_layers}: splits a model between a CUDA GPU and the CPU, but the device is {device}; leave it out, "
+            "or use a CUDA device",
             argument="gpu_layers",
         )
     if not 1 <= gpu_layers <= params.n_layers:
         raise UserError(
-            f"{gpu_layers}: {params.n_layers} layers are run; give a number from 1 to that", argument="gpu_layers"
+            f"{gpu_layers}: {params.n_layers} layers are loaded; give a number from 1 to {params.n_layers}",
+            argument="gpu_layers",
         )
 
 
-def goes_to_gpu(place: TensorPlace, tied: bool, gpu_layers: int | None) -> bool:
-    """Whether a tensor lies on the GPU where the matrices of the first `gpu_layers` layers do; None: each one does.
+def goes_to_gpu(spec: TensorSpec, tied: bool, gpu_layers: int | None) -> bool:
+    """Whether a tensor is on the GPU if the matrices of the first `gpu_layers` layers are; None: every tensor is.
 
-    All norms do, and the cache goes with them. The output matrix does, which is read whole for each token as a layer
-    is. The embeddings, of which a token reads one row, only where they are the output matrix (`tied`).
+    All norms are, and the cache with them. So is the output matrix, which is read whole for each token, like a layer.
+    The embeddings, of which a token reads one row, are only if they are the output matrix (`tied`).
     """
     if gpu_layers is None:
         return True
-    if place.field == "tok_embeddings":
+    if spec.field == "tok_embeddings":
         return tied
-    return place.layer is None or place.layer < gpu_layers or place.field not in MATRICES
+    return spec.layer is None or spec.layer < gpu_layers or spec.field not in MATRICES
 
 
 def build_weights(
@@ -125,86 +131,84 @@ def build_weights(
     quantized: bool = False,
     gpu_layers: int | None = None,
 ) -> Weights:
-    """The tensors of a checkpoint, in one dtype, moved to `device` one by one; the arguments are those of `load`.
+    """Return the tensors of a checkpoint in one dtype, moved to `device` one by one; arguments as in `load`.
 
-    Raises UserError where the stored dtypes differ and none is given, or where the memory does not hold them.
+    Raises UserError if the stored dtypes differ and none is given, or if the tensors do not fit into memory.
     """
     if dtype is None:
         _check_one_dtype(checkpoint)
-    source, all_parts = checkpoint.source, checkpoint.parts
-    total = sum(part.nbytes for parts in all_parts.values() for part in parts)
-    largest = max(part.nbytes for parts in all_parts.values() for part in parts)
-    made: dict[TensorPlace, Matrix] = {}
+    source, sizes = checkpoint.source, [shard.nbytes for shards in checkpoint.shards.values() for shard in shards]
+    total, largest = sum(sizes), max(sizes)
+    built: dict[TensorSpec, Matrix] = {}
     with (
-        mover(device, largest) as to_device,
+        staging(device, largest) as to_device,
         tqdm(
             total=total, unit="B", unit_scale=True, desc=f"loading {source}", disable=not progress, leave=False
         ) as bar,
     ):
-        for place, parts in all_parts.items():
-            on_gpu = goes_to_gpu(place, checkpoint.tied, gpu_layers)
-            # of which a prompt uses but a few rows
-            rows_only = place.field == "tok_embeddings" and (quantized or not checkpoint.tied)
+        for spec, shards in checkpoint.shards.items():
+            on_gpu = goes_to_gpu(spec, checkpoint.tied, gpu_layers)
+            # a prompt uses only a few rows of the embeddings
+            rows_only = spec.field == "tok_embeddings" and (quantized or not checkpoint.tied)
             if checkpoint.of_shard and not rows_only:
-                for part in parts:
-                    read_exactly(part)
+                for shard in shards:
+                    prefetch_pages(shard)
             try:
-                made[place] = matrix = _made(checkpoint, place, to_device if on_gpu else _stay, dtype, quantized)
-            except RuntimeError as error:  # torch's only word for memory that the CPU does not have
+                built[spec] = matrix = _build(checkpoint, spec, to_device if on_gpu else _on_cpu, dtype, quantized)
+            except RuntimeError as error:  # torch raises nothing more specific if the CPU's memory is too small
                 home = device if on_gpu else torch.device("cpu")
                 raise UserError(
-                    f"{source}: {total / 1e9:.1f} GB of weights do not fit on {home}, from {place.meta_name} on; "
-                    f"{'take' if home.type == 'cpu' else 'compute on the CPU, or take'} fewer {{argument}}",
+                    f"{source}: {total / 1e9:.1f} GB of weights do not fit on {home}, from {spec.meta_name} on; "
+                    f"{'use' if home.type == 'cpu' else 'compute on the CPU, or use'} fewer {{argument}}",
                     argument="layers",
                 ) from error
             values = tensors_of(matrix)[0]
-            if progress and values is parts[0] and values.is_contiguous() and not rows_only:
-                _touch(values, bar)
+            if progress and values is shards[0] and values.is_contiguous() and not rows_only:
+                _read_pages(values, bar)
             else:
-                bar.update(sum(part.nbytes for part in parts))
-    return _put_together(made, checkpoint.params.n_layers, quantized)
+                bar.update(sum(shard.nbytes for shard in shards))
+    return _to_weights(built, checkpoint.params.n_layers, quantized)
 
 
 def _check_one_dtype(checkpoint: Checkpoint) -> None:
-    """Raise UserError naming a tensor that is stored in another dtype than the rest."""
+    """Raise UserError naming a tensor whose stored dtype differs from the rest."""
     source, common = checkpoint.source, checkpoint.dtype
-    for place, parts in checkpoint.parts.items():
-        for other in {part.dtype for part in parts if place not in checkpoint.scales} - {common}:
-            name = place.hf_name if checkpoint.hf else place.meta_name
+    for spec, shards in checkpoint.shards.items():
+        for other in {shard.dtype for shard in shards if spec not in checkpoint.scales} - {common}:
+            name = spec.hf_name if checkpoint.hf else spec.meta_name
             raise UserError(
-                f"{source}: tensor {name} is {other}, should be {common} like the rest; {{argument}} makes them all "
-                "one",
+                f"{source}: tensor {name} is {other}, should be {common} like the rest; {{argument}} converts them all",
                 argument="dtype",
             )
 
 
-def _made(checkpoint: Checkpoint, place: TensorPlace, move: Move, dtype: torch.dtype | None, quantized: bool) -> Matrix:
-    """A tensor of the checkpoint where `move` moves it, in one piece, and in int8 if it is or is to be."""
-    scales = checkpoint.scales.get(place)
-    moved = move(whole_tensor(checkpoint, place), None if scales else dtype)
+def _build(checkpoint: Checkpoint, spec: TensorSpec, move: Move, dtype: torch.dtype | None, quantized: bool) -> Matrix:
+    """Return a tensor of the checkpoint, joined, moved by `move`, and in int8 if it is stored so or `quantized`."""
+    scales = checkpoint.scales.get(spec)
+    moved = move(whole_tensor(checkpoint, spec), None if scales else dtype)
     if scales:
         return Int8(moved, *(move(scale, None) for scale in scales))
-    return quantize(moved) if quantized and place.field in MATRICES else moved
+    return quantize(moved) if quantized and spec.field in MATRICES else moved
 
 
-def _put_together(made: Mapping[TensorPlace, Matrix], n_layers: int, quantized: bool) -> Weights:
-    """The tensors by their places. Without an `output`, the embeddings are that too."""
+def _to_weights(built: Mapping[TensorSpec, Matrix], n_layers: int, quantized: bool) -> Weights:
+    """Return the tensors as `Weights`. Without an `output`, the embeddings are used for it."""
     top: dict[str, Any] = {}
     layers: list[dict[str, Any]] = [{} for _ in range(n_layers)]
-    for place, matrix in made.items():
-        (top if place.layer is None else layers[place.layer])[place.field] = matrix
+    for spec, matrix in built.items():
+        (top if spec.layer is None else layers[spec.layer])[spec.field] = matrix
     if "output" not in top:
         top["output"] = quantize(top["tok_embeddings"]) if quantized else top["tok_embeddings"]
     return Weights(layers=tuple(LayerWeights(**fields) for fields in layers), **top)
 
 
-def _stay(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor on the CPU, as it is or in another dtype."""
+def _on_cpu(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor on the CPU in `dtype`; None leaves it as it is."""
     return tensor if dtype is None else tensor.to(dtype)
 
 
-def _touch(tensor: Tensor, bar: tqdm[None], chunk: int = 1 << 26, page: int = 4096) -> None:
-    """Looks at one byte of every page, so that the system reads them in now."""
+def _read_pages(tensor: Tensor, bar: tqdm[None], chunk: int = 1 << 26, page: int = 4096) -> None:
+    """Access one byte of every page, so that the system reads all of them now."""
     for piece in tensor.view(-1).view(torch.uint8).split(chunk):
         piece[::page].sum()
         bar.update(piece.numel())

@@ -1,7 +1,7 @@
-"""Files as tensors: windows into what torch.save or safetensors wrote, in which nothing can run.
+"""Memory-mapped tensors from files of torch.save or safetensors, without executing anything in them.
 
-On the CPU nothing is read or copied: each tensor's pages come in when they are first used, may be dropped again, and
-are private, so a write to a weight never reaches the file.
+Nothing is read or copied: the system reads a page of a tensor when it is first used, and may drop it again. Pages are
+private, so a write to a weight never reaches the file.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ..errors import UserError, in_short
 from ..system.files import read_beginning
 from ..weights import DTYPES, SCALE_ENDINGS
 
-# tables that some checkpoints carry along and that are computed here instead
+# tables in some checkpoints that are computed here instead
 _IGNORED_ENDINGS = ("rope.freqs", "rotary_emb.inv_freq")
 
-NOT_READ = "only bfloat16, float16 and float32 are read; take the original, not quantised weights"
+UNSUPPORTED_DTYPE = "only bfloat16, float16 and float32 are supported; use the original weights, not quantized ones"
 
 
 def _map_file(file: Path) -> mmap.mmap:
-    """The file as memory: writes stay private, and no swap is reserved, so that it may be larger than the RAM."""
+    """Map a file. Writes stay private, and no swap is reserved, so that it may be larger than the RAM."""
     try:
         with open(file, "rb") as opened:
             if sys.platform == "win32":
@@ -44,16 +44,16 @@ def _map_file(file: Path) -> mmap.mmap:
             return mmap.mmap(opened.fileno(), 0, flags=flags, prot=protection)
     except OSError as error:
         raise UserError(
-            f"{file}: cannot be mapped ({error.strerror}); is there a limit on memory, by ulimit -v say?"
+            f"{file}: cannot be mapped ({error.strerror}); check the limits on memory, such as ulimit -v"
         ) from error
 
 
 def map_checkpoint(file: Path) -> dict[str, Tensor]:
-    """Name -> tensor of a file that torch.save wrote. Only plain tensors are unpickled; nothing in the file can run."""
+    """Map a file of torch.save: name -> tensor. Only plain tensors are unpickled; nothing in the file can run."""
     if not read_beginning(file).startswith(b"PK"):
         raise UserError(f"{file}: not a checkpoint of torch.save (not a zip file); download it again")
     memory = _map_file(file)
-    records, structure = _structure(file, memory)
+    records, structure = _read_structure(file, memory)
     tensors = {}
     for name, tensor in structure.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
@@ -64,24 +64,24 @@ def map_checkpoint(file: Path) -> dict[str, Tensor]:
         if not tensor.numel():
             raise UserError(f"{file}: {name} is empty; download the file again")
         try:
-            tensors[name] = _window(tensor, memory, records)
+            tensors[name] = _mapped(tensor, memory, records)
         except (RuntimeError, ValueError, TypeError) as error:
             raise UserError(f"{file}: tensor {name} is damaged ({in_short(error)}); download it again") from error
     return tensors
 
 
-def _structure(file: Path, memory: mmap.mmap) -> tuple[dict[int, int], dict[Any, Any]]:
-    """Where the records of a file begin, with their lengths, and what its pickle holds, tensors without content."""
+def _read_structure(file: Path, memory: mmap.mmap) -> tuple[dict[int, int], dict[Any, Any]]:
+    """Return the length of each record by its offset in the file, and the unpickled dictionary of meta tensors."""
     try:
         records = _check_records(file, memory)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch has remarks on odd pickles, which are none of the user's making
+            warnings.simplefilter("ignore")  # torch warns of unusual pickles, which the user cannot change
             structure = torch.load(file, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         content = f"{code[1]}, which could run code, " if code else "something other than plain tensors "
         raise UserError(f"{file}: holds {content}and is refused; download it from a source that you trust") from error
-    except Exception as error:  # on damaged bytes zipfile and torch raise nearly every kind there is
+    except Exception as error:  # damaged bytes make zipfile and torch raise almost any exception
         raise UserError(f"{file}: damaged or cut short ({in_short(error)}); download it again") from error
     if not isinstance(structure, dict):
         kind = type(structure).__name__
@@ -89,8 +89,8 @@ def _structure(file: Path, memory: mmap.mmap) -> tuple[dict[int, int], dict[Any,
     return records, structure
 
 
-def _window(tensor: Tensor, memory: mmap.mmap, records: Mapping[int, int]) -> Tensor:
-    """The tensor with its content: its storage remembers where in the file that is. Raises ValueError if it is not."""
+def _mapped(tensor: Tensor, memory: mmap.mmap, records: Mapping[int, int]) -> Tensor:
+    """Return a view of a meta tensor's bytes, whose offset its storage keeps. Raises ValueError if it has no record."""
     storage = tensor.untyped_storage()
     offset, count = storage._checkpoint_offset, storage.nbytes() // tensor.dtype.itemsize
     if offset is None or records.get(offset) != storage.nbytes():
@@ -100,16 +100,16 @@ def _window(tensor: Tensor, memory: mmap.mmap, records: Mapping[int, int]) -> Te
 
 
 def _check_records(file: Path, memory: mmap.mmap) -> dict[int, int]:
-    """Where the records of a zip file begin -> how many bytes each has. Raises ValueError where that cannot be.
+    """Return the length of each record of a zip file by its offset. Raises ValueError if the directory is wrong.
 
-    torch believes the directory, and checks no checksum: with a bit of it turned, other bytes would be the weights.
-    So each record should have the name before it and its end behind it; the data of the tensors is not read.
+    torch trusts the directory and checks no checksum: after one flipped bit there, other bytes would become the
+    weights. So each record must follow its own name and be followed by the next piece; tensor data is not read.
     """
     records = {}
     with zipfile.ZipFile(file) as archive:
         directory = archive.infolist()
     if sys.platform == "linux":
-        memory.madvise(mmap.MADV_RANDOM)  # or each record's few bytes would bring megabytes around them
+        memory.madvise(mmap.MADV_RANDOM)  # do not read megabytes around each record's few bytes
     for entry in directory:
         name_length, extra_length = struct.unpack_from("<26xHH", memory, entry.header_offset)
         name_begin = entry.header_offset + 30
@@ -125,7 +125,7 @@ def _check_records(file: Path, memory: mmap.mmap) -> dict[int, int]:
         content = memory[begin:end]
         if entry.CRC and zlib.crc32(content) != entry.CRC:  # 0: saved without checksums
             raise ValueError(f"the checksum of {entry.filename} is wrong")
-        if entry.filename.endswith("/byteorder") and content != sys.byteorder.encode():  # which torch dies of
+        if entry.filename.endswith("/byteorder") and content != sys.byteorder.encode():  # crashes torch
             raise ValueError(f"its byte order is {content!r}, this machine's is {sys.byteorder}")
     if sys.platform == "linux":
         memory.madvise(mmap.MADV_NORMAL)
@@ -133,7 +133,7 @@ def _check_records(file: Path, memory: mmap.mmap) -> dict[int, int]:
 
 
 def map_safetensors(file: Path) -> dict[str, Tensor]:
-    """Name -> tensor of a safetensors file."""
+    """Map a safetensors file: name -> tensor."""
     read_beginning(file)
     try:
         with safe_open(file, framework="np"):  # checks the header and the length of the file
@@ -152,7 +152,7 @@ def map_safetensors(file: Path) -> dict[str, Tensor]:
         if name.endswith(_IGNORED_ENDINGS):
             continue
         if dtype is None or begin == end:
-            raise UserError(f"{file}: tensor {name} is {entry['shape']} {entry['dtype']}; {NOT_READ}")
+            raise UserError(f"{file}: tensor {name} is {entry['shape']} {entry['dtype']}; {UNSUPPORTED_DTYPE}")
         flat = torch.frombuffer(memory, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=header_end + begin)
         tensors[name] = flat.view(entry["shape"])
     return tensors

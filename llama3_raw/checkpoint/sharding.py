@@ -1,8 +1,8 @@
-"""How the tensors of a model are split among several: files of Meta's format, or processes that run it together.
+"""How tensors are split among the files of Meta's format, or among the processes that run a model together.
 
-A process holds some of the heads and some of the width of the feed-forward, so that it needs the others' results only
-where a layer adds up what all have found (tensor parallelism; Shoeybi et al. 2019, section 3, and Meta's own code, by
-ColumnParallelLinear, RowParallelLinear and VocabParallelEmbedding of fairscale).
+A process holds some of the heads and a slice of the feed-forward, so that it needs the results of others only where a
+layer sums them (tensor parallelism; Shoeybi et al. 2019, section 3; Meta's code uses ColumnParallelLinear,
+RowParallelLinear and VocabParallelEmbedding of fairscale).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..params import Params
 
-# the dimension on which a tensor is split; those not named here are whole everywhere
+# the dimension on which a tensor is split; all others are the same in every shard
 SHARDED_DIMENSION = {
     **dict.fromkeys(("tok_embeddings", "output", "wq", "wk", "wv", "w1", "w3"), 0),
     **dict.fromkeys(("wo", "w2"), 1),
@@ -25,23 +25,21 @@ SHARDED_DIMENSION = {
 
 
 class Shard(NamedTuple):
-    """The part of a model that one process holds, of several that run it together."""
+    """The shard of a model that one process holds: number `rank` of `size` shards."""
 
     rank: int  # from 0 on
-    size: int  # how many there are
+    size: int
 
     def of_params(self, params: Params) -> Params:
-        """The numbers that define the part: those of a model with fewer heads and a narrower feed-forward.
+        """Return the params of the shard: those of a model with fewer heads and a narrower feed-forward.
 
-        With more processes than kv heads, neighbours have the same one. Raises UserError where the model cannot be
-        split so.
+        With more processes than kv heads, neighbours hold the same kv head. Raises UserError if the model cannot be
+        split among `size` processes.
         """
         obstacle = cannot_split(params, self.size)
         if obstacle:
-            fitting = ", ".join(map(str, possible_sizes(params)))
-            raise UserError(
-                f"{self.size} processes cannot share {obstacle} evenly; start so many for a model: {fitting}"
-            )
+            possible = ", ".join(map(str, possible_sizes(params)))
+            raise UserError(f"{self.size} processes cannot share {obstacle} evenly; possible numbers: {possible}")
         return replace(
             params,
             n_heads=params.n_heads // self.size,
@@ -50,7 +48,7 @@ class Shard(NamedTuple):
         )
 
     def of_dimension(self, field: str, length: int, params: Params) -> range:
-        """Which of the rows or columns of a tensor the part has, of so many on its SHARDED_DIMENSION."""
+        """Return the range of rows or columns in the shard, of `length` on the SHARDED_DIMENSION of a tensor."""
         count = length // self.size
         if field not in ("wk", "wv"):
             return range(self.rank * count, (self.rank + 1) * count)
@@ -60,7 +58,7 @@ class Shard(NamedTuple):
 
 
 def cannot_split(params: Params, size: int) -> str | None:
-    """What of the model so many processes cannot share, in words; None where they can."""
+    """Return what of the model `size` processes cannot share, as text, or None if they can share it all."""
     if params.n_heads % size:
         return f"{params.n_heads} heads"
     if params.n_kv_heads % size and size % params.n_kv_heads:
@@ -71,21 +69,21 @@ def cannot_split(params: Params, size: int) -> str | None:
 
 
 def possible_sizes(params: Params) -> list[int]:
-    """The numbers of processes that can share the model."""
+    """Return the numbers of processes that can share the model."""
     return [size for size in range(1, params.n_heads + 1) if not cannot_split(params, size)]
 
 
-def take(parts: Sequence[Tensor], dimension: int, wanted: range) -> list[Tensor]:
-    """The wanted rows or columns of the tensor that equal parts make together: a view of each part that has some."""
-    length = parts[0].shape[dimension]
+def take(shards: Sequence[Tensor], dimension: int, wanted: range) -> list[Tensor]:
+    """Return the wanted rows or columns of a tensor in equal shards: a view of each shard that has some of them."""
+    length = shards[0].shape[dimension]
     pieces = []
-    for i, part in enumerate(parts):
+    for i, shard in enumerate(shards):
         begin, end = max(wanted.start - i * length, 0), min(wanted.stop - i * length, length)
         if begin < end:
-            pieces.append(part.narrow(dimension, begin, end - begin))
+            pieces.append(shard.narrow(dimension, begin, end - begin))
     return pieces
 
 
-def join(parts: Sequence[Tensor], dimension: int) -> Tensor:
-    """The tensor that the parts make together; where it is one, the part itself."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dimension)
+def join(shards: Sequence[Tensor], dimension: int) -> Tensor:
+    """Return the joined tensor; a single shard is returned itself, not copied."""
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dimension)

@@ -1,13 +1,12 @@
-"""The way of the weights to a GPU: from the mapped file through a little pinned memory, the next piece read meanwhile.
+"""Staging: copying weights from a mapped file to a GPU through a small ring of pinned buffers, while reading ahead.
 
-A CUDA GPU fetches by itself, at the full speed of its bus, only from memory that is pinned: that the system may not
-move. What lies elsewhere its driver copies there first, with one thread. Here several threads do that, into a ring of
-buffers that all tensors go through, so that no more than the ring (and a tensor that has to be put in another order)
-is ever in memory twice.
+A CUDA GPU reads at the full speed of its bus only from pinned memory, which the system may not move. From other memory
+the driver first copies to pinned memory, with one thread. Here several threads do that, into a ring of buffers that all
+tensors share, so that only the ring (and a tensor that must be reordered) is ever in memory twice.
 
-Why the threads read from the mapping: measured on the CPU side (one thread of an EPYC, Linux 6.18, page cache warm) it
-copies 7 to 8 GB/s through fresh page faults, as fast as preadv (7) and as from ordinary memory (7); asking for the
-pages first (MADV_POPULATE_READ) makes it 5. PCIe 5 takes about 55 GB/s. The GPU side has not been measured.
+Why the threads read from the mapping: measured on the CPU side (one thread of an EPYC, Linux 6.18, warm page cache), a
+copy runs at 7 to 8 GB/s through fresh page faults, as fast as preadv (7) and as from ordinary memory (7); requesting
+the pages first (MADV_POPULATE_READ) makes it 5. PCIe 5 carries about 55 GB/s. The GPU side has not been measured.
 """
 
 from __future__ import annotations
@@ -26,49 +25,51 @@ from torch import Tensor
 
 from ..system.machine import default_threads
 
-_BUFFERS = 4  # in the ring; behind a tensor that fills its buffer but a little, others are still on their way
+_BUFFERS = 4  # in the ring; after a tensor that fills little of its buffer, other copies are still in flight
 _BUFFER_BYTES = 1 << 25
-PIECE_BYTES = 1 << 22  # that a thread copies at a time
-_MOST_THREADS = 16  # twice what PCIe 5 takes, by the figures above
-_PORTABLE = 1  # cudaHostRegisterPortable: pinned for all GPUs, by the number of CUDA's driver_types.h
+PIECE_BYTES = 1 << 22  # what a thread copies at a time
+_MAX_THREADS = 16  # twice the speed of PCIe 5, by the figures above
+_PORTABLE = 1  # cudaHostRegisterPortable in CUDA's driver_types.h: pinned for all GPUs
 
 Move = Callable[[Tensor, torch.dtype | None], Tensor]
-"""move(tensor, dtype) -> the tensor on a device, in dtype; None: its own."""
+"""move(tensor, dtype) -> the tensor on a device, in `dtype`; None keeps its dtype."""
 
 
-class Route(NamedTuple):
-    """What the way to a device takes that only the device's library can do."""
+class StagingRoute(NamedTuple):
+    """The two steps of staging that only the device's library can do."""
 
-    pin: Callable[[Tensor], Callable[[], None]]  # memory that copies will start from -> what lets go of it again
-    # (part of a tensor on the device, the same number of values in pinned memory), begins to copy from the second to
-    # the first, converting there -> what waits until the pinned memory may be written again
+    pin: Callable[[Tensor], Callable[[], None]]  # pins memory for copies; returns a function that unpins it
+    # start_copy(target, staged): start a copy from pinned memory to a slice of a tensor on the device, converting the
+    # dtype there; returns a function that waits until the pinned memory may be overwritten
     start_copy: Callable[[Tensor, Tensor], Callable[[], None]]
 
 
 @contextlib.contextmanager
-def mover(device: torch.device, largest: int) -> Iterator[Move]:
-    """Gives a function that moves tensors to `device`; they are all there when the context ends.
+def staging(device: torch.device, largest: int) -> Iterator[Move]:
+    """Return a function that moves tensors to `device`; all copies are complete when the context ends.
 
-    largest: the bytes of the largest tensor, about; smaller ones take less pinned memory. On the CPU a tensor that is
-    already in the dtype is given back itself. Where a GPU's driver pins no memory, a line says so: it is slower then.
+    largest: the approximate bytes of the largest tensor; a small one pins less memory. On the CPU a tensor that
+    already has the dtype is returned itself. If a GPU's driver pins no memory, a line on stderr says that it is slower.
     """
     if device.type == "cuda":
-        with staged_mover(device, largest, cuda_route(device)) as move:
+        with staged_by(device, largest, cuda_staging_route(device)) as move:
             yield move
     else:  # an Apple GPU shares the memory of the CPU
         yield lambda tensor, dtype: tensor.to(device=device, dtype=dtype)
 
 
 @contextlib.contextmanager
-def staged_mover(device: torch.device, largest: int, route: Route, most: int = _BUFFER_BYTES) -> Iterator[Move]:
-    """As `mover`, by a route, through buffers of at most so many bytes."""
-    buffer_bytes = -(-min(largest, most) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, as they are pinned
+def staged_by(
+    device: torch.device, largest: int, route: StagingRoute, max_bytes: int = _BUFFER_BYTES
+) -> Iterator[Move]:
+    """Like `staging`, with a given route and buffers of at most `max_bytes`."""
+    buffer_bytes = -(-min(largest, max_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE  # only whole pages can be pinned
     ring = torch.frombuffer(mmap.mmap(-1, _BUFFERS * buffer_bytes), dtype=torch.uint8).view(_BUFFERS, buffer_bytes)
     turns = itertools.cycle(range(_BUFFERS))
-    waits: dict[int, Callable[[], None]] = {}  # for the copy from each buffer that was used
+    waits: dict[int, Callable[[], None]] = {}  # for the last copy from each buffer
 
     def move(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-        if tensor.device.type != "cpu":  # it was made there, as random weights are: no memory for threads to read
+        if tensor.device.type != "cpu":  # created there, as random weights are
             return tensor.to(device=device, dtype=dtype)
         source = tensor.contiguous().view(-1)
         moved = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
@@ -84,7 +85,7 @@ def staged_mover(device: torch.device, largest: int, route: Route, most: int = _
 
     unpin = route.pin(ring)
     try:
-        with ThreadPoolExecutor(min(_MOST_THREADS, default_threads())) as pool:
+        with ThreadPoolExecutor(min(_MAX_THREADS, default_threads())) as pool:
             yield move
     finally:
         for wait in waits.values():
@@ -93,10 +94,10 @@ def staged_mover(device: torch.device, largest: int, route: Route, most: int = _
 
 
 def _fill(target: Tensor, source: Tensor, pool: ThreadPoolExecutor) -> None:
-    """Copies source to target, both contiguous and on the CPU, by all threads of the pool."""
+    """Copy source to target, both contiguous and on the CPU, with all threads of the pool."""
 
     def copy(begin: int) -> None:
-        # not torch's copy: each thread that calls it gets a whole team of OpenMP's threads
+        # not torch's copy, which starts a team of OpenMP threads for each calling thread
         count = min(PIECE_BYTES, source.nbytes - begin)
         ctypes.memmove(target.data_ptr() + begin, source.data_ptr() + begin, count)
 
@@ -104,21 +105,21 @@ def _fill(target: Tensor, source: Tensor, pool: ThreadPoolExecutor) -> None:
         pass
 
 
-def cuda_route(device: torch.device) -> Route:
-    """The way to a CUDA GPU, on its current stream."""
+def cuda_staging_route(device: torch.device) -> StagingRoute:
+    """Return the route to a CUDA GPU, on its current stream."""
 
     def pin(memory: Tensor) -> Callable[[], None]:
-        # registered, since torch would keep pinned memory of its own for the next who asks, as long as the process runs
+        # registered here, because torch keeps its own pinned memory for reuse until the process ends
         library = torch.cuda.cudart()
         address = memory.data_ptr()
-        with torch.cuda.device(device):  # CUDA asks for the current one
+        with torch.cuda.device(device):  # CUDA uses the current one
             error = int(library.cudaHostRegister(address, memory.nbytes, _PORTABLE))
-            if error:  # which CUDA would tell of once more, at the next kernel: let it be this one
+            if error:  # CUDA reports it once more, at the next kernel: let it be this one
                 with contextlib.suppress(RuntimeError):
                     torch.ones(1, device=device)
         if error:
             reason = f"{memory.nbytes / 1e6:.0f} MB of memory cannot be pinned for it (CUDA's error {error})"
-            print(f"llama3_raw: {device}: {reason}; the weights go there more slowly", file=sys.stderr)
+            print(f"llama3_raw: {device}: {reason}; loading is slower", file=sys.stderr)
             return lambda: None
 
         def unpin() -> None:
@@ -130,10 +131,10 @@ def cuda_route(device: torch.device) -> Route:
     def start_copy(target: Tensor, staged: Tensor) -> Callable[[], None]:
         if target.dtype == staged.dtype:
             target.copy_(staged, non_blocking=True)
-        else:  # of two dtypes torch would convert on the CPU
+        else:  # between two dtypes, torch would convert on the CPU
             target.copy_(staged.to(device, non_blocking=True))
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(device))
         return done.synchronize
 
-    return Route(pin, start_copy)
+    return StagingRoute(pin, start_copy)

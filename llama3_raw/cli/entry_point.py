@@ -1,11 +1,13 @@
-"""What makes a main() a command: one line for what a user did wrong, exit status 2, and no traceback."""
+"""What every command's main() shares: its parser, and errors as one line on stderr with exit status 2."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
@@ -13,33 +15,49 @@ from typing import Any, NoReturn, Protocol
 from ..errors import UserError, in_short
 from ..system.processes import PeerLost, rank, world_size
 
-_FIRST_ONE_SPEAKS = 5.0  # seconds that the first of several processes has to say what is wrong, before another one does
+_OTHERS_REPORT_FIRST = 5.0  # seconds to wait with an error that another process may report, so that it is shown once
+
+_OPTIONS = {"max_seq_len": "--max-new-tokens or --context", "tensor_parallel": "--tp"}
+"""Arguments of the library whose options have other names."""
 
 _FOR_SEVERAL_PROCESSES: set[Callable[[Sequence[str]], int]] = set()
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Up to 100 columns, with most options on one line; paragraphs with indented lines keep their line breaks."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=27, width=min(100, shutil.get_terminal_size((100, 24)).columns))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = (part if "\n  " in part else textwrap.fill(part, width) for part in text.strip().split("\n\n"))
+        return "\n\n".join(paragraphs)
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are UserErrors: one line, without the usage text in front of it."""
+    """An argparse parser that raises UserError with one line, without the usage text before it."""
 
     def __init__(self, **settings: Any):
+        settings.setdefault("formatter_class", HelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        hint = "; a value that begins with - goes behind a =" if message.endswith("expected one argument") else ""
-        raise UserError(f"{message}{hint} (see {self.prog} --help)")
+        if message.endswith("expected one argument"):
+            message += "; write --option=VALUE for a value that begins with -"
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 class EntryPoint(Protocol):
-    """main(), which takes its arguments from sys.argv unless they are given; -> exit status."""
+    """main(): takes its arguments from sys.argv unless they are given, and returns the exit status."""
 
     def __call__(self, arguments: Sequence[str] | None = None) -> int: ...
 
 
 def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
-    """Turns main(arguments) -> exit status into a tool's entry point.
+    """Turn main(arguments), which returns an exit status, into the entry point of a command.
 
-    UserError, and what the system refuses (OSError, memory), become one line on stderr and status 2 (a traceback with
-    --debug), Ctrl-C ends with status 130, and a reader that closes stdout (`| head -1`) ends the tool without a word.
+    UserError, OSError and a lack of memory become one line on stderr and status 2 (with --debug, a traceback). Ctrl-C
+    gives status 130. If the reader of stdout goes away (`| head -1`), the command ends silently with status 141.
     """
 
     def entry_point(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +65,7 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
         # a stream that was closed before the start is None, and print would take stdout for it
         sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
         sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-        if rank() > 0:  # the first one speaks
+        if rank() > 0:  # rank 0 reports
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         try:
             if world_size() > 1 and main not in _FOR_SEVERAL_PROCESSES:
@@ -61,11 +79,15 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
         except BrokenPipeError:
             _give_up_stdout()
             return 141
-        except PeerLost:
+        except PeerLost as error:
+            if "--debug" in arguments:
+                raise
+            time.sleep(_OTHERS_REPORT_FIRST)  # if another process failed, torchrun ends this one meanwhile
+            print(f"llama3_raw: error: the exchange with other processes failed: {in_short(error)}", file=sys.stderr)
             return 1
         except Exception as error:
             if "--debug" in arguments or not is_for_the_user(error):
-                sys.stderr = sys.__stderr__  # a defect is shown whoever has it
+                sys.stderr = sys.__stderr__  # a defect is shown on every rank
                 raise
             _tell(error)
             return 2
@@ -75,54 +97,54 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
 
 
 def _tell(error: Exception) -> None:
-    """Print an error that a user can mend, in one line on stderr."""
-    if isinstance(error, OSError) and error.filename is None:  # stdout itself, on a full disk say
+    """Print an error that the user can fix, in one line on stderr."""
+    if isinstance(error, OSError) and error.filename is None:  # stdout itself, for example on a full disk
         _give_up_stdout()
     line = describe(error)
     if rank() > 0:
-        time.sleep(_FIRST_ONE_SPEAKS)  # if the first one says so too, torchrun ends this one meanwhile
+        time.sleep(_OTHERS_REPORT_FIRST)  # if rank 0 reports it too, torchrun ends this process meanwhile
         line, sys.stderr = f"rank {rank()}: {line}", sys.__stderr__
     print(f"llama3_raw: error: {line}", file=sys.stderr)
 
 
 def is_for_the_user(error: Exception) -> bool:
-    """Whether an error is one that a user can mend, and not a defect of the program."""
+    """Whether the user can fix an error, which is then not a defect of the program."""
     return _is_out_of_memory(error) or isinstance(error, (UserError, OSError))
 
 
 def describe(error: Exception) -> str:
-    """An error for the user in one line. The argument of a function is shown as the option that it comes from."""
+    """Return an error as one line. An argument of the library is shown as the option that sets it."""
     message = str(error)
     if isinstance(error, UserError) and error.argument:
-        message = error.naming(f"--{error.argument.replace('_', '-')}")
+        message = error.naming(_OPTIONS.get(error.argument, f"--{error.argument.replace('_', '-')}"))
     if _is_out_of_memory(error):
         message = f"out of memory ({in_short(error)}); lower --max-new-tokens or --context, or use fewer --layers"
     if isinstance(error, OSError):
         message = f"{in_short(error.filename or 'output')}: {error.strerror or error}"
     line = " ".join(message.split())
-    # a damaged file's bytes should not reach the terminal as control characters
+    # bytes of a damaged file must not reach the terminal as control characters
     return "".join(character if character.isprintable() else "\ufffd" for character in line)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")  # not imported for this: a download need not wait for it
+    torch = sys.modules.get("torch")  # not imported here, because download does without it
     return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def for_several_processes(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
-    """Marks the main of a tool that torchrun may start as several processes (see system/process_groups.py)."""
+    """Mark the main of a command that torchrun may start in several processes (see system/process_groups.py)."""
     _FOR_SEVERAL_PROCESSES.add(main)
     return main
 
 
 def _give_up_stdout() -> None:
-    """Python flushes stdout once more at exit; gives it somewhere to write. (docs.python.org, "Note on SIGPIPE")"""
+    """Point stdout at os.devnull, because Python flushes it again at exit. (docs.python.org, "Note on SIGPIPE")"""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def not_empty(text: str) -> str:
-    """The type of options whose text must be there."""
+    """Return the text; the type of options that may not be empty."""
     if not text:
         raise argparse.ArgumentTypeError("should not be empty")
     return text

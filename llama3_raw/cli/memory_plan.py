@@ -1,8 +1,8 @@
-"""Whether a model fits: what a run of it needs, and what would fit instead of one that does not.
+"""Does a run fit into memory? If not, which options would make it fit?
 
-On the CPU the weights are windows into their files, whose pages the system drops and reads again as it must: a model
-that is larger than the memory runs, only slowly. What a run has of its own (copied weights, the cache, what a layer
-makes on its way) has to fit, or the system kills the process. With --gpu-layers there are two memories to fit.
+On the CPU, weights are memory-mapped: the system drops their pages and reads them again as needed, so a model larger
+than the memory runs, but slowly. Everything else (copied weights, the cache, activations) must fit, or the system kills
+the process. With --gpu-layers both the GPU's memory and the CPU's count.
 """
 
 from __future__ import annotations
@@ -16,231 +16,236 @@ import psutil
 import torch
 
 from ..backends.cpu import QUERIES
-from ..backends.cuda import WIDENED_BYTES
+from ..backends.cuda import DEQUANTIZED_BYTES
 from ..checkpoint.checkpoint import Checkpoint, first_layers
 from ..checkpoint.loading import goes_to_gpu
 from ..errors import UserError
 from ..model import REFERENCE
 from ..ops import PREFILL_CHUNK, score_bytes
 from ..system.machine import free_memory
-from ..weights import MATRICES, in_words
+from ..weights import MATRICES, dtype_name
 
 _CPU = torch.device("cpu")
 
-_GPU_LIBRARIES = 500_000_000  # bytes that cuBLAS and the like take for themselves once they run
+_GPU_LIBRARIES = 500_000_000  # bytes that cuBLAS and other libraries allocate
 
-_CPU_LIBRARIES = 100_000_000  # bytes that torch's take then (measured: 70e6 with a prompt of 256 tokens)
+_CPU_LIBRARIES = 100_000_000  # bytes that torch's libraries allocate (measured: 70e6 with a prompt of 256 tokens)
 
 
-class Lengths(NamedTuple):
-    """How long a text gets, in tokens."""
+class RunShape(NamedTuple):
+    """The lengths of a run, in tokens."""
 
-    prompt: int  # what is computed at once
-    text: int  # with all that may be generated
-    least: int  # the shortest that would still do
-    scored: int = 0  # the most whose logits are all in memory at once, to see how likely each was
-    rows: int = 1  # texts at a time, each as long
+    prompt: int  # computed in one prefill
+    text: int  # prompt and everything that may be generated
+    least: int  # the shortest text that would still be useful, for suggestions
+    scored: int = 0  # tokens whose logits are all in memory at once
+    rows: int = 1  # texts of this length at a time
 
     @staticmethod
-    def of_one_pass(length: int) -> Lengths:
-        """A prompt that is looked at as a whole, in one pass, and nothing behind it."""
-        return Lengths(prompt=length, text=length, least=length, scored=length)
+    def of_one_pass(length: int) -> RunShape:
+        """Return the shape of one pass over a prompt, with nothing generated."""
+        return RunShape(prompt=length, text=length, least=length, scored=length)
 
 
-class Plan(NamedTuple):
-    """A run of a model, as far as its memory goes."""
+class MemoryPlan(NamedTuple):
+    """What decides how much memory a run needs."""
 
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype | None  # None: as stored
-    lengths: Lengths
-    max_ram: int | None = None  # bytes that the process may take in all; None: what is free
-    quantized: bool = False  # matrices rounded to int8
-    gpu_layers: int | None = None  # whose matrices lie on the GPU, those of the rest on the CPU; None: all of them
-    made: bool = False  # random weights, which lie in no file
-    exact: bool = False  # by the exact operations, which on a GPU need more; on the CPU all are taken to need as much
+    shape: RunShape
+    max_ram: int | None = None  # limit for the whole process, in bytes; None: what is free
+    quantized: bool = False  # round matrices to int8 while loading
+    gpu_layers: int | None = None  # the first n layers have their matrices on the GPU; None: all
+    made: bool = False  # random weights, not mapped from a file
+    exact: bool = False  # the exact operations, which need more on a GPU; on the CPU both are counted alike
 
 
-class Need(NamedTuple):
-    """The memory that a run takes, in bytes."""
+class MemoryUse(NamedTuple):
+    """The memory that a run needs, in bytes."""
 
-    mapped: int  # weights as they lie in their files; only on the CPU
-    copied: int  # weights with memory of their own
-    cache: int  # keys and values of the whole text
-    work: int  # what a layer makes on its way
-    in_ram: int = 0  # weights with memory of their own on the CPU, where the run is on a GPU
+    mapped: int  # memory-mapped weights; only on the CPU
+    copied: int  # weights in allocated memory
+    cache: int  # the KV cache of the whole text
+    work: int  # activations and logits
+    in_ram: int = 0  # weights in allocated CPU memory, if the run is on a GPU
 
     @property
-    def own(self) -> int:
+    def allocated(self) -> int:
         """What the system cannot drop and read again, on the device of the run."""
         return self.copied + self.cache + self.work
 
 
-def needed(plan: Plan) -> Need:
-    """What the run of a plan takes."""
-    checkpoint, device, dtype, lengths, _, quantized, gpu_layers, made, exact = plan
+def needed(plan: MemoryPlan) -> MemoryUse:
+    """Return the memory that a run needs."""
+    checkpoint, device, dtype, shape, _, quantized, gpu_layers, made, exact = plan
     params = checkpoint.params
     itemsize = (dtype or checkpoint.dtype).itemsize
     mapped = copied = in_ram = 0
-    if quantized and checkpoint.tied:  # output in int8, beside the embeddings
-        copied += sum(torch.Size(place.shape).numel() for place in checkpoint.parts if place.field == "tok_embeddings")
-    for place, parts in checkpoint.parts.items():
+    if quantized and checkpoint.tied:  # an int8 output matrix as well as the embeddings
+        copied += sum(torch.Size(place.shape).numel() for place in checkpoint.shards if place.field == "tok_embeddings")
+    for place, parts in checkpoint.shards.items():
         stored = parts[0].dtype
         to_int8 = quantized and place.field in MATRICES
         is_int8 = to_int8 or place in checkpoint.scales
         n_bytes = torch.Size(place.shape).numel() * (1 if is_int8 else (dtype or stored).itemsize)
-        changed = to_int8 or (not is_int8 and dtype not in (None, stored)) or checkpoint.must_change(place)
+        changed = to_int8 or (not is_int8 and dtype not in (None, stored)) or checkpoint.needs_copy(place)
         home = device if goes_to_gpu(place, checkpoint.tied, gpu_layers) else _CPU
         if home.type != "cpu" or (changed and home == device) or made:
             copied += n_bytes
         elif changed:
             in_ram += n_bytes
-        elif place.field != "tok_embeddings" or checkpoint.tied:  # else a prompt uses but a few of its rows
+        elif place.field != "tok_embeddings" or checkpoint.tied:  # a prompt reads only a few rows of it
             mapped += n_bytes
     per_position = params.head_dim * itemsize
-    cache = 2 * params.n_layers * lengths.rows * lengths.text * params.n_kv_heads * per_position
-    chunk = min(REFERENCE.prefill_chunk, lengths.prompt)
-    rows = lengths.rows
+    cache = 2 * params.n_layers * shape.rows * shape.text * params.n_kv_heads * per_position
+    chunk = min(REFERENCE.prefill_chunk, shape.prompt)
+    rows = shape.rows
     if device.type == "cuda" and not exact:
-        sharing = params.n_heads // params.n_kv_heads  # a block's mask, once and in the dtype; flash attention has none
-        attention = min(QUERIES, lengths.prompt) * sharing * rows * lengths.text * (1 + 2 * itemsize)
+        n_rep = params.n_heads // params.n_kv_heads  # a block's mask, as bool and in dtype; flash attention has none
+        attention = min(QUERIES, shape.prompt) * n_rep * rows * shape.text * (1 + 2 * itemsize)
         longest = max(params.hidden_dim, params.vocab_size)
-        widened = min(WIDENED_BYTES, longest * params.dim * itemsize) if quantized or checkpoint.scales else 0
+        dequantized = min(DEQUANTIZED_BYTES, longest * params.dim * itemsize) if quantized or checkpoint.scales else 0
     else:
-        scores = max(chunk * lengths.prompt, rows * lengths.text) * params.n_heads * score_bytes(itemsize)
-        repeated = (
-            4 * rows * lengths.text * params.n_heads * per_position
-        )  # keys and values for every head, in new order
-        attention, widened = scores + repeated, 0
-    hidden = 3 * min(PREFILL_CHUNK, rows * lengths.prompt) * params.hidden_dim * itemsize
-    with_logits = rows if rows > 1 else min(chunk, lengths.scored)
-    logits = with_logits * params.vocab_size * (itemsize + 4 + 4)  # as computed, fp32, logarithms of p
-    work = attention + widened + hidden + logits + (0 if device.type == "cpu" else _GPU_LIBRARIES)
-    return Need(mapped, copied, cache, work, in_ram)
+        scores = max(chunk * shape.prompt, rows * shape.text) * params.n_heads * score_bytes(itemsize)
+        # keys and values repeated for every query head, before and after the transpose
+        repeated = 4 * rows * shape.text * params.n_heads * per_position
+        attention, dequantized = scores + repeated, 0
+    hidden = 3 * min(PREFILL_CHUNK, rows * shape.prompt) * params.hidden_dim * itemsize
+    with_logits = rows if rows > 1 else min(chunk, shape.scored)
+    logits = with_logits * params.vocab_size * (itemsize + 4 + 4)  # as computed, in fp32, as log-probabilities
+    work = attention + dequantized + hidden + logits + (0 if device.type == "cpu" else _GPU_LIBRARIES)
+    return MemoryUse(mapped, copied, cache, work, in_ram)
 
 
-def available(plan: Plan, free: Callable[[torch.device], int] = free_memory) -> int:
-    """What a run may take beside what this process has, in bytes; less than 0 where that is more than `max_ram`."""
+def available(plan: MemoryPlan, free: Callable[[torch.device], int] = free_memory) -> int:
+    """Return the bytes a run may use beyond what this process has; negative if it is over `max_ram` already."""
     if plan.max_ram is None:
         return free(plan.device)
-    page_tables = needed(plan).mapped * 8 // mmap.PAGESIZE  # which stay when the pages go
-    taken = int(psutil.Process().memory_info().rss) + page_tables + _CPU_LIBRARIES
-    return min(free(plan.device), plan.max_ram - taken)
+    page_tables = needed(plan).mapped * 8 // mmap.PAGESIZE  # page tables stay when pages are dropped
+    used = int(psutil.Process().memory_info().rss) + page_tables + _CPU_LIBRARIES
+    return min(free(plan.device), plan.max_ram - used)
 
 
-def memory_for_weights(plan: Plan) -> int:
-    """How many bytes the mapped weights of a plan may take at a time, beside all that the run has of its own."""
-    return available(plan) - needed(plan).own
+def memory_for_weights(plan: MemoryPlan) -> int:
+    """Return how many bytes of mapped weights may be in memory at a time, next to everything that is allocated."""
+    return available(plan) - needed(plan).allocated
 
 
-def check_memory(plan: Plan, free: Callable[[torch.device], int] = free_memory) -> str | None:
-    """None where the plan fits; in words what is slow about it where its files are larger than the memory.
+def check_memory(plan: MemoryPlan, free: Callable[[torch.device], int] = free_memory) -> str | None:
+    """Return None if the run fits, or a warning if its mapped weights are larger than the memory.
 
-    Raises UserError where it does not fit, saying what would, and where a plan with a `max_ram` would copy weights.
+    Raises UserError with suggestions if it does not fit, or if a run with `max_ram` would copy weights.
     """
     if plan.max_ram is not None:
         _check_mapped(plan)
 
-    def fits(plan: Plan) -> bool:
-        return needed(plan).own <= free(plan.device) and needed(plan).in_ram <= free(_CPU)
+    def fits(plan: MemoryPlan) -> bool:
+        return needed(plan).allocated <= free(plan.device) and needed(plan).in_ram <= free(_CPU)
 
-    def stays(plan: Plan) -> bool:
-        takes, has = _ram(plan, free)
-        return fits(plan) and takes <= has
+    def stays(plan: MemoryPlan) -> bool:
+        needs, has = _ram(plan, free)
+        return fits(plan) and needs <= has
 
     need = needed(plan)
     source = plan.checkpoint.source
     if not fits(plan):
-        dtype = "int8" if plan.quantized else in_words(plan.dtype or plan.checkpoint.dtype)
+        dtype = "int8" if plan.quantized else dtype_name(plan.dtype or plan.checkpoint.dtype)
         parts, device = f"weights in {dtype} {_gb(need.copied)}", plan.device
-        texts = f"{plan.lengths.rows} texts of " if plan.lengths.rows > 1 else ""
-        parts += f", a cache for {texts}{plan.lengths.text} tokens {_gb(need.cache)}, to work in {_gb(need.work)}"
-        takes = need.own
-        if takes <= free(device):
-            takes, device, parts = need.in_ram, _CPU, f"weights in {dtype} of the layers that are not on {device}"
-        offers = _offers(plan, fits)
+        texts = f"{plan.shape.rows} texts of " if plan.shape.rows > 1 else ""
+        parts += f", a cache for {texts}{plan.shape.text} tokens {_gb(need.cache)}, activations {_gb(need.work)}"
+        needs = need.allocated
+        if needs <= free(device):
+            needs, device, parts = need.in_ram, _CPU, f"weights in {dtype} of the layers that are not on {device}"
+        suggestions = _suggestions(plan, fits)
         raise UserError(
-            f"{source}: {_gb(takes)} are needed on {device} ({parts}), {_gb(free(device))} are free; "
-            + (f"what fits: {', or '.join(offers)}" if offers else "nothing of it fits, take a smaller model")
+            f"{source}: {_gb(needs)} are needed on {device} ({parts}), {_gb(free(device))} are free; "
+            + (
+                f"what fits: {', or '.join(suggestions)}"
+                if suggestions
+                else "no option makes it fit, choose a smaller model"
+            )
         )
     if stays(plan):
         return None
-    takes, has = _ram(plan, free)
-    offers = _offers(plan, stays)
+    needs, has = _ram(plan, free)
+    suggestions = _suggestions(plan, stays)
     return (
-        f"{source}: {_gb(takes)} are needed, {_gb(has)} are free, so that each token reads weights from the disk "
-        f"again; what fits: {', or '.join(offers) or 'a smaller model'}"
+        f"{source}: {_gb(needs)} are needed, {_gb(has)} are free, so each token reads weights from the disk "
+        f"again; what fits: {', or '.join(suggestions) or 'a smaller model'}"
     )
 
 
-def _ram(plan: Plan, free: Callable[[torch.device], int]) -> tuple[int, int]:
-    """What a run takes of the CPU's memory with all weights that are mapped in it, and what it may take, in bytes."""
+def _ram(plan: MemoryPlan, free: Callable[[torch.device], int]) -> tuple[int, int]:
+    """Return the bytes of CPU memory that a run needs, mapped weights included, and those it may use."""
     need = needed(plan)
     if plan.device.type == "cpu":
-        return need.mapped + need.own, available(plan, free)
+        return need.mapped + need.allocated, available(plan, free)
     return need.mapped + need.in_ram, free(_CPU)
 
 
-def _check_mapped(plan: Plan) -> None:
-    """Raises UserError where a weight would have memory of its own, which cannot be let go and read again."""
+def _check_mapped(plan: MemoryPlan) -> None:
+    """Raise UserError if a weight would be copied, because a copy cannot be dropped and read again."""
     checkpoint, device, dtype, _, _, quantized, *_ = plan
     if device.type != "cpu":
         raise UserError(f"--max-ram is for weights on the CPU; leave it out, or give --device cpu, not {device}")
-    for place, parts in checkpoint.parts.items():
+    for place, parts in checkpoint.shards.items():
         if quantized and place.field in MATRICES:
-            raise UserError("--max-ram leaves the weights in their file; write them in int8 first, by --save-quantized")
+            raise UserError(
+                "--max-ram leaves the weights in their file; write them in int8 first with --save-quantized"
+            )
         if dtype not in (None, parts[0].dtype) and place not in checkpoint.scales:
             raise UserError(f"--max-ram leaves the weights in their file, as {parts[0].dtype}; leave --dtype out")
-        if checkpoint.must_change(place):
-            name, how = (place.hf_name, "in other order") if checkpoint.hf else (place.meta_name, "joined from shards")
+        if checkpoint.needs_copy(place):
+            name, how = (
+                (place.hf_name, "in another order") if checkpoint.hf else (place.meta_name, "joined from shards")
+            )
             raise UserError(
                 f"{checkpoint.source}: --max-ram leaves the weights in their file, but {name} would be copied, {how}; "
                 "get the model in Meta's format, in one file: python download.py --model NAME"
             )
 
 
-def _offers(plan: Plan, fits: Callable[[Plan], bool]) -> list[str]:
-    """The options that turn the plan into one that fits, each by itself."""
-    checkpoint, lengths = plan.checkpoint, plan.lengths
-    offers = []
+def _suggestions(plan: MemoryPlan, fits: Callable[[MemoryPlan], bool]) -> list[str]:
+    """Return the options of which each alone makes the run fit."""
+    checkpoint, shape = plan.checkpoint, plan.shape
+    suggestions = []
     in_bf16 = (plan.dtype or checkpoint.dtype) == torch.bfloat16
     is_rounded = plan.quantized or checkpoint.scales
     can_quantize = plan.device.type != "mps" and in_bf16 and not is_rounded
     if can_quantize and fits(plan._replace(quantized=True)):
-        offers.append("--quantize int8")
+        suggestions.append("--quantize int8")
     if plan.dtype and fits(plan._replace(dtype=None)):
-        offers.append("no --dtype")
+        suggestions.append("no --dtype")
     elif fits(plan._replace(dtype=torch.bfloat16)):
-        offers.append("--dtype bfloat16")
+        suggestions.append("--dtype bfloat16")
     if plan.device.type == "cuda" and not plan.made and not checkpoint.of_shard:
         numbers = range(checkpoint.params.n_layers, 0, -1)
         gpu_layers = next((number for number in numbers if fits(plan._replace(gpu_layers=number))), None)
         if gpu_layers:
-            offers.append(f"--gpu-layers {gpu_layers}")
+            suggestions.append(f"--gpu-layers {gpu_layers}")
     if fits(plan._replace(device=_CPU, gpu_layers=None)):
-        offers.append("--device cpu" + (" without --gpu-layers" if plan.gpu_layers else ""))
-    fewer = range(1, lengths.rows)
-    rows = bisect.bisect_left(
-        fewer, True, key=lambda rows: not fits(plan._replace(lengths=lengths._replace(rows=rows)))
-    )
+        suggestions.append("--device cpu" + (" without --gpu-layers" if plan.gpu_layers else ""))
+    fewer = range(1, shape.rows)
+    rows = bisect.bisect_left(fewer, True, key=lambda rows: not fits(plan._replace(shape=shape._replace(rows=rows))))
     if rows:
-        offers.append(f"--batch-size {fewer[rows - 1]}")
-    shorter = range(lengths.least, lengths.text)
+        suggestions.append(f"--batch-size {fewer[rows - 1]}")
+    shorter = range(shape.least, shape.text)
     count = bisect.bisect_left(
         shorter,
         True,
-        key=lambda text: not fits(plan._replace(lengths=lengths._replace(prompt=min(lengths.prompt, text), text=text))),
+        key=lambda text: not fits(plan._replace(shape=shape._replace(prompt=min(shape.prompt, text), text=text))),
     )
     if count:
-        offers.append(f"--context {shorter[count - 1]}")
+        suggestions.append(f"--context {shorter[count - 1]}")
     layers = bisect.bisect_left(
         range(1, checkpoint.params.n_layers),
         True,
         key=lambda number: not fits(plan._replace(checkpoint=first_layers(checkpoint, number))),
     )
-    if layers and layers >= (plan.gpu_layers or 0):  # else that would be more than there are
-        offers.append(f"--layers {layers}")
-    return offers
+    if layers and layers >= (plan.gpu_layers or 0):  # no more layers on the GPU than there are
+        suggestions.append(f"--layers {layers}")
+    return suggestions
 
 
 def _gb(n_bytes: int) -> str:

@@ -1,4 +1,4 @@
-"""From the options to a loaded model: which one, on which device, with which operations."""
+"""From options to a loaded model: which one, on which device, with which operations."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from ..system.machine import set_threads
 from ..system.process_groups import Ranks
 from ..system.processes import local_rank, world_size
 from ..tokenizer import Tokenizer
-from ..weights import Model, Weights, in_words
-from .memory_plan import Lengths, Plan, check_memory, memory_for_weights
+from ..weights import Model, Weights, dtype_name
+from .memory_plan import MemoryPlan, RunShape, check_memory, memory_for_weights
 from .options import DEFAULT_MODEL, DTYPES_BY_NAME, parse_ids
 
 PACKAGE = Path(__file__).parents[1]
 BUILT_IN_MODEL = "tiny"
 
-PROGRESS_BAR_FROM = 1_000_000_000  # bytes of weights; smaller models load before a bar could be read
+PROGRESS_BAR_FROM = 1_000_000_000  # bytes of weights; smaller models load too fast for a bar
 
 
 class ModelFolder(NamedTuple):
-    """A folder with a model in it, and in words why it was chosen."""
+    """A folder with a model, and why it was chosen, as text."""
 
     path: Path
     why: str
@@ -51,20 +51,20 @@ class ChosenModel(NamedTuple):
     device: torch.device
     dtype: torch.dtype | None  # None: as stored
     max_ram: int | None  # bytes; None: what is free
-    quantized: bool  # round the matrices to int8
-    gpu_layers: int | None = None  # whose matrices lie on the GPU, those of the rest on the CPU; None: all of them
-    random_seed: int | None = None  # of random weights, which lie in no file; None: those of the folder
+    quantized: bool  # round matrices to int8 while loading
+    gpu_layers: int | None = None  # the first n layers have their matrices on the GPU; None: all
+    random_seed: int | None = None  # make random weights; None: the folder's
 
 
 def chosen_ids(chosen: ChosenModel, prompt: str, *, are_ids: bool = False, special: bool = False) -> list[int]:
-    """The tokens of a prompt, for a tool that looks at one pass over it.
+    """Return the token ids of a prompt, for a command that runs one pass over it.
 
-    are_ids, special: the options of `add_prompt_options`. Raises UserError for tokens that the model cannot take.
+    are_ids, special: the options of `add_prompt_options`. Raises UserError for ids that the model does not have.
     """
     if are_ids:
         ids = parse_ids(prompt, "--ids")
     else:
-        assert chosen.tokenizer is not None  # choose_model has seen to it
+        assert chosen.tokenizer is not None  # checked by choose_model
         ids = chosen.tokenizer.encode(prompt, bos=True, allow_special=special)
     params = chosen.checkpoint.params
     params.check_ids(ids)
@@ -74,10 +74,10 @@ def chosen_ids(chosen: ChosenModel, prompt: str, *, are_ids: bool = False, speci
 
 
 def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, named_by: str = "--weights") -> ChosenModel:
-    """The model that the options of `add_model_options` name, checked, but for its weights, which are not read yet.
+    """Return the model named by the options of `add_model_options`, checked, with its weights not yet read.
 
-    Unless the tool `needs_tokenizer`, one in the folder that is missing or does not fit is no obstacle. named_by: the
-    option that options.weights came from. Raises UserError.
+    needs_tokenizer: raise if the folder has no tokenizer that fits. named_by: the option that options.weights came
+    from. Raises UserError.
     """
     set_threads(options.threads)
     device = choose_device(options.device)
@@ -104,71 +104,71 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
 
 
 def check_int8(quantized: bool, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises UserError where int8 matrices would be slow. quantized: by an option, that can be left out."""
+    """Raise UserError where int8 matrices would be slow. quantized: they come from --quantize, not from the folder."""
     if quantized and device.type == "mps":
         raise UserError(
             f"--quantize int8 is for CPUs and NVIDIA GPUs; leave it out, or give --device cpu, not {device}"
         )
     if dtype != torch.bfloat16:
-        raise UserError(f"int8 matrices are fast in bfloat16 only, not in {in_words(dtype)}; give --dtype bfloat16")
+        raise UserError(f"int8 matrices are fast in bfloat16 only, not in {dtype_name(dtype)}; give --dtype bfloat16")
 
 
 def load_model(
-    chosen: ChosenModel, lengths: Lengths, reference: bool = False, ranks: Ranks | None = None
+    chosen: ChosenModel, shape: RunShape, reference: bool = False, ranks: Ranks | None = None
 ) -> tuple[Model, Ops, str]:
-    """Loads the model for texts of these lengths; -> the model, the operations for it, a line that says which it is.
+    """Load the model for a run of this shape; return it, its operations, and a line of text that names it.
 
-    reference: take the exact operations, not the fastest ones. The tool prints the line once nothing can be wrong with
-    the input any more, so that an error stays one line. A warning is printed where the model is larger than the memory.
-    ranks: the processes that share the model; this one loads its part. Raises UserError where the run does not fit.
+    reference: use the exact operations instead of the fastest ones. ranks: the processes that share the model; this
+    one loads its shard. The command prints the line after all checks, so that an error stays one line. Prints a
+    warning if the model is larger than the memory. Raises UserError if the run does not fit.
     """
     folder, checkpoint, tokenizer, device, dtype, max_ram, quantized, gpu_layers, _ = chosen
     if ranks is not None:
         checkpoint = _own_shard(chosen, ranks)
-    plan = Plan(checkpoint, device, dtype, lengths, max_ram, quantized, gpu_layers, exact=reference)
+    plan = MemoryPlan(checkpoint, device, dtype, shape, max_ram, quantized, gpu_layers, exact=reference)
     warning = check_memory(plan)
     if ranks is not None:
-        ranks.everyone.barrier()  # until the others have looked at the memory too, which loading takes
+        ranks.everyone.barrier()  # loading takes memory: every rank must have checked what is free
     if warning and max_ram is None:
         print(f"llama3_raw: warning: {warning}", file=sys.stderr)
-    room = memory_for_weights(plan)  # asked before they are read in
-    size = sum(part.nbytes for parts in checkpoint.parts.values() for part in parts)
-    # what is larger than the memory is not read in beforehand: it would not stay
+    weight_bytes = memory_for_weights(plan)  # asked before they are read
+    size = sum(part.nbytes for parts in checkpoint.shards.values() for part in parts)
+    # weights larger than the memory are not read in advance: they would not stay
     with_bar = size >= PROGRESS_BAR_FROM and not warning
     weights = build_weights(checkpoint, device, dtype, with_bar, quantized, gpu_layers)
     ops = ops_for(weights, exact=reference)
     if ranks is not None and ranks.tensor.size > 1:
         ops = parallel_ops(ops, weights, ranks.tensor)
     if max_ram is not None:
-        ops = _within(max_ram, room, ops, weights, checkpoint.source)
+        ops = _limited(ops, weights, weight_bytes, max_ram, checkpoint.source)
     which = f"{folder.path} ({folder.why}) on {_where(chosen, ranks)}"
     return Model(weights, chosen.checkpoint.params, tokenizer), ops, which
 
 
 def _own_shard(chosen: ChosenModel, ranks: Ranks) -> Checkpoint:
-    """The part of the checkpoint that this process holds. Raises UserError for options of one process."""
+    """Return this process's shard of the checkpoint. Raises UserError for options of a single process."""
     for option, value in (("max-ram", chosen.max_ram), ("gpu-layers", chosen.gpu_layers)):
         if value is not None:
             raise UserError(f"--{option} is for a model in one process; leave it out, or run it without torchrun")
     return shard_of(chosen.checkpoint, Shard(ranks.tensor.rank, ranks.tensor.size))
 
 
-def _within(max_ram: int, room: int, ops: Ops, weights: Weights, source: str) -> Ops:
-    """Operations that keep `room` bytes of the weights in memory. Raises UserError naming the least --max-ram."""
-    lacking = least_memory(weights) - room
-    if lacking > 0:
-        least = math.ceil((max_ram + lacking + 5_000_000) / 1e7) / 100  # GB; the next run may begin a bit larger
+def _limited(ops: Ops, weights: Weights, weight_bytes: int, max_ram: int, source: str) -> Ops:
+    """Return operations that keep `weight_bytes` of the weights in memory. Raises UserError with the least max_ram."""
+    missing = least_memory(weights) - weight_bytes
+    if missing > 0:
+        least = math.ceil((max_ram + missing + 5_000_000) / 1e7) / 100  # GB; the next run may start slightly larger
         raise UserError(
-            f"{source}: --max-ram is too little; the least is --max-ram {least:.2f}GB, or less for a shorter text"
+            f"{source}: --max-ram is too small; it needs --max-ram {least:.2f}GB, or less for a shorter text"
         )
-    return read_ahead(ops, weights, room)
+    return read_ahead(ops, weights, weight_bytes)
 
 
 def _where(chosen: ChosenModel, ranks: Ranks | None) -> str:
-    """Where a model is, for the line that says which it is."""
+    """Return where a model runs, as text."""
     where = str(chosen.device)
     if chosen.gpu_layers is not None:
-        where += f" (the matrices behind the first {chosen.gpu_layers} layers on the CPU)"
+        where += f" (the matrices after the first {chosen.gpu_layers} layers on the CPU)"
     if ranks is not None:
         where += f", shared by {ranks.tensor.size} processes" if ranks.tensor.size > 1 else ""
         where += f", {ranks.data.size} times" if ranks.data.size > 1 else ""
@@ -176,7 +176,7 @@ def _where(chosen: ChosenModel, ranks: Ranks | None) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """--device -> the device, once it is sure to be there. Raises UserError."""
+    """Return the device that --device names. Raises UserError if it is not available."""
     if name == "auto":
         has_mps = torch.backends.mps.is_available() and world_size() == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
@@ -198,7 +198,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def find_model(weights: str | None = None, named_by: str = "--weights") -> ModelFolder:
-    """--weights -> the folder it means; None -> the default. Raises UserError naming what there is."""
+    """Return the folder that --weights names; for None, the default. Raises UserError listing what is available."""
     if weights:
         return ModelFolder(_find_named(weights, named_by), named_by)
     from_environment = os.environ.get("LLAMA3_RAW_WEIGHTS")
@@ -212,11 +212,11 @@ def find_model(weights: str | None = None, named_by: str = "--weights") -> Model
         raise UserError(f"several models in weights/: {', '.join(others)}; choose one with --weights NAME")
     if others:
         return ModelFolder(there[others[0]], "the only model in weights/")
-    return ModelFolder(_built_in_folder(), "the small built-in model; --weights takes another")
+    return ModelFolder(_built_in_folder(), "the small built-in model; choose another with --weights")
 
 
 def local_models() -> dict[str, Path]:
-    """Name -> folder of every model in weights/ of the current folder, then in that of the source tree."""
+    """Return {name: folder} of the models in weights/ of the current folder, then of the source tree."""
     found: dict[str, Path] = {}
     for root in (Path("weights"), PACKAGE.parent / "weights"):
         for folder in sorted(root.iterdir()) if root.is_dir() else ():
@@ -226,7 +226,7 @@ def local_models() -> dict[str, Path]:
 
 
 def _built_in_folder() -> Path:
-    """weights/tiny of the source tree, or its copy inside the installed package."""
+    """Return weights/tiny of the source tree, or its copy in the installed package."""
     installed = PACKAGE / "built_in"
     return installed if installed.is_dir() else PACKAGE.parent / "weights" / BUILT_IN_MODEL
 

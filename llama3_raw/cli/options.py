@@ -1,4 +1,4 @@
-"""The options that several commands have, and what their values mean."""
+"""The options that several commands share, and how their values are read."""
 
 from __future__ import annotations
 
@@ -8,73 +8,66 @@ import re
 import sys
 from pathlib import Path
 
-from ..decoding.prompt_lookup import MOST
+from ..decoding.prompt_lookup import MAX_DRAFT_TOKENS
 from ..decoding.sampling import Sampling
 from ..errors import UserError, in_short
-from ..weights import DTYPES, in_words
+from ..weights import DTYPES, dtype_name
 from .entry_point import not_empty
 
 DEFAULT_MODEL = "Meta-Llama-3-8B"
 
-DTYPES_BY_NAME = {in_words(dtype): dtype for dtype in DTYPES.values()}
+DTYPES_BY_NAME = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the group "model": which one, where and in what it computes, with how much memory and how many threads."""
+def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the groups "model" (which, in what form) and "hardware" (where, in how much memory); return the second."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--weights",
         type=not_empty,
         metavar="MODEL",
-        help="a folder, a name in weights/, or org/repo in the Hugging Face cache "
-        f"(default: $LLAMA3_RAW_WEIGHTS, else weights/{DEFAULT_MODEL}, else the only model in weights/, else the "
-        "small built-in one)",
+        help="folder, name in weights/, or org/repo in the Hugging Face cache (default: $LLAMA3_RAW_WEIGHTS, else "
+        f"{DEFAULT_MODEL}, else the only one in weights/, else the built-in one)",
     )
+    group.add_argument("--tokenizer", type=not_empty, metavar="FILE", help="tokenizer.model (default: the model's own)")
     group.add_argument(
-        "--tokenizer", type=not_empty, metavar="FILE", help="a tokenizer.model (default: the one beside the weights)"
+        "--dtype", choices=DTYPES_BY_NAME, metavar="DTYPE", help=f"{', '.join(DTYPES_BY_NAME)} (default: as stored)"
     )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
-    group.add_argument("--dtype", choices=DTYPES_BY_NAME, help="compute in this (default: as the weights are stored)")
+    group.add_argument("--quantize", choices=("int8",), metavar="int8", help="round matrices to int8 while loading")
     group.add_argument("--layers", type=int, metavar="N", help="run only the first N layers")
+    group = parser.add_argument_group("hardware")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     group.add_argument(
-        "--gpu-layers",
-        type=int,
-        metavar="N",
-        help="for a model that does not fit on the GPU: only the matrices of the first N layers go there, those of the "
-        "others stay on the CPU and are computed with there (CUDA; default: all go there)",
-    )
-    group.add_argument(
-        "--quantize", choices=("int8",), help="round the matrices to int8 as they are loaded: half the memory and time"
+        "--gpu-layers", type=int, metavar="N", help="put only the first N layers' matrices on the GPU (CUDA)"
     )
     group.add_argument(
         "--max-ram",
         type=byte_size,
         metavar="SIZE",
-        help="run in this much memory, all included (4GB, 3500MB, 3.5GiB): weights that do not fit are read from the "
-        "disk for each token (CPU; default: what is free)",
+        help="memory limit, e.g. 4GB or 3.5GiB: weights that do not fit are read from the disk (CPU)",
     )
     group.add_argument(
-        "--threads",
-        type=positive_int,
-        metavar="N",
-        help="CPU threads (default: $OMP_NUM_THREADS, else the physical cores that this process may use, by its "
-        "affinity and its container's quota)",
+        "--threads", type=positive_int, metavar="N", help="CPU threads (default: $OMP_NUM_THREADS, else physical cores)"
     )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return group
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the prompt, --ids and --special, for tools that look at one pass over it."""
+    """Add the prompt, --ids and --special, for commands that run one pass over a prompt."""
     parser.add_argument("prompt", nargs="?", help="the text; - reads it from stdin")
-    group = parser.add_argument_group("text")
+    group = parser.add_argument_group("prompt")
     group.add_argument("--ids", action="store_true", help="the prompt is token ids; needs no tokenizer")
-    group.add_argument(
-        "--special", action="store_true", help="names such as <|eot_id|> in the prompt are special tokens"
-    )
+    add_special_option(group)
+
+
+def add_special_option(group: argparse._ArgumentGroup) -> None:
+    """Add --special."""
+    group.add_argument("--special", action="store_true", help="read <|eot_id|> and the like as special tokens")
 
 
 def read_prompt(prompt: str | None, tool: str) -> str:
-    """The prompt of a tool's command line; "-" reads it from stdin. Raises UserError where there is none."""
+    """Return the prompt of a command line; "-" reads it from stdin. Raises UserError if there is none."""
     if prompt is None:
         raise UserError(f'give a prompt: {tool} "Once upon a time", or - to read it from stdin')
     if prompt == "-":
@@ -85,53 +78,56 @@ def read_prompt(prompt: str | None, tool: str) -> str:
 
 
 def add_lookup_option(group: argparse._ArgumentGroup) -> None:
-    """Adds --lookup. Its range is checked by `LookupPolicy` itself."""
+    """Add --lookup. `LookupPolicy` checks its range."""
     group.add_argument(
         "--lookup",
         type=int,
         default=0,
         metavar="N",
-        help=f"propose up to N tokens, at most {MOST}, from earlier text and check them at once, where that is faster; "
-        "the same tokens on a CPU in bfloat16, elsewhere up to rounding (default: 0, off)",
+        help=f"draft up to N tokens (at most {MAX_DRAFT_TOKENS}) from earlier text (default: 0, off)",
     )
 
 
 def add_compile_option(group: argparse._ArgumentGroup) -> None:
-    """Adds --no-compile."""
+    """Add --no-compile."""
     group.add_argument(
         "--no-compile",
         action="store_true",
-        help="on a GPU, run each pass step by step, so that a debugger can stop in it: slower, but for the first token",
+        help="on a GPU, run each pass eagerly: no CUDA graph, no torch.compile",
     )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the settings of `Sampling`, and --seed. Their ranges are checked by `Sampling` itself."""
+    """Add the settings of `Sampling`, and --seed. `Sampling` checks their ranges."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token (default: %(default)s)"
+        "--temperature", type=float, default=0.0, metavar="T", help="0: the most likely token (default: %(default)s)"
     )
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (0: all)")
+    group.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens (0: all)"
+    )
     group.add_argument(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="only the likeliest, up to P in sum (default: %(default)s)",
+        help="sample from the most likely tokens with sum P (default: %(default)s)",
     )
-    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="only tokens P times as likely as the top")
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="drop tokens less than P times as likely as the top one"
+    )
     group.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
         metavar="R",
-        help="make tokens seen before less likely (1: off)",
+        help="make earlier tokens less likely (1: off)",
     )
-    group.add_argument("--seed", type=seed, help="draw the same tokens each time")
+    group.add_argument("--seed", type=seed, metavar="N", help="sample the same tokens each time")
 
 
 def chosen_sampling(options: argparse.Namespace) -> Sampling:
-    """What the options of `add_sampling_options` say. Raises UserError for what is out of range."""
+    """Return the settings that `add_sampling_options` read. Raises UserError for a value out of range."""
     return Sampling(
         temperature=options.temperature,
         top_k=options.top_k,
@@ -142,7 +138,7 @@ def chosen_sampling(options: argparse.Namespace) -> Sampling:
 
 
 def seed(text: str) -> int:
-    """The type of --seed: what torch's generators take."""
+    """Return the seed; the type of --seed, in the range of torch's generators."""
     value = int(text)
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"should be from 0 to 2**63 - 1, is {value}")
@@ -150,7 +146,7 @@ def seed(text: str) -> int:
 
 
 def positive_int(text: str) -> int:
-    """The type of options that count something."""
+    """Return the number; the type of options that count something."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"should be 1 or more, is {value}")
@@ -158,35 +154,35 @@ def positive_int(text: str) -> int:
 
 
 def check_output(option: str, name: str) -> None:
-    """Raises UserError, before the work is done, if `atomic_write` could not write a file of this name."""
+    """Raise UserError, before any work is done, if `atomic_write` could not write this file."""
     file = Path(name).resolve()
     if file.exists() and not file.is_file():
         raise UserError(f"{option} {name}: is not a file; choose another name")
     if file.exists() and not os.access(file, os.W_OK):
         raise UserError(f"{option} {name}: is read-only; choose another name, or remove it")
     if not file.parent.is_dir():
-        raise UserError(f"{option} {name}: there is no folder {file.parent}; make it first")
+        raise UserError(f"{option} {name}: there is no folder {file.parent}; create it first")
     if not os.access(file.parent, os.W_OK):
         raise UserError(f"{option} {name}: you may not write in {file.parent}; choose another place")
 
 
 def read_text(file: str) -> str:
-    """The text in a file; "-" reads it from stdin. Raises UserError where it cannot be read or is not UTF-8."""
+    """Return the text of a file; "-" reads stdin. Raises UserError if it cannot be read or is not UTF-8."""
     try:
         if file != "-":
             return Path(file).read_bytes().decode("utf-8")
         if sys.stdin is None:
-            raise UserError("stdin is closed; give it a file by < FILE")
+            raise UserError("stdin is closed; redirect a file to it with < FILE")
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         name = "stdin" if file == "-" else file
         raise UserError(f"{name}: not valid UTF-8 at byte {error.start}; convert the text to UTF-8") from error
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}; check its name and your rights to it") from error
+        raise UserError(f"{file}: cannot be read: {error.strerror}; check its name and permissions") from error
 
 
 def parse_ids(text: str, source: str) -> list[int]:
-    """Token ids separated by spaces, commas or lines. Raises UserError naming the source for what is no such number."""
+    """Return token ids separated by spaces, commas or lines. Raises UserError naming `source` for anything else."""
     words = re.split(r"[\s,]+", text.strip(" \t\r\n,[]"))
     for word in words:
         if not re.fullmatch(r"[0-9]{1,18}", word):
@@ -195,7 +191,7 @@ def parse_ids(text: str, source: str) -> list[int]:
 
 
 def byte_size(text: str) -> int:
-    """The type of options that give an amount of memory, in bytes: a number with its unit."""
+    """Return bytes; the type of options that give an amount of memory, a number with its unit."""
     matched = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B", text, re.IGNORECASE)
     if not matched:
         raise argparse.ArgumentTypeError(f"should be a size such as 4GB, 3500MB or 3.5GiB, is {text!r}")
@@ -204,6 +200,6 @@ def byte_size(text: str) -> int:
 
 
 def check_context(context: int | None, longest: int) -> None:
-    """Raises UserError for a --context beyond the model's own, in tokens."""
+    """Raise UserError for a --context beyond the model's own, in tokens."""
     if context and context > longest:
         raise UserError(f"--context {context}: the model's own context is {longest} tokens")

@@ -1,7 +1,7 @@
-"""python -m llama3_raw.compare --with B: where another run of the same model parts ways with this one.
+"""python -m llama3_raw.compare --with B: the first tensor at which B diverges from the exact operations.
 
-B is another implementation, other weights, another dtype, other operations, or tensors in a file. Each step is looked
-at by itself: with B's tensors going into it, is what comes out B's too? The first one where it is not has the bug.
+B is another implementation, other weights, another dtype, other operations, or tensors in a file. Each step is also
+compared alone, computed from B's own tensors: the first that differs has the bug.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
-from ..cli.memory_plan import Lengths
+from ..cli.memory_plan import RunShape
 from ..cli.models import ChosenModel, choose_model, chosen_ids, load_model
 from ..cli.options import DTYPES_BY_NAME, add_model_options, add_prompt_options, read_prompt
 from ..errors import UserError, in_short
 from ..params import Params
 from ..tracing.names import FIRST, named_tensors
-from ..tracing.record import Origin, Trace, load_trace, not_alike, trace
+from ..tracing.record import Origin, Trace, load_trace, shape_difference, trace
 from ..tracing.taps import Patterns, check_names
 from ..weights import Model
 from .comparison import Comparison, Step, compare, of_any_layer, shared_tensors
@@ -32,16 +32,16 @@ from .references import check_hf, check_meta, trace_hf, trace_meta
 
 
 class Other(NamedTuple):
-    """What --with means, before it is run."""
+    """What --with names, before it runs."""
 
     name: str
     run: Callable[[], Trace]
-    origin: Origin | None = None  # of a file, whose weights and prompt may be others by mistake
-    params: Params | None = None  # where they may be others than the model's
+    origin: Origin | None = None  # of a file, which may be of other weights or another prompt by mistake
+    params: Params | None = None  # if they may differ from the model's
 
 
 def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) -> Other:
-    """--with -> the other run, checked as far as can be without its weights. Raises UserError."""
+    """Return the other run that --with names, checked without reading its weights. Raises UserError."""
     name: str = options.other
     file = Path(name)
     if file.is_file() or file.suffix == ".safetensors":
@@ -60,16 +60,16 @@ def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) ->
         changes |= {"weights": name}
     with_changes = Namespace(**{**vars(options), **changes})
     others = choose_model(with_changes, needs_tokenizer=False, named_by="--with")
-    unlike = not_alike(others.checkpoint.params, chosen.checkpoint.params)
+    unlike = shape_difference(others.checkpoint.params, chosen.checkpoint.params)
     if unlike:
-        raise UserError(f"--with {name}: is another model, with {unlike}; compare two of the same shape")
+        raise UserError(f"--with {name}: is another model, with {unlike}; compare models of the same shape")
     return Other(name, lambda: _run_own(others, ids, reference=name != "fast"), params=others.checkpoint.params)
 
 
 def _check_reference(name: str, chosen: ChosenModel) -> None:
     """Raise UserError if transformers' or Meta's code cannot run the model as it was chosen."""
     if chosen.checkpoint.scales:
-        raise UserError(f"--with {name}: others know no such int8; give the folder with the weights as they were")
+        raise UserError(f"--with {name}: does not support this int8 format; give the folder with the original weights")
     if chosen.max_ram is not None:
         raise UserError(f"--with {name}: needs all weights in memory; leave --max-ram out")
     if chosen.gpu_layers is not None:
@@ -81,23 +81,23 @@ def _check_reference(name: str, chosen: ChosenModel) -> None:
 
 
 def _run_own(chosen: ChosenModel, ids: Sequence[int], reference: bool) -> Trace:
-    model, ops, _ = load_model(chosen, Lengths.of_one_pass(len(ids)), reference)
+    model, ops, _ = load_model(chosen, RunShape.of_one_pass(len(ids)), reference)
     return trace(model, ids, ops=ops, device="cpu", progress=True)
 
 
 def _run_implementation(trace_it: Callable[..., Trace], chosen: ChosenModel, ids: Sequence[int]) -> Trace:
-    model, _, _ = load_model(chosen._replace(quantized=False), Lengths.of_one_pass(len(ids)), reference=True)
+    model, _, _ = load_model(chosen._replace(quantized=False), RunShape.of_one_pass(len(ids)), reference=True)
     return trace_it(model, ids, progress=True)
 
 
 def show(comparison: Comparison, other: str, patterns: Sequence[str] = ()) -> None:
-    """Prints a table (a line for each layer, or for each tensor that a pattern means), the verdict, and JSON."""
+    """Print a table (one line for each layer, or each tensor that matches a pattern), the verdict, and JSON."""
     wanted = Patterns(patterns)
     names = {name for name in comparison.made if wanted.matching(name)}
     lines = [[step] for step in comparison.steps if step.name in names] if patterns else _by_layer(comparison.steps)
     width = max([9, *(len(steps[0].name) for steps in lines)]) if patterns else 9
     at = 2 if patterns else 21
-    print(f"{'':{width}}{'both runs, to the end':>27}{'':{at}}{'each step by itself':>22}")
+    print(f"{'':{width}}{'end to end':>27}{'':{at}}{'each step alone':>22}")
     figures, place = f"{'relative':>9}{'rounding':>9}", "" if patterns else f"  {'at':<19}"
     print(f"{'':{width}}{'absolute':>9}{figures}{place}  {figures}{place}".rstrip())
     for steps in lines:
@@ -105,24 +105,24 @@ def show(comparison: Comparison, other: str, patterns: Sequence[str] = ()) -> No
         whole = max(steps, key=lambda step: step.whole.relative)
         own = max(steps, key=lambda step: step.own.relative / step.rounding)
         label = steps[0].name if patterns else _layer_of(steps[0].name)
-        both = f"{absolute:9.1e}{whole.whole.relative:9.1e}{whole.rounding_in_all:9.1e}{_at(whole, place)}"
-        each = f"{own.own.relative:9.1e}{own.rounding:9.1e}{_at(own, place).rstrip()}{' *' if own.parts else ''}"
+        both = f"{absolute:9.1e}{whole.whole.relative:9.1e}{whole.rounding_end_to_end:9.1e}{_at(whole, place)}"
+        each = f"{own.own.relative:9.1e}{own.rounding:9.1e}{_at(own, place).rstrip()}{' *' if own.diverges else ''}"
         print(f"{label:{width}}{both}  {each}")
-    if comparison.parted:
+    if comparison.diverged:
         print("* more than rounding explains")
     if comparison.logits:
         logits = comparison.logits
         print(f"{'logits':<36}{'mean':>12}{'last':>12}")
-        print(f"{f'likeliest {TOP_K} tokens in common':<36}{logits.top_k:12.1%}{logits.top_k_last:12.1%}")
+        print(f"{f'top {TOP_K} tokens in common':<36}{logits.top_k:12.1%}{logits.top_k_last:12.1%}")
         last = "yes" if logits.same_likeliest_last else "no"
-        print(f"{'the likeliest token is the same':<36}{logits.same_likeliest:12.1%}{last:>12}")
+        print(f"{'same most likely token':<36}{logits.same_likeliest:12.1%}{last:>12}")
         print(f"{'KL divergence, nats':<36}{logits.kl:12.2e}{logits.kl_last:12.2e}")
     print(comparison.verdict(other))
     print(json.dumps(comparison.to_json()))
 
 
 def _at(step: Step, place: str) -> str:
-    """The name within its layer, where the table has room for one."""
+    """Return the name within its layer, if the table has a column for it."""
     short = re.sub(r"layers\.\d+\.", "", step.name)
     return f"  {short:<{len(place) - 2}}" if place else ""
 
@@ -141,34 +141,34 @@ def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
 
 
 def _other_numbers(model: Model, other: Other) -> Iterator[str]:
-    """Lines that say what the two params.json have not in common, though all shapes are the same."""
+    """Yield a line for each of the params that differ although all shapes are equal."""
     for field in ("norm_eps", "rope_theta", "rope_scaling"):
         ours, theirs = getattr(model.params, field), getattr(other.params or model.params, field)
         if ours != theirs:
-            hidden = " (16 bits may hide what it does; --dtype float32 does not)"
+            hidden = " (16 bits may hide the effect; --dtype float32 shows it)"
             in_16_bits = model.weights.norm.dtype.itemsize == 2
             yield f"{other.name} has {field} {theirs}, not {ours}{hidden if in_16_bits else ''}"
 
 
 def _left_out(comparison: Comparison, other: str) -> Iterator[str]:
-    """Lines that say which names only one side has."""
+    """Yield lines with the names that only one side has."""
     for name in comparison.unknown[:5]:
         near = difflib.get_close_matches(name, comparison.made, n=3, cutoff=0)
         yield f"{other}: no tensor of a pass is named {in_short(name)!r}; the nearest are {', '.join(near)}; left out"
     if len(comparison.unknown) > 5:
-        yield f"{other}: and {len(comparison.unknown) - 5} more names that no pass has"
+        yield f"{other}: {len(comparison.unknown) - 5} more names that no pass has"
     missing = dict.fromkeys(map(of_any_layer, comparison.missing))
     if missing:
         names = ", ".join(list(missing)[:3]) + (", …" if len(missing) > 3 else "")
-        yield f"{other} does not have {names}: what differs there shows at the next one that it has"
+        yield f"{other} does not have {names}: a difference there shows at the next tensor that it has"
 
 
 def build_parser() -> ArgumentParser:
-    """The options of `python -m llama3_raw.compare`."""
+    """Return the parser of `python -m llama3_raw.compare`."""
     parser = ArgumentParser(
         prog="python -m llama3_raw.compare",
-        description="Runs a prompt through the model by the exact operations, and finds where another run of it parts "
-        "ways. Exit status 0: they agree; 1: they do not; 2: it cannot be done.",
+        description="Run a prompt with the exact operations, and find the first tensor at which another run diverges. "
+        "Exit status 0: they agree; 1: they do not; 2: the comparison is not possible.",
     )
     add_prompt_options(parser)
     group = parser.add_argument_group("comparison")
@@ -178,29 +178,28 @@ def build_parser() -> ArgumentParser:
         required=True,
         type=not_empty,
         metavar="B",
-        help="a folder or name as for --weights; a trace (FILE.safetensors); the same weights in another dtype "
-        f"({', '.join(DTYPES_BY_NAME)}), by the fast operations (fast), rounded (int8), in transformers (hf) or in "
+        help="a folder or name as for --weights; a trace (FILE.safetensors); or the same weights in another dtype "
+        f"({', '.join(DTYPES_BY_NAME)}), with the fast operations (fast), quantized (int8), in transformers (hf) or in "
         "Meta's code (meta)",
     )
     group.add_argument(
         "--tolerance",
         type=_tolerance,
         metavar="X",
-        help="agree if no tensor is further apart than this share of its size (default: what rounding explains, for "
-        "each step by itself too)",
+        help="agree if no tensor has a larger relative difference (default: what rounding explains)",
     )
     group.add_argument(
         "--rounding",
         choices=DTYPES_BY_NAME,
-        help="expect the rounding of this dtype, where B was computed in another than it is saved in (default: the "
-        "coarsest of the tensors)",
+        metavar="DTYPE",
+        help="expect the rounding of this dtype, if B was not computed in the dtype that it is saved in",
     )
     group.add_argument(
         "--names",
         action="append",
         type=not_empty,
         metavar="PATTERN",
-        help="a line for each tensor that this means, as in llama3_raw.tracing, not for each layer (may be repeated)",
+        help="show one line for each matching tensor instead of each layer (repeatable)",
     )
     add_model_options(parser)
     return parser
@@ -218,7 +217,7 @@ def _tolerance(text: str) -> float:
 
 @command_line_tool
 def main(arguments: Sequence[str]) -> int:
-    """Runs the tool; -> exit status."""
+    """Run the command and return the exit status."""
     options = build_parser().parse_args(arguments)
     prompt = read_prompt(options.prompt, "python -m llama3_raw.compare --with B")
     chosen = choose_model(options, needs_tokenizer=not options.ids)
@@ -226,8 +225,8 @@ def main(arguments: Sequence[str]) -> int:
     names = options.names or []
     check_names(chosen.checkpoint.params, *names)
     other = choose_other(options, chosen, ids)
-    tensors = other.run()  # its weights are let go before ours come
-    model, ops, which = load_model(chosen, Lengths.of_one_pass(len(ids)), reference=True)
+    tensors = other.run()  # frees B's weights before ours are loaded
+    model, ops, which = load_model(chosen, RunShape.of_one_pass(len(ids)), reference=True)
     if other.origin:
         other.origin.check(model, ids, other.name)
     print(f"llama3_raw: {which}, with {other.name}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`compare`: where another run of the same model diverges from this one, step by step."""
+"""`compare`: the first tensor at which another run of a model diverges from this one."""
 
 from __future__ import annotations
 
@@ -18,108 +18,108 @@ from ..ops import Ops, Tap
 from ..tracing.names import FIRST, LAST, NamedTensor, named_tensors
 from ..tracing.record import Trace, check_trace, count_layers, tokens_of_one_prompt
 from ..tracing.taps import chain
-from ..weights import Model, in_words
+from ..weights import Model, dtype_name
 from .difference import Difference, Logits, difference, in_our_layout
 
 _COMPARABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# What rounding does to each tensor is tried (`_rounding`); a step may differ by so many times that. Measured, at most,
+# A step may differ by this multiple of what simulated rounding does to it (`_rounding`). The largest that was measured,
 # on three trained models (4, 6 and 30 layers) and prompts of 1 to 128 tokens, against transformers, the fast operations
-# and other dtypes: 2.8 times in fp32, where sums are taken in other orders, 1.4 times in bf16 and fp16.
-_TIMES, _TIMES_IN_16_BITS = 8.0, 2.5
+# and other dtypes: 2.8 in fp32, where sums have another order, 1.4 in bf16 and fp16.
+_ALLOWED, _ALLOWED_IN_16_BITS = 8.0, 2.5
 
-# What adds up over the layers varies more: 3.7 and 2.4 times, so it may be twice that.
-_TIMES_IN_ALL = 2.0
+# End to end, where differences accumulate, twice as much is allowed; the largest measured were 3.7 and 2.4.
+_ALLOWED_END_TO_END = 2.0
 
 
 class Step(NamedTuple):
-    """A tensor of the pass, in both runs. What rounding explains is of the relative differences."""
+    """A tensor of the pass in both runs, and the relative differences that rounding explains."""
 
     name: str
     shape: tuple[int, ...]
     their_shape: tuple[int, ...]
-    whole: Difference  # where each run goes on with its own tensors
-    rounding_in_all: float
-    own: Difference  # where the other run's tensors went into the step
+    whole: Difference  # end to end: each run continues with its own tensors
+    rounding_end_to_end: float
+    own: Difference  # the step alone: computed from the other run's tensors
     rounding: float
 
     @property
-    def parts(self) -> bool:
-        """Whether the step by itself differs by more than rounding."""
+    def diverges(self) -> bool:
+        """Whether the step alone differs by more than rounding explains."""
         return self.own.relative > self.rounding
 
 
 class Comparison(NamedTuple):
-    """What `compare` finds. The steps are in the order of the pass."""
+    """The result of `compare`. The steps are in the order of the pass."""
 
     steps: tuple[Step, ...]
     missing: tuple[str, ...]  # tensors of the pass that the other run does not have
-    unknown: tuple[str, ...]  # and those of the other run that no pass has
-    logits: Logits | None  # None: the other run has none of the same shape
-    dtype: torch.dtype  # whose rounding is allowed
+    unknown: tuple[str, ...]  # tensors of the other run that no pass has
+    logits: Logits | None  # None if the other run has none of the same shape
+    dtype: torch.dtype  # its rounding is allowed
     tolerance: float | None  # None: what rounding explains
     made: Mapping[str, NamedTensor]
 
     @property
-    def parted(self) -> list[Step]:
-        """The steps that by themselves differ by more than rounding; the first is where the two part ways."""
-        return [step for step in self.steps if step.parts]
+    def diverged(self) -> list[Step]:
+        """The steps that alone differ by more than rounding explains; the runs diverge at the first."""
+        return [step for step in self.steps if step.diverges]
 
     @property
     def worst(self) -> Step:
-        """Where the runs are furthest apart: beyond what rounding explains, or, with a tolerance, at all."""
+        """The step with the largest difference end to end, relative to rounding if there is no tolerance."""
         if self.tolerance is not None:
             return max(self.steps, key=lambda step: step.whole.relative)
-        return max(self.steps, key=lambda step: step.whole.relative / step.rounding_in_all)
+        return max(self.steps, key=lambda step: step.whole.relative / step.rounding_end_to_end)
 
     @property
     def first_beyond_tolerance(self) -> Step | None:
-        """The first tensor in which the runs are further apart than the tolerance; None: there is no such, or none."""
+        """The first step that differs by more than the tolerance, if there is a tolerance and such a step."""
         if self.tolerance is None:
             return None
         return next((step for step in self.steps if step.whole.relative > self.tolerance), None)
 
     @property
     def agree(self) -> bool:
-        """Whether no tensor of the runs differs by more than the tolerance, or than rounding where there is none."""
+        """Whether no tensor differs by more than the tolerance, or without one, by more than rounding explains."""
         if self.tolerance is not None:
             return self.first_beyond_tolerance is None
-        return not self.parted and self.worst.whole.relative <= self.worst.rounding_in_all
+        return not self.diverged and self.worst.whole.relative <= self.worst.rounding_end_to_end
 
     def verdict(self, other: str = "the other run") -> str:
-        """Where the two part ways, in a few lines; `other` is what the other run is called."""
-        if not self.parted and all(step.whole.relative == 0 for step in self.steps):
-            return f"They are the same: all {len(self.steps)} tensors, value by value."
-        worst, rounding = self.worst, f"rounding in {in_words(self.dtype)} explains"
-        at_worst = f"{worst.whole.relative:.2g} of its size at {worst.name}"
+        """Return a few lines that say where the runs diverge; `other` is the name of the other run."""
+        if not self.diverged and all(step.whole.relative == 0 for step in self.steps):
+            return f"They are equal: all {len(self.steps)} tensors, value by value."
+        worst, rounding = self.worst, f"rounding in {dtype_name(self.dtype)} explains"
+        at_worst = f"{worst.whole.relative:.2g} (relative) at {worst.name}"
         if self.tolerance is not None and self.agree:
             text = f"They agree within a tolerance of {self.tolerance:g}: the runs differ by at most {at_worst}."
-            if self.parted:
-                text += f"\nBy itself, the first step to differ is {self._first_place(other)}"
-        elif self.parted:
-            text = f"They part ways first at {self._first_place(other)}"
+            if self.diverged:
+                text += f"\nThe first step that differs alone is {self._first_place(other)}"
+        elif self.diverged:
+            text = f"They diverge first at {self._first_place(other)}"
         elif self.agree:
             text = (
-                f"They agree: no step by itself differs by more than {rounding}.\nTo the end, the runs come closest to "
-                f"it with {at_worst}, where {worst.rounding_in_all:.2g} is explained."
+                f"They agree: no step alone differs by more than {rounding}.\nEnd to end, the runs differ by at most "
+                f"{at_worst}, where rounding explains {worst.rounding_end_to_end:.2g}."
             )
         elif self.tolerance is not None:
-            text = f"They differ by up to {at_worst}, but no step by itself by more than {rounding}."
+            text = f"They differ by up to {at_worst}, but no step alone by more than {rounding}."
         else:
             text = (
-                f"They drift apart: no step by itself differs by more than {rounding}.\nBut it adds up to {at_worst}, "
-                f"where {worst.rounding_in_all:.2g} is explained."
+                f"They drift apart: no step alone differs by more than {rounding}.\nBut differences accumulate to "
+                f"{at_worst}, where rounding explains {worst.rounding_end_to_end:.2g}."
             )
         beyond = self.first_beyond_tolerance
         if beyond is not None:
-            text += f"\nThe first beyond the tolerance of {self.tolerance:g} is {beyond.name}, "
-            text += f"{beyond.whole.relative:.2g} of its size off."
+            text += f"\nThe first tensor beyond the tolerance of {self.tolerance:g} is {beyond.name}, "
+            text += f"with a relative difference of {beyond.whole.relative:.2g}."
         return text
 
     def _first_place(self, other: str) -> str:
-        first, *others = self.parted
+        first, *others = self.diverged
         made = self.made[first.name]
-        check, most = made.check, f"{first.own.absolute:.2g}"
+        check, largest = made.check, f"{first.own.absolute:.2g}"
         if first.own.unlike:
             differs = f"cannot be compared: in {other}, {first.own.unlike}"
             if first.shape != first.their_shape:
@@ -127,26 +127,25 @@ class Comparison(NamedTuple):
                 if first.name == FIRST and first.shape[1:] == first.their_shape[-1:]:
                     check = "the tokens, of which one run has more (BOS?)"
         elif math.isinf(first.own.relative):
-            differs = f"has rows that are all zeros in {other} and are not here ({most} at most)"
+            differs = f"has rows that are all zeros in {other} but not here (up to {largest})"
         else:
-            size = f"{first.own.relative:.2g}"
             differs = (
-                f"is {size} of its size off ({most} at most); rounding in {in_words(self.dtype)} explains "
-                f"{first.rounding:.2g}"
+                f"differs by {first.own.relative:.2g} (relative; {largest} absolute); rounding in "
+                f"{dtype_name(self.dtype)} explains {first.rounding:.2g}"
             )
         text = f"{first.name} (in model.py, {made.made_by}).\nFrom the same input, it {differs}.\nLook at: {check}."
         unseen = self._unseen_before(first.name)
         if unseen:
             where = unseen[0] if len(unseen) == 1 else f"{unseen[0]} … {unseen[-1]}"
-            text += f"\nIt may as well come from {where}, which {other} does not have."
+            text += f"\nThe cause may also be {where}, which {other} does not have."
         places = Counter(of_any_layer(step.name) for step in others)
         if places:
             listed = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in places.items())
-            text += f"\nBy themselves, these differ too: {listed}."
+            text += f"\nThese differ alone too: {listed}."
         return text
 
     def _unseen_before(self, name: str) -> list[str]:
-        """The tensors between those that the other run has and this one, in the order of the pass."""
+        """Return the tensors between this one and those before it that the other run has, in the order of the pass."""
         missing, waiting = set(self.missing), [name]
         unseen: set[str] = set()
         while waiting:
@@ -156,9 +155,9 @@ class Comparison(NamedTuple):
         return [it for it in self.made if it in unseen]
 
     def to_json(self) -> dict[str, Any]:
-        """The figures to print as JSON; what is infinite is None."""
+        """Return the figures to print as JSON; infinite ones are None."""
         logits = self.logits and {key: _finite(value) for key, value in self.logits._asdict().items()}
-        first, beyond, worst = next(iter(self.parted), None), self.first_beyond_tolerance, self.worst
+        first, beyond, worst = next(iter(self.diverged), None), self.first_beyond_tolerance, self.worst
         return {
             "agree": self.agree,
             "first": first and first.name,
@@ -167,12 +166,12 @@ class Comparison(NamedTuple):
             "relative": first and _finite(first.own.relative),
             "absolute": first and _finite(first.own.absolute),
             "rounding": first and _finite(first.rounding),
-            "parted": [step.name for step in self.parted],
+            "parted": [step.name for step in self.diverged],
             "worst": worst.name,
             "worst_relative": _finite(worst.whole.relative),
-            "worst_rounding": _finite(worst.rounding_in_all),
+            "worst_rounding": _finite(worst.rounding_end_to_end),
             "tolerance": self.tolerance,
-            "dtype": in_words(self.dtype),
+            "dtype": dtype_name(self.dtype),
             "tensors": len(self.steps),
             "missing": len(self.missing),
             "unknown": len(self.unknown),
@@ -194,21 +193,26 @@ def compare(
     ops: Ops = REFERENCE,
     progress: bool = False,
 ) -> Comparison:
-    """Where another run over the prompt, ids [T], parts ways with the model's own.
+    """Compare another run over the prompt with the model's own, and find where it diverges.
 
-    other: the tensors of that run, or arrays, as many as there are, by the names of a tap and in its layout; a batch
-        dimension of 1 and heads joined into one dimension are understood, and scores may be hidden by any large
-        negative number.
-    tolerance: how far apart, relatively, any tensor of the two runs may be; None: as far as rounding explains, and
-        each step by itself too.
-    rounding: the dtype whose rounding is to be expected; None: the coarsest of the model and the tensors.
-    progress: bars on stderr.
+    The model runs twice over the prompt: alone, and with the other run's tensor put in at each name, so that an error
+    does not reach the next step. It runs twice more, over two rows each, with every tensor of one row perturbed as
+    rounding does, to measure what rounding explains.
 
-    The model runs two times and, for two rows each, two times more: alone; with the other's tensor put in the place of
-    each that it has; and both with every tensor shaken by as much as rounding can do.
+    Args:
+        model: the weights to run; a mapping cannot tell whether it is of the same ones.
+        ids: the prompt, [T].
+        other: tensors or arrays of the other run by tap name, any subset, in the layout of model.py. A batch dimension
+            of 1, joined heads, and scores masked by a large negative number are accepted.
+        tolerance: the largest relative difference that counts as agreement. None: what rounding explains, end to end
+            and for each step alone.
+        rounding: the dtype whose rounding to expect. None: the coarsest of the model and the tensors.
+        ops: the operations of the model's own run.
+        progress: show bars on stderr.
 
-    Raises UserError where no name is one of a pass, for tensors that are not of floats in 16 bits or more or of the
-    last position only, for a tolerance below 0, and for what `trace` raises it.
+    Raises:
+        UserError: no name is a tap name, a tensor is not floating point of 16 bits or more or only of the last
+            position, the tolerance is below 0, or `trace` raises it.
     """
     params = model.params
     ids = tokens_of_one_prompt(ids, params)
@@ -223,7 +227,7 @@ def compare(
     own: dict[str, Difference] = {}
     logits: list[Logits] = []
 
-    def look(name: str, tensor: Tensor) -> Tensor:
+    def measure(name: str, tensor: Tensor) -> Tensor:
         if name in shared:
             shapes[name] = tuple(tensor.shape)
             shared[name] = in_our_layout(shared[name], tensor.shape)
@@ -232,7 +236,7 @@ def compare(
                 logits.append(Logits.of(tensor.cpu(), shared[name].cpu()))
         return tensor
 
-    def look_and_replace(name: str, tensor: Tensor) -> Tensor:
+    def measure_and_replace(name: str, tensor: Tensor) -> Tensor:
         if name in shared:
             own[name] = difference(tensor, shared[name])
         return _replaced(name, tensor, shared)
@@ -242,21 +246,21 @@ def compare(
         with count_layers(params, progress) as count, torch.no_grad():
             forward(model.weights, params, tokens, ops=ops, tap=chain(tap, count))
 
-    run(look)
-    run(look_and_replace)
-    times = _TIMES if _eps(dtype) <= _eps(torch.float32) else _TIMES_IN_16_BITS
+    run(measure)
+    run(measure_and_replace)
+    allowed = _ALLOWED if _eps(dtype) <= _eps(torch.float32) else _ALLOWED_IN_16_BITS
     explained: list[dict[str, float]] = []
     for fed in (shared, {}):
         levels: dict[str, float] = {}
         run(_rounding(fed, _eps(dtype), levels), rows=2)
-        explained.append({name: times * level for name, level in levels.items()})
+        explained.append({name: allowed * level for name, level in levels.items()})
     steps = tuple(
         Step(
             name,
             shapes[name],
             tuple(shared[name].shape),
             whole[name],
-            _TIMES_IN_ALL * explained[1][name],
+            _ALLOWED_END_TO_END * explained[1][name],
             own[name],
             explained[0][name],
         )
@@ -282,15 +286,16 @@ def _check_settings(tolerance: float | None, rounding: torch.dtype | None) -> No
 
 
 def shared_tensors(other: Mapping[str, Tensor], made: Mapping[str, NamedTensor]) -> dict[str, Tensor]:
-    """Those of the other run's tensors that a pass has. Raises UserError where there is none, or one is no floats."""
+    """Return the other run's tensors that a pass has too. Raises UserError if there are none, or for other dtypes."""
     if isinstance(other, Trace) and other.last_position:
-        raise UserError("the trace is of the last position only; trace all positions to compare")
+        what = "the trace is of the last position only; make one without {argument}"
+        raise UserError(what, argument="last_position")
     shared = {name: _as_floats(name, other[name]) for name in other if name in made}
     if not shared:
         names = ", ".join(in_short(name) for name in list(other)[:3])
         raise UserError(
             f"none of the {len(other)} tensors to compare with has a name of this pass ({names or 'there are none'}); "
-            f"it has {FIRST}, layers.0.attention_norm, layers.0.attention.q, … {LAST}: see the README's list"
+            f"it has {FIRST}, layers.0.attention_norm, layers.0.attention.q, … {LAST} (see docs/tracing.md)"
         )
     return shared
 
@@ -311,28 +316,29 @@ def _eps(dtype: torch.dtype) -> float:
 
 
 def _replaced(name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> Tensor:
-    """The other run's tensor in the place of ours, where it has one of the same shape."""
+    """Return the other run's tensor if it has one of the same shape, else `tensor`."""
     theirs = others.get(name)
     return tensor if theirs is None or theirs.shape != tensor.shape else theirs.to(tensor)
 
 
 def _rounding(others: Mapping[str, Tensor], eps: float, levels: dict[str, float]) -> Tap:
-    """A tap for two rows [2, T], the second with every tensor moved by up to eps; notes how far that moves the next.
+    """Return a tap for two rows [2, T] that perturbs every tensor of the second by up to eps, as rounding does.
 
-    Both go on with the other run's tensor where there is one. So each step's own sensitivity is seen: a sum of two
-    large opposite terms, say, passes on much more rounding than it makes.
+    `levels` gets the relative difference that this causes in each tensor. Both rows continue with the other run's
+    tensor if there is one, so that the sensitivity of each step is measured: a sum of two large opposite terms, for
+    example, passes on much more rounding than it adds.
     """
     generators: dict[torch.device, torch.Generator] = {}
 
-    def shake(name: str, rows: Tensor) -> Tensor:
-        exact, shaken = rows
-        levels[name] = difference(shaken, exact).relative + eps
-        exact, shaken = _replaced(name, exact, others), _replaced(name, shaken, others)
+    def perturb(name: str, rows: Tensor) -> Tensor:
+        exact, perturbed = rows
+        levels[name] = difference(perturbed, exact).relative + eps
+        exact, perturbed = _replaced(name, exact, others), _replaced(name, perturbed, others)
         generator = generators.setdefault(rows.device, torch.Generator(rows.device).manual_seed(0))
-        noise = torch.rand(shaken.shape, generator=generator, device=rows.device).mul_(2 * eps).add_(1 - eps)
-        return torch.stack((exact, (shaken * noise).to(rows.dtype)))
+        noise = torch.rand(perturbed.shape, generator=generator, device=rows.device).mul_(2 * eps).add_(1 - eps)
+        return torch.stack((exact, (perturbed * noise).to(rows.dtype)))
 
-    return shake
+    return perturb
 
 
 def of_any_layer(name: str) -> str:

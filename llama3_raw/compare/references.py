@@ -1,7 +1,7 @@
-"""The code of others on the tensors of a model: Hugging Face's LlamaForCausalLM, and Meta's own Transformer.
+"""Other implementations on the tensors of a model: Hugging Face's LlamaForCausalLM, and Meta's Transformer.
 
-Neither copies weights, but for the wq and wk that Hugging Face has in another order. What they make on the way is seen
-by our names and in our layout: without a batch dimension, heads apart, the pairs of a head side by side.
+Neither copies weights, except wq and wk, whose rows Hugging Face has in another order. Their intermediate tensors are
+traced by tap name, in the layout of model.py: no batch dimension, separate heads, interleaved pairs.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from ..errors import UserError, needed_package
 from ..params import Params, RopeScaling
 from ..tracing.record import Trace, check_trace, count_layers
 from ..tracing.taps import chain
-from ..weights import Model, tensor_places
+from ..weights import Model, tensor_specs
 
 
 def hf_model(model: Model, attention: str) -> Any:
-    """LlamaForCausalLM on the tensors of the model itself, but for wq and wk: it has their rows in another order.
+    """Return LlamaForCausalLM on the tensors of the model itself, except wq and wk, whose rows are reordered.
 
-    attention: how it attends, "sdpa" or "eager". Needs the package transformers.
+    attention: its attention, "sdpa" or "eager". Needs the package transformers.
     """
     transformers: Any = importlib.import_module("transformers")
     config = _hf_config(transformers, model, attention)
@@ -39,39 +39,39 @@ def hf_model(model: Model, attention: str) -> Any:
         network = transformers.LlamaForCausalLM(config).eval()
         rotary = type(network.model.rotary_emb)
     network.load_state_dict(_hf_state_dict(model), assign=True)
-    # its table of frequencies belongs to no checkpoint, and is still without content
+    # its table of frequencies is in no checkpoint, so it is still on the meta device
     network.model.rotary_emb = rotary(config).to(model.weights.norm.device)
     return network
 
 
 def _hf_config(transformers: Any, model: Model, attention: str) -> Any:
-    """The params as a LlamaConfig."""
+    """Return the params as a LlamaConfig."""
     tied = model.weights.output is model.weights.tok_embeddings
     return transformers.LlamaConfig(**model.params.to_hf(), tie_word_embeddings=tied, attn_implementation=attention)
 
 
 def _hf_state_dict(model: Model) -> dict[str, Tensor]:
-    """The tensors by Hugging Face's names; copied are only wq and wk (see weights.split_pairs)."""
+    """Return the tensors by Hugging Face's names; only wq and wk are copied (see `split_pairs`)."""
     params = model.params
     by_meta_name: dict[str, Any] = dict(to_state_dict(params, model.weights))
     tensors = {"lm_head.weight": by_meta_name.get("output.weight", model.weights.tok_embeddings)}
-    for place in tensor_places(params, tied="output.weight" not in by_meta_name):
-        tensor = by_meta_name[place.meta_name]
-        if place.field in ("wq", "wk"):
+    for spec in tensor_specs(params, tied="output.weight" not in by_meta_name):
+        tensor = by_meta_name[spec.meta_name]
+        if spec.field in ("wq", "wk"):
             tensor = split_pairs(tensor, params.head_dim)
-        tensors[place.hf_name] = tensor
+        tensors[spec.hf_name] = tensor
     return tensors
 
 
 @contextlib.contextmanager
 def meta_model(model: Model, length: int) -> Iterator[Any]:
-    """Meta's Transformer on the tensors of the model itself, for a prompt of so many tokens.
+    """Yield Meta's Transformer on the tensors of the model itself, for a prompt of `length` tokens.
 
-    It is made for several processes: with fairscale, in a group that is this process alone, for as long as the model
-    is used. Needs the packages llama-models and fairscale.
+    It needs a process group (fairscale), which here is this process alone and ends with the block. Needs the packages
+    llama-models and fairscale.
     """
     params, weights = model.params, model.weights
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # fairscale prints what it does
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # fairscale prints its progress
         warnings.simplefilter("ignore")
         meta: Any = importlib.import_module("llama_models.llama3.model")
         arguments: Any = importlib.import_module("llama_models.llama3.args")
@@ -82,7 +82,7 @@ def meta_model(model: Model, length: int) -> Iterator[Any]:
     dtype = torch.get_default_dtype()
     try:
         torch.set_default_dtype(weights.norm.dtype)
-        network = meta.Transformer(  # its weights are memory that nothing is written to, and that is let go unused
+        network = meta.Transformer(  # its own weights are never written, so their memory is never used
             arguments.ModelArgs(
                 dim=params.dim,
                 n_layers=params.n_layers,
@@ -90,7 +90,7 @@ def meta_model(model: Model, length: int) -> Iterator[Any]:
                 n_kv_heads=params.n_kv_heads,
                 vocab_size=params.vocab_size,
                 multiple_of=params.hidden_dim,
-                ffn_dim_multiplier=1 / params.dim,  # so small that the feed-forward is as wide as multiple_of
+                ffn_dim_multiplier=1 / params.dim,  # so small that hidden_dim is rounded up to multiple_of
                 norm_eps=params.norm_eps,
                 rope_theta=params.rope_theta,
                 use_scaled_rope=params.rope_scaling is not None,
@@ -108,41 +108,41 @@ def meta_model(model: Model, length: int) -> Iterator[Any]:
         distributed.destroy_process_group()
 
 
-_Names = Mapping[str, tuple[str | None, str | None]]  # module -> the names of what goes in and of what comes out
+_Names = Mapping[str, tuple[str | None, str | None]]  # module -> the names of its input and its output
 
 
-class _Code(NamedTuple):
-    """How to see inside an implementation."""
+class _Implementation(NamedTuple):
+    """Where the tensors of an implementation are."""
 
-    module: str  # of Python
-    rope: str  # its function (q, k, …) -> (q, k) turned
-    layers: str  # where the layers are
-    of_layer: _Names
-    of_model: _Names
-    arranged: Callable[[str, Tensor, Params], Tensor]  # (name, tensor [1, …]) -> in our layout
+    module: str  # the Python module
+    rope: str  # its function (q, k, …) -> (q, k), rotated
+    layers: str  # the path of the layers
+    layer_names: _Names
+    model_names: _Names
+    to_our_layout: Callable[[str, Tensor, Params], Tensor]  # (name, tensor [1, …]) -> in the layout of model.py
 
 
-def _arranged_as_meta(name: str, tensor: Tensor, params: Params) -> Tensor:
+def _from_meta_layout(name: str, tensor: Tensor, params: Params) -> Tensor:
     tensor = tensor[0]
     if name in ("attention.q", "attention.k", "attention.v", "attention.heads"):
         tensor = tensor.unflatten(-1, (-1, params.head_dim))  # [T, heads, head_dim]
     return tensor
 
 
-def _arranged_as_hf(name: str, tensor: Tensor, params: Params) -> Tensor:
-    tensor = _arranged_as_meta(name, tensor, params)
+def _from_hf_layout(name: str, tensor: Tensor, params: Params) -> Tensor:
+    tensor = _from_meta_layout(name, tensor, params)
     if name in ("attention.q_rope", "attention.k_rope"):
         tensor = tensor.transpose(0, 1)  # [heads, T, head_dim] before
     if name in ("attention.q", "attention.k", "attention.q_rope", "attention.k_rope"):
-        tensor = tensor.unflatten(-1, (2, -1)).transpose(-2, -1).flatten(-2)  # pairs were half a head apart
+        tensor = tensor.unflatten(-1, (2, -1)).transpose(-2, -1).flatten(-2)  # its pairs are half a head apart
     return tensor
 
 
-_HF = _Code(
+_HF = _Implementation(
     module="transformers.models.llama.modeling_llama",
     rope="apply_rotary_pos_emb",
     layers="model.layers",
-    of_layer={
+    layer_names={
         "input_layernorm": (None, "attention_norm"),
         "self_attn.q_proj": (None, "attention.q"),
         "self_attn.k_proj": (None, "attention.k"),
@@ -154,18 +154,18 @@ _HF = _Code(
         "mlp.down_proj": ("feed_forward.hidden", "feed_forward.out"),
         "": (None, "residual"),
     },
-    of_model={
+    model_names={
         "model.embed_tokens": (None, "tok_embeddings"),
         "model.norm": (None, "norm"),
         "lm_head": (None, "logits"),
     },
-    arranged=_arranged_as_hf,
+    to_our_layout=_from_hf_layout,
 )
-_META = _Code(
+_META = _Implementation(
     module="llama_models.llama3.model",
     rope="apply_rotary_emb",
     layers="layers",
-    of_layer={
+    layer_names={
         "attention_norm": (None, "attention_norm"),
         "attention.wq": (None, "attention.q"),
         "attention.wk": (None, "attention.k"),
@@ -177,61 +177,61 @@ _META = _Code(
         "feed_forward.w2": ("feed_forward.hidden", "feed_forward.out"),
         "": (None, "residual"),
     },
-    of_model={"tok_embeddings": (None, "tok_embeddings"), "norm": (None, "norm"), "output": (None, "logits")},
-    arranged=_arranged_as_meta,
+    model_names={"tok_embeddings": (None, "tok_embeddings"), "norm": (None, "norm"), "output": (None, "logits")},
+    to_our_layout=_from_meta_layout,
 )
 
 
 def check_hf(needed_by: str) -> None:
-    """Raises UserError where transformers is not installed."""
+    """Raise UserError if transformers is not installed."""
     needed_package("transformers", needed_by, "compare")
 
 
 def check_meta(params: Params, needed_by: str) -> None:
-    """Raises UserError where Meta's Transformer cannot run such a model, or is not installed."""
+    """Raise UserError if Meta's Transformer cannot run such a model, or is not installed."""
     for package in ("llama_models", "fairscale"):
         needed_package(package, needed_by, "compare")
     if params.rope_scaling not in (None, RopeScaling(8.0)):
         raise UserError(
-            f"{needed_by}: Meta's code knows no RoPE scaling but that of Llama 3.1, by the factor 8; this model has "
+            f"{needed_by}: Meta's code supports only the RoPE scaling of Llama 3.1, by the factor 8; this model has "
             f"{params.rope_scaling}; compare it with hf"
         )
     if params.head_dim * params.n_heads != params.dim:
         raise UserError(
-            f"{needed_by}: Meta's code has heads of {params.dim} // {params.n_heads}, but head_dim is "
-            f"{params.head_dim} here; compare it with hf"
+            f"{needed_by}: Meta's code needs a head_dim of {params.dim} // {params.n_heads}; this model has "
+            f"{params.head_dim}; compare it with hf"
         )
 
 
 def trace_hf(model: Model, ids: Sequence[int], progress: bool = False) -> Trace:
-    """What Hugging Face's LlamaForCausalLM (eager attention) makes of a prompt, ids [T], by every name of a tap.
+    """Return a trace of Hugging Face's LlamaForCausalLM (eager attention) over a prompt, ids [T].
 
-    Where a token must not look, its scores are the most negative number of their dtype, not -inf. progress: a bar on
-    stderr. Needs what `check_hf` looks for. Raises UserError where the memory does not hold the tensors.
+    Masked scores are the most negative number of their dtype, not -inf. progress: show a bar on stderr. Needs what
+    `check_hf` checks. Raises UserError if the tensors do not fit into memory.
     """
     check_trace(model.params, model.weights.norm.dtype, len(ids), device="cpu")
     network = hf_model(model, "eager")
     tokens = torch.tensor([ids], device=model.weights.norm.device)
-    with _seeing(network, _HF, model.params, progress) as seen:
+    with _traced(network, _HF, model.params, progress) as seen:
         network(tokens, use_cache=False)
     return seen
 
 
 def trace_meta(model: Model, ids: Sequence[int], progress: bool = False) -> Trace:
-    """What Meta's Transformer makes of a prompt, ids [T], by every name of a tap.
+    """Return a trace of Meta's Transformer over a prompt, ids [T].
 
-    progress: a bar on stderr. Needs what `check_meta` looks for. Raises UserError where the memory does not hold the
-    tensors.
+    progress: show a bar on stderr. Needs what `check_meta` checks. Raises UserError if the tensors do not fit into
+    memory.
     """
     check_trace(model.params, model.weights.norm.dtype, len(ids), device="cpu")
     tokens = torch.tensor([ids], device=model.weights.norm.device)
-    with meta_model(model, len(ids)) as network, _seeing(network, _META, model.params, progress) as seen:
+    with meta_model(model, len(ids)) as network, _traced(network, _META, model.params, progress) as seen:
         network(tokens, 0)
     return seen
 
 
 class _SeeSoftmax(TorchFunctionMode):
-    """Shows scores and probs. Both implementations have them in local variables only, on either side of softmax."""
+    """Passes scores and probs to `see`: in both implementations they are only the input and output of softmax."""
 
     def __init__(self, see: Callable[[str, Tensor], None]):
         super().__init__()
@@ -246,11 +246,11 @@ class _SeeSoftmax(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _seeing(network: Any, code: _Code, params: Params, progress: bool) -> Iterator[Trace]:
-    """-> a trace, which gets every tensor of the pass that is made inside."""
+def _traced(network: Any, code: _Implementation, params: Params, progress: bool) -> Iterator[Trace]:
+    """Yield a trace that keeps every tensor of the pass made in the block."""
     dtype = next(network.parameters()).dtype
     seen = Trace(device="cpu")
-    layer = ""  # "layers.N." while that runs
+    layer = ""  # "layers.N." while that layer runs
     module = importlib.import_module(code.module)
     rope = getattr(module, code.rope)
 
@@ -262,14 +262,14 @@ def _seeing(network: Any, code: _Code, params: Params, progress: bool) -> Iterat
         tap = chain(seen, count)
 
         def see(name: str, tensor: Tensor) -> None:
-            tap(layer + name, code.arranged(name, tensor, params).to(dtype))  # softmax is in fp32 on both sides
+            tap(layer + name, code.to_our_layout(name, tensor, params).to(dtype))  # softmax: fp32 in and out
 
-        def hook(part: nn.Module, names: tuple[str | None, str | None]) -> None:
+        def hook(module: nn.Module, names: tuple[str | None, str | None]) -> None:
             before, after = names
             if before:
-                part.register_forward_pre_hook(lambda _, inputs: see(before, inputs[0]))
+                module.register_forward_pre_hook(lambda _, inputs: see(before, inputs[0]))
             if after:
-                part.register_forward_hook(lambda _, inputs, output: see(after, output))
+                module.register_forward_hook(lambda _, inputs, output: see(after, output))
 
         def rope_and_see(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             q, k = rope(*args, **kwargs)
@@ -279,10 +279,10 @@ def _seeing(network: Any, code: _Code, params: Params, progress: bool) -> Iterat
 
         for i, block in enumerate(network.get_submodule(code.layers)):
             block.register_forward_pre_hook(lambda _, inputs, name=f"layers.{i}.": enter(name))
-            for path, names in code.of_layer.items():
+            for path, names in code.layer_names.items():
                 hook(block.get_submodule(path), names)
             block.register_forward_hook(lambda _, inputs, output: enter(""))
-        for path, names in code.of_model.items():
+        for path, names in code.model_names.items():
             hook(network.get_submodule(path), names)
         with mock.patch.object(module, code.rope, rope_and_see), _SeeSoftmax(see), torch.no_grad():
             yield seen

@@ -1,1 +1,1 @@
-"""One decoding loop, for one text and for several; sampling, and drafts."""
+"""The decoding loop for one text or a batch of texts; sampling and draft tokens."""

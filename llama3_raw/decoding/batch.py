@@ -1,6 +1,6 @@
-"""`generate_batch`: several texts at once, by the loop that also continues one.
+"""`generate_batch`: several texts at once, with the same decoding loop as `generate`.
 
-A pass over one token reads all weights to multiply them by that token. With 16 of them it reads them once for all.
+A pass over one token reads all weights for that token alone. A pass over 16 tokens reads them once for all 16.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .sampling import Sampling
 
 
 class Row(NamedTuple):
-    """A prompt of a batch, and how it is to continue.
+    """A prompt of a batch and its settings.
 
-    seed: as for `generate`. is_over: asked after each token whether the text ends there, with all new tokens so far.
+    seed: as in `generate`. is_over: called after each token with all new tokens so far; True ends the text.
     """
 
     ids: Sequence[int]
@@ -39,16 +39,20 @@ def generate_batch(
     context: int | None = None,
     ops: Ops | None = None,
 ) -> Iterator[Event]:
-    """Yield (row, token) for each token as it comes, and (row, why) when a row has ended; rows count from 0.
+    """Yield (row, token) for each new token, and (row, reason) when a row ends. Rows count from 0.
 
-    A row's tokens are those that `generate` gives for it alone with the same settings: bit for bit with the CPU's fast
-    operations in bf16, elsewhere up to rounding, so that of two tokens about equally likely the other one may come. The
-    same rows in the same order give the same tokens.
+    Each row gets the tokens that `generate` yields for it alone with the same settings. With the CPU's fast operations
+    in bf16 the bits are the same; elsewhere rounding differs, and may decide between two tokens that are about equally
+    likely. The same rows in the same order always give the same tokens.
 
-    stop_ids, context, ops: as for `generate`. Prompts of about the same length waste the least; short ones that follow
-    each other are padded on the right and computed at once.
+    Args:
+        model: what `load` returned.
+        rows: the prompts, each with its settings. Consecutive short prompts are padded on the right and computed
+            together, so put prompts of similar length next to each other.
+        stop_ids: as in `generate`; context and ops too.
 
-    Raises UserError as `generate` does, at the call.
+    Raises:
+        UserError: as `generate` does, at the call.
     """
     limit = model.params.max_seq_len if context is None else context
     for row in rows:
@@ -75,10 +79,10 @@ def _text(model: Model, number: int, row: Row, limit: int) -> Text:
 
 
 def _decode(model: Model, texts: Sequence[Text], ops: Ops, stop_ids: Collection[int]) -> Iterator[Event]:
-    """A cache for those texts that get a token, made when the first one is asked for, and the loop."""
+    """Decode the texts; the cache is allocated at the first `next`, and only for texts with a budget."""
     running = [text for text in texts if text.budget]
     yield from ((text.number, text.when_spent) for text in texts if not text.budget)
     if running:
-        longest = max(len(text.prompt) + text.budget for text in running) - 1  # nobody looks back at the last token
+        longest = max(len(text.prompt) + text.budget for text in running) - 1  # nothing attends to the last token
         cache = KVCache.allocate(model.params, max_seq_len=longest, like=model.weights, batch=(len(running),))
         yield from decode(running, BatchRunner(model, cache, ops), stop_ids)

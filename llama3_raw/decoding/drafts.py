@@ -1,4 +1,4 @@
-"""Drafts: guesses of the next tokens of a text, several of which one pass over the weights can check."""
+"""Drafts: proposals for the next tokens of a text. One pass over the weights checks several of them."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from typing import Protocol
 
 
 class Draft(Protocol):
-    """What the decoding loop asks of a draft. It can change how many passes a text takes, never its tokens."""
+    """What the decoding loop needs from a draft, which changes how many passes a text takes, but never its tokens."""
 
     @property
     def proposes(self) -> bool:
         """Whether it may ever propose a token."""
 
-    def propose(self, room: int) -> list[int]:
-        """The next tokens, at most `room` of them; none if a pass without any is faster."""
+    def propose(self, limit: int) -> list[int]:
+        """Return at most `limit` next tokens, or none if a pass without them is faster."""
 
     def append(self, token: int) -> None:
-        """The text continues with this token."""
+        """Record the next token of the text."""
 
     def accept(self) -> None:
-        """A proposed token was the one that came."""
+        """Record that a proposed token was the right one."""
 
     def observe(self, proposed: int, seconds: float) -> None:
-        """A pass over one token and `proposed` ones after it took so long."""
+        """Record how long a pass over one token and `proposed` draft tokens took."""
 
 
 class NoDraft:
-    """Proposes nothing."""
+    """A draft that proposes nothing."""
 
     proposes = False
 
-    def propose(self, room: int) -> list[int]:
+    def propose(self, limit: int) -> list[int]:
         return []
 
     def append(self, token: int) -> None: ...

@@ -1,6 +1,6 @@
-"""The decoding loop: a pass over the texts, then a token for each; and `generate`, which continues one text.
+"""The decoding loop: one forward pass, one token for each text, repeat; and `generate`, which continues one text.
 
-Ids in, ids out: it knows no text. How a pass is run is the runner's affair, what is guessed ahead the draft's.
+It works on token ids only. The runner decides how a pass is run, the draft which tokens are proposed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from .prompt_lookup import LookupPolicy, PromptLookup
 from .runner import Runner, SingleRunner
 from .sampling import GREEDY, Sampling, check_sound, is_sound, sample
 
-# new tokens: a pass of 32 layers took 24 s to compile, found on the disk, and 142 s when it was new (measured on the
-# CPU, one thread, narrow layers); it may save 3 ms a token of 8B, of 1,500 small kernels 2 µs each (an estimate)
+# new tokens from which torch.compile pays: a pass of 32 layers took 24 s to compile with a warm disk cache, and 142 s
+# without (measured on the CPU, one thread, narrow layers); it may save 3 ms per token of 8B: 1,500 small kernels, 2 µs
+# each (an estimate)
 COMPILED_FROM = 4096
 
 
@@ -38,44 +39,44 @@ class StopReason(enum.Enum):
 
 
 Event = tuple[int, int | StopReason]
-"""(number of the text, its next token), or (number, why it ended)."""
+"""(number of the text, its next token), or (number of the text, why it ended)."""
 
 
 @dataclass
 class Text:
-    """A text that is being continued."""
+    """A text being continued."""
 
     number: int
     prompt: list[int]
-    budget: int  # new tokens at most
-    when_spent: StopReason  # why it ends then
+    budget: int  # the most new tokens
+    when_spent: StopReason  # why the text ends when the budget is spent
     sampling: Sampling
     generator: torch.Generator
     start: int = 0  # tokens in the cache before the prompt
     draft: Draft = field(default_factory=NoDraft)
-    is_over: Callable[[Sequence[int]], bool] = lambda new: False  # whether it ends after these new tokens
+    is_over: Callable[[Sequence[int]], bool] = lambda new: False  # whether the text ends after these new tokens
     new: list[int] = field(default_factory=list)
     ended: StopReason | None = None
 
     def __post_init__(self) -> None:
-        # prompt and new tokens, on the device, so that the next one can be drawn before this one is known here
+        # prompt and new tokens, on the device: the next one can be sampled before the CPU knows this one
         self._seen = torch.zeros(len(self.prompt) + self.budget, dtype=torch.long, device=self.generator.device)
         self._seen[: len(self.prompt)] = torch.tensor(self.prompt)
 
     @property
     def position(self) -> int:
-        """Of the last token, which the cache does not hold yet."""
+        """The position of the last token, which is not in the cache yet."""
         return self.start + len(self.prompt) + len(self.new) - 1
 
-    def draw(self, logits: Tensor) -> Tensor:
-        """Logits [vocab] -> the next token [], by the text's own settings, past and random numbers."""
+    def sample_next(self, logits: Tensor) -> Tensor:
+        """Logits [vocab] -> the next token [], sampled with the text's settings, history and generator."""
         length = len(self.prompt) + len(self.new)
         token = sample(logits, self.sampling, self._seen[:length], self.generator)
         self._seen[length] = token
         return token
 
     def append(self, token: int, stop_ids: Collection[int]) -> Iterator[Event]:
-        """Continue it with a token; yield that, unless it is one to stop at, and why the text ends, if it does."""
+        """Append a token. Yield it, unless it is a stop token, and then the reason if the text ends."""
         if token not in stop_ids:
             self.new.append(token)
             yield self.number, token
@@ -91,21 +92,21 @@ class Text:
 
 @torch.no_grad()
 def decode(texts: Sequence[Text], runner: Runner, stop_ids: Collection[int]) -> Iterator[Event]:
-    """Continue texts together until all have ended. Each has a budget of one token at least.
+    """Continue texts together until all have ended. Each has a budget of at least one token.
 
-    A pass gives every text its next token. For a lone text it also checks what the draft proposes: each row of its
-    logits gives one token more, as long as the token that comes is the one that was proposed.
+    A pass gives every text its next token. For a single text it also checks the draft: each row of logits gives one
+    more token, as long as that token is the proposed one.
     """
     running = list(texts)
     logits = runner.prefill([text.prompt for text in running])  # [texts, 1, vocab]
     proposed: list[int] = []
-    begun: float | None = None  # when the pass began; None for that over the prompt, which tells nothing of the next
+    started: float | None = None  # start of the pass; None for prefill, whose time does not predict that of decode
     while True:
         for row, expected in zip(logits.unbind(1), [*proposed, None], strict=True):  # [texts, vocab]
             tokens, ahead = _next_tokens(row, running, runner)
-            if begun is not None:
-                running[0].draft.observe(len(proposed), time.perf_counter() - begun)
-                begun = None
+            if started is not None:
+                running[0].draft.observe(len(proposed), time.perf_counter() - started)
+                started = None
             for text, token in zip(running, tokens, strict=True):
                 yield from text.append(token, stop_ids)
             if tokens[0] != expected or running[0].ended:
@@ -116,7 +117,7 @@ def decode(texts: Sequence[Text], runner: Runner, stop_ids: Collection[int]) -> 
             return
         if len(running) == 1:
             proposed = running[0].draft.propose(running[0].budget - len(running[0].new) - 1)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         if ahead is None:
             last = torch.tensor([[text.new[-1], *proposed] for text in running], device=runner.device)
             ahead = runner.step(last, [text.position for text in running])
@@ -124,11 +125,11 @@ def decode(texts: Sequence[Text], runner: Runner, stop_ids: Collection[int]) -> 
 
 
 def _next_tokens(logits: Tensor, texts: Sequence[Text], runner: Runner) -> tuple[list[int], Tensor | None]:
-    """Logits [texts, vocab] -> the next token of each, and the logits of the pass after it if that has begun already.
+    """Logits [texts, vocab] -> the next token of each text, and the logits of the next pass if it has started already.
 
-    It has where the runner can begin it without knowing the token here, so that a GPU never waits.
+    A runner that runs ahead starts the next pass before the CPU knows the tokens, so that a GPU never waits.
     """
-    tokens = _draw(logits, texts)  # [texts]
+    tokens = _sample_next(logits, texts)  # [texts]
     result = torch.stack((tokens, is_sound(logits)))
     first, ahead = texts[0], None
     if runner.runs_ahead and not first.draft.proposes and len(first.new) + 1 < first.budget:
@@ -141,15 +142,15 @@ def _next_tokens(logits: Tensor, texts: Sequence[Text], runner: Runner) -> tuple
     return known, ahead
 
 
-def _draw(logits: Tensor, texts: Sequence[Text]) -> Tensor:
-    """Logits [texts, vocab] -> the next token of each, [texts]."""
+def _sample_next(logits: Tensor, texts: Sequence[Text]) -> Tensor:
+    """Logits [texts, vocab] -> the next token of each text, [texts]."""
     if all(text.sampling == GREEDY for text in texts):
         return logits.argmax(dim=-1)
-    return torch.stack([text.draw(row) for text, row in zip(texts, logits, strict=True)])
+    return torch.stack([text.sample_next(row) for text, row in zip(texts, logits, strict=True)])
 
 
 def _remove_ended(running: list[Text], runner: Runner) -> None:
-    """The last text takes the place of one that has ended, so that those running are the first in the cache."""
+    """Replace each ended text by the last one, so that the running texts stay the first rows of the cache."""
     for place in reversed(range(len(running))):
         if running[place].ended is None:
             continue
@@ -180,30 +181,38 @@ def generate(  # noqa: PLR0913  # what a caller may set
     tap: Tap | None = None,
     captured: CudaGraphs | bool | None = True,
 ) -> Generator[int, None, StopReason]:
-    """Yield the tokens that follow the prompt `ids`, one int at a time; return why it stopped.
+    """Yield the tokens that follow the prompt `ids`, one int at a time, and return the reason why it stopped.
 
-    Temperature 0 takes the most likely token; for the other sampling settings see `Sampling`. seed: the same seed on
-    the same machine draws the same tokens; None draws anew.
-    stop_ids: the tokens at which it ends (not yielded); None takes the tokenizer's, () never ends there.
-    context: the most tokens, prompt included; None takes the model's max_seq_len, and more than that is your own risk.
-    cache, start: a cache that already holds `start` tokens, to continue from there; it is written in place, and
-        afterwards holds all tokens but the last one yielded. None makes one that is just large enough. The repetition
-        penalty sees the tokens of `ids` and new ones, not those that only the cache holds.
-    lookup: the most tokens, 0 to 15, that are proposed from the text so far and checked in one pass, where that is
-        faster; a policy in place of the number keeps what it learns for the next call, and its counts can be read. The
-        tokens are the same as without, drawn ones too, where a token's logits have the same bits alone and among
-        others: with the fast operations of the CPU in bf16. Elsewhere they differ by rounding, so that of two tokens
-        about equally likely the other one may come. What was proposed in vain is left in the cache after its tokens.
-    earlier: text that stands before `ids`, such as what the cache holds; only to propose from.
-    ops: None takes the set that suits the weights. tap: as in `forward`; with lookup it sees a row for each proposed
-        token as well, and those after the first wrong one are not used.
-    captured: whether a model on a GPU has its passes over few tokens captured in a graph, where that is possible: with
-        the fast operations and no tap. The pass over one token is compiled before only where 4,096 new ones may come,
-        since that takes as long as thousands of them. The `CudaGraphs` of a cache keep both for the next call, and
-        compile for any number.
+    Args:
+        model: what `load` returned.
+        ids: the prompt, [T].
+        max_new_tokens: stop after this many tokens.
+        temperature: 0 takes the most likely token. For this and the other sampling settings see `Sampling`.
+        seed: the same seed on the same machine samples the same tokens; None takes a new seed each time.
+        stop_ids: tokens that end the text and are not yielded. None: the tokenizer's; (): none.
+        context: the most tokens, prompt included. None: the model's max_seq_len; a larger context is at your own risk.
+        cache: holds `start` tokens, to continue after them. It is written in place, and afterwards holds all tokens
+            but the last one yielded. None allocates one that is just large enough. The repetition penalty covers `ids`
+            and the new tokens, not those that are only in the cache.
+        start: how many tokens `cache` holds.
+        lookup: propose at most this many tokens, 0 to 15, from the text so far, and check them in one pass, if faster.
+            A `LookupPolicy` instead of a number keeps what it learned for the next call, and its counters can be read.
+            The tokens, greedy or sampled, are the same as without lookup if a token's logits have the same bits alone
+            and among others: with the CPU's fast operations in bf16. Elsewhere rounding differs, and may decide
+            between two tokens that are about equally likely. Rejected tokens are left in the cache after the accepted
+            ones.
+        earlier: the text before `ids`, such as what the cache holds; used only to propose from.
+        ops: None chooses the set for the weights.
+        tap: as in `forward`. With lookup it also sees a row for each proposed token, and the rows after the first
+            wrong one are not used.
+        captured: on a GPU, replay passes over few tokens from a CUDA graph, which needs the fast operations and no
+            tap. The pass over one token is also compiled first, but only if there may be 4,096 new tokens, because
+            compiling takes as long as thousands of them. Pass the `CudaGraphs` of a cache to keep both for the next
+            call; they compile for any number of tokens.
 
-    Raises UserError for an empty prompt, ids outside the vocabulary, a prompt longer than the context, a cache that the
-    memory does not hold, and settings out of range; at the call, not at the first token.
+    Raises:
+        UserError: at the call, not at the first token, for an empty prompt, ids outside the vocabulary, a prompt
+            longer than the context, a cache that does not fit into memory, and settings out of range.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     policy = lookup if isinstance(lookup, LookupPolicy) else LookupPolicy(lookup)
@@ -222,7 +231,7 @@ def generate(  # noqa: PLR0913  # what a caller may set
     graphs = captured or None
     if isinstance(graphs, CudaGraphs) and graphs.cache is not cache:
         raise ValueError("the captured passes are those of another cache")
-    if tap is not None:  # which a graph would not call
+    if tap is not None:  # a graph would not call it
         graphs = None
     elif graphs is True:
         graphs = CudaGraphs.where_possible(model, cache, ops, compiled=budget >= COMPILED_FROM)
@@ -241,7 +250,7 @@ def generate(  # noqa: PLR0913  # what a caller may set
 
 
 def _tokens_of(text: Text, runner: Runner, stop_ids: Collection[int]) -> Generator[int, None, StopReason]:
-    """The tokens of a lone text -> why it ended."""
+    """Yield the tokens of a single text, and return the reason why it ended."""
     for _, event in decode([text], runner, stop_ids) if text.budget else ():
         if isinstance(event, StopReason):
             return event
@@ -252,7 +261,7 @@ def _tokens_of(text: Text, runner: Runner, stop_ids: Collection[int]) -> Generat
 def _checked_prompt(
     model: Model, ids: Sequence[int] | Tensor, earlier: Sequence[int], start: int, limit: int
 ) -> list[int]:
-    """The prompt as a list. Raises UserError if it cannot be continued within `limit` tokens."""
+    """Return the prompt as a list. Raises UserError if it cannot be continued within `limit` tokens."""
     prompt = [int(token) for token in ids]
     if limit < 1:
         raise UserError(f"should be 1 or more, is {limit}", argument="context")
@@ -266,14 +275,14 @@ def _checked_prompt(
 
 
 def seeded_generator(model: Model, seed: int | None) -> torch.Generator:
-    """Random numbers on the device where logits are; None seeds them anew."""
+    """Return a generator on the device of the logits; None takes a new seed."""
     generator = torch.Generator(model.weights.norm.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
     return generator
 
 
 def tokens_to_stop_at(model: Model, stop_ids: Collection[int] | None) -> Collection[int]:
-    """The tokens given, or for None those of the model's tokenizer."""
+    """Return `stop_ids`, or those of the model's tokenizer for None."""
     if stop_ids is not None:
         return stop_ids
     return model.tokenizer.stop_ids if model.tokenizer else ()

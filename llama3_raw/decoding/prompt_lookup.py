@@ -1,6 +1,6 @@
-"""Prompt lookup: the next tokens are proposed from earlier text, so that one pass over the weights checks several.
+"""Prompt lookup: propose the next tokens from earlier text, so that one pass over the weights checks several.
 
-Text that quotes, edits or continues what is in front of it often says again what followed the same words before.
+Text that quotes, edits or continues earlier text often repeats what followed the same tokens there.
 (Saxena 2023, Prompt Lookup Decoding: github.com/apoorvumang/prompt-lookup-decoding)
 """
 
@@ -8,79 +8,82 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..backends.cpu import FEW
+from ..backends.cpu import MAX_DECODE_ROWS
 from ..errors import UserError
 
-MOST = FEW - 1  # tokens to propose: with the one before them as many as the CPU kernels compute with the same bits
-LONGEST = 16  # tokens that are compared: of two places where so many are the same, the later one is taken
-_PLACES = 16  # of a pair of tokens, the latest ones, which are looked at: a search takes microseconds in any text
-_ASSUMED_COST = 0.1  # of a proposed token, in passes without any: about what it is in 8B on a CPU
-_ALONE_EVERY = 16  # passes there is one without proposals, since the machine may have become slower or faster
+# with the token before them, the most rows that the CPU kernels compute with the same bits
+MAX_DRAFT_TOKENS = MAX_DECODE_ROWS - 1
+LONGEST = 16  # tokens that a match may have; of several matches this long, the latest is used
+_MAX_CANDIDATES = 16  # latest places to compare, so that a search takes microseconds in any text
+_ASSUMED_COST = 0.1  # of a proposed token, relative to a pass without any: about that of 8B on a CPU
+_ALONE_EVERY = 16  # one pass in this many has no proposals, because the machine may have become slower or faster
 
 
 class EarlierText:
-    """A text that grows, and where in it its last tokens stood before."""
+    """A growing text that finds earlier occurrences of its last tokens."""
 
     def __init__(self, ids: Sequence[int] = ()):
         self.ids: list[int] = []
-        self._behind: dict[tuple[int, int], list[int]] = {}  # two tokens in a row -> the places behind them, in order
+        self._after: dict[tuple[int, int], list[int]] = {}  # pair of tokens -> the indices after it, ascending
         for token in ids:
             self.append(token)
 
     def append(self, token: int) -> None:
-        """The text goes on with this token."""
+        """Append a token to the text."""
         if len(self.ids) >= 2:
-            self._behind.setdefault((self.ids[-2], self.ids[-1]), []).append(len(self.ids))
+            self._after.setdefault((self.ids[-2], self.ids[-1]), []).append(len(self.ids))
         self.ids.append(token)
 
     def longest_match(self) -> tuple[int, int]:
-        """-> (length, place): the last `length` tokens, from 2 to LONGEST, also stand right before ids[place].
+        """Return (length, place): the last `length` tokens, 2 to LONGEST, also occur right before ids[place].
 
-        Of the latest places where the last two tokens stand it is the one with the longest match, and of those the
-        latest; (0, 0) where there is none.
+        Among the latest occurrences of the last two tokens, it is the longest match, and the latest of equally long
+        ones. Return (0, 0) if there is none.
         """
         ids, end = self.ids, len(self.ids)
         length = place = 0
-        for behind in reversed(self._behind.get((ids[-2], ids[-1]), ())[-_PLACES:] if end >= 2 else ()):
+        for after in reversed(self._after.get((ids[-2], ids[-1]), ())[-_MAX_CANDIDATES:] if end >= 2 else ()):
             same = 2
-            while same < min(LONGEST, behind) and ids[behind - 1 - same] == ids[end - 1 - same]:
+            while same < min(LONGEST, after) and ids[after - 1 - same] == ids[end - 1 - same]:
                 same += 1
             if same > length:
-                length, place = same, behind
+                length, place = same, after
         return length, place
 
 
 class LookupPolicy:
-    """How many tokens to propose, such that it pays: what a pass is expected to bring over what it is known to cost.
+    """Decides how many tokens to propose: the number with the most expected tokens for the measured cost of a pass.
 
-    most: tokens in a proposal, from 0 (never any) to MOST. Two things are learned, as running averages. How often the
-    token behind a match is the one that comes, by the length of the match: that is seen at every token, proposed or
-    not, so that to be off costs nothing and still shows when to be on again. And how much longer a pass takes for each
-    proposed token; where none is proposed this goes slowly back to what was assumed at first, and so is tried again.
+    most: the most tokens in a proposal, from 0 (off) to MAX_DRAFT_TOKENS. Two running averages are learned:
 
-    All that can come of it is another speed, never another token. One policy may serve several texts in turn and keeps
-    what it has learned. passes, proposed, accepted: how many passes so far, but for those over the prompt, and how many
-    tokens. Raises UserError for `most` out of range.
+    - How often the token after a match is the right one, by the length of the match. Every token shows it, proposed or
+      not, so proposals can stop at no cost and resume when matches become right again.
+    - How much longer a pass takes per proposed token. While nothing is proposed, this returns slowly to the assumed
+      cost, so that proposals are tried again.
+
+    The policy changes the speed, never the tokens. It may serve several texts one after the other, and keeps what it
+    learned. passes, proposed, accepted: counts of decode passes, and of proposed and accepted tokens. Raises UserError
+    for `most` out of range.
     """
 
     def __init__(self, most: int):
-        if not 0 <= most <= MOST:
-            raise UserError(f"should be from 0 (off) to {MOST}, is {most}", argument="lookup")
+        if not 0 <= most <= MAX_DRAFT_TOKENS:
+            raise UserError(f"should be from 0 (off) to {MAX_DRAFT_TOKENS}, is {most}", argument="lookup")
         self.most = most
         self.passes = self.proposed = self.accepted = 0
-        self._right = [length / (length + 3) for length in range(LONGEST + 1)]  # about what code and prose gave
+        self._right = [length / (length + 3) for length in range(LONGEST + 1)]  # about what code and prose showed
         self._cost = _ASSUMED_COST
         self._seconds_alone = 0.0  # of a pass without proposals
-        self._since_alone = _ALONE_EVERY  # passes
+        self._since_alone = _ALONE_EVERY  # passes since the last one without proposals
 
-    def how_many(self, match: int, room: int) -> int:
-        """How many tokens to propose, at most `room`, behind a match of this length: 0 where that is the fastest."""
-        best, best_speed = 0, 1.0  # in tokens for the time of a pass without proposals
+    def how_many(self, match: int, limit: int) -> int:
+        """Return how many tokens to propose, at most `limit`, after a match of this length; 0 if that is fastest."""
+        best, best_speed = 0, 1.0  # tokens per time of a pass without proposals
         if match == 0 or self._since_alone >= _ALONE_EVERY:
             return best
-        expected = chance = 1.0  # tokens that the pass brings; that all proposed so far are right
-        for count in range(1, min(self.most, room) + 1):
-            chance *= self._right[min(match + count - 1, LONGEST)]  # with each one that is right the match grows
+        expected = chance = 1.0  # tokens from the pass; probability that all proposed so far are right
+        for count in range(1, min(self.most, limit) + 1):
+            chance *= self._right[min(match + count - 1, LONGEST)]  # each right token makes the match longer
             expected += chance
             speed = expected / (1 + self._cost * count)
             if speed > best_speed:
@@ -88,27 +91,27 @@ class LookupPolicy:
         return best
 
     def learn_cost(self, proposed: int, seconds: float) -> None:
-        """A pass with so many proposed tokens took so long."""
+        """Record how long a pass with `proposed` draft tokens took."""
         self.passes += 1
         self.proposed += proposed
         self._cost += 0.001 * (_ASSUMED_COST - self._cost)
         if proposed == 0:
-            # half: old times are soon forgotten, and one that was disturbed is not all that counts
+            # half: adapts fast, but one disturbed pass does not decide alone
             self._seconds_alone = (self._seconds_alone + seconds) / 2 if self._seconds_alone else seconds
             self._since_alone = 0
         else:
             self._since_alone += 1
             cost = (seconds / self._seconds_alone - 1) / proposed
-            # a pass for each token would be 1; what is beyond 2 is something else that keeps the machine busy
+            # a separate pass per token would cost 1; beyond 2, something else keeps the machine busy
             self._cost += 0.2 * (min(max(cost, 0.0), 2.0) - self._cost)
 
     def learn_match(self, match: int, right: bool) -> None:
-        """The token behind a match of this length was, or was not, the one that came."""
+        """Record whether the token after a match of this length was the right one."""
         self._right[match] += 0.1 * (right - self._right[match])
 
 
 class PromptLookup:
-    """A `Draft` from earlier text, as far as its policy says, which is told of each token that comes."""
+    """A `Draft` from earlier text. Its policy decides how much it proposes, and learns from every token."""
 
     def __init__(self, policy: LookupPolicy, ids: Sequence[int]):
         self.policy = policy
@@ -121,7 +124,7 @@ class PromptLookup:
         return self.policy.most > 0
 
     def append(self, token: int) -> None:
-        """The text continues with this token."""
+        """Record the next token of the text."""
         if self.policy.most == 0:
             return
         if self._match:
@@ -129,15 +132,15 @@ class PromptLookup:
         self._text.append(token)
         self._match, self._place = self._text.longest_match()
 
-    def propose(self, room: int) -> list[int]:
-        """The next tokens, at most `room`, or none where that is faster."""
+    def propose(self, limit: int) -> list[int]:
+        """Return at most `limit` next tokens, or none if a pass without them is faster."""
         following = self._text.ids[self._place : self._place + self.policy.most]
-        return following[: self.policy.how_many(self._match, min(room, len(following)))]
+        return following[: self.policy.how_many(self._match, min(limit, len(following)))]
 
     def accept(self) -> None:
-        """A proposed token was the one that came."""
+        """Record that a proposed token was the right one."""
         self.policy.accepted += 1
 
     def observe(self, proposed: int, seconds: float) -> None:
-        """A pass with so many proposed tokens took so long."""
+        """Record how long a pass with `proposed` draft tokens took."""
         self.policy.learn_cost(proposed, seconds)

@@ -1,4 +1,4 @@
-"""How a pass is run: over one text, with exact bits or as a CUDA graph, or over several texts at once."""
+"""Runners of forward passes: over one text, eagerly or as a CUDA graph, or over a batch of texts."""
 
 from __future__ import annotations
 
@@ -15,38 +15,36 @@ from ..weights import Model
 
 
 class Runner(Protocol):
-    """Runs passes over texts and keeps their cache. Texts are known by their place, 0, 1, 2, …"""
+    """Runs passes over texts and keeps their KV cache. A text is identified by its row: 0, 1, 2, …"""
 
     device: torch.device
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether a pass over one token returns before it is computed, so that its token need not be known here."""
+        """Whether a pass over one token returns before it is computed, so that the CPU need not know the token."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """The prompt of each text -> the logits after it, [texts, 1, vocab]."""
+        """Compute the prompts; return the logits after each, [texts, 1, vocab]."""
 
     def step(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
-        """Tokens [texts, T], each text's from its position on -> the logits after each, [texts, T, vocab]."""
+        """Compute tokens [texts, T], from a position of each text on; return the logits, [texts, T, vocab]."""
 
     def move(self, source: int, target: int, length: int) -> None:
-        """The last text, of so many tokens, takes the place of one that has ended."""
+        """Move the text in row `source`, the first `length` positions of the cache, to row `target`."""
 
 
 class SingleRunner:
-    """One text, which is no batch of one: with an int start it gets the exact bits."""
+    """Runs one text, without a batch dimension: with an int start, which the exact operations need for Meta's bits."""
 
     def __init__(self, model: Model, cache: KVCache, start: int, ops: Ops, tap: Tap, graphs: CudaGraphs | None):
-        """start: how many tokens the cache holds already. graphs: of this cache; None runs every pass eagerly."""
-        self.device = model.weights.norm.device  # the embeddings may lie on another
-        self._model, self._cache, self._start, self._ops, self._tap, self._graphs = (
-            model,
-            cache,
-            start,
-            ops,
-            tap,
-            graphs,
-        )
+        """start: the number of tokens in the cache. graphs: those of this cache; None runs every pass eagerly."""
+        self.device = model.weights.norm.device  # the embeddings may be on another
+        self._model = model
+        self._cache = cache
+        self._start = start
+        self._ops = ops
+        self._tap = tap
+        self._graphs = graphs
 
     @property
     def runs_ahead(self) -> bool:
@@ -57,7 +55,7 @@ class SingleRunner:
         for begin in range(0, len(prompt), self._ops.prefill_chunk):
             tokens = torch.tensor(prompt[begin : begin + self._ops.prefill_chunk], device=self.device)
             position = self._start + begin
-            # only a graph that is there: the first token should not wait for a capture
+            # only a graph that was captured before: the first token should not wait for a capture
             if self._graphs and self._graphs.fit(len(tokens), position) and self._graphs.are_ready(len(tokens)):
                 logits = self._graphs(tokens, position)[-1]
             else:
@@ -65,15 +63,15 @@ class SingleRunner:
         return logits.view(1, 1, -1)
 
     def step(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
-        (of_text,), (position,) = tokens, positions
-        if self._graphs and self._graphs.fit(len(of_text), position):
-            logits = self._graphs(of_text, position)
+        (row,), (position,) = tokens, positions
+        if self._graphs and self._graphs.fit(len(row), position):
+            logits = self._graphs(row, position)
         else:
-            logits = self._forward(of_text, position, -1 if len(of_text) == 1 else None)
-        return logits.view(1, len(of_text), -1)
+            logits = self._forward(row, position, -1 if len(row) == 1 else None)
+        return logits.view(1, len(row), -1)
 
     def move(self, source: int, target: int, length: int) -> None:
-        raise AssertionError("a lone text has no other to take its place")
+        raise AssertionError("there is only one text")
 
     def _forward(self, tokens: Tensor, position: int, logits_at: int | None) -> Tensor:
         weights, params, _ = self._model
@@ -90,7 +88,7 @@ class SingleRunner:
 
 
 class BatchRunner:
-    """Several texts, each of which has a row of the cache; those running are its first rows."""
+    """Runs a batch of texts. Each has a row of the cache; the running ones are the first rows."""
 
     runs_ahead = False
 
@@ -99,8 +97,8 @@ class BatchRunner:
         self._model, self._cache, self._ops = model, cache, ops
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Neighbours that are short go together; a prompt that would fill a pass goes alone, as `generate` takes it."""
-        logits = []  # of each pack, [texts, 1, vocab]
+        """Compute consecutive short prompts together, and a long prompt alone, in chunks as `generate` does."""
+        logits = []  # of each pass, [texts, 1, vocab]
         begin = 0
         while begin < len(prompts):
             end, width = begin + 1, len(prompts[begin])
@@ -117,18 +115,18 @@ class BatchRunner:
         return torch.cat(logits)
 
     def _prefill_alone(self, row: int, prompt: Sequence[int]) -> Tensor:
-        cache = _part(self._cache, row, len(prompt))
+        cache = _cache_view(self._cache, row, len(prompt))
         return SingleRunner(self._model, cache, 0, self._ops, no_tap, None).prefill([prompt])
 
     def _prefill_together(self, first: int, prompts: Sequence[Sequence[int]], width: int) -> Tensor:
-        """Padded on the right: what is cached of the padding is overwritten before a token looks at it."""
+        """Compute prompts padded on the right; cached padding is overwritten before a token attends to it."""
         padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in prompts], device=self.device)
         ends = torch.tensor([len(ids) - 1 for ids in prompts], device=self.device)
-        cache = _part(self._cache, slice(first, first + len(prompts)), width)
+        cache = _cache_view(self._cache, slice(first, first + len(prompts)), width)
         return self._forward(padded, cache, 0, ends)
 
     def step(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
-        cache = _part(self._cache, slice(len(positions)), max(positions) + 1)
+        cache = _cache_view(self._cache, slice(len(positions)), max(positions) + 1)
         return self._forward(tokens, cache, torch.tensor(positions, device=self.device), -1)
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -141,7 +139,7 @@ class BatchRunner:
         return logits.unsqueeze(1)  # [texts, 1, vocab]
 
 
-def _part(cache: KVCache, rows: int | slice, length: int) -> KVCache:
-    """The first `length` positions of some rows, or of one without its dimension; not copied."""
+def _cache_view(cache: KVCache, rows: int | slice, length: int) -> KVCache:
+    """Return a view of the first `length` positions of some rows; an int selects one, without the batch dimension."""
     keys, values = (tuple(cached[rows, :length] for cached in tensors) for tensors in cache)
     return KVCache(keys, values)

@@ -1,4 +1,4 @@
-"""From logits to one token id: greedy, temperature, top-k, top-p, min-p, repetition penalty; seeded."""
+"""Sampling: from logits to a token id, with temperature, top-k, top-p, min-p and repetition penalty."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from torch import Tensor
 
 from ..errors import UserError
 
-_TINY = 1e-30  # what is much smaller is 0 in fp32
+_TINY = 1e-30  # much smaller values become 0 in fp32
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. The defaults take the likeliest token.
+    """How the next token is sampled. By default it is the most likely one.
 
-    temperature: divides the logits; 0 is greedy. top_k: keep the k likeliest; 0 is all. top_p: keep the smallest set
-    of likeliest tokens whose probabilities reach p (Holtzman et al. 2020). min_p: keep tokens at least min_p times as
-    likely as the likeliest (Nguyen et al. 2024). repetition_penalty: divides positive and multiplies negative logits
-    of tokens seen before (Keskar et al. 2019). They apply in the order penalty, temperature, top-k, top-p, min-p, as
-    in transformers. Raises UserError for a value out of range.
+    temperature: divides the logits; 0 is greedy.
+    top_k: keep the k most likely tokens; 0 keeps all.
+    top_p: keep the smallest set of most likely tokens whose probabilities reach p. (Holtzman et al. 2020)
+    min_p: keep tokens at least min_p times as likely as the most likely one. (Nguyen et al. 2024)
+    repetition_penalty: divides positive and multiplies negative logits of tokens seen before. (Keskar et al. 2019)
+
+    They apply in the order penalty, temperature, top-k, top-p, min-p, as in transformers. Raises UserError for a value
+    out of range.
     """
 
     temperature: float = 0.0
@@ -45,17 +48,17 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def penalise_repetition(logits: Tensor, seen: Sequence[int] | Tensor, penalty: float) -> Tensor:
-    """[..., vocab] -> [..., vocab]: the logits of the tokens `seen`, [N] or [..., N], made less likely by `penalty`."""
+def penalize_repetition(logits: Tensor, seen: Sequence[int] | Tensor, penalty: float) -> Tensor:
+    """[..., vocab] -> [..., vocab]: logits that make the tokens `seen`, [N] or [..., N], less likely by `penalty`."""
     ids = torch.as_tensor(seen, dtype=torch.long, device=logits.device).expand(*logits.shape[:-1], -1)
     score = logits.gather(-1, ids)
     return logits.scatter(-1, ids, torch.where(score > 0, score / penalty, score * penalty))
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """[..., vocab] -> [..., vocab] fp32: the distribution that `sampling` draws from. The temperature must not be 0."""
+    """[..., vocab] -> [..., vocab] fp32: the distribution to sample from. The temperature must not be 0."""
     logits = logits.float()
-    # the largest at 0, so that the smallest of temperatures makes no infinity out of it
+    # subtract the maximum, so that even the smallest temperature does not overflow
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(sampling.temperature, _TINY)
     if 0 < sampling.top_k < logits.shape[-1]:
         kept = logits.topk(sampling.top_k, dim=-1)
@@ -78,23 +81,23 @@ def sample(
     seen: Sequence[int] | Tensor = (),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Logits [..., vocab] -> token ids [...]. seen: the tokens so far, [N] or [..., N], for the repetition penalty."""
+    """Logits [..., vocab] -> token ids [...]. seen: tokens so far, [N] or [..., N], for the repetition penalty."""
     if sampling.repetition_penalty != 1:
-        logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
+        logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     probs = probabilities(logits, sampling)
-    # as torch.multinomial draws, which looks at the numbers first, and has the CPU wait for a GPU
+    # the method of torch.multinomial, which also checks the probabilities, so that the CPU waits for a GPU
     return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1)
 
 
 def is_sound(logits: Tensor) -> Tensor:
-    """[..., vocab] -> [...] bool: whether they are such as a model with sound weights gives."""
-    return logits.amax(dim=-1) < torch.inf  # nor is one NaN
+    """[..., vocab] -> [...] bool: whether no logit is NaN or +inf."""
+    return logits.amax(dim=-1) < torch.inf  # amax is NaN if any logit is
 
 
 def check_sound(are_sound: bool) -> None:
-    """Raise UserError if logits are not sound."""
+    """Raise UserError unless all logits are sound."""
     if not are_sound:
         raise UserError(
             "the logits are not numbers: the weights are damaged (see download.py --verify), or their dtype is too "

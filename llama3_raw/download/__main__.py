@@ -1,7 +1,7 @@
-"""python -m llama3_raw.download: the files of a model into weights/, from the hub or a mirror; resumed and verified.
+"""Download a model into weights/ from the Hugging Face hub or a mirror. Downloads are resumable and verified.
 
-A file grows as NAME.part beside its target and gets its name once its hash is right. What is known of each file (where
-it came from, its hash, when that was last checked) is remembered in the folder's .download/.
+A file grows as NAME.part next to its target, and gets its name once its hash is correct. A record of each file (its
+source, its hash, when that was last checked) is kept in the folder's .download/.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from huggingface_hub import get_token
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from ..errors import UserError
 from .catalog import describe_models, repository_of, wanted_files
-from .fetch import download, is_known
-from .records import CHECKLIST, Record, mismatch, part_of, read_checklist, size_of
+from .fetch import download, is_verified
+from .records import CHECKLIST, Record, file_size, mismatch, part_file, read_checklist
 from .sources import BlobStore, Hub, RemoteFile, Source
 
 
 def verify(folder: Path) -> None:
-    """Checks every file of a folder against what is remembered of it and its checklist.chk, without a network.
+    """Check every file of a folder against its record and checklist.chk, without a network.
 
-    Raises UserError naming the first that is missing, incomplete or wrong, and if there is nothing to check by.
+    Raises UserError for the first file that is missing, incomplete or wrong, and if there is nothing to check against.
     """
     for part in folder.glob("*.part"):
-        raise UserError(f"{part}: the download is not complete; run it again to go on")
+        raise UserError(f"{part}: the download is not complete; run it again to continue")
     listed = read_checklist(folder)
     wanted = folder / ".download" / "wanted"
     names = set(listed) | set(wanted.read_text().split() if wanted.exists() else ())
     if not names:
-        raise UserError(f"{folder}: nothing to check by, neither a download by this tool nor a {CHECKLIST}")
+        raise UserError(f"{folder}: nothing to check against, neither a record of a download nor a {CHECKLIST}")
     for name in sorted(names):
         file, record = folder / name, Record.read(folder, name)
         if not file.exists():
@@ -47,41 +47,41 @@ def verify(folder: Path) -> None:
                     record._replace(verified_at=None).write(folder, name)
             raise UserError(f"{file}: {wrong}; download it again")
         checked = " and ".join(known.algorithm for known in (digest, listed.get(name)) if known) or "length"
-        print(f"llama3_raw: {file}: right ({checked})", file=sys.stderr)
+        print(f"llama3_raw: {file}: correct ({checked})", file=sys.stderr)
 
 
 def show_plan(source: Source, files: Sequence[RemoteFile], folder: Path) -> None:
-    """Prints what `download` would do."""
+    """Print what `download` would do."""
     for file in files:
-        target, part = folder / file.name, part_of(folder, file)
+        target, part = folder / file.name, part_file(folder, file)
         state = "to fetch"
         if target.exists():
-            state = "there" if is_known(file, folder) else "there, to be checked"
+            state = "complete" if is_verified(file, folder) else "exists, to be checked"
         elif part.exists():
-            state = f"to fetch from byte {size_of(part):,} on"
+            state = f"to fetch from byte {file_size(part):,}"
         elif source.local_copy(file):
             state = "in the Hugging Face cache"
         print(f"{file.size:>15,}  {target}  ({state})")
-    print(f"{sum(file.size for file in files):>15,}  bytes in all, from {source}")
+    print(f"{sum(file.size for file in files):>15,}  bytes in total, from {source}")
 
 
 def build_parser() -> ArgumentParser:
-    """The options of `python -m llama3_raw.download`."""
+    """Return the parser of `python -m llama3_raw.download`."""
     parser = ArgumentParser(
         prog="python -m llama3_raw.download",
-        description="Fetches the weights, params and tokenizer of a Llama 3 model into weights/. Run it again to go on "
-        "where it stopped. Meta's models need a licence that you accept on their page, and a token: `hf auth login`, "
-        "HF_TOKEN or --token. HF_ENDPOINT, HF_HUB_OFFLINE, HTTPS_PROXY and SSL_CERT_FILE are obeyed.",
+        description="Fetch the weights, params and tokenizer of a Llama 3 model into weights/. Run it again to resume "
+        "an interrupted download. Meta's models need a licence, which you accept on their page, and a token: "
+        "`hf auth login`, HF_TOKEN or --token. HF_ENDPOINT, HF_HUB_OFFLINE, HTTPS_PROXY and SSL_CERT_FILE are obeyed.",
     )
     parser.add_argument(
         "--model", type=not_empty, metavar="NAME", help="a short name (see --list) or org/repo (default: 8b)"
     )
-    parser.add_argument("--list", action="store_true", help="show the short names and the sizes, and end")
+    parser.add_argument("--list", action="store_true", help="show the short names and sizes, and exit")
     parser.add_argument(
         "--to",
         type=lambda text: Path(not_empty(text)),
         metavar="FOLDER",
-        help="the folder to fill (default: weights/<name of the model>)",
+        help="the folder to fill (default: weights/ and the model's name)",
     )
     parser.add_argument(
         "--from",
@@ -98,23 +98,23 @@ def build_parser() -> ArgumentParser:
         default="original",
         help="Meta's checkpoint, or Hugging Face's (default: original)",
     )
-    parser.add_argument("--token", help="access token of the hub (default: HF_TOKEN, or the stored login)")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be fetched, and end")
-    parser.add_argument("--verify", action="store_true", help="check the files that are there, without a network")
+    parser.add_argument("--token", help="access token for the hub (default: HF_TOKEN, else the stored login)")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be fetched, and exit")
+    parser.add_argument("--verify", action="store_true", help="check the files on the disk, without a network")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 @command_line_tool
 def main(arguments: Sequence[str]) -> int:
-    """Runs the tool; -> exit status."""
+    """Run the command and return the exit status."""
     options = build_parser().parse_args(arguments)
     if options.list:
         print(describe_models())
         return 0
     repo = repository_of(options.model or "8b")
     name = repo.rpartition("/")[2]
-    if options.mirror and not options.model:  # named after its own last folder
+    if options.mirror and not options.model:  # named after the last folder of the mirror
         is_local = "://" not in options.mirror
         name = Path(options.mirror).resolve().name if is_local else options.mirror.rstrip("/").rpartition("/")[2]
     folder = options.to or Path("weights") / name
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str]) -> int:
     except (OSError, ValueError) as error:
         raise UserError(f"the stored login cannot be read ({error}); run `hf auth login` again") from error
     if not token.isascii() or not token.isprintable():
-        raise UserError("--token: holds characters that no token has; copy it again")
+        raise UserError("--token: contains characters that no token has; copy it again")
     source: Source = Hub(repo, options.revision, token or None) if options.mirror is None else BlobStore(options.mirror)
     files = wanted_files(source, options.format)
     if options.dry_run:

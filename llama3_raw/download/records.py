@@ -1,4 +1,4 @@
-"""What is known of a file: where it came from, its hash, and when that was last checked."""
+"""The record of a downloaded file: its source, its hash, and when that was last checked."""
 
 from __future__ import annotations
 
@@ -11,65 +11,66 @@ from typing import NamedTuple, NoReturn
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..system.files import atomic_write
+from ..system.files import replacing
 from .sources import ALGORITHMS, Digest, RemoteFile
 
-CHECKLIST = "checklist.chk"  # "MD5  name" a line; Meta's own downloads bring one
+CHECKLIST = "checklist.chk"  # lines of "MD5  name"; Meta's own downloads have one
 
 MEBIBYTE = 1 << 20
 
 
 class Record(NamedTuple):
-    """What is remembered of a file: of its .part, and of itself once it is complete."""
+    """What is stored about a file or its .part."""
 
     source: str
     version: str
     size: int
     digest: Digest | None = None
-    validator: str | None = None  # of the bytes in the .part
-    verified_at: int | None = None  # the file's time of change, in ns, when its hash was last found right
+    validator: str | None = None  # for If-Range, of the bytes in the .part
+    verified_at: int | None = None  # the file's mtime in ns when its hash was last verified
 
     @staticmethod
     def read(folder: Path, name: str) -> Record | None:
-        """The record of a file; None if there is none that can be read."""
+        """Return the record of a file, or None if it is missing or malformed."""
         try:
             content = json.loads(record_file(folder, name).read_bytes())
             digest = Digest(**content.pop("digest")) if content["digest"] else content.pop("digest")
             record = Record(**content, digest=digest)
-            kinds = (str, str, int, Digest | None, str | None, int | None)
-            is_sound = all(isinstance(value, kind) for value, kind in zip(record, kinds, strict=True))
+            types = (str, str, int, Digest | None, str | None, int | None)
+            is_sound = all(isinstance(value, kind) for value, kind in zip(record, types, strict=True))
             return record if is_sound and (not digest or digest.algorithm in ALGORITHMS) else None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
     def write(self, folder: Path, name: str) -> None:
-        """Keeps the record."""
+        """Write the record of a file, atomically."""
         content = {**self._asdict(), "digest": self.digest and self.digest._asdict()}
-        with atomic_write(record_file(folder, name)) as part:
+        with replacing(record_file(folder, name)) as part:
             part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def record_file(folder: Path, name: str) -> Path:
+    """Return the path of a file's record."""
     return folder / ".download" / f"{name}.json"
 
 
 def read_checklist(folder: Path) -> dict[str, Digest]:
-    """File name -> MD5, from the folder's checklist.chk if it has one. Raises UserError for a line that is no such."""
+    """Return the MD5 of each file name in the folder's checklist.chk, if it has one. Raises UserError if malformed."""
     file = folder / CHECKLIST
-    found = {}
+    digests = {}
     for number, line in enumerate(file.read_text(errors="replace").splitlines() if file.exists() else (), start=1):
         match = re.fullmatch(r"([0-9a-fA-F]{32}) [ *](.+)", line.strip())
         if match:
-            found[Path(match[2]).name] = Digest("md5", match[1].lower())
+            digests[Path(match[2]).name] = Digest("md5", match[1].lower())
         elif line.strip():
             raise UserError(f"{file}: line {number}: should be an MD5 and a file name, is {line[:60]!r}")
-    return found
+    return digests
 
 
 def mismatch(file: Path, digest: Digest | None, listed: Digest | None) -> str | None:
-    """What is wrong with the content of a file, in words; None if it is as its source and its checklist say.
+    """Return, as text, what is wrong with the content of a file, or None if it has both hashes.
 
-    Raises UserError if its source calls it right, and only the checklist says otherwise.
+    digest: from the source. listed: from the checklist. Raises UserError if only the one from the checklist differs.
     """
     size = file.stat().st_size
     expected = [known for known in (digest, listed) if known]
@@ -78,7 +79,7 @@ def mismatch(file: Path, digest: Digest | None, listed: Digest | None) -> str | 
     }
     if "git-sha1" in hashers:
         hashers["git-sha1"].update(b"blob %d\0" % size)
-    with open(file, "rb") as opened, byte_bar(size, 0, f"checking {file.name}") as bar:
+    with open(file, "rb") as opened, progress_bar(size, 0, f"checking {file.name}") as bar:
         while hashers and (chunk := opened.read(4 * MEBIBYTE)):
             for hasher in hashers.values():
                 hasher.update(chunk)
@@ -93,14 +94,19 @@ def mismatch(file: Path, digest: Digest | None, listed: Digest | None) -> str | 
     return None
 
 
-def part_of(folder: Path, file: RemoteFile) -> Path:
+def part_file(folder: Path, file: RemoteFile) -> Path:
+    """Return the path of the incomplete file."""
     return folder / f"{file.name}.part"
 
 
-def size_of(file: Path) -> int:
+def file_size(file: Path) -> int:
+    """Return the size in bytes, or 0 if the file does not exist."""
     return file.stat().st_size if file.exists() else 0
 
 
-def byte_bar(total: int, start: int, what: str) -> tqdm[NoReturn]:
-    disable = total < MEBIBYTE  # done before it could be read
-    return tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=what, mininterval=0.5, disable=disable)
+def progress_bar(total: int, start: int, description: str) -> tqdm[NoReturn]:
+    """Return a progress bar in bytes, hidden below 1 MiB."""
+    disable = total < MEBIBYTE
+    return tqdm(
+        total=total, initial=start, unit="B", unit_scale=True, desc=description, mininterval=0.5, disable=disable
+    )

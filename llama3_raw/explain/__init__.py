@@ -1,1 +1,1 @@
-"""The command python -m llama3_raw.explain."""
+"""The command `python -m llama3_raw.explain`."""

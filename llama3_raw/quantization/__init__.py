@@ -1,1 +1,1 @@
-"""Matrices in fewer bits: how they are made, what they mean, and how to multiply by them."""
+"""Quantized matrices: their format, quantization, dequantization and products."""

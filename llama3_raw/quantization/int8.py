@@ -1,8 +1,8 @@
-"""Matrices in int8: half the bytes of bf16, and so about half the time to read them for each token.
+"""Matrices in int8: half the bytes of bf16, and thus about half the time to read them for each token.
 
-A matrix becomes whole numbers from -127 to 127, times a scale for each row (an output), times a scale for each column
-(an input). The columns' scales even out inputs with large weights, as in AWQ (Lin et al. 2023), but come from the
-weights alone. Norms and embeddings stay as they are.
+A matrix is stored as integers from -127 to 127, with a scale for each row (an output) and one for each column (an
+input). The column scales even out inputs with large weights, as in AWQ (Lin et al. 2023), but are computed from the
+weights alone. Norms and embeddings are not quantized.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROWS_AT_ONCE = 1024  # at a time: a whole matrix in fp32 would take four times the memory of the result
+ROWS_AT_ONCE = 1024  # a whole matrix in fp32 would need four times the memory of the result
 
 
 class Int8(NamedTuple):
@@ -29,17 +29,17 @@ class Int8(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all three tensors."""
+        """The number of bytes of the three tensors."""
         return sum(tensor.nbytes for tensor in self)
 
 
 def quantize(matrix: Tensor) -> Int8:
-    """[out, in] in any floating dtype -> the nearest whole numbers, for scales that make rows and columns alike.
+    """Quantize a matrix [out, in] of any floating dtype: round to the nearest integers, scaled by rows and columns.
 
-    A column's scale is its largest value, each taken as a part of the largest in its row; a row's is then its largest
-    over the columns' scales. (On SmolLM2's matrices the error is 0.94 of that with scales for rows alone. To find
-    them again from each other gains nothing there, and scales by the columns' mean squares, with a yet smaller error,
-    cost ten times as much in perplexity.)
+    Each absolute value is divided by the largest of its row; the scale of a column is the largest of these ratios. The
+    scale of a row is then its largest absolute value, after division by the column scales, over 127. (On SmolLM2's
+    matrices the error is 0.94 of that with row scales alone. Computing the two again from each other gains nothing
+    there, and scales from the columns' mean squares, with a still smaller error, cost ten times as much in perplexity.)
     """
     largest = torch.zeros(matrix.shape[1], device=matrix.device)
     for rows in matrix.split(ROWS_AT_ONCE):
@@ -58,9 +58,9 @@ def quantize(matrix: Tensor) -> Int8:
 
 
 def _not_zero(scales: Tensor) -> Tensor:
-    return torch.where(scales == 0, 1.0, scales)  # of zeros only: any scale will do
+    return torch.where(scales == 0, 1.0, scales)  # for a row or column of zeros any scale is right
 
 
-def widen(matrix: Int8, dtype: torch.dtype) -> Tensor:
-    """The matrix [out, in] that an int8 one stands for."""
+def dequantize(matrix: Int8, dtype: torch.dtype) -> Tensor:
+    """Return the matrix [out, in] that the int8 values and scales stand for."""
     return (matrix.values * matrix.row_scales.unsqueeze(-1) * matrix.column_scales).to(dtype)

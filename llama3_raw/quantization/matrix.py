@@ -1,4 +1,4 @@
-"""`Matrix`: what `linear` multiplies by, a tensor or a quantised matrix."""
+"""`Matrix`: what `linear` multiplies by, a tensor or a quantized matrix."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .int8 import ROWS_AT_ONCE, Int8, widen
+from .int8 import ROWS_AT_ONCE, Int8, dequantize
 
 Matrix = Tensor | Int8
 
 
 def tensors_of(matrix: Matrix) -> tuple[Tensor, ...]:
-    """The tensors that a matrix lies in."""
+    """Return the tensors that a matrix consists of."""
     return tuple(matrix) if isinstance(matrix, Int8) else (matrix,)
 
 
 def linear(x: Tensor, weight: Matrix, dtype: torch.dtype | None = None) -> Tensor:
-    """x [..., in], weight [out, in] -> [..., out] in x's dtype; computed in `dtype`, which None leaves to x.
+    """x [..., in], weight [out, in] -> [..., out] in x's dtype; computed in `dtype`, by default x's.
 
-    What has to be widened is so by some rows at a time.
+    A weight that is in another dtype or in int8 is converted ROWS_AT_ONCE rows at a time.
     """
     dtype = dtype or x.dtype
     if isinstance(weight, Int8):
         rows = zip(weight.values.split(ROWS_AT_ONCE), weight.row_scales.split(ROWS_AT_ONCE), strict=True)
-        pieces = (widen(Int8(values, scales, weight.column_scales), dtype) for values, scales in rows)
+        pieces = (dequantize(Int8(values, scales, weight.column_scales), dtype) for values, scales in rows)
     elif weight.dtype == dtype:
         return F.linear(x, weight)
     else:

@@ -1,1 +1,1 @@
-"""The machine: files, memory, processors, processes. It knows nothing of models."""
+"""Files, memory, processors and processes, independent of models."""

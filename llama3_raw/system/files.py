@@ -1,87 +1,113 @@
-"""Files as a whole: read with a word on what they are instead, and written so that a kill tears none."""
+"""Reading whole files, with errors that say what is wrong with them, and writing files and folders atomically."""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import platform
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from ..errors import UserError, in_short
 
-_SPARE = 10_000_000  # bytes on the disk for what is small
+_SPARE_BYTES = 10_000_000  # disk space for small files
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A file to write to, which has the name `path` when the block ends: whole, and on the disk.
+    """Return a temporary file to write to; when the block ends, it is flushed to the disk and renamed to `path`.
 
-    Until then what is there stays, whose permissions the new file gets. Through a link the file behind it is written.
-    Raises UserError if it cannot be written; nothing of it is left then.
+    Until then an existing file stays; the new file gets its permissions. If `path` is a link, its target is replaced.
+    Raises UserError if the file cannot be written; then nothing of it is left.
     """
     try:
-        target = Path(path).resolve()
-        if target.exists() and not target.is_file():
-            raise UserError(f"{path}: is not a file; choose another name")
-        # in a folder of its own, since torch.save writes the name of the file into it
-        with tempfile.TemporaryDirectory(prefix=".llama3_raw-", dir=target.parent) as folder:
-            part = Path(folder, target.name)
-            part.touch()
-            mode = (target if target.exists() else part).stat().st_mode  # of a new file, what the umask leaves
+        with replacing(path) as part:
             yield part
-            _to_disk(part)
-            part.chmod(stat.S_IMODE(mode))
-            part.replace(target)
-        _to_disk(target.parent)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written ({reason}); choose another place") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Do what `atomic_write` does, but raise OSError as it comes."""
+    try:
+        target = Path(path).resolve()
+    except ValueError as error:  # a zero byte in the name
+        raise UserError(f"{path}: cannot be written ({error}); choose another place") from error
+    if target.exists() and not target.is_file():
+        raise UserError(f"{path}: is not a file; choose another name")
+    folder = _temporary_folder(target)  # with a file of the same name in it, because torch.save stores that name
+    try:
+        folder.mkdir()
+        part = folder / target.name
+        part.touch()
+        mode = (target if target.exists() else part).stat().st_mode  # of a new file: set by the umask
+        yield part
+        _flush(part)
+        part.chmod(stat.S_IMODE(mode))
+        part.replace(target)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path, n_bytes: int) -> Iterator[Path]:
-    """A folder to write files of `n_bytes` into, which is called `folder` when the block ends and they are on the disk.
+    """Return a temporary folder for files of `n_bytes`; when the block ends, they are flushed and it gets its name.
 
-    Raises UserError if there is one of that name with something in it, if the disk is too small, and if the system
-    refuses to write; nothing of it is left then, nor after Ctrl-C.
+    Raises UserError if `folder` exists and is not empty, if the disk is too small, or if the system refuses to write;
+    then nothing is left of it, and neither after Ctrl-C.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already, and is not empty; name another folder, or remove it first")
-    part = folder.parent / f"{folder.name}-{os.getpid()}.part"
+        raise UserError(f"{folder}: already exists and is not empty; name another folder, or remove it first")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        part = _temporary_folder(folder)
         check_disk(folder, folder.parent, n_bytes)
         part.mkdir()
         try:
             yield part
             for file in part.rglob("*"):
-                _to_disk(file)
+                _flush(file)
+            _flush(part)
             part.rename(folder)
-            _to_disk(folder.parent)
+            _flush(folder.parent)
         finally:
-            shutil.rmtree(part, ignore_errors=True)  # gone already if it has its name
+            shutil.rmtree(part, ignore_errors=True)  # no longer exists if it was renamed
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {in_short(error)}; name another folder") from error
 
 
+def _temporary_folder(target: Path) -> Path:
+    """Return a path next to `target`, after removing those that killed processes of this machine left there."""
+    prefix = f"{target.name}-{platform.node()}-"
+    for left in target.parent.glob(f"{glob.escape(prefix)}*.part"):
+        pid = left.name[len(prefix) : -len(".part")]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    return target.parent / f"{prefix}{os.getpid()}.part"
+
+
 def check_disk(target: Path, folder: Path, n_bytes: int) -> None:
-    """Raise UserError if there is no room for `target`, of so many bytes, on the disk that `folder` is on."""
+    """Raise UserError if the disk of `folder` has less than `n_bytes` free for `target`."""
     free = shutil.disk_usage(folder).free
-    if free < n_bytes + _SPARE:
+    if free < n_bytes + _SPARE_BYTES:
         raise UserError(
             f"{target}: {n_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free on that disk; free some, or "
             "choose another place"
         )
 
 
-def _to_disk(path: Path) -> None:
-    """Return when the disk has a file, or the names in a folder: no power cut can take them back."""
+def _flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk, where they survive a power failure."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folder
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        return  # Windows cannot open a folder
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # the file may be read-only
     try:
         os.fsync(descriptor)
     finally:
@@ -89,24 +115,24 @@ def _to_disk(path: Path) -> None:
 
 
 def page_or_pointer(beginning: bytes) -> str | None:
-    """What the first bytes of a model file show it to be where it is no such file, in words; else None."""
+    """Return what a file is instead of a model file, judging by its first bytes, as text; None for other content."""
     text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()  # some pages begin with a byte order mark
     if text.startswith(b"<") and not text.startswith(b"<unk>"):
-        return "an HTML page (a login or error page, say)"
+        return "an HTML page (such as a login or error page)"
     if text.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the file it points to"
     return None
 
 
 def read_beginning(path: Path) -> bytes:
-    """The first bytes of a model file. Raises UserError where it is missing, empty, or a page or a pointer instead."""
+    """Return the first bytes of a model file. Raises UserError if it is missing, empty, or a page or a pointer."""
     try:
-        if path.exists() and not path.is_file():  # it would wait for a pipe
-            raise UserError(f"{path}: is not a file; put the model's file in its place")
+        if path.exists() and not path.is_file():  # reading a pipe would block
+            raise UserError(f"{path}: is not a file; replace it with the model's file")
         with open(path, "rb") as file:
             beginning = file.read(512)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; check its name and your rights to it") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror}; check its name and permissions") from error
     if not beginning:
         raise UserError(f"{path}: the file is empty; download it again")
     other = page_or_pointer(beginning)
@@ -117,9 +143,9 @@ def read_beginning(path: Path) -> bytes:
 
 
 def read_small_file(path: Path) -> bytes:
-    """A whole file of a kind that is never large. Raises UserError as `read_beginning` does, and for 100 MB or more."""
+    """Return the content of a small file. Raises UserError as `read_beginning` does, and for 100 MB or more."""
     read_beginning(path)
     size = path.stat().st_size
     if size >= 100_000_000:
-        raise UserError(f"{path}: has {size / 1e6:,.0f} MB, where a few should do; it must be another file")
+        raise UserError(f"{path}: has {size / 1e6:,.0f} MB, more than such a file has; it must be another file")
     return path.read_bytes()

@@ -1,4 +1,4 @@
-"""What this process may use of the machine, or of the container that it runs in: memory and processors."""
+"""The memory and the processors that this process may use, on a machine or in a container."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _OWN_CONTROL_GROUPS = Path("/proc/self/cgroup")
 
 
 def free_memory(device: torch.device) -> int:
-    """What is free for a run on the device, in bytes: on the CPU the RAM or what the container may have, without swap.
+    """Return the free memory of the device in bytes; on the CPU, the RAM or the container's limit, without swap.
 
-    File cache counts as free, since the system gives it up first. Processes that torchrun has started share the RAM.
+    The page cache counts as free, because the system drops it first. Processes started by torchrun share the RAM.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -32,7 +32,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def container_free(groups: Path = _CONTROL_GROUPS, own: Path = _OWN_CONTROL_GROUPS) -> Iterator[int]:
-    """What each memory limit on this process's control groups leaves it, in bytes."""
+    """Yield the bytes that each memory limit on this process's control groups leaves free."""
     for version, folder in _control_groups("memory", groups, own):
         if version == 2:
             limit, used, cached = "memory.max", "memory.current", ("active_file", "inactive_file")
@@ -48,35 +48,35 @@ def container_free(groups: Path = _CONTROL_GROUPS, own: Path = _OWN_CONTROL_GROU
 
 
 def default_threads() -> int:
-    """How many threads to compute with: one for each physical core that this process may use.
+    """Return the default number of threads: one for each physical core that this process may use.
 
     A second thread on a core would wait for the same arithmetic units and the same memory. A quota of processor time
-    is rounded up: with 1.5 processors two threads stand still for a quarter of the time, one leaves a third unused.
-    Processes that torchrun has started share the cores.
+    is rounded up: with 1.5 processors, two threads are idle for a quarter of the time, one leaves a third unused.
+    Processes started by torchrun share the cores.
     """
     return max(1, min([physical_cores(), *map(math.ceil, container_quotas())]) // local_world_size())
 
 
 def processors() -> int:
-    """How many processors this process may run on; a physical core with two hardware threads counts as two."""
+    """Return the number of processors that this process may run on; a core with two hardware threads counts twice."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def physical_cores(system: Path = Path("/sys/devices/system/cpu")) -> int:
-    """On how many physical cores the processors lie that this process may run on."""
+    """Return the number of physical cores that this process may run on."""
     if sys.platform != "linux":
         return psutil.cpu_count(logical=False) or processors()
     cores = set()
     for processor in os.sched_getaffinity(0):
-        try:  # the processors of one core, which all tell the same
+        try:  # the same text for all processors of a core
             cores.add((system / f"cpu{processor}/topology/thread_siblings_list").read_text())
-        except OSError:  # the system does not tell
+        except OSError:  # not reported: count it as a core
             cores.add(str(processor))
     return len(cores)
 
 
 def container_quotas(groups: Path = _CONTROL_GROUPS, own: Path = _OWN_CONTROL_GROUPS) -> Iterator[float]:
-    """The processor time that each quota on this process's control groups allows, in processors (1.5, say)."""
+    """Yield the processor time that each quota on this process's control groups allows, in processors, such as 1.5."""
     for version, folder in _control_groups("cpu", groups, own):
         try:
             if version == 2:
@@ -90,7 +90,7 @@ def container_quotas(groups: Path = _CONTROL_GROUPS, own: Path = _OWN_CONTROL_GR
 
 
 def _control_groups(controller: str, groups: Path, own: Path) -> Iterator[tuple[int, Path]]:
-    """The version and the folder of each control group that this process is in, from its own up. (Linux: cgroups.7)"""
+    """Yield the version and folder of each control group of this process, from its own upwards. (Linux: cgroups.7)"""
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", maxsplit=2)
         if not controllers:
@@ -99,23 +99,23 @@ def _control_groups(controller: str, groups: Path, own: Path) -> Iterator[tuple[
             version, root = 1, groups / controller
         else:
             continue
-        group = root / path.lstrip("/")  # seen from inside a container it may not be there, but the root is
+        group = root / path.lstrip("/")  # inside a container it may not exist, but the root does
         for folder in (group, *group.parents):
             if not folder.is_relative_to(root):
                 break
             yield version, folder
 
 
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # which torch obeys by itself
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # torch reads them itself
 
 
 def set_threads(threads: int | None) -> None:
-    """Has torch compute with so many threads; None: as many as suit the machine, or as the environment says.
+    """Set the number of threads that torch uses; None: what the environment sets, or else `default_threads`.
 
     Raises UserError for more threads than this process has processors.
     """
     if threads is None:
-        # which torchrun sets to 1 for several processes, whatever there is
+        # torchrun sets it to 1 for several processes, whatever the number of cores
         by_torchrun = local_world_size() > 1 and os.environ.get("OMP_NUM_THREADS") == "1"
         if by_torchrun or not any(map(os.environ.get, _THREAD_VARIABLES)):
             torch.set_num_threads(default_threads())
@@ -128,8 +128,8 @@ def set_threads(threads: int | None) -> None:
 
 
 def peak_memory() -> int | None:
-    """The most memory this process has held, in bytes, mapped files included; None where the system does not tell."""
-    try:  # Linux: VmHWM, since ru_maxrss also remembers the process that started this one
+    """Return the peak memory of this process in bytes, mapped files included, or None if it is not reported."""
+    try:  # Linux: VmHWM, because ru_maxrss includes the process that started this one
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

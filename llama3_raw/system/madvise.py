@@ -1,4 +1,4 @@
-"""Memory by its pages, as the system gives and takes it: advice on those that a file is mapped to. (madvise.2)"""
+"""Advice to the system about the pages of mapped files: read them ahead, or drop them. (madvise.2)"""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# advice, by the numbers of linux/mman.h
+# the values in linux/mman.h
 RANDOM, WILLNEED, DONTNEED, PAGEOUT, POPULATE_READ = 1, 3, 4, 21, 22
 
-_READ_AT_ONCE = 1 << 20  # bytes; of more, the system may read only the beginning
+_READ_AT_ONCE = 1 << 20  # bytes; of a larger piece the system may read only the beginning
 
 
 class Span(NamedTuple):
-    """A piece of memory: from one address up to another."""
+    """A range of memory, from one address up to another."""
 
     begin: int
     end: int
 
     @staticmethod
     def of(tensor: Tensor) -> Span:
-        """From the first value of a tensor to its last one, with what lies between where it is not contiguous."""
+        """Return the span from the first value of a tensor to its last; gaps are included if it is not contiguous."""
         steps = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
         return Span(tensor.data_ptr(), tensor.data_ptr() + (steps + 1) * tensor.itemsize)
 
     def pages_around(self) -> Span:
-        """All pages that have something of it."""
+        """Return all pages that overlap the span."""
         return Span(self.begin & -mmap.PAGESIZE, self.end + mmap.PAGESIZE - 1 & -mmap.PAGESIZE)
 
     def pages_inside(self) -> Span:
-        """All pages that have nothing else."""
+        """Return all pages that are completely within the span."""
         return Span(self.begin + mmap.PAGESIZE - 1 & -mmap.PAGESIZE, self.end & -mmap.PAGESIZE)
 
 
 def advise(span: Span, advice: int) -> None:
-    """Tells the system what to do with whole pages. Raises OSError."""
+    """Call madvise for whole pages. Raises OSError."""
     if span.begin < span.end and _libc().madvise(span.begin, span.end - span.begin, advice):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
@@ -52,8 +52,8 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
-def read_exactly(mapped: Tensor) -> None:
-    """Has the system read a window into a file, a matrix or some columns of one, and nothing around it, soon."""
+def prefetch_pages(mapped: Tensor) -> None:
+    """Start to read the pages of a mapped tensor, a matrix or some of its columns, and nothing around them."""
     if sys.platform != "linux":
         return
     for row in (mapped,) if mapped.is_contiguous() else mapped:
@@ -62,7 +62,7 @@ def read_exactly(mapped: Tensor) -> None:
             advise(Span(piece, min(piece + _READ_AT_ONCE, end)), WILLNEED)
 
 
-def let_go(mapped: Tensor) -> None:
-    """Takes a window into a file, which nobody has written to, out of this process's memory until it is read again."""
+def drop_pages(mapped: Tensor) -> None:
+    """Drop the pages of a mapped tensor, which must be unmodified, from this process until they are read again."""
     if sys.platform == "linux":
         advise(Span.of(mapped).pages_inside(), DONTNEED)

@@ -1,7 +1,7 @@
-"""Several processes that work together, as torchrun starts them, and their groups.
+"""The processes that torchrun starts, and their groups.
 
-torch.distributed carries what they tell each other, by NCCL between GPUs and by gloo between CPUs. When one of them
-ends, torchrun ends the others and reports which it was.
+They communicate through torch.distributed, with NCCL between GPUs and gloo between CPUs. When one of them ends,
+torchrun ends the others and reports which it was.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defin
 from ..errors import UserError
 from .processes import PeerLost, world_size
 
-_TIMEOUT = datetime.timedelta(days=30)  # whoever has nothing to do may wait long
+_TIMEOUT = datetime.timedelta(days=30)  # an idle process may wait long
 
 
 class Group(NamedTuple):
-    """Some of the processes, which work on the same thing. What they all call, they call in the same order.
+    """A group of processes that work together. All of them must call its methods in the same order.
 
     Its methods raise PeerLost if another process has ended.
     """
@@ -33,60 +33,61 @@ class Group(NamedTuple):
     handle: Any  # torch's ProcessGroup
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of what each has brought, maybe in place of x; on the CPU in fp32, rounded once."""
+        """Return the sum of x over all processes, possibly in place; on the CPU in fp32, rounded once."""
         total = (x.float() if x.device.type == "cpu" else x).contiguous()
-        with _hearing():
+        with _raising_peer_lost():
             dist.all_reduce(total, group=self.handle)
         return total.to(x.dtype)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """[...] of the same shape everywhere -> [size, ...], what each has brought."""
+        """x [...], of the same shape in every process -> [size, ...]: the x of each process."""
         gathered = x.new_empty((self.size, *x.shape))
-        with _hearing():
+        with _raising_peer_lost():
             dist.all_gather(list(gathered), x.contiguous(), group=self.handle)
         return gathered
 
     def barrier(self) -> None:
-        """Return when all of them are here."""
+        """Wait until all processes of the group have called it."""
         self.all_reduce(torch.zeros(1))  # on the CPU, wherever the model is
 
     def broadcast(self, value: Any) -> Any:
-        """What the first of them has brought, anything that can be pickled."""
+        """Return the value of rank 0, which may be anything that can be pickled."""
         values = [value]
-        with _hearing():
+        with _raising_peer_lost():
             dist.broadcast_object_list(values, group=self.handle, group_src=0)
         return values[0]
 
 
 class Ranks(NamedTuple):
-    """All processes, as a grid: those of a row share a model, and each row has some of the work."""
+    """All processes as a grid: those of a row share a model, and each row has a share of the work."""
 
     rank: int  # of this process among all
     size: int
-    tensor: Group  # tensor parallel: each has a part of every layer
-    data: Group  # data parallel: each has a part of the prompts
+    tensor: Group  # tensor parallel: each has a shard of every layer
+    data: Group  # data parallel: each has a share of the prompts
     everyone: Group
-    store: Any  # torch.distributed.Store: names with values, which all of them see
+    store: Any  # torch.distributed.Store: named values that all processes see
 
     def add(self, name: str, number: int) -> int:
-        """Add to a number that all of them see, 0 at first -> what it is then."""
-        with _hearing():
+        """Add to a named number that all processes see, initially 0, and return the sum."""
+        with _raising_peer_lost():
             return int(self.store.add(name, number))
 
 
 @contextlib.contextmanager
 def init(choose_device: Callable[[], torch.device], tensor_parallel: int | None = None) -> Iterator[Ranks | None]:
-    """The processes that torchrun has started, ready to talk, while the block runs; None for a process alone.
+    """Connect the processes that torchrun has started while the block runs. Return None for a single process.
 
-    choose_device: names the one that this process computes on; may raise UserError. tensor_parallel: how many of them
-    share a model; None: all. Raises UserError if that does not divide their number.
+    choose_device: returns the device of this process; may raise UserError. tensor_parallel: the number of processes
+    that share a model; None: all. Raises UserError if it does not divide the number of processes.
     """
     size = world_size()
     width = tensor_parallel or size
     if size % width:
         count = f"torchrun has started {size} processes" if size > 1 else "there is one process"
         raise UserError(
-            f"{width}: {count}, which make no groups of {width} (see torchrun --nproc-per-node)", argument="tp"
+            f"{width}: {count}, which cannot form groups of {width} (see torchrun --nproc-per-node)",
+            argument="tensor_parallel",
         )
     if size == 1:
         yield None
@@ -95,13 +96,13 @@ def init(choose_device: Callable[[], torch.device], tensor_parallel: int | None 
     try:
         store, rank, size = next(rendezvous("env://"))
     except ValueError as error:
-        raise UserError(f"WORLD_SIZE is {size}, but {error}; start the processes by torchrun") from error
+        raise UserError(f"WORLD_SIZE is {size}, but {error}; start the processes with torchrun") from error
     yield _ranks(device, store, rank, size, width)
     dist.destroy_process_group()  # not after an error: the others may be waiting in the middle of a pass
 
 
 def _ranks(device: torch.device, store: Any, rank: int, size: int, width: int) -> Ranks:
-    """Join the groups of the process."""
+    """Join this process's groups."""
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -126,8 +127,10 @@ def _ranks(device: torch.device, store: Any, rank: int, size: int, width: int) -
 
 
 @contextlib.contextmanager
-def _hearing() -> Iterator[None]:
+def _raising_peer_lost() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # all that torch says
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # torch raises nothing more specific
         raise PeerLost(str(error)) from error

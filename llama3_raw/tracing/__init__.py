@@ -1,1 +1,1 @@
-"""Taps: what sees tensors by name. Traces, the debugger, plots; the command python -m llama3_raw.tracing."""
+"""Taps, which see tensors by name: traces, patches, the debugger, plots, and python -m llama3_raw.tracing."""

@@ -1,7 +1,4 @@
-"""python -m llama3_raw.tracing: the tensors of one forward pass by name, as a table or a file.
-
-`Trace` is the tap that keeps copies, `trace` a pass with it.
-"""
+"""python -m llama3_raw.tracing: the tensors of one forward pass, by name, as a table or a file."""
 
 from __future__ import annotations
 
@@ -15,16 +12,16 @@ from torch import Tensor
 
 from ..backends.choose import suitable_ops
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
-from ..cli.memory_plan import Lengths
+from ..cli.memory_plan import RunShape
 from ..cli.models import choose_model, chosen_ids, load_model
 from ..cli.options import DTYPES_BY_NAME, add_model_options, add_prompt_options, check_output, read_prompt
 from ..model import REFERENCE
-from ..weights import in_words
+from ..weights import dtype_name
 from .record import check_trace, trace
 
 
 class Statistics(NamedTuple):
-    """What a tensor is like; the figures are of its finite values (a mask makes scores -inf)."""
+    """Statistics of a tensor, over its finite values (masked scores are -inf)."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -32,11 +29,11 @@ class Statistics(NamedTuple):
     std: float
     min: float
     max: float
-    non_finite: float  # the share of the others
+    non_finite: float  # the share of values that are not finite
 
     @staticmethod
     def of(tensor: Tensor) -> Statistics:
-        """The figures, NaN where no value is finite; std is that of the values themselves (divided by n)."""
+        """Return the statistics: NaN if no value is finite; std is the population's (divided by n)."""
         finite = tensor[tensor.isfinite()].double()
         share = 1 - finite.numel() / max(1, tensor.numel())
         low, high = finite.aminmax() if finite.numel() else (math.nan, math.nan)
@@ -45,20 +42,20 @@ class Statistics(NamedTuple):
 
 
 def show(tensors: Mapping[str, Tensor]) -> None:
-    """Prints a line of figures for each tensor."""
+    """Print a line of statistics for each tensor."""
     width = max(map(len, tensors))
     print(f"{'name':<{width}}  {'shape':<16} {'dtype':<9}" + "".join(f"{name:>11}" for name in Statistics._fields[2:]))
     for name, tensor in tensors.items():
         shape, dtype, *figures, non_finite = Statistics.of(tensor)
         shown = "".join(f"{figure:11.4g}" for figure in figures)
-        print(f"{name:<{width}}  {list(shape)!s:<16} {in_words(dtype):<9}{shown}{non_finite:11.1%}")
+        print(f"{name:<{width}}  {list(shape)!s:<16} {dtype_name(dtype):<9}{shown}{non_finite:11.1%}")
 
 
 def build_parser() -> ArgumentParser:
-    """The options of `python -m llama3_raw.tracing`."""
+    """Return the parser of `python -m llama3_raw.tracing`."""
     parser = ArgumentParser(
         prog="python -m llama3_raw.tracing",
-        description="Runs a prompt through the model once, and shows or keeps the tensors in between, by name.",
+        description="Run one forward pass over a prompt and show or save its tensors, by name.",
     )
     add_prompt_options(parser)
     group = parser.add_argument_group("tensors")
@@ -67,21 +64,23 @@ def build_parser() -> ArgumentParser:
         action="append",
         type=not_empty,
         metavar="PATTERN",
-        help="which, with * ? [0-9] as in a shell (may be repeated; default: all): 'layers.0.*' is all of layer 0, "
-        "'layers.*.residual' the output of each layer",
+        help="tensors to trace, with * ? [0-9] as in a shell (repeatable; default: all): 'layers.0.*' is all of layer "
+        "0, 'layers.*.residual' the output of each layer",
     )
-    group.add_argument("-o", "--output", type=not_empty, metavar="FILE", help="write them as safetensors")
-    group.add_argument("--stats", action="store_true", help="print what each is like (as without -o)")
-    group.add_argument("--last-position", action="store_true", help="of the last token only")
-    group.add_argument("--keep-dtype", choices=DTYPES_BY_NAME, help="keep them in this (default: as they are)")
-    group.add_argument("--fast", action="store_true", help="by the fast operations, which have no attention.scores")
+    group.add_argument("-o", "--output", type=not_empty, metavar="FILE", help="write the tensors as safetensors")
+    group.add_argument("--stats", action="store_true", help="print statistics of each tensor (default without -o)")
+    group.add_argument("--last-position", action="store_true", help="keep the last token only")
+    group.add_argument("--keep-dtype", choices=DTYPES_BY_NAME, help="keep the tensors as this (default: as computed)")
+    group.add_argument(
+        "--fast", action="store_true", help="use the fast operations, which have no attention.scores or .probs"
+    )
     add_model_options(parser)
     return parser
 
 
 @command_line_tool
 def main(arguments: Sequence[str]) -> int:
-    """Runs the tool; -> exit status."""
+    """Run the command and return the exit status."""
     options = build_parser().parse_args(arguments)
     prompt = read_prompt(options.prompt, "python -m llama3_raw.tracing")
     if options.output:
@@ -89,13 +88,14 @@ def main(arguments: Sequence[str]) -> int:
     chosen = choose_model(options, needs_tokenizer=not options.ids)
     ids = chosen_ids(chosen, prompt, are_ids=options.ids, special=options.special)
     names = options.names or ["*"]
-    how: dict[str, Any] = {"dtype": DTYPES_BY_NAME.get(options.keep_dtype), "last_position": options.last_position}
+    settings: dict[str, Any] = {"dtype": DTYPES_BY_NAME.get(options.keep_dtype), "last_position": options.last_position}
     ops = suitable_ops(chosen.device) if options.fast else REFERENCE
-    # before the weights are read in, which may take a while
-    check_trace(chosen.checkpoint.params, chosen.dtype or chosen.checkpoint.dtype, len(ids), *names, **how, ops=ops)
-    model, ops, which = load_model(chosen, Lengths.of_one_pass(len(ids)), reference=not options.fast)
+    # before the weights are read, which may take a while
+    compute_dtype = chosen.dtype or chosen.checkpoint.dtype
+    check_trace(chosen.checkpoint.params, compute_dtype, len(ids), *names, **settings, ops=ops)
+    model, ops, which = load_model(chosen, RunShape.of_one_pass(len(ids)), reference=not options.fast)
     print(f"llama3_raw: {which}", file=sys.stderr)
-    kept = trace(model, ids, *names, **how, ops=ops, device="cpu", progress=True)
+    kept = trace(model, ids, *names, **settings, ops=ops, device="cpu", progress=True)
     if options.stats or not options.output:
         show(kept)
     if options.output:

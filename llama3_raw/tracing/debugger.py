@@ -1,4 +1,4 @@
-"""Stopping in a debugger, in the frame of model.py where a tensor was just made."""
+"""`break_at`, the tap that stops in a debugger, in the frame of model.py where a tensor was just computed."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from torch import Tensor
 
 from ..model import forward
 from ..ops import Scoped, Tap
-from ..weights import in_words
+from ..weights import dtype_name
 from .taps import Patterns
 
 
 def break_at(*patterns: str) -> Tap:
-    """A tap that stops in pdb where a tensor that one of the patterns means was just made, in the frame of model.py.
+    """Return a tap that stops in pdb, in the frame of model.py that just computed a tensor matching a pattern.
 
-    There it is a local, or `__return__` where a function returns it, and its neighbours are locals. Another debugger,
-    which $PYTHONBREAKPOINT or sys.breakpointhook names, is called in its place and stops in this tap; a line says how
-    many frames up that of model.py is. Input that is no terminal and ends makes the run go on without a stop.
+    There the tensor is a local, or `__return__` if the function returns it; its neighbours are locals too. A debugger
+    set by $PYTHONBREAKPOINT or sys.breakpointhook is called in place of pdb. It stops in this tap; a line on stderr
+    says how many frames up model.py is. When input that is not a terminal ends, the run continues without stopping.
 
-    The tap raises bdb.BdbQuit, as pdb does, where the user quits, and UserError at the end of a pass in which a pattern
-    means nothing.
+    Args:
+        patterns: tap names, with the wildcards of `Patterns`.
+
+    Raises:
+        bdb.BdbQuit: by the tap, if the user quits, as pdb does.
+        UserError: by the tap, at the end of a pass in which a pattern matched nothing.
     """
     wanted = Patterns(patterns)
     debugger = _Debugger()
@@ -31,7 +35,7 @@ def break_at(*patterns: str) -> Tap:
     def breaking(name: str, tensor: Tensor) -> Tensor:
         if wanted.matching(name):
             if os.environ.get("PYTHONBREAKPOINT") or sys.breakpointhook is not sys.__breakpointhook__:
-                if os.environ.get("PYTHONBREAKPOINT") != "0":  # which says not to stop
+                if os.environ.get("PYTHONBREAKPOINT") != "0":  # 0 disables the stops
                     _, up = _frame_of_model()
                     frames = f"{up} frame{'s' if up > 1 else ''}"
                     print(f"llama3_raw: {_described(name, tensor)}, {frames} up", file=sys.stderr)
@@ -44,7 +48,7 @@ def break_at(*patterns: str) -> Tap:
 
 
 def _frame_of_model() -> tuple[FrameType, int]:
-    """The frame of model.py that called the tap, and how many frames above the caller it is."""
+    """Return the frame of model.py that called the tap, and how many frames above the caller it is."""
     frame, up = sys._getframe(1), 0
     while frame.f_code.co_filename != forward.__code__.co_filename:
         assert frame.f_back is not None, "break_at is a tap for model.forward"
@@ -53,56 +57,56 @@ def _frame_of_model() -> tuple[FrameType, int]:
 
 
 def _described(name: str, tensor: Tensor) -> str:
-    return f"{name} {list(tensor.shape)} in {in_words(tensor.dtype)}"
+    return f"{name} {list(tensor.shape)} in {dtype_name(tensor.dtype)}"
 
 
 class _Debugger(pdb.Pdb):
-    """One pdb for all stops of a run, so that what the user sets at one holds at the next."""
+    """One pdb for all stops of a run, so that breakpoints set at one stop stay for the next."""
 
     def __init__(self) -> None:
         super().__init__(
-            stdout=None if sys.stdout.isatty() else sys.stderr,  # stdout is for the text alone
-            nosigint=True,  # Ctrl-C is up to the tool
-            # not to be stepped into: how a stop is set up, and the taps
+            stdout=None if sys.stdout.isatty() else sys.stderr,  # stdout is for the generated text only
+            nosigint=True,  # the command handles Ctrl-C
+            # do not step into the code that sets up a stop, nor into taps
             skip=("bdb", __name__, f"{__package__}.taps", f"{__package__}.record", Scoped.__module__),
         )
         self._to_show: tuple[str, Tensor] | None = None
         self._input_ended = False
 
     def stop(self, name: str, tensor: Tensor) -> None:
-        """Has pdb stop in the frame of model.py that called the tap: at its next line, or where it returns."""
+        """Make pdb stop in the frame of model.py that called the tap: at its next line, or where it returns."""
         if self._input_ended:
             return
         frame, _ = _frame_of_model()
         self._to_show = name, tensor
-        sys.settrace(None)  # a step that was under way ends here
+        sys.settrace(None)  # ends a step in progress
         self.set_trace(frame)
-        self.set_next(frame)  # not in a tap behind this one
+        self.set_next(frame)  # not in a tap after this one
 
     def set_stepinstr(self) -> None:
-        """What set_trace calls from Python 3.13 on, to stop at once; but only the next line has the tensor by name."""
+        """Stop at the next line, where the tensor has a name; since Python 3.13 set_trace calls this to stop here."""
         self.set_step()
 
     def interaction(self, frame: FrameType | None, traceback: TracebackType | None) -> None:
-        """Says at a stop which tensor it is for."""
+        """Print at a stop which tensor it is for."""
         if self._to_show is not None and frame is not None:
             name, tensor = self._to_show
             self._to_show = None
             bound = next((f", here {local}" for local, value in frame.f_locals.items() if value is tensor), "")
-            self.message(f"llama3_raw: {_described(name, tensor)}{bound}; c goes on, q ends")
+            self.message(f"llama3_raw: {_described(name, tensor)}{bound}; c continues, q quits")
         super().interaction(frame, traceback)
 
     def do_run(self, arg: str) -> None:
-        """Says that a run cannot begin anew from within it; pdb would end it with a traceback."""
-        self.error("the run cannot begin anew from here; q ends it")
+        """Print that the run cannot be restarted from within; pdb would end it with a traceback."""
+        self.error("the run cannot be restarted from here; q quits")
 
     do_restart = do_run
 
     def do_EOF(self, arg: str) -> bool | None:
-        """Ends as q does in a terminal (Ctrl-D); at the end of other input the run goes on and stops no more."""
+        """Quit in a terminal (Ctrl-D); at the end of other input continue without further stops."""
         if sys.stdin.isatty():
             return super().do_EOF(arg)
-        self.message("\nllama3_raw: no more commands for pdb; it goes on without it")
+        self.message("\nllama3_raw: no more commands for pdb; the run continues without it")
         self._input_ended = True
         self.clear_all_breaks()
         return self.do_continue("")

@@ -1,7 +1,7 @@
-"""Pictures of what a trace holds, as matplotlib figures, for notebooks and for the page of llama3_raw.explain.
+"""Plots of a trace, as matplotlib figures, for notebooks and for the page of llama3_raw.explain.
 
-Each takes a `Trace` with the tensors that it names. Colours are transparent where there is little to see, so that they
-do on white and, in the page, on black. Needs matplotlib: pip install -e '.[explain]'.
+Each needs a `Trace` with the tensors that it names. Colours become transparent towards zero, so that they work on white
+and, in the page, on black. Needs matplotlib: pip install -e '.[explain]'.
 """
 
 from __future__ import annotations
@@ -29,54 +29,64 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.colors import LinearSegmentedColormap  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-BLUE, ORANGE = "#3b7dd8", "#e8731a"  # to be told apart by the colour-blind, and on either background
+BLUE, ORANGE = "#3b7dd8", "#e8731a"  # distinct for the colour-blind, and on either background
 _SIGNED = LinearSegmentedColormap.from_list(
     "signed", [(0.0, (BLUE, 1.0)), (0.5, (BLUE, 0.0)), (0.5, (ORANGE, 0.0)), (1.0, (ORANGE, 1.0))]
 )
 _SHARE = LinearSegmentedColormap.from_list("share", [(BLUE, 0.0), (BLUE, 1.0)])
 _BY_POSITION = LinearSegmentedColormap.from_list("position", [ORANGE, BLUE])
-MOST_COLUMNS = 64  # of a picture of vectors; more would be thinner than a pixel
-_MOST_LINES_NAMED = 12
+MAX_COLUMNS = 64  # in a plot of vectors; more would be thinner than a pixel
+_MAX_LEGEND_LINES = 12
 
 
 class Picture(Figure):
-    """A figure that a notebook shows at the end of a cell, though pyplot knows nothing of it."""
+    """A figure that a notebook shows at the end of a cell, without pyplot."""
 
     def _repr_png_(self) -> bytes:
-        written = io.BytesIO()
-        self.savefig(written, format="png", dpi=120)
-        return written.getvalue()
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=120)
+        return buffer.getvalue()
 
 
 def visible(text: str) -> str:
-    """Text whose signs are all to be seen: a line end is ↵, a tab ⇥, what has no shape of its own is escaped."""
+    """Return the text with every character visible: ↵ for a newline, ⇥ for a tab, escapes for the unprintable."""
     text = text.replace("\n", "↵").replace("\t", "⇥")
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def token_text(tokenizer: Tokenizer | None, token: int) -> str:
-    """A token as `visible` shows it, a space as ␣, a byte that is no text as \\xNN; without tokenizer its id."""
+    """Return the text of a token, with ␣ for a space and \\xNN for a byte that is not UTF-8; None: its id.
+
+    Other characters are as in `visible`.
+    """
     if tokenizer is None:
         return str(token)
     return visible(tokenizer.token_bytes(token).decode("utf-8", errors="backslashreplace")).replace(" ", "␣")
 
 
 def token_texts(trace: Trace, tokenizer: Tokenizer | None, length: int) -> list[str]:
-    """The `length` tokens that the trace is of, in words; their positions where it does not know them."""
+    """Return the `length` tokens of the trace as text, or their positions if the trace does not know its tokens."""
     if trace.origin is None or len(trace.origin.ids) != length:
         return [str(position) for position in range(length)]
     return [token_text(tokenizer, token) for token in trace.origin.ids]
 
 
-def likeliest(logits: Tensor, top: int) -> Tensor:
-    """Logits [..., vocab] -> the likeliest tokens [..., top]; of equal ones the first, as `sample` takes it."""
+def most_likely(logits: Tensor, top: int) -> Tensor:
+    """Logits [..., vocab] -> the most likely tokens [..., top]; ties go to the first, as in `sample`."""
     return logits.sort(dim=-1, descending=True, stable=True).indices[..., :top]
 
 
 def attention(trace: Trace, layer: int, head: int, *, tokenizer: Tokenizer | None = None) -> Figure:
-    """How much each token (rows) looks at each one before it: attention.probs [n_heads, T, S] of a layer and head.
+    """Plot how much each token (row) attends to itself and to each token before it, in one head.
 
-    Raises UserError where the trace lacks it, or the model has no such head.
+    Args:
+        trace: has layers.N.attention.probs, [n_heads, T, T].
+        layer: the layer N, from 0.
+        head: the query head, from 0.
+        tokenizer: turns the tokens into text for the axes. None: their ids.
+
+    Raises:
+        UserError: the trace lacks the tensor, or the model has no such layer or head.
     """
     probs = _tensor(trace, f"layers.{layer}.attention.probs", 3)  # [n_heads, T, T]
     _check_head(head, len(probs))
@@ -86,29 +96,34 @@ def attention(trace: Trace, layer: int, head: int, *, tokenizer: Tokenizer | Non
     image = axes.imshow(probs[head].float().numpy(), cmap=_SHARE, vmin=0, vmax=1)
     _name_ticks(axes, "y", texts)
     _name_ticks(axes, "x", texts)
-    axes.set(title=f"layer {layer}, head {head}", xlabel="looks at", ylabel="token")
+    axes.set(title=f"layer {layer}, head {head}", xlabel="attends to", ylabel="token")
     figure.colorbar(image, label="probability", pad=0.02)
     return figure
 
 
 def residual_norms(trace: Trace, *, tokenizer: Tokenizer | None = None) -> Figure:
-    """How the residual stream grows: the root mean square of each token's row, behind the embedding and each layer.
+    """Plot how the residual stream grows: the RMS of each token's row, after the embedding and each layer.
 
-    Takes tok_embeddings and layers.*.residual, each [T, dim]. Raises UserError where the trace lacks them.
+    Args:
+        trace: has tok_embeddings and layers.*.residual, each [T, dim].
+        tokenizer: turns the tokens into text for the legend. None: their ids.
+
+    Raises:
+        UserError: the trace lacks one of the tensors.
     """
     rms = residual_rms(trace)  # [layers + 1, T]
     texts = token_texts(trace, tokenizer, rms.shape[-1])
     figure, axes = _figure(5.2, 3.2)
     axes.set_prop_cycle(color=_BY_POSITION(torch.linspace(0, 1, len(texts)).numpy()))
     lines = axes.plot(range(-1, len(rms) - 1), rms.numpy(), linewidth=1.5)
-    apart = math.ceil(len(texts) / _MOST_LINES_NAMED)
-    named = range(0, len(texts), apart)
+    spacing = math.ceil(len(texts) / _MAX_LEGEND_LINES)
+    named = range(0, len(texts), spacing)
     legend = figure.legend(
         [lines[i] for i in named],
         [""] * len(named),
         loc="outside right upper",
         frameon=False,
-        title="token" if apart == 1 else f"every {apart}th token",
+        title="token" if spacing == 1 else f"every {spacing}th token",
     )
     for text, i in zip(legend.get_texts(), named, strict=True):
         text.set_parse_math(False)
@@ -118,15 +133,15 @@ def residual_norms(trace: Trace, *, tokenizer: Tokenizer | None = None) -> Figur
 
 
 def residual_rms(trace: Trace) -> Tensor:
-    """-> [layers + 1, T] fp32: the root mean square of tok_embeddings and of each layers.N.residual, by token."""
+    """Return the RMS of each token's row in tok_embeddings and each layers.N.residual, [layers + 1, T] fp32."""
     rows = [_tensor(trace, name, 2) for name in residual_names(trace)]
     return torch.stack([row.float().square().mean(-1).sqrt() for row in rows])
 
 
 def residual_names(trace: Trace) -> list[str]:
-    """The names of the residual stream, from the embedding through all layers.
+    """Return the names of the residual stream, from the embedding to the last layer.
 
-    Where the trace does not know of what it is, up to the last one that it has.
+    If the trace does not know its model, the last layer is the last one that it has.
     """
     last = max((int(name.split(".")[1]) for name in trace if name.split(".")[2:] == ["residual"]), default=0)
     n_layers = last + 1 if trace.origin is None else trace.origin.params.n_layers
@@ -134,19 +149,27 @@ def residual_names(trace: Trace) -> list[str]:
 
 
 class LogitLens(NamedTuple):
-    """What would come next if the model ended early: behind the embedding and each layer, at each position."""
+    """The next tokens that the model would predict if it ended after the embedding or each layer, at each position."""
 
-    stages: list[str]  # the names whose tensors are looked at
-    ids: Tensor  # [stages, T, top] int64, the likeliest first
+    stages: list[str]  # the names of the residual stream
+    ids: Tensor  # [stages, T, top] int64, the most likely first
     probs: Tensor  # [stages, T, top] fp32
 
 
 def read_logit_lens(
     trace: Trace, model: Model, *, top: int = 5, ops: Ops = REFERENCE, progress: bool = False
 ) -> LogitLens:
-    """The final norm and the output matrix, applied to the residual stream everywhere. (nostalgebraist 2020)
+    """Apply the final norm and the output matrix to the residual stream after every layer. (nostalgebraist 2020)
 
-    Takes tok_embeddings and layers.*.residual, each [T, dim]. Raises UserError where the trace lacks one of them.
+    Args:
+        trace: has tok_embeddings and layers.*.residual, each [T, dim].
+        model: the model of the trace.
+        top: how many tokens to return for each position.
+        ops: the operations.
+        progress: show a bar on stderr, if it takes longer than a second.
+
+    Raises:
+        UserError: the trace lacks one of the tensors.
     """
     weights, ids, probs = model.weights, [], []
     stages = residual_names(trace)
@@ -154,13 +177,21 @@ def read_logit_lens(
         for name in tqdm(stages, desc="logit lens", leave=False, delay=1, disable=not progress):
             x = _tensor(trace, name, 2).to(weights.norm.device, weights.norm.dtype)
             logits = ops.linear(rms_norm(x, weights.norm, model.params.norm_eps), weights.output).float()
-            ids.append(likeliest(logits, top).cpu())  # [T, top]
+            ids.append(most_likely(logits, top).cpu())  # [T, top]
             probs.append(logits.softmax(dim=-1).cpu().gather(-1, ids[-1]))
     return LogitLens(stages, torch.stack(ids), torch.stack(probs))
 
 
 def logit_lens(trace: Trace, model: Model) -> Figure:
-    """The likeliest next token at each position, if the model ended behind each layer; as `read_logit_lens`."""
+    """Plot the most likely next token at each position if the model ended after each layer (see `read_logit_lens`).
+
+    Args:
+        trace: has tok_embeddings and layers.*.residual, each [T, dim].
+        model: the model of the trace.
+
+    Raises:
+        UserError: the trace lacks one of the tensors.
+    """
     lens = read_logit_lens(trace, model, top=1)
     probs = lens.probs[..., 0]  # [stages, T]
     texts = token_texts(trace, model.tokenizer, probs.shape[-1])
@@ -185,24 +216,35 @@ def logit_lens(trace: Trace, model: Model) -> Figure:
 
 
 def vectors(rows: Mapping[str, Tensor], *, title: str = "") -> Figure:
-    """Vectors [n] by name, one above the other: their first values, blue below zero and orange above."""
-    values = torch.stack([row.float()[:MOST_COLUMNS] for row in rows.values()]).cpu()  # [rows, columns]
+    """Plot the first values of vectors, one below the other: blue if negative, orange if positive.
+
+    Args:
+        rows: the vectors by name, each [n].
+        title: the title of the plot.
+    """
+    values = torch.stack([row.float()[:MAX_COLUMNS] for row in rows.values()]).cpu()  # [rows, columns]
     limit = float(values.abs().max())
     figure, axes = _figure(5.2, 0.9 + 0.24 * len(rows))
     image = axes.imshow(values.numpy(), cmap=_SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     _name_ticks(axes, "y", list(rows))
     length = next(iter(rows.values())).shape[0]
-    of = f" (the first {MOST_COLUMNS} of {length:,})" if length > MOST_COLUMNS else ""
-    axes.set(title=title, xlabel=f"dimension{of}")
+    shown = f" (the first {MAX_COLUMNS} of {length:,})" if length > MAX_COLUMNS else ""
+    axes.set(title=title, xlabel=f"dimension{shown}")
     figure.colorbar(image, pad=0.02)
     return figure
 
 
 def rope_turns(trace: Trace, params: Params, layer: int, head: int) -> Figure:
-    """RoPE as it turns some pairs of a query of the last token, from attention.q to attention.q_rope.
+    """Plot how RoPE rotates four pairs of the last token's query, from the fastest pair to the slowest.
 
-    Both are [T, n_heads, head_dim]. From the pair that turns fastest to the slowest. Raises UserError where the trace
-    lacks them, or the model has no such head.
+    Args:
+        trace: has layers.N.attention.q and layers.N.attention.q_rope, each [T, n_heads, head_dim].
+        params: the params of the model.
+        layer: the layer N, from 0.
+        head: the query head, from 0.
+
+    Raises:
+        UserError: the trace lacks one of the tensors, or the model has no such layer or head.
     """
     q, q_rope = (_tensor(trace, f"layers.{layer}.attention.{name}", 3)[-1] for name in ("q", "q_rope"))
     _check_head(head, len(q))
@@ -225,13 +267,18 @@ def rope_turns(trace: Trace, params: Params, layer: int, head: int) -> Figure:
 
 
 def shown_pairs(params: Params) -> list[int]:
-    """Four pairs of a head, evenly from the one that turns fastest to the slowest."""
+    """Return four pairs of a head, evenly spaced from the one that rotates fastest to the slowest."""
     pairs = params.head_dim // 2
     return sorted({round(i * (pairs - 1) / 3) for i in range(4)})
 
 
 def rope_wavelengths(params: Params, length: int) -> Figure:
-    """How many tokens it takes each pair of a head to turn once; the line is the length of the prompt."""
+    """Plot how many tokens a full turn of each pair of a head takes, with a line at the length of the prompt.
+
+    Args:
+        params: the params of the model.
+        length: the length of the prompt in tokens.
+    """
     wavelengths = 2 * math.pi / rope_frequencies(params, torch.device("cpu"))  # [head_dim/2]
     figure, axes = _figure(5.2, 2.4)
     axes.plot(wavelengths.numpy(), ".-", color=BLUE, markersize=4)
@@ -243,9 +290,14 @@ def rope_wavelengths(params: Params, length: int) -> Figure:
 
 
 def gates(trace: Trace, layer: int) -> Figure:
-    """silu, and where the gates [hidden_dim] of the last token lie on it: feed_forward.gate of a layer.
+    """Plot silu, with a mark at the value of each gate of the last token.
 
-    Raises UserError where the trace lacks it.
+    Args:
+        trace: has layers.N.feed_forward.gate, [T, hidden_dim].
+        layer: the layer N, from 0.
+
+    Raises:
+        UserError: the trace lacks the tensor, or the model has no such layer.
     """
     gate = _tensor(trace, f"layers.{layer}.feed_forward.gate", 2)[-1].float()
     limit = max(4.0, float(gate.abs().max()))
@@ -260,12 +312,17 @@ def gates(trace: Trace, layer: int) -> Figure:
         alpha=max(0.1, min(1.0, 200 / len(gate))),
         rasterized=True,
     )
-    axes.set(xlabel=f"gate (each of the {len(gate):,} units a mark)", ylabel="silu(gate)")
+    axes.set(xlabel=f"gate (one mark for each of {len(gate):,} units)", ylabel="silu(gate)")
     return figure
 
 
 def next_tokens(names: Sequence[str], probs: Sequence[float]) -> Figure:
-    """Tokens and their probabilities, the likeliest on top."""
+    """Plot tokens and their probabilities as bars, the first on top.
+
+    Args:
+        names: the tokens as text.
+        probs: the probability of each.
+    """
     figure, axes = _figure(5.2, 0.7 + 0.26 * len(names))
     bars = axes.barh(range(len(names)), probs, color=BLUE)
     axes.bar_label(bars, [f"{p:.1%}" if p >= 0.001 else "below 0.1%" for p in probs], padding=3)
@@ -276,16 +333,16 @@ def next_tokens(names: Sequence[str], probs: Sequence[float]) -> Figure:
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
-    """A figure of so many inches, and its axes: one, or an array of `columns`."""
+    """Return a figure, its size in inches, and its axes: one, or an array of `columns`."""
     figure = Picture(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, columns)
-    for each in [axes] if columns == 1 else axes:
-        each.spines[["top", "right"]].set_visible(False)
+    for one in [axes] if columns == 1 else axes:
+        one.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
 def _name_ticks(axes: Axes, which: str, names: Sequence[str]) -> None:
-    """Names on an axis, as they are: a $ begins no formula."""
+    """Set the tick labels of an axis, literally: a $ does not start a formula."""
     axis = axes.yaxis if which == "y" else axes.xaxis
     axis.set_ticks(range(len(names)), names, parse_math=False, rotation=90 if which == "x" else 0)
 
@@ -296,14 +353,14 @@ def _check_head(head: int, n_heads: int) -> None:
 
 
 def _tensor(trace: Trace, name: str, dimensions: int) -> Tensor:
-    """A tensor of a whole, lone prompt."""
+    """Return a tensor of a single prompt with all its positions."""
     n_layers = trace.origin and trace.origin.params.n_layers
     layer = int(name.split(".")[1]) if name.startswith("layers.") else 0
     if n_layers and not 0 <= layer < n_layers:
         raise UserError(f"layer {layer}: the model has layers 0 to {n_layers - 1}")
     if name not in trace:
-        raise UserError(f"the trace lacks {name!r}; trace it too, by name or without patterns")
+        raise UserError(f"the trace lacks {name!r}; trace that name too, or trace without patterns")
     tensor = trace[name].cpu()
     if tensor.dim() != dimensions:
-        raise UserError(f"{name} is {list(tensor.shape)}; take a trace of one prompt, with all its positions")
+        raise UserError(f"{name} is {list(tensor.shape)}; use a trace of one prompt, with all its positions")
     return tensor

@@ -1,4 +1,4 @@
-"""`Trace`, the tap that keeps copies of the tensors of a forward pass, and `trace`, a pass with it."""
+"""`Trace`, the tap that keeps copies of tensors, and `trace`, a forward pass with it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from ..system.files import atomic_write, read_beginning
 from ..system.machine import free_memory
 from ..weights import Model
 from .names import FIRST, LAST, token_dimension
-from .taps import Patterns, chain, pass_without_content
+from .taps import Patterns, chain, dry_run
 
 
-def not_alike(params: Params, others: Params) -> str | None:
-    """The first number by which the tensors of a model have other shapes than another's, in words; None: all alike."""
+def shape_difference(params: Params, others: Params) -> str | None:
+    """Return the first param by which the tensors of two models differ in shape, as text; None if there is none."""
     for field in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
         if getattr(params, field) != getattr(others, field):
             return f"{field} {getattr(params, field)}, not {getattr(others, field)}"
@@ -39,15 +39,15 @@ def not_alike(params: Params, others: Params) -> str | None:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a trace is of."""
+    """The model and the tokens of a trace."""
 
     params: Params
     ids: list[int]
-    weights: str  # a digest of the norms, which are the same in every dtype and in int8; matrices are not looked at
+    weights: str  # a digest of the norms only, which are the same in every dtype and in int8
 
     @staticmethod
     def of(model: Model, ids: Sequence[int]) -> Origin:
-        """What a pass of the model over these tokens is known by."""
+        """Return the origin of a pass of the model over these tokens."""
         weights = model.weights
         norms = [norm for layer in weights.layers for norm in (layer.attention_norm, layer.ffn_norm)]
         digest = sha256()
@@ -56,33 +56,40 @@ class Origin:
         return Origin(model.params, list(ids), digest.hexdigest()[:32])
 
     def check(self, model: Model, ids: Sequence[int], source: str) -> None:
-        """Raises UserError where the model has other weights or tokens than the trace in `source` is of.
+        """Raise UserError if the trace in `source` is of other weights or tokens than these.
 
-        How eps and RoPE are set may differ: that is what a comparison is to find.
+        norm_eps and the settings of RoPE may differ: a comparison should find that.
         """
         own = Origin.of(model, ids)
-        if not_alike(self.params, own.params):
-            raise UserError(f"{source}: is of another model, with {not_alike(self.params, own.params)}; trace it anew")
+        unlike = shape_difference(self.params, own.params)
+        if unlike:
+            raise UserError(f"{source}: is of another model, with {unlike}; trace this model")
         if self.weights != own.weights:
-            raise UserError(f"{source}: is of a model of the same shape with other weights; trace it anew")
+            raise UserError(f"{source}: is of a model of the same shape with other weights; trace this model")
         if self.ids != own.ids:
             first = next((i for i, pair in enumerate(zip(self.ids, own.ids, strict=False)) if pair[0] != pair[1]), None)
             where = f"{len(self.ids)} tokens, not {len(own.ids)}" if first is None else f"another token {first}"
-            raise UserError(f"{source}: is of another prompt, with {where}; give the same prompt, or trace it anew")
+            raise UserError(f"{source}: is of another prompt, with {where}; give the same prompt, or trace this one")
 
 
 class Trace(Mapping[str, Tensor]):
-    """A tap that keeps a copy of every tensor that one of the patterns means; without patterns, of every tensor.
+    """A tap that keeps a copy of every tensor that matches a pattern; without patterns, of every tensor.
 
-    A mapping from name to tensor, in the order of the forward pass. Of several passes (`generate` makes one for each
-    token) it has the tensors of the last; of one that broke off, those up to there. What it holds is detached and never
-    changes with what the pass does later.
+    A mapping from name to tensor, in the order of the forward pass. After several passes (`generate` runs one for each
+    token) it has the tensors of the last; after a pass that failed, those computed until then. The copies are detached,
+    and nothing that the pass does later changes them.
 
-    device, dtype: where and in what the copies are kept; None as the pass has them. last_position: of the last token
-        only, without the dimension T.
-    origin: what it is of, if that is known: `trace` says so, and `save` and `load_trace` keep it.
+    Args:
+        patterns: tap names, with the wildcards of `Patterns`.
+        device: where the copies are kept. None: where the tensor is.
+        dtype: the dtype of the copies. None: that of the tensor.
+        last_position: keep the last token only, without the dimension T.
 
-    Raises UserError for a dtype that is not of floats, and at the end of a pass in which a pattern means nothing.
+    Attributes:
+        origin: the model and the tokens, if known: `trace` sets it, `save` and `load_trace` keep it.
+
+    Raises:
+        UserError: the dtype is not floating point, or a pattern matched nothing by the end of a pass.
     """
 
     def __init__(
@@ -93,23 +100,23 @@ class Trace(Mapping[str, Tensor]):
         last_position: bool = False,
     ):
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise UserError(f"dtype should be one of floats, such as torch.float32, is {dtype!r}")
+            raise UserError(f"dtype should be a floating-point dtype such as torch.float32, is {dtype!r}")
         self._patterns = Patterns(patterns or ("*",))
         self._device = device
         self._dtype = dtype
         self.last_position = last_position
-        self._dimensions = 0  # of the embeddings, thus of a tensor [..., T, something]
+        self._dimensions = 0  # of the embeddings, so of any tensor [..., T, n]
         self._tensors: dict[str, Tensor] = {}
         self.origin: Origin | None = None
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        """Keeps a copy of it, if it is meant; -> the tensor itself. The tap of `forward`."""
+        """Keep a copy of the tensor if a pattern matches its name, and return the tensor itself: a tap."""
         if name == FIRST:
             self._dimensions = tensor.dim()
             self._tensors.clear()  # of an earlier pass
         if self._patterns.matching(name):
             kept = self._last(name, tensor) if self.last_position else tensor
-            # one copy, even where device and dtype are the same
+            # exactly one copy, also if device and dtype are the same
             self._tensors[name] = torch.empty_like(
                 kept.detach(),
                 device=self._device or kept.device,
@@ -120,7 +127,7 @@ class Trace(Mapping[str, Tensor]):
 
     def _last(self, name: str, tensor: Tensor) -> Tensor:
         if name == LAST and tensor.dim() < self._dimensions:
-            return tensor  # logits_at has chosen one already
+            return tensor  # logits_at has already chosen one
         return tensor.select(token_dimension(name), -1)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -143,27 +150,35 @@ class Trace(Mapping[str, Tensor]):
 
     @property
     def nbytes(self) -> int:
-        """The memory that its tensors take."""
+        """The size of the tensors in bytes."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def save(self, file: str | Path) -> None:
-        """Writes safetensors, whose metadata hold the order of the names and the origin. A file there is replaced.
+        """Write the tensors as safetensors, with the order of the names and the origin as metadata.
 
-        Raises UserError where it cannot be written.
+        Args:
+            file: the file to write; an existing one is replaced.
+
+        Raises:
+            UserError: the file cannot be written.
         """
         origin = self.origin and asdict(self.origin)
         about = {"names": list(self), "origin": origin, "last_position": self.last_position}
         with atomic_write(file) as part:
             try:
                 save_file(dict(self), part, metadata={"llama3_raw": json.dumps(about)})
-            except SafetensorError as error:  # all that it says when the system refuses
+            except SafetensorError as error:  # what it raises for an OSError
                 raise OSError(in_short(error)) from error
 
 
 def load_trace(file: str | Path) -> Trace:
-    """What `Trace.save` wrote, or any safetensors with tensors by the names of a tap, whose origin is not known.
+    """Return the trace that `Trace.save` wrote.
 
-    Raises UserError where the file is missing, or no safetensors.
+    Args:
+        file: a saved trace, or any other safetensors file with tensors by tap name, whose origin is then None.
+
+    Raises:
+        UserError: the file is missing or not safetensors.
     """
     file = Path(file)
     if file.is_dir():
@@ -183,7 +198,7 @@ def load_trace(file: str | Path) -> Trace:
             ids = [int(token) for token in about["origin"]["ids"]]
             loaded.origin = Origin(Params(**params), ids, str(about["origin"]["weights"]))
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: is no trace that can be read ({in_short(error)}); write it anew") from error
+        raise UserError(f"{file}: cannot be read as a trace ({in_short(error)}); save it again") from error
     return loaded
 
 
@@ -198,12 +213,22 @@ def trace(
     tap: Tap = no_tap,
     progress: bool = False,
 ) -> Trace:
-    """A forward pass over a prompt, ids [T]; -> the tensors that the patterns mean, as `Trace` keeps them.
+    """Run a forward pass over a prompt and return the tensors that match the patterns, as a `Trace`.
 
-    tap: sees each tensor first, so that a `patch` shows in the trace. progress: a bar on stderr, layer by layer.
+    Args:
+        model: the model to run.
+        ids: the prompt, [T].
+        patterns: tap names, with the wildcards of `Patterns`; without any, every tensor.
+        device: as in `Trace`.
+        dtype: as in `Trace`.
+        last_position: as in `Trace`.
+        ops: the operations; fused attention has no scores and probs.
+        tap: sees each tensor first, so that a `patch` shows in the trace.
+        progress: show a bar on stderr that counts the layers, if the pass takes longer than a second.
 
-    Raises UserError, before anything is computed, for patterns that mean nothing, ids outside the vocabulary, and what
-    the memory does not hold; and what `tap` raises.
+    Raises:
+        UserError: before anything is computed, if a pattern matches nothing, an id is not in the vocabulary, or the
+            tensors do not fit into memory. Also whatever `tap` raises.
     """
     ids = tokens_of_one_prompt(ids, model.params)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "last_position": last_position}
@@ -218,13 +243,13 @@ def trace(
 
 
 def tokens_of_one_prompt(ids: Sequence[int] | Tensor, params: Params) -> list[int]:
-    """Ids [T] as a list. Raises UserError where they are no such, there is none, or one is not in the vocabulary."""
+    """Return ids [T] as a list. Raises UserError if they are not integers [T], are empty, or not in the vocabulary."""
     try:
         tokens = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError):
         tokens = torch.zeros(1, 1)
     if tokens.dim() != 1 or (len(tokens) and (tokens.is_floating_point() or tokens.is_complex())):
-        raise UserError("ids should be the tokens of one prompt, as tokenizer.encode gives them")
+        raise UserError("ids should be the tokens of one prompt, as tokenizer.encode returns them")
     if not len(tokens):
         raise UserError("the prompt is empty; give at least one token")
     checked: list[int] = tokens.tolist()
@@ -234,7 +259,7 @@ def tokens_of_one_prompt(ids: Sequence[int] | Tensor, params: Params) -> list[in
 
 @contextlib.contextmanager
 def count_layers(params: Params, progress: bool = True) -> Iterator[Tap]:
-    """A bar on stderr that shows how far a pass is, if it takes longer than a second; -> the tap that moves it."""
+    """Show the progress of a pass as a bar on stderr, if it takes longer than a second; yield the tap that moves it."""
     with tqdm(total=params.n_layers, desc="layers", leave=False, delay=1, disable=not progress) as bar:
 
         def count(name: str, tensor: Tensor) -> Tensor:
@@ -255,9 +280,9 @@ def check_trace(
     ops: Ops = REFERENCE,
     model_device: torch.device = torch.device("cpu"),
 ) -> None:
-    """Raises UserError where a trace of `length` tokens does not fit into the free memory, or a pattern means nothing.
+    """Raise UserError if a trace of `length` tokens does not fit into free memory, or a pattern matches nothing.
 
-    No tensor is computed for it.
+    No tensor is computed.
     """
     planned = Trace(*patterns, device="meta", dtype=dtype, last_position=last_position)
     largest = 0
@@ -267,8 +292,8 @@ def check_trace(
         largest = max(largest, tensor.nbytes)
         return tensor
 
-    pass_without_content(params, compute_dtype, length, ops, chain(planned, note_size))
-    # as if the largest were the scores, which they are in a long prompt
+    dry_run(params, compute_dtype, length, ops, chain(planned, note_size))
+    # as if the scores were the largest, which they are for a long prompt
     needed = Counter({model_device: largest * score_bytes(compute_dtype.itemsize) // compute_dtype.itemsize})
     needed[torch.device(device or model_device)] += planned.nbytes
     for place, n_bytes in needed.items():
@@ -276,6 +301,6 @@ def check_trace(
         if n_bytes > free:
             raise UserError(
                 f"a trace of {planned.nbytes / 1e9:.2f} GB, and {needed[model_device] / 1e9:.2f} GB in all on "
-                f"{model_device}, do not fit: {free / 1e9:.2f} GB are free on {place}; name fewer tensors, keep the "
-                "last position only, or shorten the prompt"
+                f"{model_device}, do not fit: {free / 1e9:.2f} GB are free on {place}; keep fewer tensors or only the "
+                "last position, or shorten the prompt"
             )

@@ -1,6 +1,6 @@
-"""Taps: what sees the tensors of a forward pass by name, and may put others in their place.
+"""Taps, which see the tensors of a forward pass by name and may replace them.
 
-`Patterns` are names as a user gives them; `patch` replaces tensors, `chain` makes one tap of several.
+`Patterns` matches names, `patch` replaces tensors, `chain` combines taps.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ from ..errors import UserError
 from ..model import REFERENCE
 from ..ops import Ops, Tap
 from ..params import Params
-from ..weights import in_words
+from ..weights import dtype_name
 from .names import LAST, UNFUSED, named_tensors, within_layer
 
 
 class Patterns:
-    """Names as a user gives them, in which `*`, `?` and `[0-9]` stand for text as in a shell.
+    """Tap names with wildcards: `*`, `?` and `[0-9]` match text as in a shell.
 
-    A `*` at either end of a pattern, and a `**` anywhere, stands for any text, a `*` in between for text without a
-    dot: "layers.0.*" is all of layer 0, "layers.*.residual" the output of each layer, "*.residual" that of its
-    attention too.
+    A `*` at either end of a pattern, or `**` anywhere, matches any text; a `*` in between matches text without a dot.
+    "layers.0.*" is all of layer 0, "layers.*.residual" the output of each layer, and "*.residual" also matches each
+    attention.residual.
     """
 
     def __init__(self, patterns: Sequence[str]):
-        """Raises UserError for what is no str."""
+        """Raise UserError for a pattern that is not a str."""
         for pattern in patterns:
             if not isinstance(pattern, str):
                 kind = type(pattern).__name__
                 raise UserError(
-                    f"a pattern should be a str such as 'layers.*.residual', is a {kind}; give each by itself"
+                    f"a pattern should be a str such as 'layers.*.residual', is a {kind}; give several one by one"
                 )
         self._regexes = {pattern: re.compile(_regex(pattern)) for pattern in patterns}
-        self._unmet = dict.fromkeys(patterns)
+        self._unmatched = dict.fromkeys(patterns)
         self._seen: dict[str, None] = {}
 
     def matching(self, name: str) -> list[str]:
-        """The patterns that mean this name of a pass, in the order in which they were given.
+        """Return the patterns that match this name of a pass, in the order in which they were given.
 
-        Raises UserError at the end of a pass in which one of them meant nothing, with the names nearest to it.
+        Raises UserError at the end of a pass in which one of them matched nothing; it lists the nearest names.
         """
         matching = [pattern for pattern, regex in self._regexes.items() if regex.fullmatch(name)]
         for pattern in matching:
-            self._unmet.pop(pattern, None)
+            self._unmatched.pop(pattern, None)
         self._seen[name] = None
-        if name == LAST and self._unmet:
-            raise UserError(_unknown(next(iter(self._unmet)), list(self._seen)))
+        if name == LAST and self._unmatched:
+            raise UserError(_no_match(next(iter(self._unmatched)), list(self._seen)))
         return matching
 
 
@@ -68,24 +68,28 @@ def _regex(pattern: str) -> str:
     return "".join(parts)
 
 
-def _unknown(pattern: str, names: Sequence[str]) -> str:
-    """What to say of a pattern that means none of the names that a pass had."""
+def _no_match(pattern: str, names: Sequence[str]) -> str:
+    """Return the message for a pattern that matches none of the names of a pass."""
     layers = [int(name.split(".")[1]) for name in names if name.startswith("layers.")]
     for hidden in (f"layers.{layer}.{name}" for layer in dict.fromkeys(layers) for name in UNFUSED):
         if hidden not in names and re.fullmatch(_regex(pattern), hidden):
             return (
-                f"{pattern!r}: the fast operations make no attention scores; the exact ones do (llama3_raw.REFERENCE, "
-                "the default)"
+                f"{pattern!r}: the fast operations compute no attention scores; the exact ones do (the default of "
+                "trace; elsewhere, ops=llama3_raw.REFERENCE)"
             )
     if "[" in pattern and "]" not in pattern.rpartition("[")[2]:
-        return f"{pattern!r}: the [ has no ] behind it; [0-9] stands for a digit"
+        return f"{pattern!r}: the [ has no ] after it; [0-9] matches a digit"
     every_layer = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
     near = difflib.get_close_matches(pattern, every_layer if "*" in pattern else names, n=3, cutoff=0)
     return f"no tensor is named {pattern!r} in a pass of layers 0 to {max(layers)}; the nearest are {', '.join(near)}"
 
 
 def chain(*taps: Tap) -> Tap:
-    """One tap out of several: each gets the tensor that the one before it returned."""
+    """Return one tap that calls several in order.
+
+    Args:
+        taps: each gets the tensor that the one before it returned.
+    """
 
     def chained(name: str, tensor: Tensor) -> Tensor:
         for tap in taps:
@@ -96,13 +100,16 @@ def chain(*taps: Tap) -> Tap:
 
 
 def patch(replacements: Mapping[str, Callable[[Tensor], Tensor]]) -> Tap:
-    """A tap that puts function(tensor) in the place of each tensor that a name or pattern means.
+    """Return a tap that replaces tensors by name, for activation patching, ablation of a head, or steering.
 
-    The pass goes on with it: for activation patching, ablating a head, steering. The shapes are those that model.py
-    states. Where several patterns mean a name, their functions are applied one after the other.
+    Args:
+        replacements: for each tap name or pattern, a function of the tensor. The pass continues with its result. The
+            shapes are those stated in model.py. If several patterns match a name, their functions run one after
+            another.
 
-    The tap raises UserError for a result that is no tensor of the same shape, dtype and device, and at the end of the
-    pass for a pattern that means nothing.
+    Raises:
+        UserError: by the tap, if a result is not a tensor of the same shape, dtype and device, and at the end of a
+            pass in which a pattern matched nothing. By `patch`, if a pattern is not a str.
     """
     patterns = Patterns(list(replacements))
 
@@ -119,24 +126,24 @@ def patch(replacements: Mapping[str, Callable[[Tensor], Tensor]]) -> Tap:
 
 
 def _kind(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} in {in_words(tensor.dtype)} on {tensor.device}"
+    return f"{list(tensor.shape)} in {dtype_name(tensor.dtype)} on {tensor.device}"
 
 
 def check_names(params: Params, *patterns: str) -> None:
-    """Raises UserError where a pattern means nothing in a pass of such a model by the exact operations."""
+    """Raise UserError if a pattern matches nothing in a pass of such a model with the exact operations."""
     wanted = Patterns(patterns)
 
     def match(name: str, tensor: Tensor) -> Tensor:
         wanted.matching(name)
         return tensor
 
-    pass_without_content(params, torch.bfloat16, 1, REFERENCE, match)
+    dry_run(params, torch.bfloat16, 1, REFERENCE, match)
 
 
-def pass_without_content(params: Params, dtype: torch.dtype, length: int, ops: Ops, tap: Tap) -> None:
-    """Has the tap see what it would see in a pass of `length` tokens: all names, shapes and dtypes, without content.
+def dry_run(params: Params, dtype: torch.dtype, length: int, ops: Ops, tap: Tap) -> None:
+    """Call the tap as a pass over `length` tokens would: with all names, on meta tensors of the right shape and dtype.
 
-    Not by running the model, where a breakpoint that is meant for the real pass would be met.
+    The model does not run: a breakpoint that is meant for the real pass would stop in it.
     """
     sizes = {"T": length, "n_heads": params.n_heads, "n_kv_heads": params.n_kv_heads, "head_dim": params.head_dim}
     sizes |= {"dim": params.dim, "hidden_dim": params.hidden_dim, "vocab_size": params.vocab_size}

@@ -1,4 +1,4 @@
-"""What test_tensor_parallel.py has each of several processes do: python of_ranks.py FOLDER RESULTS, under torchrun."""
+"""The script that test_tensor_parallel.py runs in each process: python of_ranks.py FOLDER RESULTS, under torchrun."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ CPU = torch.device("cpu")
 
 
 def logits_of(model: llama3_raw.Model, ops: llama3_raw.ops.Ops) -> dict[str, torch.Tensor]:
-    """The logits of a prompt, of its last tokens behind a cache, and of a batch of unequal lengths behind one."""
-    found = {"prompt": forward(model.weights, model.params, torch.tensor(PROMPT), ops=ops)}
+    """Return the logits of a prompt, of its last tokens with a cache, and of a batch of unequal lengths with one."""
+    results = {"prompt": forward(model.weights, model.params, torch.tensor(PROMPT), ops=ops)}
     cache = KVCache.allocate(model.params, max_seq_len=len(PROMPT), like=model.weights)
     forward(model.weights, model.params, torch.tensor(PROMPT[:-3]), cache=cache, ops=ops)
     for position in range(len(PROMPT) - 3, len(PROMPT)):
         token = torch.tensor(PROMPT[position : position + 1])
-        found[f"token {position}"] = forward(
+        results[f"token {position}"] = forward(
             model.weights, model.params, token, cache=cache, start=position, logits_at=-1, ops=ops
         )
     cache = KVCache.allocate(model.params, max_seq_len=len(PROMPT), like=model.weights, batch=(2,))
     rows = torch.tensor([PROMPT[:6], PROMPT[6:]])
-    found["batch"] = forward(
+    results["batch"] = forward(
         model.weights,
         model.params,
         rows,
@@ -40,23 +40,23 @@ def logits_of(model: llama3_raw.Model, ops: llama3_raw.ops.Ops) -> dict[str, tor
         logits_at=torch.tensor([5, 2]),
         ops=ops,
     )
-    return found
+    return results
 
 
 def all_logits(
     folder: Path, shard: Shard | None = None, ranks: llama3_raw.system.process_groups.Ranks | None = None
 ) -> dict[str, torch.Tensor]:
-    """What `logits_of` gives in fp32 and bf16, by the exact operations and the fast ones."""
-    found: dict[str, Any] = {}
+    """Return the results of `logits_of` in fp32 and bf16, with the exact and the fast operations."""
+    results: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = llama3_raw.load(folder, dtype=dtype, shard=shard)
         for name, ops in (("exact", REFERENCE), ("fast", suitable_ops(CPU))):
             if ranks is not None:
                 ops = parallel_ops(ops, model.weights, ranks.tensor)
             with torch.no_grad():
-                made = logits_of(model, ops)
-            found |= {f"{dtype} {name} {key}": logits for key, logits in made.items()}
-    return found
+                by_case = logits_of(model, ops)
+            results |= {f"{dtype} {name} {key}": logits for key, logits in by_case.items()}
+    return results
 
 
 if __name__ == "__main__":

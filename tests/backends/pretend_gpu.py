@@ -1,4 +1,4 @@
-"""A GPU that is none: tensors that say they are on cuda:0, are computed in RAM, and refuse to meet those of the CPU."""
+"""A fake GPU: tensors that report cuda:0, are computed in RAM, and cannot be mixed with those of the CPU."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
-_CROSSING = (Tensor.to, Tensor.cpu, Tensor.copy_)  # what brings tensors from one device to another
+_CROSSING = (Tensor.to, Tensor.cpu, Tensor.copy_)  # these move tensors between devices
 
 
 class OnGpu(Tensor):
-    """A tensor on the pretended GPU."""
+    """A tensor on the fake GPU."""
 
 
 class PretendGpu(TorchFunctionMode):
-    """While it is entered, device="cuda" makes such tensors, .to moves them, and their results are there too."""
+    """Within it, device="cuda" creates such tensors, .to moves them, and their results are on the GPU too."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        asked = CPU if func is Tensor.cpu else kwargs.get("device")
+        device = CPU if func is Tensor.cpu else kwargs.get("device")
         if func is Tensor.to:
-            asked = next((leaf for leaf in args if isinstance(leaf, str | torch.device)), asked)
-        if asked is not None:
-            on_gpu = torch.device(asked).type == "cuda"
+            device = next((leaf for leaf in args if isinstance(leaf, str | torch.device)), device)
+        if device is not None:
+            on_gpu = torch.device(device).type == "cuda"
         elif func in _CROSSING:  # x.to(like), to.copy_(x)
             on_gpu = isinstance(tensors[-1 if func is Tensor.to else 0], OnGpu)
         else:
@@ -39,12 +39,12 @@ class PretendGpu(TorchFunctionMode):
             return func(*args, **kwargs)
         if getattr(func, "__self__", None) is Tensor.device:
             return GPU
-        meets = {isinstance(tensor, OnGpu) for tensor in tensors if tensor.dim()}  # a lone number may meet both
-        if func not in _CROSSING and len(meets) == 2:
+        devices = {isinstance(tensor, OnGpu) for tensor in tensors if tensor.dim()}  # scalars may be mixed with both
+        if func not in _CROSSING and len(devices) == 2:
             raise RuntimeError(f"{func.__name__}: tensors on two devices")
         if "device" in kwargs:
             kwargs["device"] = CPU
-        args = tuple(CPU if leaf is asked else leaf for leaf in args)
+        args = tuple(CPU if leaf is device else leaf for leaf in args)
         args, kwargs = tree_map(lambda leaf: _as(Tensor, leaf), (args, kwargs))
         return tree_map(lambda leaf: _as(OnGpu if on_gpu else Tensor, leaf), func(*args, **kwargs))
 

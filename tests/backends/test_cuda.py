@@ -1,4 +1,4 @@
-"""The GPU's operations: their kernels in Triton's interpreter where there is no GPU, compiled for two kinds of them."""
+"""The GPU's operations: their kernels in Triton's interpreter if there is no GPU, and compiled for two kinds of GPU."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from llama3_raw.backends import cuda
 from llama3_raw.backends.cpu import attend_by_torch
 from llama3_raw.model import attend
 from llama3_raw.ops import Ops, no_tap
-from llama3_raw.quantization.int8 import Int8, quantize, widen
+from llama3_raw.quantization.int8 import Int8, dequantize, quantize
 from tests.references import cast, converted, dense
 
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 ON = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the interpreter multiplies no bfloat16
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the interpreter cannot multiply bfloat16
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -33,7 +33,7 @@ def error(tensor: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize(("rows", "outputs", "length"), [(1, 70, 100), (3, 64, 512), (16, 33, 300)])
 def test_few_rows_times_a_matrix(rows: int, outputs: int, length: int) -> None:
-    """Whatever does not fill a block is left out of it; as near to the exact product as torch's own."""
+    """Partial blocks too; as near to the exact product as torch's own."""
     x, matrix = random(rows, length), random(outputs, length, seed=1)
     y = cuda.fast_linear(x, matrix)
     exact = x.double() @ matrix.double().T
@@ -44,28 +44,28 @@ def test_few_rows_times_a_matrix(rows: int, outputs: int, length: int) -> None:
 def test_int8_times_few_rows() -> None:
     x, matrix = random(4, 200), random(50, 200, seed=1) * torch.rand(200).to(ON, DTYPE)
     rounded = quantize(matrix)
-    exact = x.double() @ widen(rounded, torch.float64).T
+    exact = x.double() @ dequantize(rounded, torch.float64).T
     assert error(cuda.fast_linear(x, rounded), exact) <= 1.5 * error(REFERENCE.linear(x, rounded), exact)
 
 
-@pytest.mark.parametrize(("most", "pieces"), [(1 << 28, 1), (2 * 200 * 2000, 2), (1, 3000)])
-def test_int8_times_many_rows(monkeypatch: pytest.MonkeyPatch, most: int, pieces: int) -> None:
-    """The whole matrix in one product, though it has more rows than the CPU widens; or as much as may be wide."""
+@pytest.mark.parametrize(("max_bytes", "pieces"), [(1 << 28, 1), (2 * 200 * 2000, 2), (1, 3000)])
+def test_int8_times_many_rows(monkeypatch: pytest.MonkeyPatch, max_bytes: int, pieces: int) -> None:
+    """The whole matrix in one product, though it has more rows than the CPU dequantizes; or in pieces of max_bytes."""
     x, matrix = random(20, 200), random(3000, 200, seed=1) * torch.rand(200).to(ON, DTYPE)
-    rounded, made = quantize(matrix), []
-    exact = x.double() @ widen(rounded, torch.float64).T
-    own = error(REFERENCE.linear(x, rounded), exact)
-    monkeypatch.setattr(cuda, "WIDENED_BYTES", most)
+    rounded, dtypes = quantize(matrix), []
+    exact = x.double() @ dequantize(rounded, torch.float64).T
+    reference = error(REFERENCE.linear(x, rounded), exact)
+    monkeypatch.setattr(cuda, "DEQUANTIZED_BYTES", max_bytes)
     product = torch.nn.functional.linear
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, wide: made.append(wide.dtype) or product(x, wide))
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w: dtypes.append(w.dtype) or product(x, w))
     y = cuda.fast_linear(x, rounded)
-    assert made == [DTYPE] * pieces
+    assert dtypes == [DTYPE] * pieces
     assert y.dtype == DTYPE
-    assert error(y, exact) <= 1.5 * own
+    assert error(y, exact) <= 1.5 * reference
 
 
 def test_the_bits_of_a_row_do_not_depend_on_the_others() -> None:
-    """So that prompt lookup gives the same tokens as without."""
+    """So that tokens are the same with and without prompt lookup."""
     x, matrix = random(16, 300), random(40, 300, seed=1)
     for weight in (matrix, quantize(matrix)):
         together = cuda.fast_linear(x, weight)
@@ -74,7 +74,7 @@ def test_the_bits_of_a_row_do_not_depend_on_the_others() -> None:
 
 
 @pytest.mark.parametrize("rows", [17, 0])
-def test_other_products_are_torchs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_products_are_computed_by_torch(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "linear_few", None)
     x, matrix = random(rows, 32), random(8, 32, seed=1)
     assert torch.equal(cuda.fast_linear(x, matrix), REFERENCE.linear(x, matrix))
@@ -88,24 +88,24 @@ def test_other_products_are_torchs(rows: int, monkeypatch: pytest.MonkeyPatch) -
     [(1, 8, 2, 0), (1, 8, 2, 1400), (5, 4, 4, 3), (16, 8, 2, 280), (2, 6, 2, 64)],
 )
 def test_few_tokens_attend(n_tokens: int, n_heads: int, n_kv_heads: int, start: int) -> None:
-    """Many keys, hardly any, three query heads for each kv head; what is behind the tokens in the cache is not read."""
+    """Many keys, few keys, three query heads for each kv head; the cache after the tokens is not read."""
     end = start + n_tokens
     q = random(n_tokens, n_heads, 64)
     keys, values = random(end + 50, n_kv_heads, 64, seed=1), random(end + 50, n_kv_heads, 64, seed=2)
     exact = attend(q.double(), keys[:end].double(), values[:end].double(), start, no_tap)
-    own = attend(q, keys[:end], values[:end], start, no_tap)
+    reference = attend(q, keys[:end], values[:end], start, no_tap)
     keys[end:] = values[end:] = torch.nan
     fast = cuda.attend(q, keys, values, torch.tensor(start, device=ON), no_tap)
-    assert error(fast, exact) <= 1.5 * error(own, exact)
+    assert error(fast, exact) <= 1.5 * error(reference, exact)
     assert torch.equal(cuda.attend(q, keys[:end], values[:end], start, no_tap), fast)
 
 
-def test_rows_of_a_batch_attend_each_from_its_own_start() -> None:
+def test_each_row_of_a_batch_has_its_own_start() -> None:
     q, keys, values = random(2, 3, 8, 64), random(2, 90, 2, 64, seed=1), random(2, 90, 2, 64, seed=2)
     starts = torch.tensor([4, 77], device=ON)
     exact = attend(q.double(), keys.double(), values.double(), starts, no_tap)
-    own = attend(q, keys, values, starts, no_tap)
-    assert error(cuda.attend(q, keys, values, starts, no_tap), exact) <= 1.5 * error(own, exact)
+    reference = attend(q, keys, values, starts, no_tap)
+    assert error(cuda.attend(q, keys, values, starts, no_tap), exact) <= 1.5 * error(reference, exact)
 
 
 @pytest.mark.parametrize("n_keys", [40, 100])
@@ -114,24 +114,24 @@ def test_rows_of_a_batch_attend_each_from_its_own_start() -> None:
 def test_a_prompt_attends(
     monkeypatch: pytest.MonkeyPatch, n_keys: int, batch: tuple[int, ...], has_flash: bool
 ) -> None:
-    """A whole prompt, and the second piece of one; by flash attention's call, which torch carries out here too."""
-    by_blocks: list[int] = []
+    """A whole prompt, and the second chunk of one; the call for flash attention also works on the CPU."""
+    in_blocks: list[int] = []
     monkeypatch.setattr(cuda, "can_use_flash_attention", lambda _: has_flash)
-    monkeypatch.setattr(cuda, "attend_by_torch", lambda *all_of: by_blocks.append(1) or attend_by_torch(*all_of))
+    monkeypatch.setattr(cuda, "attend_by_torch", lambda *args: in_blocks.append(1) or attend_by_torch(*args))
     q = random(*batch, 40, 8, 64).float()
     keys, values = random(*batch, n_keys, 2, 64, seed=1).float(), random(*batch, n_keys, 2, 64, seed=2).float()
     expected = attend(q, keys, values, n_keys - 40, no_tap)
     torch.testing.assert_close(cuda.attend(q, keys, values, n_keys - 40, no_tap), expected, atol=2e-6, rtol=0)
-    assert len(by_blocks) == (0 if has_flash else 1)
+    assert len(in_blocks) == (0 if has_flash else 1)
 
 
 @pytest.mark.slow
 def test_the_whole_pass(tiny: Model) -> None:
-    """A prompt, then few tokens at a time, in two layers, by all kernels: design.md's rule for fast operations.
+    """A prompt, then few tokens at a time, in two layers, with all kernels: as accurate as fast operations must be.
 
-    In 16 bits a position is up to 2.6 times as far off as with the exact ones, or 0.3 times; 33 are alike.
+    In 16 bits, the error of a position is 0.3 to 2.6 times that of the exact operations; over 33 of them it is similar.
     """
-    # the interpreter takes ten seconds for a layer, and as long for the whole vocabulary
+    # the interpreter needs ten seconds for a layer, and as long for the whole vocabulary
     two_layers = tiny.weights._replace(layers=tiny.weights.layers[:2], output=dense(tiny.weights.output)[:512])
     model = tiny._replace(weights=converted(two_layers, lambda tensor: tensor.to(ON, DTYPE)))
     exact_model = model._replace(weights=cast(model.weights, torch.float32))
@@ -171,14 +171,14 @@ for capability in (80, 90):
         whole = [i for i, a in enumerate(arguments) if isinstance(a, str) and a != "fp32"]
         by_16 = {(i,): [["tt.divisibility", 16]] for i in whole}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=by_16)
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_stages": stages})
-        assert made.metadata.shared <= 160 * 1024, (kernel, made.metadata.shared)
-        print(len(made.asm["cubin"]))
+        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_stages": stages})
+        assert binary.metadata.shared <= 160 * 1024, (kernel, binary.metadata.shared)
+        print(len(binary.asm["cubin"]))
 """
 
 
 def test_the_kernels_compile_for_gpus() -> None:
-    """For the A100 and the H100, down to machine code; the interpreter would take much that no GPU does."""
+    """For the A100 and the H100, to machine code; the interpreter accepts much that no GPU does."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", COMPILED]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

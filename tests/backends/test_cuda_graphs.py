@@ -1,4 +1,4 @@
-"""Captured passes: on a GPU a CUDA graph, here a list of torch's operations that is run again on the same tensors."""
+"""Captured passes: on a GPU a CUDA graph; here a list of torch operations that are run again on the same tensors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SETTINGS: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 3, "repetitio
 
 
 class Recorded(TorchDispatchMode):
-    """What a CUDA graph does, on the CPU: the operations of one run, on the same memory, without any of its Python."""
+    """Like a CUDA graph, on the CPU: the operations of one run, repeated on the same memory, without its Python."""
 
     def __init__(self, function: Callable[[], Tensor]):
         super().__init__()  # type: ignore[no-untyped-call]
@@ -59,7 +59,7 @@ class Recorded(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def model(tiny: Model) -> Model:
-    """In fp32, where the captured pass and the other one differ by the last bits only."""
+    """The built-in model in fp32, in which captured and eager passes differ only in the last bits."""
     return tiny._replace(weights=cast(tiny.weights, torch.float32))
 
 
@@ -76,7 +76,7 @@ def passes_for(model: Model, length: int, compiled: bool = False) -> CudaGraphs:
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_same_tokens(model: Model, ids: list[int], settings: dict[str, Any]) -> None:
-    """As without, through a cache that they fill to its end, and again in the next call with the same graph."""
+    """The same as without a graph, with a cache that is filled to its end, and again in a second call."""
     expected = list(generate(model, ids, max_new_tokens=60, ops=REFERENCE, **settings))
     passes = passes_for(model, len(ids) + 60)
     for _ in range(2):
@@ -87,11 +87,11 @@ def test_the_same_tokens(model: Model, ids: list[int], settings: dict[str, Any])
 
 
 def test_the_same_tokens_with_lookup(model: Model, ids: list[int]) -> None:
-    """Of proposed ones too, which are right; at the end of the cache, where FEW have no room, as without."""
+    """Proposed tokens are accepted; at the end of the cache, where MAX_DECODE_ROWS do not fit, passes are eager."""
     expected = list(generate(model, ids, max_new_tokens=60, ops=REFERENCE))
     passes, policy = passes_for(model, len(ids) + 60), LookupPolicy(7)
-    policy.learn_cost = lambda *_: None  # type: ignore[method-assign]  # proposals whatever they cost
-    policy.how_many = lambda match, room: min(7, room) if match else 0  # type: ignore[method-assign]
+    policy.learn_cost = lambda *_: None  # type: ignore[method-assign]  # propose at any cost
+    policy.how_many = lambda match, limit: min(7, limit) if match else 0  # type: ignore[method-assign]
     common: dict[str, Any] = {"cache": passes.cache, "ops": REFERENCE, "captured": passes}
     new = generate(model, ids, max_new_tokens=60, lookup=policy, earlier=expected, **common)
     assert list(new) == expected
@@ -99,7 +99,7 @@ def test_the_same_tokens_with_lookup(model: Model, ids: list[int]) -> None:
     assert passes.are_ready(16)
 
 
-def test_a_compiler_that_fails_is_done_without(
+def test_a_failing_compiler_is_not_used(
     model: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*arguments: object, **options: object) -> Tensor:
@@ -122,13 +122,13 @@ def test_the_first_token_does_not_wait_for_the_capture(model: Model, ids: list[i
 
 
 def test_it_ends_where_it_should(model: Model, ids: list[int]) -> None:
-    """At a stop token, though a pass behind it has begun by then; and for no new tokens at all."""
+    """At a stop token, although the next pass has already begun; and with no new tokens at all."""
     expected = list(generate(model, ids, max_new_tokens=30, ops=REFERENCE))
-    place = next(i for i, token in enumerate(expected) if i > 2 and token not in expected[:i])
+    end = next(i for i, token in enumerate(expected) if i > 2 and token not in expected[:i])
     passes = passes_for(model, len(ids) + 30)
     common: dict[str, Any] = {"cache": passes.cache, "ops": REFERENCE, "captured": passes}
-    stopped = generate(model, ids, max_new_tokens=30, stop_ids=(expected[place],), **common)
-    assert list(stopped) == expected[:place]
+    stopped = generate(model, ids, max_new_tokens=30, stop_ids=(expected[end],), **common)
+    assert list(stopped) == expected[:end]
     assert list(generate(model, ids, max_new_tokens=0, **common)) == []
     with pytest.raises(ValueError, match="those of another cache"):
         generate(model, ids, max_new_tokens=1, captured=passes)
@@ -153,7 +153,7 @@ def test_damaged_weights_are_noticed(model: Model, ids: list[int], temperature: 
 
 
 def test_a_tap_sees_every_pass(model: Model, ids: list[int]) -> None:
-    """Since a graph calls no tap, there is none then."""
+    """A graph would call no tap, so none is used with one."""
     passes, seen = passes_for(model, len(ids) + 4), itertools.count()
 
     def tap(name: str, tensor: Tensor) -> Tensor:
@@ -171,11 +171,11 @@ def test_nothing_is_captured_off_a_gpu(model: Model) -> None:
 
 
 def test_a_dialog_keeps_its_graph(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    graphs = []
 
     def where_possible(model: Model, cache: KVCache, ops: Any) -> CudaGraphs:
-        made.append(CudaGraphs(model, cache, REFERENCE, capture=Recorded, compiled=False))
-        return made[-1]
+        graphs.append(CudaGraphs(model, cache, REFERENCE, capture=Recorded, compiled=False))
+        return graphs[-1]
 
     def answers() -> list[str]:
         dialog = Conversation(model, context=200, max_new_tokens=20, ops=REFERENCE)
@@ -184,14 +184,14 @@ def test_a_dialog_keeps_its_graph(model: Model, monkeypatch: pytest.MonkeyPatch)
     expected = answers()
     monkeypatch.setattr(CudaGraphs, "where_possible", where_possible)
     assert answers() == expected
-    assert len(made) == 1
+    assert len(graphs) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--no-compile"]])
 @pytest.mark.parametrize("tool", [main_module, chat_module], ids=["main", "chat"])
 def test_no_compile_captures_nothing(tool: ModuleType, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By operations that say so, which `generate` and a conversation obey."""
+    """Through the operations' can_capture, which `generate` and a conversation respect."""
     seen = []
     load_model = tool.load_model
 
@@ -209,11 +209,11 @@ def test_no_compile_captures_nothing(tool: ModuleType, options: list[str], monke
     assert seen == [not options]
 
 
-@pytest.mark.parametrize(("most", "context", "compiled"), [(7, 200, False), (8, 200, True), (100, 12, False)])
+@pytest.mark.parametrize(("max_new", "context", "compiled"), [(7, 200, False), (8, 200, True), (100, 12, False)])
 def test_only_a_long_text_is_worth_compiling(
-    model: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch, most: int, context: int, compiled: bool
+    model: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch, max_new: int, context: int, compiled: bool
 ) -> None:
-    """As long as it may get, by the context too; capturing is always worth it."""
+    """The length that it may reach counts, limited by the context too; capturing is always worth it."""
     asked = []
 
     def where_possible(*arguments: Any, compiled: bool) -> CudaGraphs:
@@ -223,21 +223,21 @@ def test_only_a_long_text_is_worth_compiling(
 
     monkeypatch.setattr(CudaGraphs, "where_possible", where_possible)
     monkeypatch.setattr(loop, "COMPILED_FROM", 8)
-    new = list(generate(model, ids, max_new_tokens=most, context=context, ops=REFERENCE))
-    assert new == list(generate(model, ids, max_new_tokens=most, context=context, ops=REFERENCE, captured=False))
+    new = list(generate(model, ids, max_new_tokens=max_new, context=context, ops=REFERENCE))
+    assert new == list(generate(model, ids, max_new_tokens=max_new, context=context, ops=REFERENCE, captured=False))
     assert asked == [compiled]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["exact", "the GPU's"])
-def test_the_pass_compiles_whole_and_once(model: Model, ids: list[int], dtype: torch.dtype) -> None:
-    """No break in its graph; a cache of another length is no reason to compile anew; nor is one ever copied whole."""
+def test_the_pass_compiles_completely_and_once(model: Model, ids: list[int], dtype: torch.dtype) -> None:
+    """No graph breaks, no recompilation for another cache length, and no copy of the whole cache."""
     if dtype == torch.float16 and torch.cuda.is_available():
         pytest.skip("the kernels are compiled for the GPU, and cannot be interpreted here")
     torch._dynamo.reset()
     ops = REFERENCE if dtype == torch.float32 else cuda.cuda_ops()
     small = Model(
-        # the interpreter takes seconds for a large vocabulary
+        # the interpreter needs seconds for a large vocabulary
         cast(model.weights._replace(layers=model.weights.layers[:1], output=dense(model.weights.output)[:256]), dtype),
         llama3_raw.Params(**{**vars(model.params), "n_layers": 1}),
         None,
@@ -246,7 +246,7 @@ def test_the_pass_compiles_whole_and_once(model: Model, ids: list[int], dtype: t
         cache = KVCache.allocate(small.params, max_seq_len=length, like=small.weights)
         passes = CudaGraphs(small, cache, ops, capture=lambda function: function)
         with (
-            torch._inductor.config.patch(force_disable_caches=True),  # what is on the disk shows no code
+            torch._inductor.config.patch(force_disable_caches=True),  # cached results show no code
             torch.compiler.set_stance("default" if length == 64 else "fail_on_recompile"),
         ):
             logits, code = run_and_get_code(passes, torch.tensor([ids[1]]), 7)

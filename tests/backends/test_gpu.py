@@ -1,4 +1,4 @@
-"""What holds on an NVIDIA GPU; skipped where there is none. (The kernels and the graph are tested everywhere.)"""
+"""Tests on an NVIDIA GPU; skipped if there is none. (The kernels and the graph are tested everywhere.)"""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def model(smollm2: Model) -> Model:
 
 @pytest.fixture(scope="module")
 def exact(model: Model) -> Model:
-    """The same numbers, computed with in fp32."""
+    """The same weights in fp32."""
     return model._replace(weights=cast(model.weights, torch.float32))
 
 
 def in_pieces(model: Model, ids: Tensor, sizes: list[int], ops: Any) -> Tensor:
-    """The logits of a text that comes piece by piece, the rest of it token by token."""
+    """Return the logits of a text that is computed in pieces of these sizes, and then token by token."""
     cache = KVCache.allocate(model.params, max_seq_len=len(ids), like=model.weights)
     logits, start = [], 0
     with torch.no_grad():
@@ -50,10 +50,10 @@ def rms(tensor: Tensor) -> float:
 
 
 @pytest.mark.parametrize("sizes", [[300], [100, 150, 16, 9], [280, 1, 7]], ids=str)
-def test_fast_operations_are_nearly_as_exact(
+def test_fast_operations_are_nearly_as_accurate(
     model: Model, exact: Model, smollm2_text: list[int], sizes: list[int]
 ) -> None:
-    """design.md's rule: error against fp32 at most 1.5 times that of the exact operations in the same dtype."""
+    """The error relative to fp32 is at most 1.5 times that of the exact operations in the same dtype."""
     ids = torch.tensor(smollm2_text[:310], device=ON)
     truth = in_pieces(exact, ids, [310], REFERENCE)
     fast = rms(in_pieces(model, ids, sizes, suitable_ops(ON)) - truth)
@@ -61,7 +61,7 @@ def test_fast_operations_are_nearly_as_exact(
 
 
 def by_graph_and_by_step(model: Model, ids: list[int], count: int, compiled: bool, **settings: Any) -> int:
-    """How many tokens are the same; where they part, the likelier two must be nearly as likely."""
+    """Return the number of equal tokens; where they diverge, the two most likely must be about equally likely."""
     cache = KVCache.allocate(model.params, max_seq_len=len(ids) + count, like=model.weights)
     passes = CudaGraphs.where_possible(model, cache, suitable_ops(ON), compiled)
     assert passes is not None
@@ -72,7 +72,7 @@ def by_graph_and_by_step(model: Model, ids: list[int], count: int, compiled: boo
         tokens = torch.tensor([*ids, *by_graph[:same]], device=ON)
         with torch.no_grad():
             first, second = forward(model.weights, model.params, tokens, logits_at=-1).topk(2).values.tolist()
-        assert first - second < 0.25  # twice what bf16 rounds such logits by
+        assert first - second < 0.25  # twice the rounding of such logits in bf16
     return same
 
 
@@ -94,13 +94,13 @@ def test_lookup_gives_the_same_tokens(model: Model, smollm2_text: list[int]) -> 
 
 
 def test_int8(model: Model, exact: Model, smollm2_text: list[int]) -> None:
-    """The kernel and torch's own product with the widened matrix come to the same, up to rounding."""
+    """The kernel and torch's product with the dequantized matrix are equal, up to rounding."""
     weights = quantized(model.weights)
     ids = torch.tensor(smollm2_text[:60], device=ON)
     truth = in_pieces(exact._replace(weights=quantized(exact.weights)), ids, [60], REFERENCE)
     fast = rms(in_pieces(model._replace(weights=weights), ids, [40, 10], suitable_ops(ON)) - truth)
-    own = rms(in_pieces(model._replace(weights=weights), ids, [40, 10], REFERENCE) - truth)
-    assert fast <= 1.5 * own
+    reference = rms(in_pieces(model._replace(weights=weights), ids, [40, 10], REFERENCE) - truth)
+    assert fast <= 1.5 * reference
 
 
 def quantized(weights: Weights) -> Weights:
@@ -112,7 +112,7 @@ def quantized(weights: Weights) -> Weights:
 
 
 def test_a_long_prompt(model: Model, exact: Model, smollm2_text: list[int]) -> None:
-    """8,192 tokens in chunks of 1,024: near to fp32 still, and never with all scores in memory at once."""
+    """8,192 tokens in chunks of 1,024: still close to fp32, and never with all scores in memory."""
     longer = model._replace(params=model.params.__class__(**{**vars(model.params), "max_seq_len": 8192}))
     ids = torch.tensor((smollm2_text * 8)[:8192], device=ON)
     torch.cuda.reset_peak_memory_stats()
@@ -120,7 +120,7 @@ def test_a_long_prompt(model: Model, exact: Model, smollm2_text: list[int]) -> N
     cache = KVCache.allocate(longer.params, max_seq_len=8192, like=longer.weights)
     held = torch.cuda.memory_allocated() - before
     last: dict[str, Tensor] = {}
-    chunks: dict[str, Callable[[], Any]] = {"fast": lambda: suitable_ops(ON), "own": lambda: REFERENCE}
+    chunks: dict[str, Callable[[], Any]] = {"fast": lambda: suitable_ops(ON), "reference": lambda: REFERENCE}
     with torch.no_grad():
         for name, ops in chunks.items():
             for start in range(0, 8192, 1024):
@@ -131,11 +131,11 @@ def test_a_long_prompt(model: Model, exact: Model, smollm2_text: list[int]) -> N
             if name == "fast":
                 peak = torch.cuda.max_memory_allocated() - before - held
         truth = forward(exact.weights, longer.params, ids, logits_at=-1, ops=suitable_ops(ON))
-    assert rms(last["fast"] - truth) <= 1.5 * rms(last["own"] - truth)
-    assert peak < 9 * 1024 * 8192 * 2 / 2  # bytes: half of what the scores of a chunk alone would take in bf16
+    assert rms(last["fast"] - truth) <= 1.5 * rms(last["reference"] - truth)
+    assert peak < 9 * 1024 * 8192 * 2 / 2  # bytes: half of what a chunk's scores alone would need in bf16
 
 
-def test_memory_stays_over_many_tokens(model: Model, smollm2_text: list[int]) -> None:
+def test_memory_is_constant_over_many_tokens(model: Model, smollm2_text: list[int]) -> None:
     cache = KVCache.allocate(model.params, max_seq_len=520, like=model.weights)
     passes = CudaGraphs.where_possible(model, cache, suitable_ops(ON))
     assert passes is not None

@@ -1,4 +1,4 @@
-"""A model on two devices, one of them pretended: where its tensors lie, that it computes the same, what is refused."""
+"""A model on two devices, one of them fake: the device of each tensor, the same results, and what is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llama3_raw.compare import __main__ as compare
 from llama3_raw.decoding.loop import generate
 from llama3_raw.quantization.matrix import Matrix
 from llama3_raw.tracing import __main__ as tracing
-from llama3_raw.weights import tensor_places
+from llama3_raw.weights import tensor_specs
 from tests.backends.pretend_gpu import GPU, OnGpu, PretendGpu
 from tests.paths import TINY
 from tests.references import random_weights
@@ -33,34 +33,34 @@ MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
 @contextmanager
-def plain_mover(device: torch.device, largest: int) -> Iterator[Callable[[Tensor, torch.dtype | None], Tensor]]:
-    """`staging.mover` without the pinned memory, which only a true GPU has."""
+def plain_staging(device: torch.device, largest: int) -> Iterator[Callable[[Tensor, torch.dtype | None], Tensor]]:
+    """Like `staging.staging`, without the pinned memory that only a real GPU has."""
     yield lambda tensor, dtype: tensor.to(device, dtype=dtype)
 
 
 @pytest.fixture
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A pretended GPU of 100 GB; random numbers there are the CPU's, and so are the operations: the exact ones."""
+    """A fake GPU of 100 GB, with the CPU's random numbers and the exact operations."""
     monkeypatch.setattr("llama3_raw.backends.choose.cuda_ops", lambda: REFERENCE)
     generator = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
-    monkeypatch.setattr("llama3_raw.checkpoint.loading.mover", plain_mover)
+    monkeypatch.setattr("llama3_raw.checkpoint.loading.staging", plain_staging)
     with PretendGpu():
         yield
 
 
 def checkpoint(tied: bool = False) -> Checkpoint:
     tensors = to_state_dict(PARAMS, random_weights(PARAMS, torch.bfloat16, seed=0, tied=tied))
-    parts = {place: [tensors[place.meta_name]] for place in tensor_places(PARAMS, tied)}
-    return Checkpoint("a model", PARAMS, parts, hf=False, scales={})
+    shards = {spec: [tensors[spec.meta_name]] for spec in tensor_specs(PARAMS, tied)}
+    return Checkpoint("a model", PARAMS, shards, hf=False, scales={})
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("gpu_layers", [None, 1, 2, 3])
-def test_where_the_tensors_lie(gpu_layers: int | None, tied: bool) -> None:
-    """By torch's meta device: norms and output on the GPU, matrices by layer, embeddings only where they are tied."""
+def test_the_devices_of_the_tensors(gpu_layers: int | None, tied: bool) -> None:
+    """With torch's meta device: norms and output on the GPU, matrices by layer, embeddings only if tied."""
     weights = build_weights(checkpoint(tied), torch.device("meta"), gpu_layers=gpu_layers)
     for i, layer in enumerate(weights.layers):
         assert layer.attention_norm.is_meta
@@ -73,12 +73,12 @@ def test_where_the_tensors_lie(gpu_layers: int | None, tied: bool) -> None:
     assert all(tensor.is_meta for tensor in (*cache.keys, *cache.values))
 
 
-def test_the_matrices_of_the_others_stay_windows_into_the_file() -> None:
+def test_the_matrices_on_the_cpu_stay_mapped() -> None:
     stored = checkpoint()
     weights = build_weights(stored, torch.device("meta"), gpu_layers=2)
-    at = {(place.layer, place.field): parts[0].data_ptr() for place, parts in stored.parts.items()}
-    assert all(getattr(weights.layers[2], name).data_ptr() == at[2, name] for name in MATRICES)
-    assert weights.tok_embeddings.data_ptr() == at[None, "tok_embeddings"]
+    address = {(spec.layer, spec.field): shards[0].data_ptr() for spec, shards in stored.shards.items()}
+    assert all(getattr(weights.layers[2], name).data_ptr() == address[2, name] for name in MATRICES)
+    assert weights.tok_embeddings.data_ptr() == address[None, "tok_embeddings"]
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_the_matrices_of_the_others_stay_windows_into_the_file() -> None:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("gpu_layers", [1, 2, 3])
 def test_the_bits_are_those_of_one_device(gpu_layers: int, tied: bool, quantized: bool) -> None:
-    """A prompt, then a token on a warm cache; all that a tap sees, which is all on the GPU."""
+    """A prompt, then a token with a cache; everything that a tap sees, which is all on the GPU."""
     on_one = build_weights(checkpoint(tied), quantized=quantized)
     on_two = build_weights(checkpoint(tied), GPU, quantized=quantized, gpu_layers=gpu_layers)
     kept: list[dict[str, Tensor]] = []
@@ -109,15 +109,15 @@ def test_the_bits_are_those_of_one_device(gpu_layers: int, tied: bool, quantized
 
 
 @pytest.mark.usefixtures("_gpu")
-def test_the_pretended_gpu_tells_two_devices_apart() -> None:
-    """Or the test before this one would pass whatever the operations do."""
+def test_the_fake_gpu_distinguishes_two_devices() -> None:
+    """Otherwise the test before this one would pass with any operations."""
     weights = build_weights(checkpoint(), GPU, gpu_layers=2)
     with pytest.raises(RuntimeError, match="two devices"):
         forward(weights, PARAMS, torch.tensor([1, 2], device=GPU), ops=REFERENCE)
 
 
 @pytest.mark.usefixtures("_gpu")
-def test_each_product_is_computed_where_its_matrix_lies() -> None:
+def test_each_product_is_computed_where_its_matrix_is() -> None:
     calls: dict[str, list[bool]] = {"gpu": [], "cpu": []}
 
     def watched(device: str) -> llama3_raw.ops.Ops:
@@ -133,16 +133,16 @@ def test_each_product_is_computed_where_its_matrix_lies() -> None:
 
 
 @pytest.mark.usefixtures("_gpu")
-def test_ops_are_mixed_only_where_the_weights_are() -> None:
+def test_ops_are_mixed_only_for_mixed_weights() -> None:
     assert ops_for(build_weights(checkpoint(), GPU)) is REFERENCE
     assert ops_for(build_weights(checkpoint())) is suitable_ops(torch.device("cpu"))
-    assert ops_for(build_weights(checkpoint(), GPU, gpu_layers=3)) is not REFERENCE  # the embeddings are not there
+    assert ops_for(build_weights(checkpoint(), GPU, gpu_layers=3)) is not REFERENCE  # the embeddings are on the CPU
     assert ops_for(build_weights(checkpoint(tied=True), GPU, gpu_layers=3)) is REFERENCE
 
 
 @pytest.mark.usefixtures("_gpu")
-def test_generate_and_perplexity_find_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama3_raw.backends.choose.fast_ops", lambda: REFERENCE)  # so that the bits can be the same
+def test_generate_and_perplexity_choose_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama3_raw.backends.choose.fast_ops", lambda: REFERENCE)  # for the same bits
     one = llama3_raw.load(TINY)
     two = llama3_raw.load(TINY, device="cuda", gpu_layers=2)
     assert not isinstance(two.weights.layers[2].wq, OnGpu)
@@ -170,14 +170,14 @@ def test_the_tools(tool: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*arguments, "--device", "cuda", "--gpu-layers", "2"]) == 0
     out, err = capsys.readouterr()
     assert out == on_one
-    assert "on cuda (the matrices behind the first 2 layers on the CPU)" in err
+    assert "on cuda (the matrices after the first 2 layers on the CPU)" in err
 
 
 REFUSED = {
-    "none": (main, ["x", "--gpu-layers", "0"], "--gpu-layers 0: 4 layers are run; give a number from 1 to that"),
-    "too many": (main, ["x", "--gpu-layers", "5"], "--gpu-layers 5: 4 layers are run"),
-    "more than --layers": (main, ["x", "--gpu-layers", "4", "--layers", "3"], "--gpu-layers 4: 3 layers are run"),
-    "the CPU": (main, ["x", "--gpu-layers", "2", "--device", "cpu"], "the device is cpu; leave it out, or take"),
+    "none": (main, ["x", "--gpu-layers", "0"], "--gpu-layers 0: 4 layers are loaded; give a number from 1 to 4"),
+    "too many": (main, ["x", "--gpu-layers", "5"], "--gpu-layers 5: 4 layers are loaded"),
+    "more than --layers": (main, ["x", "--gpu-layers", "4", "--layers", "3"], "--gpu-layers 4: 3 layers are loaded"),
+    "the CPU": (main, ["x", "--gpu-layers", "2", "--device", "cpu"], "the device is cpu; leave it out, or use"),
     "others' code": (compare.main, ["x", "--with", "hf", "--gpu-layers", "2"], "leave --gpu-layers out"),
     "the cost of taps": (bench.main, ["--taps", "--gpu-layers", "2"], "leave --gpu-layers out"),
 }
@@ -194,7 +194,7 @@ def test_what_is_refused(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_a_lesson_refuses_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """They compute with the tensors themselves, without operations."""
+    """Lessons compute with the tensors directly, without Ops."""
     from lesson import open_model  # from examples/
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -207,13 +207,13 @@ def test_a_lesson_refuses_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_load_refuses_it_too() -> None:
     with pytest.raises(UserError, match=r"^gpu_layers 2: .* the device is cpu"):
         llama3_raw.load(TINY, gpu_layers=2)
-    with pytest.raises(UserError, match=r"^gpu_layers 5: 4 layers are run"):
+    with pytest.raises(UserError, match=r"^gpu_layers 5: 4 layers are loaded"):
         llama3_raw.load(TINY, device="cuda", gpu_layers=5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
-def test_on_a_true_gpu(tiny: Model) -> None:
-    """In fp32 as near to the CPU's logits as rounding lets two devices be."""
+def test_on_a_real_gpu(tiny: Model) -> None:
+    """In fp32, equal to the CPU's logits up to rounding."""
     exact = llama3_raw.load(TINY, dtype=torch.float32)
     ids = [1, 2, 3, 4, 5, 6, 7]
     expected = forward(exact.weights, exact.params, torch.tensor(ids))

@@ -1,4 +1,4 @@
-"""Weights that are read from their file as they are used: the same bits, in less memory, held by a control group."""
+"""Weights that are read ahead from their file: the same bits in less memory, also within a control group's limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llama3_raw.backends import streaming
 from llama3_raw.backends.cpu import fast_ops
 from llama3_raw.backends.streaming import least_memory
 from llama3_raw.bench.synthetic import SYNTHETIC, make_synthetic
-from llama3_raw.cli.memory_plan import Lengths, Plan, check_memory
+from llama3_raw.cli.memory_plan import MemoryPlan, RunShape, check_memory
 from llama3_raw.cli.options import byte_size
 from llama3_raw.ops import Ops
 from llama3_raw.quantization.int8 import Int8
@@ -36,23 +36,23 @@ pytestmark = [
 ]
 
 IDS = torch.tensor([1, 200, 30, 4, 999, 5, 77, 8])
-EDGES = 2_000_000  # bytes that stay beside the matrices: pages around norms, and those that two tensors share
+EDGES = 2_000_000  # bytes that stay in addition to the matrices: pages of norms, and pages that two tensors share
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of 70 MB on a disk: 3 layers of 23 MB, an output of 2 MB."""
-    place = tmp_path_factory.mktemp("read_ahead")
-    mounts = [part for part in psutil.disk_partitions(all=True) if place.is_relative_to(part.mountpoint)]
-    if max(mounts, key=lambda part: len(part.mountpoint)).fstype in ("tmpfs", "ramfs"):
-        pytest.skip("the folder for temporary files is itself in memory; give another with --basetemp")
+    root = tmp_path_factory.mktemp("read_ahead")
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if root.is_relative_to(mount.mountpoint)]
+    if max(mounts, key=lambda mount: len(mount.mountpoint)).fstype in ("tmpfs", "ramfs"):
+        pytest.skip("the folder for temporary files is in memory; give another with --basetemp")
     content = {"dim": 1024, "n_layers": 3, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 1000, "norm_eps": 1e-5}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SYNTHETIC, "70 MB", (content, False))
-        make_synthetic("70 MB", place / "model")
-    with open(place / "model" / "consolidated.00.pth", "rb+") as file:
-        os.fsync(file)  # what is not on the disk yet cannot be let go
-    return place / "model"
+        make_synthetic("70 MB", root / "model")
+    with open(root / "model" / "consolidated.00.pth", "rb+") as file:
+        os.fsync(file)  # pages that are not yet on the disk cannot be dropped
+    return root / "model"
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def model(folder: Path) -> Model:
 
 
 def logits_of(model: Model, ops: Ops) -> torch.Tensor:
-    """A prompt at once, then two tokens: [T, vocab_size]."""
+    """Return the logits of a prompt, computed at once, and of two tokens after it: [T, vocab_size]."""
     cache = KVCache.allocate(model.params, max_seq_len=len(IDS), like=model.weights)
     pieces = [IDS[:-2], *IDS[-2:].split(1)]
     starts = [0, *range(len(IDS) - 2, len(IDS))]
@@ -75,7 +75,7 @@ def logits_of(model: Model, ops: Ops) -> torch.Tensor:
 
 
 def resident(folder: Path) -> int:
-    """How many bytes of the checkpoint are in this process's memory. (proc_pid_smaps.5)"""
+    """Return how many bytes of the checkpoint are in this process's memory. (proc_pid_smaps.5)"""
     total, counting = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-", line):
@@ -85,54 +85,54 @@ def resident(folder: Path) -> int:
     return total
 
 
-def watched(ops: Ops, look: Callable[[], None]) -> Ops:
-    """The same operations, with a look at every product."""
+def watched(ops: Ops, callback: Callable[[], None]) -> Ops:
+    """Return the operations, with a callback at every product."""
 
     def linear(x: torch.Tensor, weight: torch.Tensor | Int8) -> torch.Tensor:
-        look()
+        callback()
         return ops.linear(x, weight)
 
     return ops._replace(linear=linear)
 
 
 @pytest.mark.parametrize("ops", ["fast", "reference"])
-@pytest.mark.parametrize("share", [0.0, 0.5], ids=["the least", "half of it kept"])
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["the minimum", "half of it kept"])
 def test_the_same_bits_in_less_memory(folder: Path, model: Model, ops: str, share: float) -> None:
     plain = REFERENCE if ops == "reference" else fast_ops()
     exact = logits_of(llama3_raw.load(folder), plain)
     sizes: list[int] = []
     max_bytes = int((1 - share) * least_memory(model.weights) + share * 70e6)
-    frugal = streaming.read_ahead(watched(plain, lambda: sizes.append(resident(folder))), model.weights, max_bytes)
-    assert torch.equal(logits_of(model, frugal), exact)
+    limited = streaming.read_ahead(watched(plain, lambda: sizes.append(resident(folder))), model.weights, max_bytes)
+    assert torch.equal(logits_of(model, limited), exact)
     assert 0.8 * max_bytes < max(sizes) <= max_bytes + EDGES
 
 
 def test_nothing_is_read_twice_in_a_pass(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reader goes in the order of the forward pass, and at the end from the last matrix to the first."""
+    """The reader follows the order of the forward pass, and after the last matrix begins with the first."""
     read = []
     monkeypatch.setattr(streaming, "read_pages", lambda matrix: read.append(matrix))
     logits_of(model, streaming.read_ahead(REFERENCE, model.weights, 40_000_000))
     n_matrices = 3 * 7 + 1
     assert len(set(read)) == n_matrices
     assert read == (4 * read[:n_matrices])[: len(read)]
-    assert 3 * n_matrices < len(read) < 4 * n_matrices  # three passes, and what the next would begin with
+    assert 3 * n_matrices < len(read) < 4 * n_matrices  # three passes, and the first matrices of the next
 
 
-def test_what_was_written_into_a_weight_stays(folder: Path, model: Model) -> None:
+def test_written_weights_are_kept(folder: Path, model: Model) -> None:
     for weights in (model.weights, (other := llama3_raw.load(folder)).weights):
         weights.layers[0].w1.mul_(2)
         dense(weights.layers[2].wq)[7] = 1.0
         weights.tok_embeddings[200] = 0.5
-    frugal = streaming.read_ahead(REFERENCE, model.weights, least_memory(model.weights))
-    logits = logits_of(model, frugal)
+    limited = streaming.read_ahead(REFERENCE, model.weights, least_memory(model.weights))
+    logits = logits_of(model, limited)
     assert torch.equal(logits, logits_of(other, REFERENCE))
     assert not torch.equal(logits, logits_of(llama3_raw.load(folder), REFERENCE))
 
 
-def test_after_a_pass_that_was_broken_off(folder: Path, model: Model) -> None:
+def test_after_an_interrupted_pass(folder: Path, model: Model) -> None:
     max_bytes = least_memory(model.weights)
     sizes: list[int] = []
-    frugal = streaming.read_ahead(watched(REFERENCE, lambda: sizes.append(resident(folder))), model.weights, max_bytes)
+    limited = streaming.read_ahead(watched(REFERENCE, lambda: sizes.append(resident(folder))), model.weights, max_bytes)
 
     def stop(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name == "layers.1.feed_forward.gate":
@@ -140,47 +140,47 @@ def test_after_a_pass_that_was_broken_off(folder: Path, model: Model) -> None:
         return tensor
 
     with pytest.raises(KeyboardInterrupt):
-        forward(model.weights, model.params, IDS, ops=frugal, tap=stop)
-    logits = logits_of(model, frugal)
+        forward(model.weights, model.params, IDS, ops=limited, tap=stop)
+    logits = logits_of(model, limited)
     assert max(sizes) <= max_bytes + EDGES
     assert torch.equal(logits, logits_of(llama3_raw.load(folder), REFERENCE))
 
 
-def test_nothing_happens_where_all_fits(model: Model) -> None:
+def test_nothing_changes_if_all_weights_fit(model: Model) -> None:
     ops = fast_ops()
     assert streaming.read_ahead(ops, model.weights, 80_000_000) is ops
 
 
 def test_what_cannot_be_read_ahead(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     least = least_memory(model.weights)
-    with pytest.raises(UserError, match=f"{least:,} are the least"):
+    with pytest.raises(UserError, match=f"the minimum is {least:,}"):
         streaming.read_ahead(REFERENCE, model.weights, least - 1)
     layers = list(model.weights.layers)
     layers[2] = layers[2]._replace(w3=layers[2].w3.clone())
-    with pytest.raises(UserError, match=r"layers\.2\.w3 is no window into a file"):
+    with pytest.raises(UserError, match=r"layers\.2\.w3 is not mapped from a file"):
         streaming.read_ahead(REFERENCE, model.weights._replace(layers=tuple(layers)), least)
-    monkeypatch.setattr(streaming, "POPULATE_READ", 9999)  # as a system that does not know it
-    with pytest.raises(UserError, match=r"takes Linux 5\.14 or newer .*Invalid argument"):
+    monkeypatch.setattr(streaming, "POPULATE_READ", 9999)  # like a system that does not support it
+    with pytest.raises(UserError, match=r"needs Linux 5\.14 or newer .*Invalid argument"):
         streaming.read_ahead(REFERENCE, model.weights, least)
 
 
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        (Plan(checkpoint(), CPU, torch.float32, Lengths(1, 9, 2), 10**10), ["leave --dtype out"]),
-        (Plan(checkpoint(), GPU, None, Lengths(1, 9, 2), 10**10), ["--device cpu"]),
+        (MemoryPlan(checkpoint(), CPU, torch.float32, RunShape(1, 9, 2), 10**10), ["leave --dtype out"]),
+        (MemoryPlan(checkpoint(), GPU, None, RunShape(1, 9, 2), 10**10), ["--device cpu"]),
         (
-            Plan(checkpoint(hf=True), CPU, None, Lengths(1, 9, 2), 10**10),
+            MemoryPlan(checkpoint(hf=True), CPU, None, RunShape(1, 9, 2), 10**10),
             ["model.layers.0.self_attn.q_proj.weight would be copied", "Meta's format", "python download.py --model"],
         ),
         (
-            Plan(checkpoint(shards=2), CPU, None, Lengths(1, 9, 2), 10**10),
+            MemoryPlan(checkpoint(shards=2), CPU, None, RunShape(1, 9, 2), 10**10),
             ["tok_embeddings.weight would be copied, joined from shards"],
         ),
     ],
     ids=["another dtype", "a GPU", "Hugging Face's order", "shards"],
 )
-def test_weights_that_would_be_copied_are_refused(plan: Plan, words: list[str]) -> None:
+def test_weights_that_would_be_copied_are_refused(plan: MemoryPlan, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         check_memory(plan, lambda device: 10**12)
     assert all(word in str(caught.value) for word in ["--max-ram", *words])
@@ -190,25 +190,25 @@ def test_weights_that_would_be_copied_are_refused(plan: Plan, words: list[str]) 
     ("text", "n_bytes"),
     [("4GB", 4_000_000_000), ("4000MB", 4_000_000_000), ("3.5GiB", 3_758_096_384), ("512 mib", 536_870_912)],
 )
-def test_sizes_are_what_they_say(text: str, n_bytes: int) -> None:
+def test_sizes(text: str, n_bytes: int) -> None:
     assert byte_size(text) == n_bytes
 
 
 @pytest.mark.parametrize("text", ["4", "4G", "GB", "-4GB", "4,5GB", "1e3MB", "٤GB"])
-def test_sizes_without_a_meaning(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_sizes(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["x", f"--max-ram={text}"]) == 2
     assert "should be a size such as 4GB, 3500MB or 3.5GiB" in capsys.readouterr().err
 
 
 class Group(NamedTuple):
-    """A memory control group of Linux, and the names of its files."""
+    """A memory control group of Linux, with the names of its files."""
 
     folder: Path
     limit: str
     peak: str
 
     def run(self, max_bytes: int, command: list[str]) -> subprocess.CompletedProcess[str]:
-        """Runs a command in the group, which may take so many bytes."""
+        """Run a command in the group, with a limit of `max_bytes`."""
         (self.folder / self.limit).write_text(str(max_bytes))
         join = f"echo $$ > {shlex.quote(str(self.folder / 'cgroup.procs'))} && exec {shlex.join(command)}"
         return subprocess.run(["sh", "-c", join], capture_output=True, text=True)
@@ -216,27 +216,27 @@ class Group(NamedTuple):
 
 @pytest.fixture
 def group() -> Iterator[Group]:
-    """A new control group, of version 2 or 1; skips the test where none may be made."""
+    """A new control group, of version 2 or 1; skips the test if none may be created."""
     root = Path("/sys/fs/cgroup")
     unified = (root / "cgroup.controllers").exists()
     folder = (root if unified else root / "memory") / f"llama3_raw_test_{os.getpid()}"
-    made = Group(
+    group = Group(
         folder, *(("memory.max", "memory.peak") if unified else ("memory.limit_in_bytes", "memory.max_usage_in_bytes"))
     )
     try:
         folder.mkdir()
     except OSError as error:
-        pytest.skip(f"no memory control group may be made here: {error}")
+        pytest.skip(f"no memory control group may be created here: {error}")
     try:
-        if not os.access(folder / made.limit, os.W_OK):
-            pytest.skip("the memory controller is not handed down to new control groups here")
-        yield made
+        if not os.access(folder / group.limit, os.W_OK):
+            pytest.skip("the memory controller is not enabled for new control groups here")
+        yield group
     finally:
         folder.rmdir()
 
 
 def run_in(group: Group, max_ram: str, model: list[str], ids: list[int]) -> tuple[list[int], int]:
-    """Runs the command line in a group with as much memory; -> the tokens, and the most memory the process held."""
+    """Run the command line in a group with this limit. Return the tokens and the peak memory of the process."""
     command = [sys.executable, "-m", "llama3_raw", *model, "--max-ram", max_ram, "--max-new-tokens", "3", "--stats"]
     done = group.run(byte_size(max_ram), [*command, "json", "--ids", " ".join(map(str, ids))])
     assert done.returncode == 0, done.stderr
@@ -244,13 +244,13 @@ def run_in(group: Group, max_ram: str, model: list[str], ids: list[int]) -> tupl
     return [int(token) for token in done.stdout.split()], stats["peak_ram_bytes"]
 
 
-def test_the_least_that_is_named_will_do(folder: Path, model: Model, group: Group) -> None:
-    """In a process of its own, which holds nothing of other tests."""
+def test_the_reported_minimum_suffices(folder: Path, model: Model, group: Group) -> None:
+    """In a separate process, without the memory of other tests."""
     arguments = ["--weights", str(folder), "--device", "cpu"]
     command = [sys.executable, "-m", "llama3_raw", *arguments, "--max-ram", "1MB", "--ids", "1 2 3"]
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2
-    least = re.search(r"the least is --max-ram (\S+GB),", refused.stderr.strip())
+    least = re.search(r"it needs --max-ram (\S+GB),", refused.stderr.strip())
     assert least is not None
     tokens, peak = run_in(group, least[1], arguments, [1, 2, 3])
     assert tokens == list(generate(model, [1, 2, 3], max_new_tokens=3))
@@ -259,11 +259,11 @@ def test_the_least_that_is_named_will_do(folder: Path, model: Model, group: Grou
 
 @pytest.mark.full_size
 def test_8b_in_4_gb(tmp_path_factory: pytest.TempPathFactory, group: Group) -> None:
-    """The tokens are those that it generates in 24 GB, where all weights stay."""
-    place = Path(os.environ.get("LLAMA3_RAW_FULL_SIZE_FOLDER", tmp_path_factory.mktemp("full"))) / "8b"
-    if not place.exists():
-        make_synthetic("8b", place)
+    """The tokens are the same as in 24 GB, where all weights stay in memory."""
+    folder = Path(os.environ.get("LLAMA3_RAW_FULL_SIZE_FOLDER", tmp_path_factory.mktemp("full"))) / "8b"
+    if not folder.exists():
+        make_synthetic("8b", folder)
     ids = torch.randint(128_000, (17,), generator=torch.Generator().manual_seed(0)).tolist()
-    tokens, peak = run_in(group, "4GB", ["--weights", str(place), "--device", "cpu"], ids)
+    tokens, peak = run_in(group, "4GB", ["--weights", str(folder), "--device", "cpu"], ids)
     assert peak <= 4e9
-    assert tokens == list(generate(llama3_raw.load(place), ids, max_new_tokens=3))
+    assert tokens == list(generate(llama3_raw.load(folder), ids, max_new_tokens=3))

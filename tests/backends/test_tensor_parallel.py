@@ -1,4 +1,4 @@
-"""One model in several processes, as torchrun starts them, over gloo on this machine."""
+"""One model in several processes, started by torchrun, with gloo on this machine."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ STORY = "Once upon a time"
 
 
 def torchrun(size: int, *command: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command as so many processes, and gives back what they and torchrun have said."""
+    """Run a command as `size` processes. Return their output and torchrun's."""
     return subprocess.run([*TORCHRUN, str(size), *command], capture_output=True, text=True, timeout=300)
 
 
 def own_lines(stderr: str) -> list[str]:
-    """What the processes themselves have said, without torchrun's reports."""
+    """Return the lines that the processes themselves wrote, without torchrun's reports."""
     return [line for line in stderr.splitlines() if line.startswith("llama3_raw:")]
 
 
 def with_more_heads(model: Model) -> Model:
-    """The same function by 8 query heads for 6: each kv head gets another one, which gives nothing."""
+    """Return the same function with 8 query heads instead of 6: each kv head gets one more, whose output is zero."""
     params = model.params
 
     def padded(matrix: Tensor, dimension: int) -> Tensor:
@@ -69,19 +69,19 @@ def eight_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without_end(model: Path, folder: Path) -> Path:
-    """A copy of a model without its tokenizer: no token ends its text."""
+    """Return a copy of a model without its tokenizer, so that no token ends its text."""
     return Path(shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns("tokenizer.model")))
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_logits(eight_heads: Path, tmp_path: Path, size: int) -> None:
-    """4 processes share 2 kv heads, so that each of these is there twice."""
+    """4 processes share 2 kv heads, so two of them hold each kv head."""
     done = torchrun(size, str(Path(__file__).with_name("of_ranks.py")), str(eight_heads), str(tmp_path))
     assert done.returncode == 0, done.stderr
     alone = all_logits(eight_heads)
     first, *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(size))
     for name, logits in first.items():
-        assert all(torch.equal(logits, other[name]) for other in others), name  # so that all draw the same token
+        assert all(torch.equal(logits, other[name]) for other in others), name  # so that all sample the same token
         exact = alone[name.replace("bfloat16", "float32").replace("fast", "exact")]
         error = (logits - exact).abs().max()
         if "float32" in name:
@@ -92,7 +92,7 @@ def test_logits(eight_heads: Path, tmp_path: Path, size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_same_text(eight_heads: Path, size: int) -> None:
-    """Also: only the first process speaks, and what stdin holds reaches all."""
+    """Also: only the first process writes, and all of them get the text from stdin."""
     model = llama3_raw.load(TINY, dtype=torch.float32)
     assert model.tokenizer is not None
     ids = list(generate(model, model.tokenizer.encode(STORY, bos=True), max_new_tokens=60))
@@ -107,30 +107,30 @@ def test_the_same_text(eight_heads: Path, size: int) -> None:
     assert "60 new tokens" in end
 
 
-def test_chance_is_the_same_everywhere() -> None:
-    """Without a seed: a process that drew another token would have other keys, and less likely tokens would come."""
+def test_all_processes_sample_the_same() -> None:
+    """Without a seed. A process that sampled another token would have other keys, and less likely tokens would come."""
     model = llama3_raw.load(TINY, dtype=torch.float32)
     assert model.tokenizer is not None
     prompt = model.tokenizer.encode(STORY, bos=True)
     command = ["-m", "llama3_raw", "--weights", str(TINY), "--dtype", "float32", "--max-new-tokens", "60"]
-    chance = ["--temperature", "5", "--top-k", "50", "--stats", "json"]
-    done = torchrun(2, *command, *chance, "--ids", " ".join(map(str, prompt)))
+    sampling = ["--temperature", "5", "--top-k", "50", "--stats", "json"]
+    done = torchrun(2, *command, *sampling, "--ids", " ".join(map(str, prompt)))
     assert done.returncode == 0
     assert re.search(r'"processes": 2', done.stderr)
     ids = torch.tensor([*prompt, *map(int, done.stdout.split())])
     with torch.no_grad():
         logits = llama3_raw.forward(model.weights, model.params, ids)[len(prompt) - 1 : -1]
     assert len(logits) >= 30
-    drawn = logits.gather(-1, ids[len(prompt) :, None])
-    assert (drawn >= logits.topk(50).values[:, -1:] - 1e-4).all()
+    sampled = logits.gather(-1, ids[len(prompt) :, None])
+    assert (sampled >= logits.topk(50).values[:, -1:] - 1e-4).all()
 
 
-def test_an_error_of_all_is_told_once() -> None:
+def test_an_error_of_all_is_reported_once() -> None:
     done = torchrun(4, "-m", "llama3_raw", "--weights", str(TINY), STORY)
     assert done.returncode != 0
     assert done.stdout == ""
-    (told,) = own_lines(done.stderr)
-    assert told.startswith("llama3_raw: error: 4 processes cannot share 6 heads evenly")
+    (line,) = own_lines(done.stderr)
+    assert line.startswith("llama3_raw: error: 4 processes cannot share 6 heads evenly")
 
 
 def test_other_tools_run_as_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,8 +141,8 @@ def test_other_tools_run_as_one_process(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 @pytest.mark.parametrize("where", ["as it starts", "at work"])
-def test_an_error_of_one_is_told_by_it(tmp_path: Path, where: str) -> None:
-    """The second process has no GPU, or no disk; the first one, which waits for it, ends as well and says nothing."""
+def test_an_error_of_one_is_reported_by_it(tmp_path: Path, where: str) -> None:
+    """The second process has no GPU, or a full disk; the first one, which waits for it, ends without a message."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, torch\n"
@@ -151,7 +151,7 @@ def test_an_error_of_one_is_told_by_it(tmp_path: Path, where: str) -> None:
         "from llama3_raw.system.process_groups import init\n"
         "def fail(now):\n"
         f"    if now == {where!r} and os.environ['RANK'] == '1':\n"
-        "        raise UserError('its disk is full; make room')\n"
+        "        raise UserError('its disk is full; free some space')\n"
         "def choose_device():\n"
         "    fail('as it starts')\n"
         "    return torch.device('cpu')\n"
@@ -165,7 +165,7 @@ def test_an_error_of_one_is_told_by_it(tmp_path: Path, where: str) -> None:
     )
     done = torchrun(2, str(script))
     assert done.returncode != 0
-    assert own_lines(done.stderr) == ["llama3_raw: error: rank 1: its disk is full; make room"]
+    assert own_lines(done.stderr) == ["llama3_raw: error: rank 1: its disk is full; free some space"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
@@ -190,12 +190,12 @@ def test_a_killed_process_ends_the_rest(eight_heads: Path, tmp_path: Path, size:
             run.kill()
     assert seconds < 30
     assert not any(worker.is_running() for worker in workers.values())
-    said = (tmp_path / "stderr").read_text()
-    assert re.search(rf"failed \(exitcode: -9\) local_rank: {rank} \(pid: {workers[rank].pid}\)", said)
-    assert len(own_lines(said)) == 1  # which model it was; the others end without a word
+    stderr_text = (tmp_path / "stderr").read_text()
+    assert re.search(rf"failed \(exitcode: -9\) local_rank: {rank} \(pid: {workers[rank].pid}\)", stderr_text)
+    assert len(own_lines(stderr_text)) == 1  # which model it is; the others end without a message
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another thing there")
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C works differently on Windows")
 def test_ctrl_c_ends_all(tmp_path: Path) -> None:
     command = ["-m", "llama3_raw", "--weights", str(without_end(TINY, tmp_path)), "--ids", "1 2 3"]
     with open(tmp_path / "stdout", "wb") as stdout, open(tmp_path / "stderr", "wb") as stderr:
@@ -216,7 +216,7 @@ def test_ctrl_c_ends_all(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], bytes]:
-    """The arguments that compute some prompts, and what one process makes of them."""
+    """Arguments that compute some prompts, and the result of one process."""
     folder = tmp_path_factory.mktemp("prompts")
     lines = [
         json.dumps({"prompt": f"{STORY}, {name}", "max_tokens": 30}) for name in ["Tom", "Lily", "Sam", "Ben", "Mia"]
@@ -228,18 +228,18 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], bytes]
     return command, (folder / "alone").read_bytes()
 
 
-def test_many_prompts_by_one_model(prompts: tuple[list[str], bytes], tmp_path: Path) -> None:
+def test_prompts_with_one_model(prompts: tuple[list[str], bytes], tmp_path: Path) -> None:
     command, expected = prompts
     done = torchrun(2, *command, "-o", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out").read_bytes() == expected
     which, written, bad = own_lines(done.stderr)
     assert which.endswith("shared by 2 processes")
-    assert written.endswith("is written: 5 texts")
+    assert re.fullmatch(r"llama3_raw: wrote .*: 5 texts", written)
     assert "1 of 6 lines could not be computed; line 6" in bad
 
 
-def test_many_prompts_by_two_models_one_of_which_is_killed(prompts: tuple[list[str], bytes], tmp_path: Path) -> None:
+def test_prompts_with_two_models_one_of_which_is_killed(prompts: tuple[list[str], bytes], tmp_path: Path) -> None:
     command, expected = prompts
     command = [*command, "--tp", "1", "-o", str(tmp_path / "out")]
     with open(tmp_path / "stderr", "wb") as stderr:

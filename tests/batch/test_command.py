@@ -1,4 +1,4 @@
-"""python -m llama3_raw.batch, killed, resumed and misused."""
+"""python -m llama3_raw.batch: its output, killed and resumed runs, errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llama3_raw import Model, generate
 from llama3_raw.batch import __main__ as batch
 from llama3_raw.batch.__main__ import main
 from llama3_raw.batch.journal import Journal
-from llama3_raw.batch.requests import Request, Task, grouped
+from llama3_raw.batch.requests import Request, Task, group_by_length
 from llama3_raw.decoding.batch import Row, generate_batch
 from llama3_raw.decoding.sampling import Sampling
 from tests.decoding.test_batch import PROMPTS
@@ -44,7 +44,7 @@ def write_lines(folder: Path, lines: Sequence[dict[str, Any]] = LINES) -> Path:
 
 
 def call(capsys: pytest.CaptureFixture[str], prompts: Path, *arguments: str) -> tuple[int, str]:
-    """-> status, stderr; the output is out.jsonl beside the prompts."""
+    """Run the command with out.jsonl, next to the prompts, as output. Return its status and stderr."""
     status = main([str(prompts), "-o", str(prompts.parent / "out.jsonl"), *SETTINGS, *arguments])
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -56,8 +56,8 @@ def results_in(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_the_output(tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the order of the input; each text is that of the main tool with the same settings."""
-    from llama3_raw.__main__ import main as main_tool
+    """Results are in the order of the input; each text is that of the main command with the same settings."""
+    from llama3_raw.__main__ import main as main_command
 
     status, err = call(capsys, write_lines(tmp_path), "--temperature", "0", "--seed", "100")
     assert status == 0, err
@@ -78,15 +78,15 @@ def test_the_output(tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixture[s
             arguments += ["--ids", " ".join(map(str, line["prompt"]))]
         else:
             arguments.append(line["prompt"])
-        assert main_tool([*common, *arguments]) == 0
+        assert main_command([*common, *arguments]) == 0
         captured = capsys.readouterr()
         text = captured.out
         if isinstance(line.get("prompt"), list):
             assert tiny.tokenizer is not None
             text = "".join(tiny.tokenizer.stream([int(word) for word in text.split()]))
         assert result["text"] == text
-        at_the_end = "the most that --max-new-tokens allows" in captured.err
-        assert result["finish_reason"] == ("length" if at_the_end else "stop")
+        is_longest = "the most that --max-new-tokens allows" in captured.err
+        assert result["finish_reason"] == ("length" if is_longest else "stop")
     assert results[0]["usage"] == {"prompt_tokens": 5, "completion_tokens": 30}
     assert results[5]["usage"]["prompt_tokens"] == 3
 
@@ -108,10 +108,10 @@ def test_without_a_tokenizer(tmp_path: Path, tiny: Model, capsys: pytest.Capture
 
 
 BAD = {
-    "no JSON": (b"once upon", "is not JSON: Expecting value"),
-    "no object": (b'["a"]', "should be an object"),
+    "not JSON": (b"once upon", "is not JSON: Expecting value"),
+    "not an object": (b'["a"]', "should be an object"),
     "too deep": (b"[" * 100_000, "is not JSON"),
-    "no UTF-8": (b'{"prompt": "\xff"}', "is not valid UTF-8 at byte 12 of the line"),
+    "not UTF-8": (b'{"prompt": "\xff"}', "is not valid UTF-8 at byte 12 of the line"),
     "half a character": (b'{"prompt": "\\ud800"}', "holds half a character"),
     "unknown field": (b'{"promt": "a"}', "promt: there is no such field; there are id, prompt"),
     "nothing": (b"{}", "should have a prompt or messages"),
@@ -121,8 +121,8 @@ BAD = {
     "no tokens": (b'{"prompt": [1, "a"]}', "a list of token ids, holds something else"),
     "token": (b'{"prompt": [99999]}', "token id 99999 is outside"),
     "id": (b'{"prompt": "a", "id": [1]}', "id should be a string or a number, is [1]"),
-    "true": (b'{"prompt": "a", "max_tokens": true}', "max_tokens should be a whole number, is true"),
-    "no tokens to come": (b'{"prompt": "a", "max_tokens": 0}', "max_tokens should be 1 or more, is 0"),
+    "true": (b'{"prompt": "a", "max_tokens": true}', "max_tokens should be an integer, is true"),
+    "no new tokens": (b'{"prompt": "a", "max_tokens": 0}', "max_tokens should be 1 or more, is 0"),
     "temperature": (b'{"prompt": "a", "temperature": "hot"}', 'temperature should be a number, is "hot"'),
     "below 0": (b'{"prompt": "a", "temperature": -1}', "temperature should be 0 (greedy) or more, is -1.0"),
     "NaN": (b'{"prompt": "a", "top_p": NaN}', "top_p should be above 0 and at most 1, is nan"),
@@ -135,13 +135,13 @@ BAD = {
         'role should be one of system, user, assistant, is "bot',
     ),
     "content": (b'{"messages": [{"role": "user"}]}', 'messages should be a list of {"role": …'),
-    "nobody asks": (b'{"messages": [{"role": "assistant", "content": "a"}]}', "messages should end with the user's"),
+    "no question": (b'{"messages": [{"role": "assistant", "content": "a"}]}', "messages should end with the user's"),
     "too long": (b'{"prompt": "' + b"a b " * 600 + b'"}', "tokens, the context holds 512; shorten it"),
 }
 
 
-def test_bad_lines_are_told_in_their_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With their number, and the others are computed as if they were not there."""
+def test_bad_lines_have_an_error_in_their_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error has the line number, and the other lines are computed as if the bad ones were not there."""
     good = b'{"id": "good", "prompt": "Lily", "max_tokens": 3}'
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + b"\n".join([good, b"", *(line for line, _ in BAD.values()), b"  \r", good]))
@@ -163,11 +163,11 @@ def test_only_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def no_model(*_: Any) -> Any:
-    raise AssertionError("the model is not to be loaded")
+    raise AssertionError("the model should not be loaded")
 
 
 def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same again does nothing; another one does not touch what is there."""
+    """The same run again does nothing; another one does not touch the output."""
     file, out = write_lines(tmp_path), tmp_path / "out.jsonl"
     assert call(capsys, file)[0] == 0
     before = out.read_bytes()
@@ -190,7 +190,7 @@ def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert out.read_bytes() == before
 
 
-def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_lines(tmp_path)
     for arguments, message in (
         ([str(file), "-o", str(file)], "is the file with the prompts"),
@@ -208,7 +208,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The output of a run that nothing disturbs."""
+    """Return the output of a run that is not interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     assert main([str(write_lines(folder)), "-o", str(folder / "out.jsonl"), *SETTINGS]) == 0
     return (folder / "out.jsonl").read_bytes()
@@ -216,7 +216,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.mark.slow
 def test_a_torn_line(tmp_path: Path, uninterrupted: bytes, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever of the journal a kill has left, from nothing to all; and it is of one run only."""
+    """A kill may leave any part of the journal, from nothing to all; the journal of another run is refused."""
     file, part = write_lines(tmp_path), tmp_path / "out.jsonl.part"
 
     def stop(*_: Any, **__: Any) -> Any:
@@ -226,30 +226,30 @@ def test_a_torn_line(tmp_path: Path, uninterrupted: bytes, capsys: pytest.Captur
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(batch, "atomic_write", stop)
             status, err = call(capsys, file)
-        assert (status, "the same command goes on where it stopped" in err) == (130, True)
+        assert (status, "run the same command to continue" in err) == (130, True)
         return part.read_bytes()
 
     journal = journal_of_a_run()
     header = journal.index(b"\n") + 1
     part.write_bytes(journal[: header + 20])
-    assert sorted(journal_of_a_run().splitlines()) == sorted(journal.splitlines())  # nothing of the torn line is left
+    assert sorted(journal_of_a_run().splitlines()) == sorted(journal.splitlines())  # nothing of the torn line remains
     for left in (0, 1, header - 1, header, header + 20, len(journal) // 2, len(journal) - 1, len(journal)):
         part.write_bytes(journal[:left])
         assert call(capsys, file)[0] == 0
         assert (tmp_path / "out.jsonl").read_bytes() == uninterrupted
         assert not part.exists()
         (tmp_path / "out.jsonl").unlink()
-    part.write_bytes(journal[:-9] + b"\0" * 9)  # what some disks make of a power cut
+    part.write_bytes(journal[:-9] + b"\0" * 9)  # as some disks leave it after a power cut
     assert call(capsys, file)[0] == 0
     assert (tmp_path / "out.jsonl").read_bytes() == uninterrupted
     (tmp_path / "out.jsonl").unlink()
     part.write_bytes(journal[: header + 20])
     status, err = call(capsys, file, "--seed", "5")
-    assert (status, "out.jsonl.part: is of a run with other --seed; give the same again" in err) == (2, True)
+    assert (status, "out.jsonl.part: is of a run with other --seed; give the same" in err) == (2, True)
     assert part.read_bytes() == journal[: header + 20]
 
 
-def test_groups_that_are_whole_are_not_computed_again(
+def test_complete_groups_are_not_computed_again(
     tmp_path: Path, uninterrupted: bytes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, part = write_lines(tmp_path), tmp_path / "out.jsonl.part"
@@ -276,7 +276,7 @@ def test_groups_that_are_whole_are_not_computed_again(
     assert part.read_bytes().count(b"\n") == 5
     computed.clear()
     status, err = call(capsys, file)
-    assert (status, "going on; 4 texts are there already" in err) == (0, True)
+    assert (status, "continuing; 4 texts are done already" in err) == (0, True)
     assert computed == [3, 2]
     assert (tmp_path / "out.jsonl").read_bytes() == uninterrupted
 
@@ -290,16 +290,16 @@ def test_one_run_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (status, "another run is writing it; wait for it, or end it first" in err) == (2, True)
 
 
-# Runs the tool many times, each in a process of its own that is forked once all is imported, and killed at a point
-# between its beginning and its end: at a random time, or at one of its calls that change a file.
+# Runs the command many times, each in a forked process that is killed somewhere between its start and its end: at a
+# random time, or at one of its calls that change a file.
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from llama3_raw.batch import __main__ as batch
 
 def run(arguments, seconds=None, at_call=None):
-    '''-> the status (-9: killed), and how long it took'''
-    begun = time.perf_counter()
+    '''Return the status (-9: killed) and the seconds it took.'''
+    start = time.perf_counter()
     child = os.fork()
     if child == 0:
         calls = 0
@@ -317,20 +317,20 @@ def run(arguments, seconds=None, at_call=None):
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), time.perf_counter() - begun
+    return os.waitstatus_to_exitcode(status), time.perf_counter() - start
 
 folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
 arguments = lambda name: [str(folder / "prompts.jsonl"), "-o", str(folder / name), *settings]
 status, whole = run(arguments("uninterrupted"))
 assert status == 0
-chosen = random.Random(int(sys.argv[3]))
+generator = random.Random(int(sys.argv[3]))
 report = []
 for number in range(20):
     killed = 0
-    seconds = chosen.uniform(0, whole)
+    seconds = generator.uniform(0, whole)
     while run(arguments(str(number)), seconds)[0] == -9:
         killed += 1
-        seconds = chosen.uniform(0, whole) if killed == 1 and number % 4 == 0 else None
+        seconds = generator.uniform(0, whole) if killed == 1 and number % 4 == 0 else None
     report.append([str(number), killed])
 at_call = 1
 while run(arguments(f"call {at_call}"), at_call=at_call)[0] == -9:
@@ -343,7 +343,7 @@ print(json.dumps(report))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_random_points_it_ends_with_the_same_file(tmp_path: Path) -> None:
+def test_runs_killed_at_random_points_end_with_the_same_file(tmp_path: Path) -> None:
     write_lines(tmp_path, LINES[:5])
     seed = random.randrange(2**32)
     done = subprocess.run(
@@ -363,7 +363,7 @@ def test_killed_at_random_points_it_ends_with_the_same_file(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert sum(killed for name, killed in report if not name.startswith("call")) >= 10, f"seed {seed}"
-    assert len(report) > 20 + 5  # a call for each line, at least
+    assert len(report) > 20 + 5  # at least one call for each line
     expected = (tmp_path / "uninterrupted").read_bytes()
     assert expected.count(b'"finish_reason"') == 5
     for name, _ in report:
@@ -371,23 +371,23 @@ def test_killed_at_random_points_it_ends_with_the_same_file(tmp_path: Path) -> N
         assert not (tmp_path / f"{name}.part").exists()
 
 
-def test_groups_depend_on_lengths_and_not_on_the_order_of_lines() -> None:
+def test_groups_do_not_depend_on_the_order_of_lines() -> None:
     def task(line: int, length: int, budget: int) -> Task:
         request = Request(line, None, [1], budget, Sampling(), 0, ())
         return Task(request, [1] * length, budget)
 
     tasks = [task(1, 5, 10), task(2, 90, 10), task(3, 5, 30), task(4, 7, 1), task(5, 5, 10)]
     expected = [[2, 4], [3, 1], [5]]
-    assert [[task.request.line for task in group] for group in grouped(tasks, 2)] == expected
-    assert [[task.request.line for task in group] for group in grouped(tasks[::-1], 2)] == expected
+    assert [[task.request.line for task in group] for group in group_by_length(tasks, 2)] == expected
+    assert [[task.request.line for task in group] for group in group_by_length(tasks[::-1], 2)] == expected
 
 
 def test_files_that_only_look_like_journals(tmp_path: Path) -> None:
-    """One has a name like theirs, the other the name, but is somebody's text: neither is touched."""
-    beside = tmp_path / "out.jsonl.part.bak"
-    beside.write_text("my own\nlines\n")
+    """A file with a similar name, and the user's own text with that very name, are not touched."""
+    similar = tmp_path / "out.jsonl.part.bak"
+    similar.write_text("my own\nlines\n")
     assert main([str(write_lines(tmp_path)), "-o", str(tmp_path / "out.jsonl"), *SETTINGS]) == 0
-    assert beside.read_text() == "my own\nlines\n"
+    assert similar.read_text() == "my own\nlines\n"
     journal = tmp_path / "other.jsonl.part"
     journal.write_text("my own\nlines\n")
     assert main([str(write_lines(tmp_path)), "-o", str(tmp_path / "other.jsonl"), *SETTINGS]) == 2
@@ -397,7 +397,7 @@ def test_files_that_only_look_like_journals(tmp_path: Path) -> None:
 def test_killed_before_the_last_journal_was_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is computed again, not even loaded."""
+    """Nothing is computed again, and the model is not loaded."""
     out = tmp_path / "out.jsonl"
     command = [str(write_lines(tmp_path)), "-o", str(out), *SETTINGS]
     assert main(command) == 0
@@ -408,10 +408,10 @@ def test_killed_before_the_last_journal_was_removed(
     assert not (tmp_path / "out.jsonl.part.1").exists()
 
 
-def test_a_result_that_is_nowhere_is_missed(
+def test_a_missing_result_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As where another process has written it into a folder of its own."""
+    """For example, another process wrote it into a different folder."""
     write = Journal.write
     monkeypatch.setattr(Journal, "write", lambda self, line, result: None if line == 1 else write(self, line, result))
     assert main([str(write_lines(tmp_path)), "-o", str(tmp_path / "out.jsonl"), *SETTINGS]) == 2

@@ -1,9 +1,10 @@
-"""Measuring: what is printed, the other engines, the ratios, the picture, and what is refused."""
+"""The command bench: its output, the baselines, the ratios, the plot, and what it refuses."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import stat
 import sys
@@ -28,15 +29,15 @@ from llama3_raw.bench.baselines import (
     LlamaBench,
     Transformers,
     Xllamacpp,
-    check_peers,
-    open_peers,
+    check_baselines,
+    open_baselines,
 )
-from llama3_raw.bench.engines import Own
-from llama3_raw.bench.measure import Probes, Task, compare, measure, pairs, probes_of
+from llama3_raw.bench.engines import ThisEngine
+from llama3_raw.bench.measure import Probes, Task, compare, measure, probes_of, ratios_by_round
 from llama3_raw.bench.roofline import copy_speed, multiply_speed, seconds_of
 from llama3_raw.checkpoint.gguf import is_gguf_of, write_gguf
 from llama3_raw.cli import memory_plan, models
-from llama3_raw.cli.memory_plan import Lengths, Plan
+from llama3_raw.cli.memory_plan import MemoryPlan, RunShape
 from llama3_raw.cli.models import choose_model
 from llama3_raw.params import RopeScaling
 from llama3_raw.system.machine import processors
@@ -54,7 +55,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees
 
 
 class CompileCounter:
-    """Counts what torch.compile makes from now on."""
+    """Count the graphs that torch.compile creates from now on."""
 
     def __init__(self) -> None:
         torch._dynamo.reset()
@@ -65,7 +66,7 @@ class CompileCounter:
 
 
 class Clock:
-    """An engine that takes as long as it is told: a second for prefill, two for decode; and counts what it does."""
+    """An engine with fixed times, one second for prefill and two for decode, that records its calls."""
 
     def __init__(self, name: str = "clock", done: list[tuple[str, str, int]] | None = None):
         self.name = self.version = name
@@ -82,18 +83,18 @@ class Clock:
 
 @pytest.fixture
 def no_llama_bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were none on the PATH."""
+    """Hide any llama-bench on the PATH."""
     monkeypatch.setattr(baselines, "shutil", SimpleNamespace(which=lambda _: None))
 
 
 def output_of(capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
-    """The table, and the JSON in the last line."""
+    """Return the table, and the JSON from the last line."""
     table, last = capsys.readouterr().out.rstrip().rsplit("\n", 1)
     return table, json.loads(last)
 
 
 @pytest.mark.slow
-def test_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(QUICK) == 0
     table, figures = output_of(capsys)
     assert list(figures["prefill_tokens_per_second"]) == ["5", "20"]
@@ -105,22 +106,23 @@ def test_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{figures['start_to_first_token_seconds']:.2f} s" in table
     assert figures["peak_ram_bytes"] > 10e6
     assert figures["threads"] == torch.get_num_threads()
+    assert re.search(r"^decode at context +5 ", table, re.MULTILINE)
     assert figures["vs"] == {}
 
 
 @pytest.mark.slow
-def test_beside_a_batch(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a batch all tokens count, and only those that are timed: behind the first of each text."""
+def test_batch_as_baseline(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    """All tokens of a batch count, but only those that are timed: the ones after the first of each text."""
     assert main(["--weights", str(TINY), "--prefill", "5", "--rounds", "1", "--batch", "3"]) == 0
     table, figures = output_of(capsys)
-    assert "beside 3 texts at a time, the tokens of all of them" in table
+    assert "compared with 3 texts at a time, counting the tokens of all" in table
     assert figures["vs"]["batch of 3"]["decode_tokens_per_second"].keys() == {"5"}
     passes = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(engines, "seconds_of", lambda work, device: float(len(work())))
         batch = engines.Batch(tiny, 3, 9)
         passes = [batch.prefill(5), batch.decode(5, 4)]
-    # a token of each text and then its end, over three texts
+    # one token (or four) and the end of each text, divided by three texts
     assert passes == [1 + 1, 4 + 1]
 
 
@@ -128,38 +130,38 @@ def test_beside_a_batch(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None
 @needs_xllamacpp
 @pytest.mark.usefixtures("no_llama_bench")
 @pytest.mark.skipif(processors() < 2, reason="two processes share two threads")
-def test_beside_two_processes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_as_baseline(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--weights", str(TINY), "--prefill", "5", "--rounds", "1", "--vs", "two-processes"]
     assert main([*options, "--threads", "2"]) == 0
     table, figures = output_of(capsys)
-    assert "beside 2 processes with 1 thread each" in table
+    assert "compared with 2 processes with 1 thread each" in table
     assert figures["vs"]["two-processes"]["decode_tokens_per_second"]["5"] > 0
     assert main([*options, "--threads", "1"]) == 2
-    assert "shares the threads between two, and there is one" in capsys.readouterr().err
+    assert "needs a thread for each process, but there is one" in capsys.readouterr().err
     assert main([*options, "--quantize", "int8"]) == 2
-    assert "--vs two-processes is about a model in files" in capsys.readouterr().err
+    assert "--vs two-processes needs a model in files" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_beside_both_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_transformers_and_llama_cpp_as_baselines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gguf, picture = tmp_path / "tiny.gguf", tmp_path / "speed.png"
     vs = ("--vs", "transformers", "llama.cpp", "--gguf", str(gguf), "--plot", str(picture), "--contexts", "5", "30")
     assert main([*QUICK, *vs]) == 0
     table, figures = output_of(capsys)
     assert is_gguf_of(gguf, llama3_raw.load(TINY))
     assert list(figures["vs"]) == ["transformers", "llama.cpp"]
-    for peer in figures["vs"].values():
-        assert peer["version"] in table
+    for baseline in figures["vs"].values():
+        assert baseline["version"] in table
         for kind, lengths in {"prefill": ["5", "20"], "decode": ["5", "30"]}.items():
-            assert list(peer[f"{kind}_tokens_per_second"]) == lengths
+            assert list(baseline[f"{kind}_tokens_per_second"]) == lengths
             for length in lengths:
-                assert len(peer[f"{kind}_ratios"][length]) == 2
-                assert f"{peer[f'{kind}_ratio'][length]:.2f}  (" in table
+                assert len(baseline[f"{kind}_ratios"][length]) == 2
+                assert f"{baseline[f'{kind}_ratio'][length]:.2f}  (" in table
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_ratios_are_of_the_same_round() -> None:
-    assert pairs({1: 10.0, 2: 6.0, 3: 9.0}, {2: 3.0, 1: 20.0}) == [0.5, 2.0]
+def test_ratios_compare_within_a_round() -> None:
+    assert ratios_by_round({1: 10.0, 2: 6.0, 3: 9.0}, {2: 3.0, 1: 20.0}) == [0.5, 2.0]
     prefill, decode = Task("prefill", 17), Task("decode", 17)
     ours = {prefill: {1: 10.0, 2: 20.0, 3: 80.0}, decode: {1: 1.0, 2: 2.0, 3: 6.0}}
     theirs = {prefill: {1: 20.0, 2: 10.0, 3: 20.0}, decode: {3: 2.0}}
@@ -170,34 +172,34 @@ def test_ratios_are_of_the_same_round() -> None:
     assert figures.decode_ratios == {17: [3.0]}
 
 
-def test_engines_take_turns_and_long_work_is_done_once(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_alternate_and_long_tasks_run_once(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[str, str, int]] = []
     clocks = [Clock("a", done), Clock("b", done)]
-    figures = measure(tiny, prefill=(3, 5), contexts=(3, 8), new_tokens=4, rounds=2, peers=clocks)
+    figures = measure(tiny, prefill=(3, 5), contexts=(3, 8), new_tokens=4, rounds=2, baselines=clocks)
     a_round = [("prefill", 5), ("prefill", 3), ("decode", 3), ("decode", 8)]
-    # ours is the third, and who comes first changes from round to round
+    # this engine is the third; the first one changes from round to round
     assert done == [(name, *task) for names in ("ab", "ab", "ba") for task in a_round for name in names]
     assert figures.vs["b"].prefill_tokens_per_second == {3: 3.0, 5: 5.0}
     assert figures.vs["b"].decode_tokens_per_second == {3: 2.0, 8: 2.0}
     done.clear()
     monkeypatch.setattr(measuring, "LONG", 4)
-    figures = measure(tiny, prefill=(3, 5), contexts=(3, 8), new_tokens=4, rounds=2, peers=clocks)
+    figures = measure(tiny, prefill=(3, 5), contexts=(3, 8), new_tokens=4, rounds=2, baselines=clocks)
     assert done.count(("a", "prefill", 5)) == done.count(("a", "decode", 8)) == 1
     assert len(figures.vs["a"].decode_ratios[8]) == 1
 
 
 @pytest.fixture(params=["tiny", "scaled"])
 def same_model(request: pytest.FixtureRequest, tiny: Model) -> tuple[Model, list[int]]:
-    """A model and a prompt: a trained one in bf16, with tied embeddings; a random one in fp32, with scaled RoPE."""
+    """Return a model and a prompt: trained, in bf16, with tied embeddings; or random, in fp32, with scaled RoPE."""
     if request.param == "tiny":
         assert tiny.tokenizer is not None
         return tiny, tiny.tokenizer.encode("Once upon a time, there was a little girl named", bos=True)
-    scaling = RopeScaling(factor=8.0, original_max_seq_len=16)  # so short that the prompt is beyond it
+    scaling = RopeScaling(factor=8.0, original_max_seq_len=16)  # shorter than the prompt
     params = Params(128, 2, 4, 2, 64, 32, 256, 1e-5, 10000.0, scaling, 512)
     return Model(random_weights(params, torch.float32, seed=0), params, None), torch.arange(60).tolist()
 
 
-def test_transformers_is_the_same_model(same_model: tuple[Model, list[int]]) -> None:
+def test_transformers_gives_the_same_tokens(same_model: tuple[Model, list[int]]) -> None:
     model, ids = same_model
     ours = list(llama3_raw.generate(model, ids, max_new_tokens=8, stop_ids=()))
     assert Transformers(model, longest=64).greedy(ids, 8) == ours
@@ -205,14 +207,14 @@ def test_transformers_is_the_same_model(same_model: tuple[Model, list[int]]) -> 
 
 @pytest.mark.slow
 @needs_compiler
-def test_compiled_transformers_is_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when a cache is taken again; and no time has compiling in it."""
+def test_compiled_transformers_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when a cache is used again. No measured time includes compiling."""
     compiled = CompileCounter()
     model = llama3_raw.load(TINY, dtype=torch.float32, layers=1)
-    peer = CompiledTransformers(model, longest=64)
+    baseline = CompiledTransformers(model, longest=64)
     ours = list(llama3_raw.generate(model, [1, 2, 3, 4], max_new_tokens=3, stop_ids=()))
     for _ in range(2):
-        assert peer.greedy([1, 2, 3, 4], 3) == ours
+        assert baseline.greedy([1, 2, 3, 4], 3) == ours
     assert compiled.number() == 1
     during: list[int] = []
 
@@ -223,18 +225,18 @@ def test_compiled_transformers_is_the_same_model(monkeypatch: pytest.MonkeyPatch
         return float(len(during))
 
     monkeypatch.setattr(baselines, "seconds_of", timed)
-    assert peer.decode(5, 1) == 4.0  # after three times
+    assert baseline.decode(5, 1) == 4.0  # after three untimed calls
     assert during == [1, 0, 0, 0]
-    assert peer.prefill(5) == 5.0
+    assert baseline.prefill(5) == 5.0
     assert during[-1] == 0
 
 
 @pytest.mark.slow
-def test_nothing_to_compile_with(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_compiler(capsys: pytest.CaptureFixture[str]) -> None:
     import torch._inductor.config
 
     CompileCounter()
-    # monkeypatch would not put them back
+    # monkeypatch would not restore them
     with torch._inductor.config.patch({"cpp.cxx": ("nonexistent",), "force_disable_caches": True}):
         assert main([*QUICK, "--layers", "1", "--vs", "transformers-compiled"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
@@ -242,7 +244,7 @@ def test_nothing_to_compile_with(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_xllamacpp
-def test_llama_cpp_is_the_same_model(same_model: tuple[Model, list[int]], tmp_path: Path) -> None:
+def test_llama_cpp_gives_the_same_tokens(same_model: tuple[Model, list[int]], tmp_path: Path) -> None:
     model, ids = same_model
     write_gguf(model, tmp_path / "model.gguf")
     ours = list(llama3_raw.generate(model, ids, max_new_tokens=8, stop_ids=()))
@@ -250,26 +252,26 @@ def test_llama_cpp_is_the_same_model(same_model: tuple[Model, list[int]], tmp_pa
 
 
 @needs_xllamacpp
-def test_llama_cpp_that_does_less_than_asked_is_not_measured(tiny: Model, tmp_path: Path) -> None:
+def test_llama_cpp_that_stops_early_is_not_measured(tiny: Model, tmp_path: Path) -> None:
     write_gguf(tiny, tmp_path / "model.gguf")
-    with pytest.raises(UserError, match="did not make 600 tokens"):
+    with pytest.raises(UserError, match="did not generate 600 tokens"):
         Xllamacpp(tiny, tmp_path / "model.gguf", threads=2, longest=64).greedy([1, 2, 3], 600)
 
 
 def test_transformers_shares_the_weights(tiny: Model) -> None:
-    peer = Transformers(tiny, longest=8).hf
-    assert peer.model.layers[1].mlp.up_proj.weight.data_ptr() == tiny.weights.layers[1].w3.data_ptr()
-    assert peer.lm_head.weight.data_ptr() == tiny.weights.output.data_ptr()
+    hf = Transformers(tiny, longest=8).hf
+    assert hf.model.layers[1].mlp.up_proj.weight.data_ptr() == tiny.weights.layers[1].w3.data_ptr()
+    assert hf.lm_head.weight.data_ptr() == tiny.weights.output.data_ptr()
 
 
-def test_a_llama_bench_on_the_path_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Model) -> None:
+def test_llama_bench_on_the_path_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Model) -> None:
     program = tmp_path / "llama-bench"
     answer = [{"build_number": 7, "build_commit": "abc", "samples_ns": [2_000_000_000]}]
     program.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/asked\necho '{json.dumps(answer)}'\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     chosen = choose_model(build_parser().parse_args(QUICK), needs_tokenizer=False)
-    with open_peers(["llama.cpp"], chosen, tiny, None, longest=64) as (engine,):
+    with open_baselines(["llama.cpp"], chosen, tiny, None, longest=64) as (engine,):
         assert isinstance(engine, LlamaBench)
         assert engine.decode(30, 4) == 2.0
         assert engine.version == "llama-bench, build 7 (abc)"
@@ -285,13 +287,13 @@ def test_a_llama_bench_on_the_path_is_taken(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantized", [True, False])
-def test_int8_beside_the_stored_weights(
+def test_int8_compared_with_the_stored_weights(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quantized: bool
 ) -> None:
-    """The peers get the weights as they are stored; without int8 there is nothing to compare."""
+    """The baseline gets the weights as they are stored. Without int8 there is nothing to compare."""
     weights = []
     monkeypatch.setattr(
-        baselines, "Own", lambda model, longest, name, version: weights.append(model.weights) or Clock(name)
+        baselines, "ThisEngine", lambda model, longest, name, version: weights.append(model.weights) or Clock(name)
     )
     extra = ["--quantize", "int8"] if quantized else []
     assert main([*QUICK, "--vs", "stored", *extra]) == (0 if quantized else 2)
@@ -303,11 +305,11 @@ def test_int8_beside_the_stored_weights(
         assert "--vs stored compares --quantize int8 with the weights as they are stored" in err
 
 
-def test_a_gguf_file_of_another_model(tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gguf_file_of_another_model(tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "model.gguf"
     write_gguf(tiny, file)
     assert main([*QUICK, "--layers", "2", "--vs", "llama.cpp", "--gguf", str(file)]) == 2
-    assert f"--gguf {file}: is another model" in capsys.readouterr().err
+    assert f"--gguf {file}: is of another model" in capsys.readouterr().err
     layers = list(tiny.weights.layers)
     layers[1] = layers[1]._replace(w2=torch.zeros_like(dense(layers[1].w2)))
     assert not is_gguf_of(file, tiny._replace(weights=tiny.weights._replace(layers=tuple(layers))))
@@ -315,7 +317,7 @@ def test_a_gguf_file_of_another_model(tmp_path: Path, tiny: Model, capsys: pytes
     assert not is_gguf_of(file, tiny)
 
 
-def test_a_disk_too_small_for_a_gguf_file(tmp_path: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_too_small_for_a_gguf_file(tmp_path: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(
@@ -326,18 +328,18 @@ def test_a_disk_too_small_for_a_gguf_file(tmp_path: Path, tiny: Model, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
-        (("--prefill", "600"), "--prefill 600: with the new tokens that is beyond the model's context of 512"),
-        (("--contexts", "510"), "--contexts 510: with the new tokens that is beyond the model's context of 512"),
+        (("--prefill", "600"), "--prefill 600: with the new tokens, that exceeds the model's context of 512"),
+        (("--contexts", "510"), "--contexts 510: with the new tokens, that exceeds the model's context of 512"),
         (("--vs", "vllm"), "invalid choice: 'vllm' (choose from"),
         (("--plot", "speed.docx"), "--plot speed.docx: the name should end in .png or .svg"),
         (("--plot", "nowhere/speed.png"), "there is no folder nowhere"),
     ],
 )
-def test_what_cannot_be_measured(arguments: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_are_refused(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*QUICK, *arguments]) == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_llama_bench")
@@ -350,68 +352,70 @@ def test_what_cannot_be_measured(arguments: tuple[str, ...], says: str, capsys: 
         ("matplotlib", ("--plot", "speed.png")),
     ],
 )
-def test_a_missing_package(
+def test_missing_package(
     package: str, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)  # which makes its import fail
+    monkeypatch.setitem(sys.modules, package, None)  # makes its import fail
     assert main([*QUICK, *arguments]) == 2
     assert f"pip install {package}" in capsys.readouterr().err
 
 
-def test_peers_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_baselines_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = choose_model(build_parser().parse_args(QUICK), needs_tokenizer=False)
-    lengths = Lengths(prompt=17, text=22, least=2)
-    plan = Plan(chosen.checkpoint, chosen.device, None, lengths)
-    enough = baselines.memory_together(plan, ["llama.cpp"])
+    shape = RunShape(prompt=17, text=22, least=2)
+    plan = MemoryPlan(chosen.checkpoint, chosen.device, None, shape)
+    enough = baselines.memory_with_baselines(plan, ["llama.cpp"])
     monkeypatch.setattr(baselines, "free_memory", lambda _: enough * 10 // 9 + 2)
-    baselines.check_peers(chosen, lengths, ["llama.cpp"])
+    baselines.check_baselines(chosen, shape, ["llama.cpp"])
     monkeypatch.setattr(baselines, "free_memory", lambda _: enough)
-    with pytest.raises(UserError, match=r"--vs llama.cpp: .* push the other's weights out; --layers 3 fits"):
-        baselines.check_peers(chosen, lengths, ["llama.cpp"])
+    with pytest.raises(UserError, match=r"--vs llama.cpp: .* evict the other's weights; --layers 3 fits"):
+        baselines.check_baselines(chosen, shape, ["llama.cpp"])
 
 
-def test_what_is_offered_where_it_does_not_fit_is_an_option_here(
+def test_suggestions_are_options_of_this_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Measuring has no --context, with which other tools have a shorter text."""
+    """bench has no --context, which other commands suggest for a shorter text."""
     monkeypatch.setattr(models, "check_memory", lambda plan: memory_plan.check_memory(plan, lambda _: needs - 1))
-    arguments = [*QUICK, "--dtype", "float32"]  # which takes memory of its own
+    arguments = [*QUICK, "--dtype", "float32"]  # needs a copy of the weights
     chosen = choose_model(build_parser().parse_args(arguments), needs_tokenizer=False)
-    needs = memory_plan.needed(Plan(chosen.checkpoint, chosen.device, chosen.dtype, Lengths(20, 21, 2))).own
+    needs = memory_plan.needed(
+        MemoryPlan(chosen.checkpoint, chosen.device, chosen.dtype, RunShape(20, 21, 2))
+    ).allocated
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert "what fits: no --dtype, or --layers 3" in err
 
 
-def test_shares_of_what_a_gpu_can_do(
+def test_shares_of_the_roofline_on_a_gpu(
     tiny: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Medians without the first round; decoding reads every matrix, a prompt is multiplied by it."""
+    """Medians leave out the first round. Decode reads every matrix, prefill multiplies by it."""
     speeds = {"copy": iter([1.0, 9e9, 5e9, 7e9]), "multiply": iter([1.0, 3e12, 1e12, 2e12])}
     probes = {name: lambda values=values: next(values) for name, values in speeds.items()}
     monkeypatch.setattr(measuring, "probes_of", lambda weights, read_loop: Probes(**probes))
     monkeypatch.setattr(engines, "seconds_of", lambda work, device: 2.0)  # a prompt
-    monkeypatch.setattr(Own, "decode", lambda *_: 4.0)
-    monkeypatch.setattr(bench, "time_start", lambda *_: None)
+    monkeypatch.setattr(ThisEngine, "decode", lambda *_: 4.0)
+    monkeypatch.setattr(bench, "time_startup", lambda *_: None)
     arguments = ["--rounds", "3", "--new-tokens", "8", "--plot", str(tmp_path / "speed.png")]
     assert main([*QUICK, *arguments]) == 0
     table, figures = output_of(capsys)
-    of_a_layer = 192 * (192 + 2 * 64 + 192 + 3 * 512)
-    of_all = 4 * of_a_layer + 2304 * 192
+    in_a_layer = 192 * (192 + 2 * 64 + 192 + 3 * 512)
+    in_all = 4 * in_a_layer + 2304 * 192
     assert figures["copy_gb_per_second"] == 7.0
-    assert figures["decode_share_of_copy"] == pytest.approx(2 * (2 * of_all) / 7e9)  # 2 tokens a second, in bf16
+    assert figures["decode_share_of_copy"] == pytest.approx(2 * (2 * in_all) / 7e9)  # 2 tokens a second, in bf16
     assert figures["matmul_tflop_per_second"] == 2.0
-    operations = {length: 2 * (length * 4 * of_a_layer + 2304 * 192) for length in (5, 20)}
+    operations = {length: 2 * (length * 4 * in_a_layer + 2304 * 192) for length in (5, 20)}
     shares = {str(length): pytest.approx(number / 2.0 / 2e12) for length, number in operations.items()}
     assert figures["prefill_share_of_matmul"] == shares
     assert figures["read_loop_gb_per_second"] is figures["decode_share_of_read_loop"] is None
-    for shown in ("a copy reads and writes          7.0 GB/s", "a large matrix product           2.0 TFLOP/s"):
+    for shown in ("copy, reads and writes           7.0 GB/s", "large matrix product             2.0 TFLOP/s"):
         assert shown in table
     assert f"share of it,    20 tokens {figures['prefill_share_of_matmul']['20']:10.1%}" in table
 
 
-def test_what_is_measured_on_the_cpu_and_on_a_gpu(tiny: Model) -> None:
-    """And a long prompt takes no time on a GPU."""
+def test_probes_of_the_cpu_and_of_a_gpu(tiny: Model) -> None:
+    """A long prompt is no long task on a GPU."""
     on_gpu: Any = SimpleNamespace(norm=SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16))
     assert [name for name, probe in probes_of(on_gpu, True)._asdict().items() if probe] == ["copy", "multiply"]
     assert [name for name, probe in probes_of(tiny.weights, True)._asdict().items() if probe] == ["read"]
@@ -421,8 +425,8 @@ def test_what_is_measured_on_the_cpu_and_on_a_gpu(tiny: Model) -> None:
     assert not prompt.is_long(torch.device("cuda"))
 
 
-def test_speeds_are_those_of_the_work_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes read and bytes written, a product and a sum for each pair of numbers; all of it is done, ten times."""
+def test_probes_count_the_work_that_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes read and written, and a multiplication and an addition per pair of numbers, all of it ten times."""
     monkeypatch.setattr(roofline, "BUFFER", 1000)
     monkeypatch.setattr(roofline, "WIDTH", 16)
     copied, multiplied = [], []
@@ -448,8 +452,8 @@ def test_speeds_are_those_of_the_work_that_is_done(monkeypatch: pytest.MonkeyPat
 
 
 @needs_gpu
-def test_what_a_gpu_can_do(capsys: pytest.CaptureFixture[str]) -> None:
-    """More than a processor and less than there is; and a run on it is shown beside it."""
+def test_roofline_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is faster than any CPU and within what is possible. A run reports its share of it."""
     gpu = torch.device("cuda")
     assert 50e9 < copy_speed(gpu) < 50e12
     assert 1e12 < multiply_speed(gpu, torch.bfloat16) < 20e15
@@ -460,8 +464,8 @@ def test_what_a_gpu_can_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert figures["device"] == torch.cuda.get_device_name()
 
 
-def test_time_on_a_gpu_ends_when_its_work_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was to do before does not count, and what is still to do does."""
+def test_timing_on_a_gpu_waits_for_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier work is not timed, and unfinished work is."""
     happened: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: happened.append(f"wait for {device}"))
     monkeypatch.setattr(time, "perf_counter", lambda: happened.append("clock") or float(len(happened)))
@@ -470,52 +474,52 @@ def test_time_on_a_gpu_ends_when_its_work_does(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(("kind", "context", "first"), [("cpu", 5, 5), ("cuda", 5, 3), ("cuda", 1, 0)])
-def test_decoding_on_a_gpu_is_timed_from_the_third_pass_on(
+def test_decode_on_a_gpu_is_timed_from_the_third_pass_on(
     kind: str, context: int, first: int, tiny: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first one is over a prompt, the second one captured; on the CPU they are like the others."""
-    made: list[int] = []
-    began: list[int] = []
+    """The first pass is a prefill and the second one is captured. On the CPU they are like the others."""
+    passes: list[int] = []
+    starts: list[int] = []
 
     def generate(model: Model, ids: Sequence[int], *, max_new_tokens: int, start: int, **_: object) -> Iterator[int]:
-        began.append(start)
+        starts.append(start)
         for _number in range(max_new_tokens):
-            made.append(0)
+            passes.append(0)
             yield 0
 
-    own = Own(tiny, longest=10)
-    own.device = torch.device(kind)
+    engine = ThisEngine(tiny, longest=10)
+    engine.device = torch.device(kind)
     monkeypatch.setattr(engines, "wait_for", lambda device: None)
     monkeypatch.setattr(engines, "generate", generate)
-    monkeypatch.setattr(time, "perf_counter", lambda: float(len(made)))
-    assert own.decode(context, 4) == 4.0  # whatever comes before
-    assert began == [first]
-    assert len(made) == context - first + 4
+    monkeypatch.setattr(time, "perf_counter", lambda: float(len(passes)))
+    assert engine.decode(context, 4) == 4.0  # whatever the context
+    assert starts == [first]
+    assert len(passes) == context - first + 4
 
 
-def test_peers_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both kinds of transformers, our own on the weights before they are rounded, and no other."""
+def test_baselines_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers, plain and compiled, and this engine on the stored weights; no others."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(baselines, "free_memory", lambda device: 10**10)
     arguments = [*QUICK, "--device", "cuda"]
     chosen = choose_model(build_parser().parse_args(arguments), needs_tokenizer=False)
-    check_peers(chosen, Lengths(17, 22, 22), ["transformers", "transformers-compiled"])
-    check_peers(chosen._replace(quantized=True), Lengths(17, 22, 22), ["stored"])
+    check_baselines(chosen, RunShape(17, 22, 22), ["transformers", "transformers-compiled"])
+    check_baselines(chosen._replace(quantized=True), RunShape(17, 22, 22), ["stored"])
     assert main([*arguments, "--vs", "transformers", "llama.cpp"]) == 2
     err = capsys.readouterr().err
-    assert err == "llama3_raw: error: --vs llama.cpp compares on the CPU, but the device is cuda; give --device cpu\n"
+    assert err == "llama3_raw: error: --vs llama.cpp runs on the CPU only, but the device is cuda; give --device cpu\n"
 
 
 @needs_gpu
 @pytest.mark.parametrize("kind", [Transformers, CompiledTransformers])
-def test_transformers_on_a_gpu_is_the_same_model(kind: type[Transformers]) -> None:
-    """It runs on our tensors there, and its tokens are those of the exact operations."""
+def test_transformers_on_a_gpu_gives_the_same_tokens(kind: type[Transformers]) -> None:
+    """It runs on the same tensors on the GPU, and its tokens are those of the exact operations."""
     model = llama3_raw.load(TINY, device="cuda", dtype=torch.float32)
     ids = torch.arange(20).tolist()
     ours = list(llama3_raw.generate(model, ids, max_new_tokens=8, stop_ids=(), ops=llama3_raw.REFERENCE))
-    peer = kind(model, longest=64)
-    assert peer.hf.model.layers[1].mlp.up_proj.weight.data_ptr() == model.weights.layers[1].w3.data_ptr()
-    for _ in range(4):  # compiled, tried, captured, replayed
-        assert peer.greedy(ids, 8) == ours
-    assert peer.prefill(20) > 0
-    assert peer.decode(20, 4) > 0
+    baseline = kind(model, longest=64)
+    assert baseline.hf.model.layers[1].mlp.up_proj.weight.data_ptr() == model.weights.layers[1].w3.data_ptr()
+    for _ in range(4):  # compile, warm up, capture, replay
+        assert baseline.greedy(ids, 8) == ours
+    assert baseline.prefill(20) > 0
+    assert baseline.decode(20, 4) > 0

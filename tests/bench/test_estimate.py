@@ -1,4 +1,4 @@
-"""Reckoning for GPUs that are not there: against published figures, the real tensors, and what must be refused."""
+"""Estimates for GPUs, compared with published figures and with the real tensors, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import llama3_raw
 from llama3_raw import KVCache, Params, UserError
 from llama3_raw.bench.__main__ import main
-from llama3_raw.bench.estimate import GPUS, Cluster, check_split, estimate, part_of
+from llama3_raw.bench.estimate import GPUS, Cluster, check_split, estimate, shard_numel
 from llama3_raw.bench.measure import matrices_of
 from llama3_raw.bench.synthetic import SYNTHETIC, synthetic_checkpoint
 from llama3_raw.checkpoint.checkpoint import open_checkpoint
@@ -32,8 +32,8 @@ H200 = Cluster("h200")
         ("405b", 405_853_388_800),
     ],
 )
-def test_sizes_are_those_that_meta_lists(size: str, parameters: float) -> None:
-    """The numbers of parameters are those of the safetensors that Meta has on Hugging Face."""
+def test_sizes_match_metas_list(size: str, parameters: float) -> None:
+    """The numbers of parameters are those of Meta's safetensors on Hugging Face."""
     from llama_models.sku_list import llama3_1_family, llama3_2_family, llama3_family
 
     listed = [*llama3_family(), *llama3_1_family(), *llama3_2_family()]
@@ -51,42 +51,42 @@ def test_sizes_are_those_that_meta_lists(size: str, parameters: float) -> None:
 
 
 def test_8b_on_one_gpu() -> None:
-    """The bytes of its checkpoint; a copy on an H200 reaches 4.3 TB/s, which allows 286 tokens/s without a context."""
-    found = estimate(synthetic_checkpoint("8b"), H200._replace(bandwidth=4.3e12), 1, [1])
-    assert found.weights_bytes == found.weights_bytes_in_all == 16_060_522_496
-    assert found.weights_bytes_per_token == 15_009_849_344
-    assert found.cache_bytes_per_token == found.cache_bytes_per_token_in_all == 131_072
-    (step,) = found.steps
+    """The bytes are those of its checkpoint. 4.3 TB/s, as a copy on an H200 reaches, gives 286 tokens/s."""
+    result = estimate(synthetic_checkpoint("8b"), H200._replace(bandwidth=4.3e12), 1, [1])
+    assert result.weights_bytes == result.weights_bytes_in_all == 16_060_522_496
+    assert result.weights_bytes_per_token == 15_009_849_344
+    assert result.cache_bytes_per_token == result.cache_bytes_per_token_in_all == 131_072
+    (step,) = result.steps
     assert step.tokens_per_second == pytest.approx(286, abs=0.6)
     assert step.all_reduce_seconds == step.gather_seconds == 0
-    assert found.free_bytes == 141_000_000_000 - 2_000_000_000 - 16_060_522_496
-    assert found.cache_tokens == found.free_bytes // 131_072
+    assert result.free_bytes == 141_000_000_000 - 2_000_000_000 - 16_060_522_496
+    assert result.cache_tokens == result.free_bytes // 131_072
 
 
 def test_tied_embeddings_are_read() -> None:
-    found = estimate(synthetic_checkpoint("1b"), H200, 1, [1])
-    assert found.weights_bytes_per_token == found.weights_bytes == pytest.approx(2.472e9, rel=1e-3)
+    result = estimate(synthetic_checkpoint("1b"), H200, 1, [1])
+    assert result.weights_bytes_per_token == result.weights_bytes == pytest.approx(2.472e9, rel=1e-3)
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8, 16, 32])
-def test_the_parts_make_the_whole(gpus: int) -> None:
-    """All GPUs together have each matrix once, but kv heads that several repeat, and norms, which all have."""
+def test_shards_add_up_to_the_model(gpus: int) -> None:
+    """All GPUs together have each matrix once, except kv heads that several share, and norms, which all have."""
     checkpoint = synthetic_checkpoint("70b")
     params = checkpoint.params
-    for place in checkpoint.parts:
-        whole = torch.Size(place.shape).numel()
-        times = gpus if len(place.shape) == 1 else max(1, gpus // 8) if place.field in ("wk", "wv") else 1
-        assert gpus * part_of(place, params, gpus) == times * whole, place.meta_name
-    found = estimate(checkpoint, Cluster("b200", gpus), 1, [1])
-    assert found.cache_bytes_per_token_in_all == 327_680
-    assert gpus * found.cache_bytes_per_token == max(1, gpus // 8) * 327_680
+    for spec in checkpoint.shards:
+        whole = torch.Size(spec.shape).numel()
+        copies = gpus if len(spec.shape) == 1 else max(1, gpus // 8) if spec.field in ("wk", "wv") else 1
+        assert gpus * shard_numel(spec, params, gpus) == copies * whole, spec.meta_name
+    result = estimate(checkpoint, Cluster("b200", gpus), 1, [1])
+    assert result.cache_bytes_per_token_in_all == 327_680
+    assert gpus * result.cache_bytes_per_token == max(1, gpus // 8) * 327_680
 
 
 def test_70b_on_eight() -> None:
-    """By hand: (141.1 - 2.1) GB / 8 at 4.32 TB/s, 161 all-reduces of 15 µs; the messages hardly count."""
-    found = estimate(synthetic_checkpoint("70b"), Cluster("h200", 8), 1, [1])
-    assert found.all_reduces == 161
-    (step,) = found.steps
+    """Computed by hand: (141.1 - 2.1) GB / 8 at 4.32 TB/s, 161 all-reduces of 15 µs; their bytes hardly count."""
+    result = estimate(synthetic_checkpoint("70b"), Cluster("h200", 8), 1, [1])
+    assert result.all_reduces == 161
+    (step,) = result.steps
     assert step.all_reduce_bytes == 2 * 8192
     assert step.read_seconds == pytest.approx(4.022e-3, rel=1e-3)
     assert step.all_reduce_latency_seconds == pytest.approx(161 * 15e-6)
@@ -104,23 +104,23 @@ def test_messages_across_nodes() -> None:
     assert Cluster("h200", 16, nodes=2).all_reduce_seconds(0) > 2 * Cluster("h200", 8).all_reduce_seconds(0)
 
 
-def test_many_texts_are_limited_by_products() -> None:
+def test_many_texts_are_limited_by_arithmetic() -> None:
     one, many = estimate(synthetic_checkpoint("8b"), H200, 1, [1, 2000]).steps
     assert one.read_seconds > one.multiply_seconds
     assert many.multiply_seconds > many.read_seconds
     assert many.tokens_per_second == pytest.approx(2000 / many.multiply_seconds)
 
 
-def test_bytes_are_those_of_the_tensors(tmp_path: Path) -> None:
-    """Of the built-in model as it is loaded, in bf16 and in int8."""
+def test_bytes_match_the_loaded_tensors(tmp_path: Path) -> None:
+    """For the built-in model in bf16 and in int8."""
     save_quantized(TINY, open_checkpoint(TINY), tmp_path / "int8")
     for folder in (TINY, tmp_path / "int8"):
         model = llama3_raw.load(folder)
-        found = estimate(open_checkpoint(folder), H200, 1, [1])
+        result = estimate(open_checkpoint(folder), H200, 1, [1])
         norms = 2 * (2 * model.params.n_layers + 1) * model.params.dim
-        assert found.weights_bytes_per_token == sum(matrix.nbytes for matrix in matrices_of(model.weights)) + norms
+        assert result.weights_bytes_per_token == sum(matrix.nbytes for matrix in matrices_of(model.weights)) + norms
         cache = KVCache.allocate(model.params, max_seq_len=10, like=model.weights)
-        assert 10 * found.cache_bytes_per_token == sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+        assert 10 * result.cache_bytes_per_token == sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
 
 
 @pytest.mark.parametrize(
@@ -132,39 +132,39 @@ def test_bytes_are_those_of_the_tensors(tmp_path: Path) -> None:
         ("405b", {1, 2, 4, 8, 16, 32, 64, 128}),
     ],
 )
-def test_how_it_can_be_split(size: str, possible: set[int]) -> None:
+def test_possible_numbers_of_gpus(size: str, possible: set[int]) -> None:
     params = Params.from_meta(SYNTHETIC[size][0])
     for gpus in range(1, 257):
         if gpus in possible:
             check_split(params, gpus)
         else:
             with pytest.raises(
-                UserError, match=f"--gpus {gpus}: .* what can be: {', '.join(map(str, sorted(possible)))}"
+                UserError, match=f"--gpus {gpus}: .* possible numbers: {', '.join(map(str, sorted(possible)))}"
             ):
                 check_split(params, gpus)
 
 
-def test_heads_that_can_neither_be_dealt_nor_repeated() -> None:
+def test_kv_heads_that_can_neither_be_split_nor_shared() -> None:
     params = Params.from_meta({**SYNTHETIC["8b"][0], "n_heads": 12, "n_kv_heads": 6, "dim": 768, "multiple_of": 192})
     with pytest.raises(UserError, match="cannot share 6 kv heads evenly"):
         check_split(params, 4)
 
 
-def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--estimate", "70b", "--gpu", "H200", "--gpus", "8", "--latency", "10", "--bandwidth", "4"]) == 0
     table, last = capsys.readouterr().out.rstrip().rsplit("\n", 1)
-    assert "an estimate, nothing is measured" in table
+    assert "an estimate, not a measurement" in table
     assert "at 4.00 TB/s" in table
-    found = json.loads(last)
-    assert [step["batch"] for step in found["steps"]] == [1, 16]
-    for step in found["steps"]:
+    result = json.loads(last)
+    assert [step["batch"] for step in result["steps"]] == [1, 16]
+    for step in result["steps"]:
         assert step["all_reduce_latency_seconds"] == pytest.approx(161 * 10e-6)
         assert f"{step['tokens_per_second']:.1f}\n" in table + "\n"
-    assert main(["--gpus=2", f"--estimate={TINY}"]) == 0  # in any order, by a folder
+    assert main(["--gpus=2", f"--estimate={TINY}"]) == 0  # in any order, with a folder
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["weights_bytes_in_all"] > 4_000_000
 
 
-def test_help_is_about_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--estimate", "8b", "--help"])
     shown = capsys.readouterr().out
@@ -175,12 +175,12 @@ def test_help_is_about_its_own_options(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("8b --gpus 3", "--gpus 3: so many cannot share 32 heads evenly; what can be: 1, 2, 4, 8, 16, 32"),
+        ("8b --gpus 3", "--gpus 3: 3 GPUs cannot share 32 heads evenly; possible numbers: 1, 2, 4, 8, 16, 32"),
         ("405b --gpus 4", r"209\.16 GB are needed on each of 4 h200 .* what fits: --gpus 8 --batch 1"),
         ("70b --gpus 2 --batch 1000", "what fits: --batch 203"),
         ("8b --gpu rtx4090 --context 100000", r"what fits: --batch 1 --context 45\d\d\d"),
         ("405b --gpu rtx4090", "what fits: --gpus 64 --batch 1"),
-        ("405b --gpu rtx4090 --context 600000", "take a larger --gpu"),
+        ("405b --gpu rtx4090 --context 600000", "choose a larger --gpu"),
         ("70b --gpus 8 --nodes 3", "--nodes 3"),
         ("9b", "--estimate 9b: there is no such folder"),
         ("8b --gpu h300", "invalid choice: 'h300'"),
@@ -188,7 +188,7 @@ def test_help_is_about_its_own_options(capsys: pytest.CaptureFixture[str]) -> No
         ("8b --vs llama.cpp", "unrecognized arguments: --vs"),
     ],
 )
-def test_what_is_refused(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--estimate", *arguments.split()]) == 2
     out, err = capsys.readouterr()
     assert not out
@@ -197,8 +197,8 @@ def test_what_is_refused(arguments: str, message: str, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_what_is_offered_fits(name: str) -> None:
-    """The batch that a refusal names fits, and one more does not."""
+def test_suggestions_fit(name: str) -> None:
+    """The batch that an error suggests fits, and one more does not."""
     checkpoint, cluster = synthetic_checkpoint("8b"), Cluster(name)
     batch = estimate(checkpoint, cluster, 100, [1]).cache_tokens // 100
     assert estimate(checkpoint, cluster, 100, [batch]).steps[0].batch == batch

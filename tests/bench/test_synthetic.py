@@ -1,4 +1,4 @@
-"""Synthetic checkpoints: the format, the size, the memory they take to make and to run."""
+"""Synthetic checkpoints: the format, the size, the memory needed to create and to run them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from llama3_raw import UserError
 from llama3_raw.bench import baselines, synthetic
 from llama3_raw.bench import measure as measuring
 from llama3_raw.bench.__main__ import main
-from llama3_raw.bench.engines import Own
+from llama3_raw.bench.engines import ThisEngine
 from llama3_raw.bench.synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint
-from llama3_raw.cli.memory_plan import Lengths, Plan, check_memory, needed
+from llama3_raw.cli.memory_plan import MemoryPlan, RunShape, check_memory, needed
 from llama3_raw.params import Params
-from llama3_raw.quantization.int8 import Int8, quantize, widen
-from llama3_raw.weights import MATRICES, tensor_places
+from llama3_raw.quantization.int8 import Int8, dequantize, quantize
+from llama3_raw.weights import MATRICES, tensor_specs
 from tests.references import dense
 
 CPU = torch.device("cpu")
@@ -33,14 +33,14 @@ PROMPT = "the answer to the ultimate question of life, the universe, and everyth
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A size that takes no time: 8b with narrower layers; and chunks smaller than its tensors."""
+    """Add a quick size, 8b with narrower layers, and use chunks smaller than its tensors."""
     content = {**SYNTHETIC["8b"][0], "dim": 128, "n_layers": 2, "multiple_of": 64}
     monkeypatch.setitem(synthetic.SYNTHETIC, "small", (content, False))
     monkeypatch.setattr(synthetic, "CHUNK", 10_000)
 
 
 @pytest.mark.usefixtures("small")
-def test_it_is_a_checkpoint_of_metas_format(tmp_path: Path, meta_tokenizer_file: Path) -> None:
+def test_checkpoint_in_metas_format(tmp_path: Path, meta_tokenizer_file: Path) -> None:
     folder = tmp_path / "new" / "folder"
     assert main(["--make-synthetic", "small", str(folder), "--tokenizer", str(meta_tokenizer_file)]) == 0
     assert sorted(file.name for file in folder.iterdir()) == ["consolidated.00.pth", "params.json", "tokenizer.model"]
@@ -58,19 +58,19 @@ def test_it_is_a_checkpoint_of_metas_format(tmp_path: Path, meta_tokenizer_file:
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "consolidated.00.pth").write_text("precious")
     assert main(["--make-synthetic", "small", str(tmp_path)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert (tmp_path / "consolidated.00.pth").read_text() == "precious"
 
 
 @pytest.mark.usefixtures("small")
-def test_a_tokenizer_that_is_in_place_already(tmp_path: Path, meta_tokenizer_file: Path) -> None:
+def test_tokenizer_that_is_already_in_the_folder(tmp_path: Path, meta_tokenizer_file: Path) -> None:
     shutil.copy(meta_tokenizer_file, tmp_path / "tokenizer.model")
     make_synthetic("small", tmp_path, tmp_path / "tokenizer.model")
     assert llama3_raw.load(tmp_path).tokenizer is not None
 
 
 @pytest.mark.usefixtures("small")
-def test_a_full_disk_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(UserError, match="are needed"):
@@ -81,8 +81,8 @@ def test_a_full_disk_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("tied", [False, True])
-def test_weights_made_on_the_device(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tensors of a model, none of them the same as another, the same ones for the same seed."""
+def test_weights_created_on_the_device(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors of a model, all different, and the same ones for the same seed."""
     monkeypatch.setitem(SYNTHETIC, "small", (SYNTHETIC["small"][0], tied))
     checkpoint = synthetic_checkpoint("small")
     weights = random_weights(checkpoint, CPU, random_seed=1)
@@ -102,21 +102,21 @@ def test_weights_made_on_the_device(tied: bool, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("tied", [False, True])
-def test_weights_made_in_int8(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same ones, rounded; each before the next is made, so that no two are wide at a time."""
+def test_weights_created_in_int8(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights, rounded one by one, so that at most one matrix exists in bf16 at a time."""
     monkeypatch.setitem(SYNTHETIC, "small", (SYNTHETIC["small"][0], tied))
     checkpoint = synthetic_checkpoint("small")
     plain = random_weights(checkpoint, CPU, random_seed=1)
-    wide: list[weakref.ref[torch.Tensor]] = []
+    unrounded: list[weakref.ref[torch.Tensor]] = []
 
     def watched(matrix: torch.Tensor) -> Int8:
-        assert all(other() is None for other in wide)
-        wide.append(weakref.ref(matrix))
+        assert all(other() is None for other in unrounded)
+        unrounded.append(weakref.ref(matrix))
         return quantize(dense(matrix))
 
     monkeypatch.setattr(synthetic, "quantize", watched)
     weights = random_weights(checkpoint, CPU, random_seed=1, quantized=True)
-    assert len(wide) == (14 if tied else 15)
+    assert len(unrounded) == (14 if tied else 15)
     assert torch.equal(weights.tok_embeddings, plain.tok_embeddings)
     pairs = [(weights.output, plain.output)]
     for ours, theirs in zip(weights.layers, plain.layers, strict=True):
@@ -128,19 +128,19 @@ def test_weights_made_in_int8(tied: bool, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("small")
-def test_int8_beside_the_same_weights_in_bf16(
+def test_int8_compared_with_the_same_weights_in_bf16(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In one run, without files."""
     models = []
-    own = Own
+    this_engine = ThisEngine
 
-    def watched(model: llama3_raw.Model, *arguments: Any, **options: Any) -> Own:
+    def watched(model: llama3_raw.Model, *arguments: Any, **options: Any) -> ThisEngine:
         models.append(model)
-        return own(model, *arguments, **options)
+        return this_engine(model, *arguments, **options)
 
-    monkeypatch.setattr(baselines, "Own", watched)
-    monkeypatch.setattr(measuring, "Own", watched)
+    monkeypatch.setattr(baselines, "ThisEngine", watched)
+    monkeypatch.setattr(measuring, "ThisEngine", watched)
     arguments = ["--device", "cpu", "--prefill", "5", "--rounds", "1", "--seed", "3"]
     assert main(["--make-synthetic", "small", *arguments, "--quantize", "int8", "--vs", "stored"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -151,10 +151,10 @@ def test_int8_beside_the_same_weights_in_bf16(
 
 
 @pytest.mark.usefixtures("small")
-def test_measured_without_a_folder(
+def test_measuring_without_a_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On one layer of two, and nothing is written; a start from files is not measured, since there are none."""
+    """Measures one layer of two and writes nothing. There are no files, so no start is measured."""
     monkeypatch.chdir(tmp_path)
     arguments = ["--device", "cpu", "--layers", "1", "--prefill", "5", "--rounds", "1"]
     assert main(["--make-synthetic", "small", *arguments]) == 0
@@ -162,23 +162,24 @@ def test_measured_without_a_folder(
     assert "llama3_raw: small (random weights) on cpu" in err
     figures = json.loads(out.splitlines()[-1])
     assert figures["prefill_tokens_per_second"]["5"] > 0
-    matrices = [place for place in synthetic_checkpoint("small").parts if len(place.shape) == 2]
-    in_layer_0_or_output = [place for place in matrices if place.layer == 0 or place.field == "output"]
-    assert figures["weights_bytes_per_token"] == sum(2 * torch.Size(p.shape).numel() for p in in_layer_0_or_output)
+    matrices = [spec for spec in synthetic_checkpoint("small").shards if len(spec.shape) == 2]
+    in_layer_0_or_output = [spec for spec in matrices if spec.layer == 0 or spec.field == "output"]
+    n_bytes = sum(2 * torch.Size(spec.shape).numel() for spec in in_layer_0_or_output)
+    assert figures["weights_bytes_per_token"] == n_bytes
     assert "start_to_first_token_seconds" not in figures
     assert "start to first token" not in out
     assert list(tmp_path.iterdir()) == []
     assert main(["--make-synthetic", "small", "--device", "cpu", "--taps", "--rounds", "1"]) == 0
 
 
-def test_the_memory_is_asked_before_anything_is_made() -> None:
-    """Weights that are made take memory of their own, on the CPU too, and nothing is offered that needs files."""
-    plan = Plan(synthetic_checkpoint("8b"), CPU, None, Lengths(17, 22, least=22), made=True)
+def test_memory_is_checked_before_anything_is_created() -> None:
+    """Created weights are never memory-mapped, and no suggestion needs files."""
+    plan = MemoryPlan(synthetic_checkpoint("8b"), CPU, None, RunShape(17, 22, least=22), made=True)
     need = needed(plan)
     assert (need.mapped, need.copied) == (0, 16_060_522_496)
-    assert check_memory(plan, free=lambda _: need.own) is None
+    assert check_memory(plan, free=lambda _: need.allocated) is None
     with pytest.raises(UserError, match=r"8b: 16.* are needed on cpu .*what fits: --quantize int8, or --layers 31$"):
-        check_memory(plan, free=lambda _: need.own - 1)
+        check_memory(plan, free=lambda _: need.allocated - 1)
     with pytest.raises(UserError, match=r"what fits: --quantize int8, or --device cpu, or --layers 21$"):
         check_memory(
             plan._replace(device=torch.device("cuda")), {torch.device("cuda"): int(12e9), CPU: int(24e9)}.__getitem__
@@ -194,17 +195,17 @@ def test_options_that_need_files(option: str, capsys: pytest.CaptureFixture[str]
     assert main(["--make-synthetic", "small", *option.split()]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     named = option if option.startswith("--vs") else option.split()[0]
-    assert line.startswith(f"llama3_raw: error: {named} is about a model in files")
+    assert line.startswith(f"llama3_raw: error: {named} needs a model in files")
 
 
 @pytest.mark.usefixtures("small")
-def test_int8_is_for_bf16(capsys: pytest.CaptureFixture[str]) -> None:
+def test_int8_needs_bf16(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--make-synthetic", "small", "--device", "cpu", "--quantize", "int8", "--dtype", "float32"]) == 2
     assert "int8 matrices are fast in bfloat16 only, not in float32" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("small")
-def test_two_folders(capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_folders(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--make-synthetic", "small", "a", "b"]) == 2
     assert "a b: these are several folders" in capsys.readouterr().err
 
@@ -212,23 +213,23 @@ def test_two_folders(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("small")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
 @pytest.mark.parametrize("quantized", [False, True])
-def test_weights_made_on_a_gpu(quantized: bool) -> None:
-    """They are where they should be, and beside them it takes next to nothing."""
+def test_weights_created_on_a_gpu(quantized: bool) -> None:
+    """They are on the GPU, and creating them needs next to no other memory there."""
     gpu = torch.device("cuda")
     checkpoint = synthetic_checkpoint("small")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     weights = random_weights(checkpoint, gpu, quantized=quantized)
-    n_bytes = needed(Plan(checkpoint, gpu, None, Lengths(1, 2, 2), quantized=quantized)).copied
-    if quantized:  # scales, the largest matrix before it is rounded, some rows of it in fp32
+    n_bytes = needed(MemoryPlan(checkpoint, gpu, None, RunShape(1, 2, 2), quantized=quantized)).copied
+    if quantized:  # scales, the largest matrix in bf16, some rows of it in fp32
         n_bytes += 2 * 128256 * (128 + 2) + 3_000_000
     assert weights.norm.is_cuda
     assert torch.cuda.max_memory_allocated() - before <= n_bytes + 1_000_000
-    output = widen(weights.output, torch.float32) if isinstance(weights.output, Int8) else weights.output
+    output = dequantize(weights.output, torch.float32) if isinstance(weights.output, Int8) else weights.output
     assert float(output.float().std()) == pytest.approx(0.02, rel=0.02)
 
 
-def test_an_unknown_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--make-synthetic", "7b", str(tmp_path)]) == 2
     assert "choose from 8b, 1b, 3b, 70b-1layer" in capsys.readouterr().err
 
@@ -236,20 +237,20 @@ def test_an_unknown_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("size", "descriptor"), [("8b", "Llama-3-8B"), ("1b", "Llama3.2-1B"), ("3b", "Llama3.2-3B"), ("70b-1layer", None)]
 )
-def test_sizes_are_those_of_meta(size: str, descriptor: str | None) -> None:
+def test_sizes_match_metas_list(size: str, descriptor: str | None) -> None:
     from llama_models.sku_list import resolve_model
 
     content, tied = SYNTHETIC[size]
     theirs = resolve_model(descriptor or "Llama-3-70B").arch_args
     assert Params.from_meta(content) == Params.from_meta({**theirs, **({} if descriptor else {"n_layers": 1})})
-    places = list(tensor_places(Params.from_meta(content), tied))
+    specs = list(tensor_specs(Params.from_meta(content), tied))
     if size == "8b":
-        assert len(places) == 291
-        assert sum(2 * torch.Size(place.shape).numel() for place in places) == 16_060_522_496
+        assert len(specs) == 291
+        assert sum(2 * torch.Size(spec.shape).numel() for spec in specs) == 16_060_522_496
 
 
 def peak_of(command: list[str]) -> tuple[int, str]:
-    """The most memory that a command held, in bytes (VmHWM, mapped files included), and its stderr."""
+    """Return the peak memory of a command in bytes (VmHWM, with mapped files), and its stderr."""
     watch = (
         "import runpy, sys, atexit\n"
         "from llama3_raw.system.machine import peak_memory\n"
@@ -265,14 +266,14 @@ def peak_of(command: list[str]) -> tuple[int, str]:
 @pytest.mark.slow
 @pytest.mark.full_size
 def test_8b_at_true_size(tmp_path_factory: pytest.TempPathFactory, meta_tokenizer_file: Path) -> None:
-    """Made within 3 GB, loaded in under 3 s with a warm page cache, run within 17.0e9 bytes."""
-    place = Path(os.environ.get("LLAMA3_RAW_FULL_SIZE_FOLDER", tmp_path_factory.mktemp("full"))) / "8b"
+    """Created within 3 GB, loaded in under 3 s with a warm page cache, run within 17.0e9 bytes."""
+    folder = Path(os.environ.get("LLAMA3_RAW_FULL_SIZE_FOLDER", tmp_path_factory.mktemp("full"))) / "8b"
     try:
-        made, _ = peak_of(
-            ["llama3_raw.bench", "--make-synthetic", "8b", str(place), "--tokenizer", str(meta_tokenizer_file)]
+        peak, _ = peak_of(
+            ["llama3_raw.bench", "--make-synthetic", "8b", str(folder), "--tokenizer", str(meta_tokenizer_file)]
         )
-        assert made < 3e9
-        run = ["llama3_raw", "--weights", str(place), "--max-new-tokens", "8", "--stats", "json", PROMPT]
+        assert peak < 3e9
+        run = ["llama3_raw", "--weights", str(folder), "--max-new-tokens", "8", "--stats", "json", PROMPT]
         for _ in range(2):  # the first run warms the page cache
             peak, errors = peak_of(run)
         stats = json.loads(next(line for line in errors.splitlines() if line.startswith("{")))
@@ -280,4 +281,4 @@ def test_8b_at_true_size(tmp_path_factory: pytest.TempPathFactory, meta_tokenize
         assert stats["load_seconds"] < 3
         assert peak <= 17.0e9
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What seeing inside costs: that the right things are compared, and that they are shown. (No limit on any time)"""
+"""The cost of taps and traces: what is compared, and how it is printed. No time is limited."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from llama3_raw.bench.tap_overhead import model_without_taps
 from tests.paths import TINY
 
 
-def test_the_model_without_taps_is_the_same_model(tiny: Model) -> None:
-    """It never calls the tap that it is given, and its logits have the same bits."""
+def test_model_without_taps_is_the_same_model(tiny: Model) -> None:
+    """It never calls its tap, and its logits have the same bits."""
     without_taps = model_without_taps()
 
     def never(name: str, tensor: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def test_the_model_without_taps_is_the_same_model(tiny: Model) -> None:
     assert int(logits.argmax()) == int(expected[-1].argmax())
 
 
-def test_the_table(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--weights", str(TINY), "--taps", "--rounds", "3"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     figures = json.loads(last)
@@ -51,16 +51,16 @@ def test_the_table(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
     assert figures["threads"] == torch.get_num_threads()
 
 
-def test_a_tap_that_changes_something_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tap_that_changes_something_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "llama3_raw.bench.tap_overhead.forward.__kwdefaults__",
         {**(forward.__kwdefaults__ or {}), "tap": lambda n, x: x * 2},
     )
-    with pytest.raises(AssertionError, match="should change nothing"):
+    with pytest.raises(AssertionError, match="a tap should change nothing"):
         main(["--weights", str(TINY), "--taps", "--rounds", "1"])
 
 
 @pytest.mark.parametrize("other", [["--vs", "transformers"], ["--contexts", "5"], ["--max-ram", "2GB"]])
-def test_other_measurements_are_others(other: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_other_measurements_are_refused(other: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--weights", str(TINY), "--taps", *other]) == 2
     assert f"--taps measures something else; leave {other[0]} out" in capsys.readouterr().err

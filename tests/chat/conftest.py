@@ -1,4 +1,4 @@
-"""Fixtures of the chat."""
+"""Fixtures of the chat tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def llama3(meta_tokenizer_file: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def hf_template() -> str:
-    """The template of Llama 3 Instruct, as transformers 4 wrote it into converted models (5 no longer has it)."""
+    """The template of Llama 3 Instruct that transformers 4 writes into converted models (5 no longer has it)."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "transformers==4.43.4"]
     with zipfile.ZipFile(fetch("transformers-4.43.4-py3-none-any.whl", command)) as wheel:
         source = wheel.read("transformers/models/llama/convert_llama_weights_to_hf.py")
@@ -67,7 +67,7 @@ Talk = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Talk:
     def call(typed: str | bytes, *options: str, folder: Path = TINY) -> tuple[int, str, str]:
-        """The tool with `typed` coming out of a pipe."""
+        """Run the command with `typed` on stdin, a pipe. Return status, stdout and stderr."""
         lines = typed if isinstance(typed, bytes) else typed.encode()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
         status = main(["--weights", str(folder), "--temperature", "0", "--max-new-tokens", "8", *options])

@@ -1,4 +1,4 @@
-"""A model that is none, whose answers are known: what it was asked to compute can be read."""
+"""A fake model with known answers, which records what it computes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Fake:
 
     def __init__(self, eot_id: int) -> None:
         self.eot_id = eot_id
-        self.ends_in = 7  # one token in so many is the end of an answer
-        self.calls: list[int] = []  # how many tokens
-        self.rows: list[int] = []  # the ids that the last pass saw
-        self.interrupt_in = -1  # passes
+        self.ends_in = 7  # about one token in 7 ends the answer
+        self.calls: list[int] = []  # number of tokens in each pass
+        self.rows: list[int] = []  # all ids in the cache after the last pass
+        self.interrupt_in = -1  # passes; -1: never
 
     def __call__(self, weights: Any, params: Any, tokens: Tensor, *, cache: Any, start: int, **_: Any) -> Tensor:
         rows = cache.keys[0][:, 0, 0]  # [max_seq_len]
@@ -43,7 +43,7 @@ class Fake:
 
 
 def taught(model: Model) -> Model:
-    """The built-in model as if trained on dialogs: <|eot_id|> has a row of its own. It also never ends an answer."""
+    """Return the built-in model as if trained on dialogs: <|eot_id|> has its own embedding. It never ends an answer."""
     assert model.tokenizer is not None
     embeddings = model.weights.tok_embeddings.clone()
     embeddings[list(model.tokenizer.stop_ids)] = 0
@@ -51,7 +51,7 @@ def taught(model: Model) -> Model:
 
 
 def dialog_ids(conversation: Conversation) -> list[int]:
-    """Every token of the dialog, with the answers as they were generated."""
+    """Return every token of the dialog, with the answers as they were generated."""
     system = [Message("system", conversation.system)] if conversation.system else []
     ids = [conversation.tokenizer.bos_id]
     for message in system:

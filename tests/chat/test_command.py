@@ -1,4 +1,4 @@
-"""python -m llama3_raw.chat, through a pipe and at a terminal, and --chat."""
+"""python -m llama3_raw.chat in a pipe and at a terminal, and --chat of the main command."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_in_a_pipe_ends_it(talk: Talk, case: str) -> None:
+def test_wrong_input_in_a_pipe_ends_the_chat(talk: Talk, case: str) -> None:
     typed, options, message = WRONG[case]
     status, out, err = talk(typed, *options)
     assert (status, out) == (2, "")
@@ -110,23 +110,25 @@ def test_one_answer(capsys: pytest.CaptureFixture[str], tiny: Model) -> None:
         (["--system", "x", "y"], "--system belongs to a question; give --chat with it"),
     ],
 )
-def test_options_that_do_not_go_together(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+def test_options_that_contradict_each_other(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
     assert continue_text(["--weights", str(TINY), *options]) == 2
     assert message in capsys.readouterr().err
 
 
-PASTE = "\x1b[200~{}\x1b[201~"  # what a terminal sends for text that is pasted
+PASTE = "\x1b[200~{}\x1b[201~"  # what a terminal sends for pasted text
 
 ESCAPE_CODE = re.compile(r"\x1b\[[?0-9;]*[a-zA-Z]")
 
-# makes the terminal on stdin the process's own, so that Ctrl-C typed there is a signal to it
+# makes stdin the controlling terminal, so that Ctrl-C typed there sends a signal to the process
 TAKE_TERMINAL = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 )
 
 
 class Terminal:
-    """The tool in a process of its own at a terminal."""
+    """The command in a separate process at a pseudo-terminal."""
 
     def __init__(self, state: Path, *options: str):
         self.keyboard, screen = os.openpty()
@@ -142,17 +144,17 @@ class Terminal:
         os.close(screen)
 
     def read(self) -> bool:
-        """Waits for something new on the screen; -> False once the process has ended."""
+        """Wait for new output. Return False if the process has ended."""
         assert select.select([self.keyboard], [], [], 60)[0], f"nothing came for a minute after {self.seen!r}"
         try:
             new = os.read(self.keyboard, 4096)
-        except OSError:  # what Linux says once nobody has the terminal open any more
+        except OSError:  # on Linux, no process has the terminal open any more
             new = b""
         self.seen = ESCAPE_CODE.sub("", self.seen + new.decode(errors="replace"))
         return bool(new)
 
     def wait_for(self, text: str) -> str:
-        """Reads until the text is on the screen; -> what was there before it."""
+        """Read until the text is on the screen. Return what was there before it."""
         while text not in self.seen:
             assert self.read(), f"it ended without {text!r}: {self.seen!r}"
         before, _, self.seen = self.seen.partition(text)
@@ -165,10 +167,10 @@ class Terminal:
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
 def test_at_a_terminal(tiny: Model, taught_folder: Path, tmp_path: Path) -> None:
-    """History, pasted lines, Ctrl-C in an answer and in a line, the tab key, Ctrl-D."""
-    readline = pytest.importorskip("readline", reason="this Python has no readline, so there is no history")
+    """History, pasted lines, Ctrl-C in an answer and in a line, Tab, Ctrl-D."""
+    readline = pytest.importorskip("readline", reason="this Python has no readline")
     if "libedit" in (readline.__doc__ or ""):
-        pytest.skip("libedit, in readline's place here, has other keys and another history file")
+        pytest.skip("libedit, used instead of readline, has other keys and another history file")
     history = tmp_path / "llama3_raw" / "chat_history"
     history.parent.mkdir()
     history.write_text("said before\n")
@@ -176,9 +178,9 @@ def test_at_a_terminal(tiny: Model, taught_folder: Path, tmp_path: Path) -> None
     terminal = Terminal(tmp_path, "--weights", str(taught_folder), "--temperature", "0")
     try:
         assert "/help lists the commands" in terminal.wait_for("> ")
-        terminal.type("\x10")  # Ctrl-P, the line before
+        terminal.type("\x10")  # Ctrl-P, the previous line
         terminal.wait_for("said before")
-        terminal.type("\x0e" + PASTE.format("Once\nupon a time") + "\n")  # Ctrl-N, the line after
+        terminal.type("\x0e" + PASTE.format("Once\nupon a time") + "\n")  # Ctrl-N, the next line
         terminal.wait_for(ask(Conversation(taught(tiny), max_new_tokens=4), "Once\nupon a time").strip())
         terminal.type("\x03")
         terminal.wait_for("stopped by Ctrl-C")
@@ -187,7 +189,7 @@ def test_at_a_terminal(tiny: Model, taught_folder: Path, tmp_path: Path) -> None
         terminal.wait_for("half a line")
         terminal.type("\x03")
         while not select.select([terminal.keyboard], [], [], 1)[0]:
-            terminal.type("\x03")  # Python overlooks one that comes while readline deals with the key before
+            terminal.type("\x03")  # Python misses one while readline handles the previous key
         terminal.wait_for("> ")
         terminal.type("/nonsense\n")
         terminal.wait_for("error: /nonsense: no such command")
@@ -198,7 +200,7 @@ def test_at_a_terminal(tiny: Model, taught_folder: Path, tmp_path: Path) -> None
         terminal.type("/sta\t\n")
         stats = terminal.wait_for("peak memory")
         (tokens,) = map(int, re.findall(r"tokens of the answer +(\d+)", stats))
-        assert 0 < tokens < 490, "the answer ended by itself"
+        assert 0 < tokens < 490, "the answer ended before Ctrl-C"
         terminal.wait_for("> ")
         terminal.type("\x04")
         while terminal.read():
@@ -219,7 +221,7 @@ def test_at_a_terminal(tiny: Model, taught_folder: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_ends_a_pipe(taught_folder: Path) -> None:
-    """There is nobody to go on with, and the lines that are left may be many."""
+    """Nobody is there to continue, and many lines may be left."""
     command = [sys.executable, "-m", "llama3_raw.chat", "--weights", str(taught_folder), "--temperature", "0"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:

@@ -1,4 +1,4 @@
-"""A conversation: what is computed of it, and what the model sees."""
+"""Conversations: what a turn computes, and what the model sees."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.references import cast
 def test_a_turn_computes_only_what_is_new(fake: Fake, fake_model: Model) -> None:
     conversation = Conversation(fake_model, system="Be brief.")
     for question in ("Why?", "And then?", "Really?"):
-        before = len(fake.rows)  # all that the cache holds
+        before = len(fake.rows)  # all tokens in the cache
         fake.calls.clear()
         ask(conversation, question)
         assert sum(fake.calls) == conversation.turn.computed == len(fake.rows) - before
@@ -51,7 +51,7 @@ def test_a_turn_computes_only_what_is_new(fake: Fake, fake_model: Model) -> None
 def test_the_model_always_sees_the_whole_dialog(
     fake_model: Model, actions: list[tuple[Any, ...]], context: int
 ) -> None:
-    """Whatever was said, stopped, loaded, changed and dropped before: its tokens are all in the cache, in order."""
+    """Whatever was asked, stopped, loaded, changed or dropped before, the cache has all of its tokens in order."""
     assert fake_model.tokenizer is not None
     fake = Fake(fake_model.tokenizer.eot_id)
     conversation = Conversation(fake_model, context=context)
@@ -74,7 +74,7 @@ def test_the_model_always_sees_the_whole_dialog(
                     if not conversation.turn.new:
                         assert conversation.messages == before or conversation.turn.dropped
                     if not conversation.turn.new or conversation.turn.dropped:
-                        continue  # perhaps stopped before a pass over what is left; the next turn shows what is cached
+                        continue  # perhaps stopped before a pass; the next turn shows what is cached
                 assert conversation.exchanges[-1].question == question
                 dialog = dialog_ids(conversation)
                 assert dialog[: len(fake.rows)] == fake.rows
@@ -83,9 +83,9 @@ def test_the_model_always_sees_the_whole_dialog(
                 assert dialog[len(fake.rows) :] == (rest[-1:] if ended else rest)
 
 
-def test_an_answer_from_a_kept_cache_is_that_from_a_fresh_one(tiny: Model) -> None:
+def test_a_kept_cache_and_a_new_one_give_the_same_answer(tiny: Model) -> None:
     model = taught(tiny)
-    model = model._replace(weights=cast(model.weights, torch.float32))  # where rounding does not decide
+    model = model._replace(weights=cast(model.weights, torch.float32))  # so that rounding does not decide
     kept = Conversation(model, max_new_tokens=20)
     ask(kept, "Once upon a time")
     in_cache = kept.length() - 2  # all but the last token of the answer and its <|eot_id|>
@@ -96,8 +96,8 @@ def test_an_answer_from_a_kept_cache_is_that_from_a_fresh_one(tiny: Model) -> No
     assert kept.turn.computed == fresh.turn.computed - in_cache
 
 
-def test_an_answer_that_is_looked_at_no_further(fake: Fake, fake_model: Model) -> None:
-    """close() does what Ctrl-C between two tokens does: what has come is the answer, and the next turn is right."""
+def test_an_answer_that_the_caller_closes(fake: Fake, fake_model: Model) -> None:
+    """close() acts like Ctrl-C between two tokens: the text so far is the answer."""
     fake.ends_in = 10**9
     conversation = Conversation(fake_model)
     with closing(conversation.answer("Why?")) as pieces:
@@ -113,15 +113,17 @@ def test_a_full_window_drops_the_oldest(fake: Fake, fake_model: Model, capsys: p
     for question in questions:
         chat.print_answer(conversation, question)
         dropped += conversation.turn.dropped
-        said = capsys.readouterr().err
-        assert ("is full; the" in said) == (conversation.turn.dropped > 0)
-        assert conversation.length() <= 201  # the <|eot_id|> of the last answer needs no place yet
+        err = capsys.readouterr().err
+        assert ("is full; the" in err) == (conversation.turn.dropped > 0)
+        assert conversation.length() <= 201  # the <|eot_id|> of the last answer needs no position yet
     assert dropped > 5
     assert [exchange.question for exchange in conversation.exchanges] == questions[dropped:]
     assert conversation.messages[0] == Message("system", "Be brief.")
 
 
-def test_a_window_that_fills_in_mid_answer(fake: Fake, fake_model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_window_that_fills_during_an_answer(
+    fake: Fake, fake_model: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
     conversation = Conversation(fake_model, context=100)
     ask(conversation, "First")
     fake.ends_in = 10**9
@@ -148,7 +150,7 @@ def test_a_question_that_fills_the_window(fake: Fake, fake_model: Model) -> None
     assert conversation.exchanges[:-1] == before
 
 
-def test_the_longest_answer(fake: Fake, fake_model: Model) -> None:
+def test_max_new_tokens_ends_an_answer(fake: Fake, fake_model: Model) -> None:
     fake.ends_in = 10**9
     conversation = Conversation(fake_model, max_new_tokens=5)
     ask(conversation)
@@ -165,7 +167,7 @@ def test_seeds(tiny: Model) -> None:
 
     once = two_answers(1)
     assert once == two_answers(1)
-    assert once[0] != once[1], "a question asked again is drawn anew"
+    assert once[0] != once[1], "a repeated question should be sampled with new random numbers"
     assert two_answers(2) != once
 
 

@@ -27,7 +27,7 @@ DIALOGS = {
 
 
 def messages(name: str) -> list[Message]:
-    return [Message(*said) for said in DIALOGS[name]]
+    return [Message(*pair) for pair in DIALOGS[name]]
 
 
 @pytest.mark.parametrize("name", DIALOGS)
@@ -48,7 +48,7 @@ def test_the_format_is_that_of_the_template(llama3: Tokenizer, hf_template: str,
 
 @pytest.mark.parametrize("name", [*DIALOGS, "special names"])
 def test_the_format_is_metas(llama3: Tokenizer, name: str) -> None:
-    """llama-models leaves the space around a content where it is, so it gets it without."""
+    """llama-models keeps space around the content, so it is stripped here first."""
     from llama_models.datatypes import RawMessage
     from llama_models.llama3.chat_format import ChatFormat
     from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
@@ -64,7 +64,7 @@ def test_a_base_model_is_known_by_its_embeddings(tiny: Model) -> None:
     assert is_base_model(tiny)
     assert not is_base_model(taught(tiny))
     zero = tiny.weights.tok_embeddings.clone()
-    zero[2048:] = 0  # as Llama 3 8B is said to be
+    zero[2048:] = 0  # as reported for Llama 3 8B
     assert is_base_model(tiny._replace(weights=tiny.weights._replace(tok_embeddings=zero)))
 
 
@@ -86,8 +86,8 @@ WRONG_FILES = {
 
 
 @pytest.mark.parametrize("case", WRONG_FILES)
-def test_a_file_that_is_no_dialog(fake: Fake, fake_model: Model, tmp_path: Path, case: str) -> None:
-    """It is not loaded, the conversation is as before; and it is not written over."""
+def test_a_file_that_is_not_a_dialog(fake: Fake, fake_model: Model, tmp_path: Path, case: str) -> None:
+    """It is neither loaded nor overwritten, and the conversation is unchanged."""
     content, message = WRONG_FILES[case]
     file = tmp_path / "file.json"
     if isinstance(content, bytes):
@@ -97,19 +97,19 @@ def test_a_file_that_is_no_dialog(fake: Fake, fake_model: Model, tmp_path: Path,
     before = file.read_bytes()
     conversation = Conversation(fake_model, system="Be brief.")
     ask(conversation)
-    said = conversation.messages
+    messages_before = conversation.messages
     for command in ("/load", "/save"):
         with pytest.raises(UserError) as caught:
             run_command(conversation, f"{command} {file}")
         assert str(caught.value).startswith(f"{file}: ")
         assert message in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
-    assert conversation.messages == said
+    assert conversation.messages == messages_before
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_files_that_cannot_be(fake_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_cannot_be_used(fake_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     conversation = Conversation(fake_model)
     for argument, message in (
@@ -122,14 +122,14 @@ def test_files_that_cannot_be(fake_model: Model, tmp_path: Path, monkeypatch: py
             run_command(conversation, f"/save {argument}")
         with pytest.raises(UserError, match=r"there is no such file|is not a file|cannot be read"):
             run_command(conversation, f"/load {argument}")
-    assert list(tmp_path.iterdir()) == [], "something half done is left"
+    assert list(tmp_path.iterdir()) == [], "an incomplete file is left"
 
 
-said = st.text(st.characters(exclude_categories=["Cs"]))
+content = st.text(st.characters(exclude_categories=["Cs"]))
 
 
-@given(st.none() | said, st.lists(st.tuples(said, said), max_size=4))
-def test_what_is_saved_can_be_loaded(
+@given(st.none() | content, st.lists(st.tuples(content, content), max_size=4))
+def test_a_saved_dialog_can_be_loaded(
     tmp_path_factory: pytest.TempPathFactory, system: str | None, turns: list[tuple[str, str]]
 ) -> None:
     file = tmp_path_factory.getbasetemp() / "saved.json"

@@ -1,4 +1,4 @@
-"""Small checkpoints for the tests of loading, and where their tensors are."""
+"""Small checkpoints for the tests of loading, and the files that their tensors are mapped from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def assert_same(ours: Weights, theirs: Weights) -> None:
 
 
 def file_of(tensor: Tensor) -> str | None:
-    """The file that the memory of a tensor belongs to, by /proc/self/maps."""
+    """Return the file that a tensor is mapped from, by /proc/self/maps."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         begin, end = (int(number, 16) for number in line.split()[0].split("-"))
         if begin <= tensor.data_ptr() < end:

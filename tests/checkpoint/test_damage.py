@@ -1,4 +1,4 @@
-"""Damaged bytes of every kind: an error that names the file, never other weights."""
+"""Damaged bytes of every kind: an error that names the file, never wrong weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.references import flat
 @pytest.mark.slow
 @pytest.mark.parametrize("older", [False, True])
 def test_no_byte_of_the_zip_directory_can_change_the_weights(tmp_path: Path, older: bool) -> None:
-    """Nor one of the records' headers or of the pickle. (Those of the weights themselves the download checks.)"""
+    """Nor a byte of the records' headers or of the pickle. (The download checks those of the weights themselves.)"""
     write_small(tmp_path)
     if older:
         rezip(as_before_torch_2_6)(tmp_path)
@@ -76,8 +76,8 @@ edits = st.lists(
 
 
 def damaged(content: bytes, changes: list[Edit], begin: int = 0, end: int | None = None) -> bytes:
-    """The content after edits somewhere in the part from `begin` to `end`."""
-    before, part, behind = content[:begin], content[begin:end], content[end:] if end is not None else b""
+    """Return the content after edits between `begin` and `end`."""
+    before, part, after = content[:begin], content[begin:end], content[end:] if end is not None else b""
     for kind, position, new in changes:
         at = position % (len(part) + 1)
         if kind == "flip":
@@ -92,12 +92,12 @@ def damaged(content: bytes, changes: list[Edit], begin: int = 0, end: int | None
             part = part[at : at + len(new)] + part[len(new) : at] + part[: len(new)] + part[at + len(new) :]
         else:
             part = part[:at]
-    return before + part + behind
+    return before + part + after
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The small model in each format, to be damaged and made whole again."""
+    """The small model in each format, to be damaged and restored."""
     folders = {}
     for start in (write_small, write_hf):
         folders[start.__name__] = folder = tmp_path_factory.mktemp("damaged")
@@ -106,7 +106,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def read_damaged(file: Path, content: bytes, read: Callable[[], Any]) -> None:
-    """Reads with this content in the file; whatever comes out but a UserError that names it is a failure."""
+    """Read with this content in the file; any exception but a UserError that names its folder is a failure."""
     whole = file.read_bytes()
     file.write_bytes(content)
     try:
@@ -120,7 +120,7 @@ def read_damaged(file: Path, content: bytes, read: Callable[[], Any]) -> None:
 
 
 def read_model(folder: Path) -> None:
-    """Loads it, and reads every weight."""
+    """Load a model and read every weight."""
     for tensor in flat(llama3_raw.load(folder, tokenizer=False).weights):
         tensor.sum()
 
@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint(models: dict[str, Path], changes: list[Edit], in_d
 @settings(max_examples=300)
 @given(changes=edits)
 def test_a_damaged_pickle(models: dict[str, Path], changes: list[Edit]) -> None:
-    """In a zip file that is whole, checksum included, so that the unpickler gets to see it."""
+    """In an intact zip file, checksum included, so that the unpickler reads it."""
     file = models["write_small"] / CHECKPOINT
     whole = file.read_bytes()
     rezip(lambda name, record: damaged(record, changes) if name == "data.pkl" else record)(file.parent)
@@ -163,7 +163,7 @@ def test_damaged_params(models: dict[str, Path], changes: list[Edit], name: str)
     read_damaged(file, damaged(file.read_bytes(), changes), lambda: read_model(file.parent))
 
 
-# well-formed JSON that makes no sense; for a params.json see tests/test_params.py
+# well-formed JSON without meaning; for params.json see tests/test_params.py
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2),

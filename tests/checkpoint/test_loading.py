@@ -1,4 +1,4 @@
-"""Loading: what is mapped and what is copied, in every format. (What is refused: test_refusals.py)"""
+"""Loading: what is mapped and what is copied, in every format. (Refused files: test_refusals.py)"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llama3_raw import Params, UserError, forward
 from llama3_raw.checkpoint import mapping
 from llama3_raw.checkpoint.loading import to_state_dict
 from llama3_raw.params import RopeScaling
-from llama3_raw.weights import tensor_places
+from llama3_raw.weights import tensor_specs
 from tests.checkpoint.files import SMALL, assert_same, file_of, write_meta
 from tests.paths import TINY
 from tests.references import dense, flat, hf_model, random_weights
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(TINY, tmp_path / "model"))
 
 
-def test_the_contract() -> None:
+def test_the_public_api() -> None:
     model = llama3_raw.load("weights/tiny" if Path("weights/tiny").exists() else TINY)
     assert model.tokenizer is not None
     ids = model.tokenizer.encode("Hello", bos=True)
@@ -49,7 +49,7 @@ def test_equal_to_torch_load() -> None:
         assert torch.equal(ours[name], expected)
 
 
-def test_tables_that_are_computed_here_are_left_alone(folder: Path) -> None:
+def test_computed_tables_in_a_file_are_ignored(folder: Path) -> None:
     file = folder / "consolidated.00.pth"
     torch.save(torch.load(file, weights_only=True) | {"rope.freqs": torch.empty(0)}, file)
     assert_same(llama3_raw.load(folder).weights, llama3_raw.load(TINY).weights)
@@ -66,7 +66,7 @@ def test_views_are_read_as_they_were_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc/self/maps")
-def test_tensors_are_windows_into_the_file(folder: Path) -> None:
+def test_tensors_are_mapped_from_the_file(folder: Path) -> None:
     model = llama3_raw.load(folder)
     for tensor in flat(model.weights):
         assert file_of(tensor) == str(folder / "consolidated.00.pth")
@@ -83,7 +83,7 @@ def test_a_write_never_reaches_the_file(folder: Path) -> None:
 
 
 def test_a_read_only_file_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For root, whom the file's mode does not hold back, it is looked at how the file is opened."""
+    """Root may write to a read-only file, so the test checks the mode in which the file is opened."""
     modes = []
 
     def spy(file: Any, mode: str = "r", *others: Any, **options: Any) -> Any:
@@ -101,14 +101,14 @@ def test_a_read_only_file_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert modes == ["rb"]
 
 
-@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="the size of the RAM is asked by os.sysconf")
+@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="the size of the RAM comes from os.sysconf")
 def test_a_file_larger_than_the_ram_maps(tmp_path: Path) -> None:
-    """A sparse file of one and a half times the RAM. (Without MAP_NORESERVE Linux by default refuses to map it.)"""
+    """A sparse file of 1.5 times the RAM. (Without MAP_NORESERVE, Linux by default refuses to map it.)"""
     ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     content = {"dim": 4096, "n_layers": 1, "n_heads": 32, "vocab_size": 1000, "norm_eps": 1e-5}
     content["n_layers"] = int(1.5 * ram / 400e6)
     params = Params.from_meta(content)
-    empty = {place.meta_name: torch.empty(place.shape, dtype=torch.bfloat16) for place in tensor_places(params)}
+    empty = {spec.meta_name: torch.empty(spec.shape, dtype=torch.bfloat16) for spec in tensor_specs(params)}
     with torch.serialization.skip_data():
         folder = write_meta(tmp_path / "huge", content, empty)
     del empty
@@ -157,15 +157,15 @@ def test_no_tokenizer(folder: Path) -> None:
 
 
 def test_shards_are_joined(tmp_path: Path) -> None:
-    """Split as Meta's two-way checkpoints are: by rows, but wo and w2 by columns, norms repeated."""
+    """Split as in Meta's checkpoints of two shards: by rows, wo and w2 by columns, norms repeated."""
     params = Params.from_meta(SMALL)
     weights = random_weights(params, torch.bfloat16, seed=5)
     shards: list[dict[str, Tensor]] = [{}, {}]
     for name, tensor in to_state_dict(params, weights).items():
         dimension = 1 if ".wo." in name or ".w2." in name else 0
-        parts = [tensor, tensor] if tensor.dim() == 1 else list(tensor.chunk(2, dimension))
-        for shard, part in zip(shards, parts, strict=True):
-            shard[name] = part.clone()
+        slices = [tensor, tensor] if tensor.dim() == 1 else list(tensor.chunk(2, dimension))
+        for shard, piece in zip(shards, slices, strict=True):
+            shard[name] = piece.clone()
     folder = write_meta(tmp_path / "m", SMALL, shards[0])
     torch.save(shards[1], folder / "consolidated.01.pth")
     assert_same(llama3_raw.load(folder).weights, weights)
@@ -182,7 +182,7 @@ HF_CASES = {
 @pytest.mark.parametrize("fields", ["new rope fields", "old rope fields"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("case", HF_CASES)
-def test_a_folder_that_hf_saved(tmp_path: Path, case: str, tied: bool, fields: str) -> None:
+def test_a_folder_saved_by_hf(tmp_path: Path, case: str, tied: bool, fields: str) -> None:
     changes, save_options = HF_CASES[case]
     params = replace(Params.from_meta(SMALL), **changes)  # type: ignore[arg-type]
     theirs = hf_model(params, random_weights(params, torch.float32, seed=6, tied=tied))

@@ -1,4 +1,4 @@
-"""Files that are refused, each case a row of a table."""
+"""Refused files: one table row for each case."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ THE_CHECKPOINT = {
     ),
     "a bit of the end of the zip directory": Case((CHECKPOINT, "damaged", AGAIN), flip(CHECKPOINT, b"PK\6\6", 48)),
     "a bit of the pickle": Case((CHECKPOINT, "the checksum of", AGAIN), flip(CHECKPOINT, b"norm.weight", 3)),
-    "two records that changed places": Case(
+    "two swapped records": Case(
         (CHECKPOINT, "the zip directory is wrong about", AGAIN), swap_records, start=write_small
     ),
     "a pickle of protocol 0": Case(
@@ -101,25 +101,25 @@ THE_CHECKPOINT = {
         (CHECKPOINT, f"{WQ} is [5, 192], should be [192, 192]", ONE_MODEL), save(lambda t: t | {WQ: t[WQ][:5]})
     ),
     "a wrong dtype": Case(
-        (CHECKPOINT, f"{WQ} is torch.float32, should be torch.bfloat16", "--dtype makes them all one"),
+        (CHECKPOINT, f"{WQ} is torch.float32, should be torch.bfloat16", "--dtype converts them all"),
         save(lambda t: t | {WQ: t[WQ].float()}),
     ),
     "fp64 throughout": Case(
-        (CHECKPOINT, "is torch.float64; only bfloat16, float16 and float32 are read"),
+        (CHECKPOINT, "is torch.float64; only bfloat16, float16 and float32 are supported"),
         save(lambda t: {name: tensor.double() for name, tensor in t.items()}),
     ),
     "integers": Case(
-        (CHECKPOINT, f"{WQ} is torch.int32; only", "take the original"), save(lambda t: t | {WQ: t[WQ].int()})
+        (CHECKPOINT, f"{WQ} is torch.int32; only", "use the original"), save(lambda t: t | {WQ: t[WQ].int()})
     ),
     "safetensors: empty": Case((SHARD, "the file is empty", AGAIN), write(SHARD, b""), start=write_hf),
     "safetensors: cut by 1 byte": Case(
         (SHARD, "damaged or cut short", AGAIN), cut(SHARD, lambda length: length - 1), start=write_hf
     ),
-    "an HTML page behind a byte order mark": Case(
+    "an HTML page after a byte order mark": Case(
         (CHECKPOINT, "this is an HTML page", "download the file itself"),
         write(CHECKPOINT, b"\xef\xbb\xbf\n<!-- --><html>"),
     ),
-    "a download that is not complete": Case(
+    "an incomplete download": Case(
         (f"{CHECKPOINT}.part: the download is not complete", "llama3_raw.download again"),
         lambda folder: (folder / CHECKPOINT).rename(folder / f"{CHECKPOINT}.part"),
     ),
@@ -134,7 +134,7 @@ THE_CHECKPOINT = {
         (SHARD, "damaged", AGAIN), header(lambda h: h[HF_NORM].update(shape=[17])), start=write_hf
     ),
     "safetensors: 8-bit values": Case(
-        (SHARD, f"{HF_NORM} is [32] F8_E4M3; only", "take the original"),
+        (SHARD, f"{HF_NORM} is [32] F8_E4M3; only", "use the original"),
         header(lambda h: h[HF_NORM].update(shape=[32], dtype="F8_E4M3")),
         start=write_hf,
     ),
@@ -150,7 +150,7 @@ THE_CHECKPOINT = {
         lambda folder: shutil.copy(folder / SHARD, folder / SHARD.replace("1-of", "2-of")),
         start=write_hf,
     ),
-    "safetensors: no output matrix where config.json wants one": Case(
+    "safetensors: no output matrix, which config.json requires": Case(
         ("model: tensor lm_head.weight is missing, and config.json does not tie it", "download the rest"),
         drop_output,
         start=write_hf,
@@ -159,7 +159,7 @@ THE_CHECKPOINT = {
         (INDEX, f"names {SHARD}, which is no", "download it"), remove(SHARD), start=write_hf
     ),
     "index: a file outside the folder": Case(
-        (INDEX, "names ../model.safetensors, which is no *.safetensors in its folder"),
+        (INDEX, "names ../model.safetensors, which is no *.safetensors in this folder"),
         write(INDEX, '{"weight_map": {"a": "../model.safetensors"}}'),
         start=write_hf,
     ),
@@ -231,7 +231,7 @@ PARAMS_AND_TOKENIZER = {
     ),
     "params: a text of a megabyte": Case(("params.json", "dim should be a positive int"), params(dim="x" * 1_000_000)),
     "params: a file of 4 GB": Case(
-        ("params.json", "has 4,000 MB, where a few should do"), cut("params.json", lambda length: 4_000_000_000)
+        ("params.json", "has 4,000 MB, more than such a file has"), cut("params.json", lambda length: 4_000_000_000)
     ),
     "params: an absurd width": Case((CHECKPOINT, "should be [2304, 1073741820]", ONE_MODEL), params(dim=1073741820)),
     "params: an absurd feed-forward": Case(
@@ -240,10 +240,10 @@ PARAMS_AND_TOKENIZER = {
     "params: an absurd vocabulary": Case(
         (CHECKPOINT, "should be [2147483647, 192]", ONE_MODEL), params(vocab_size=2**31 - 1)
     ),
-    "params: more than absurd": Case(
+    "params: a vocabulary beyond 32 bits": Case(
         ("params.json", "vocab_size should be a positive integer"), params(vocab_size=2**40)
     ),
-    "params: absurdly many layers": Case(("params.json", "1073741824 layers cannot be"), params(n_layers=2**30)),
+    "params: absurdly many layers": Case(("params.json", "1073741824 layers are impossible"), params(n_layers=2**30)),
     "params: many layers": Case((CHECKPOINT, "layers.4.attention_norm.weight is missing"), params(n_layers=9_999)),
     "params: an absurd context": Case(
         ("needed on cpu", "a cache for 2147483647 tokens", "what fits: --context"),
@@ -251,14 +251,14 @@ PARAMS_AND_TOKENIZER = {
         ("Once upon a time", "--max-new-tokens", str(10**12)),
     ),
     "tokenizer: missing": Case(("there is no tokenizer.model", "give --tokenizer FILE"), remove("tokenizer.model")),
-    "tokenizer: missing where --tokenizer says": Case(
+    "tokenizer: missing file of --tokenizer": Case(
         ("none.model", "cannot be read", "check its name"), arguments=("x", "--tokenizer", "none.model")
     ),
     "tokenizer: empty": Case(("tokenizer.model", "the file is empty", AGAIN), write("tokenizer.model", b"")),
     "tokenizer: an HTML page": Case(("tokenizer.model", "this is an HTML page"), write("tokenizer.model", HTML)),
     "tokenizer: a git-lfs pointer": Case(("tokenizer.model", "git lfs pull"), write("tokenizer.model", LFS)),
     "tokenizer: of Hugging Face": Case(
-        ("tokenizer.model", "a JSON file; take the repository's original/tokenizer.model"),
+        ("tokenizer.model", "a JSON file; use the repository's original/tokenizer.model"),
         write("tokenizer.model", "{}"),
     ),
     "tokenizer: of Llama 2": Case(
@@ -269,7 +269,7 @@ PARAMS_AND_TOKENIZER = {
         ("tokenizer.model", "has 512 tokens, but the model has 2304", "--tokenizer"),
         write("tokenizer.model", b"\n".join(BYTES)),
     ),
-    "tokenizer: vocab_size that is not that of the embedding": Case(
+    "tokenizer: another vocab_size than the embeddings": Case(
         (CHECKPOINT, "tok_embeddings.weight is [2304, 192], should be [512, 192] by the params", ONE_MODEL),
         lambda folder: (write("tokenizer.model", b"\n".join(BYTES))(folder), params(vocab_size=512)(folder)),
     ),
@@ -280,7 +280,7 @@ PARAMS_AND_TOKENIZER = {
         ("tokenizer.model: line 10: the rank is 10, should be 9", AGAIN), ranks(lambda lines: lines.pop(9))
     ),
     "tokenizer: a token twice": Case(
-        ("tokenizer.model: line 2049: the token b'A' was there before", AGAIN),
+        ("tokenizer.model: line 2049: the token b'A' is a duplicate", AGAIN),
         ranks(lambda lines: lines.append(b"QQ== 2048")),
     ),
     "tokenizer: a missing byte": Case(
@@ -294,7 +294,7 @@ PARAMS_AND_TOKENIZER = {
         ("tokenizer.model: line 10: should be base64 and a rank", AGAIN),
         ranks(lambda lines: lines.__setitem__(9, b"CQ==")),
     ),
-    "tokenizer: a rank that is no number": Case(
+    "tokenizer: a rank that is not a number": Case(
         ("tokenizer.model: line 10: should be base64 and a rank", AGAIN),
         ranks(lambda lines: lines.__setitem__(9, b"CQ== nine")),
     ),
@@ -302,7 +302,7 @@ PARAMS_AND_TOKENIZER = {
         ("tokenizer.model: line 1: should be base64", AGAIN), write("tokenizer.model", bytes(range(256)))
     ),
     "tokenizer: a file of 4 GB": Case(
-        ("tokenizer.model", "has 4,000 MB, where a few should do"),
+        ("tokenizer.model", "has 4,000 MB, more than such a file has"),
         cut("tokenizer.model", lambda length: 4_000_000_000),
     ),
 }
@@ -326,7 +326,7 @@ def test_params_and_tokenizers_are_refused(
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address space is limited by Linux's RLIMIT_AS")
-def test_a_limit_on_memory_that_the_files_exceed(tmp_path: Path) -> None:
+def test_files_above_the_memory_limit(tmp_path: Path) -> None:
     write_small(tmp_path)
     os.truncate(tmp_path / CHECKPOINT, 8_000_000_000)
     with limited_memory(), pytest.raises(UserError, match=r"consolidated\.00\.pth: cannot be mapped .* ulimit -v"):
@@ -334,22 +334,22 @@ def test_a_limit_on_memory_that_the_files_exceed(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_instead_of_a_file_does_not_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy_tiny(tmp_path)
     (tmp_path / CHECKPOINT).unlink()
     os.mkfifo(tmp_path / CHECKPOINT)
     assert main(["x", "--weights", str(tmp_path)]) == 2
-    assert f"{CHECKPOINT}: is not a file; put the model's file in its place" in capsys.readouterr().err
+    assert f"{CHECKPOINT}: is not a file; replace it with the model's file" in capsys.readouterr().err
 
 
-def test_another_file_of_a_similar_name_is_no_shard(tmp_path: Path) -> None:
+def test_a_file_with_a_similar_name_is_no_shard(tmp_path: Path) -> None:
     copy_tiny(tmp_path)
     shutil.copy(tmp_path / CHECKPOINT, tmp_path / "consolidated.00.bak.pth")
     llama3_raw.load(tmp_path)
 
 
 def test_the_code_in_the_pickle_would_have_run(tmp_path: Path) -> None:
-    """What the table's row refuses does its work where it is not refused."""
+    """The code that is refused in the table above runs when it is not refused."""
     save_code(tmp_path)
     with pytest.raises(UserError, match="mkdir, which could run code"):
         map_checkpoint(tmp_path / CHECKPOINT)

@@ -1,10 +1,11 @@
-"""Options and machines that will not do, each case a row of a table; streams that are closed."""
+"""Wrong options and unsuitable machines, one row of a table each; closed streams."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from llama3_raw import perplexity
 from llama3_raw.bench import __main__ as bench
 from llama3_raw.chat import __main__ as chat
 from llama3_raw.cli.entry_point import command_line_tool
+from llama3_raw.system.processes import PeerLost
 from tests.damage import CHECKPOINT, copy_tiny, cut, write, write_int8
 from tests.paths import TINY
 from tests.refusals import Case, check_refused
 
 USE = {
-    "no prompt": Case(("give a prompt", "or - to read it from stdin"), arguments=()),
+    "no prompt": Case(("give a prompt", "or - to read it from stdin"), arguments=("--top", "2")),
     "empty prompt": Case(("the prompt is empty", "give at least one character"), arguments=("",)),
     "empty stdin": Case(("the prompt is empty", "give at least one character"), arguments=("-",), stdin=b"\n"),
     "prompt longer than the context": Case(
@@ -46,17 +48,17 @@ USE = {
     "top-k": Case(("--top-k should be",), arguments=("x", "--top-k", "-1")),
     "top-k that is no number": Case(("--top-k", "--help"), arguments=("x", "--top-k", "many")),
     "unwritable folder: below a file": Case(
-        ("params.json/new: cannot be made: Not a directory", "name a folder you may write to"),
+        ("params.json/new: cannot be created: Not a directory", "name a folder that you can write to"),
         arguments=("--make-synthetic", "1b", "{folder}/params.json/new"),
         tool=bench.main,
     ),
     "unwritable folder: a file": Case(
-        ("params.json: cannot be made: File exists", "name a folder you may write to"),
+        ("params.json: cannot be created: File exists", "name a folder that you can write to"),
         arguments=("--make-synthetic", "1b", "{folder}/params.json"),
         tool=bench.main,
     ),
     "folder that holds a model": Case(
-        ("consolidated.00.pth: is there already", "name another folder, or remove it first"),
+        ("consolidated.00.pth: already exists", "name another folder, or remove it first"),
         arguments=("--make-synthetic", "1b", "{folder}"),
         tool=bench.main,
     ),
@@ -95,7 +97,7 @@ USE = {
     "--stats": Case(("--stats", "json"), arguments=("x", "--stats=loud")),
     "--stop that is empty": Case(("--stop should not be empty",), arguments=("x", "--stop", "")),
     "--stop that looks like an option": Case(
-        ("--stop", "a value that begins with - goes behind a ="), arguments=("x", "--stop", "---")
+        ("--stop", "write --option=VALUE for a value that begins with -"), arguments=("x", "--stop", "---")
     ),
     "--ids: words": Case(("--ids: 'one' is not a token id", "give numbers"), arguments=("one two", "--ids")),
     "--ids: outside the vocabulary": Case(
@@ -150,7 +152,7 @@ USE = {
     ),
     "--quantize": Case(("--quantize", "int8"), arguments=("x", "--quantize", "int3")),
     "--quantize: with --max-ram": Case(
-        ("--max-ram leaves the weights in their file", "by --save-quantized"),
+        ("--max-ram leaves the weights in their file", "with --save-quantized"),
         arguments=("x", "--quantize", "int8", "--max-ram", "9GB"),
     ),
     "--quantize: in int8 already": Case(
@@ -160,7 +162,7 @@ USE = {
     ),
     "--save-quantized: nothing": Case(("--save-quantized: should not be empty",), arguments=("--save-quantized", "")),
     "--save-quantized: the model's own folder": Case(
-        ("model: is there already, and is not empty", "name another folder"), arguments=("--save-quantized", "{folder}")
+        ("model: already exists and is not empty", "name another folder"), arguments=("--save-quantized", "{folder}")
     ),
     "--save-quantized: below a file": Case(
         ("params.json/new: cannot be written: ", "name another folder"),
@@ -211,19 +213,25 @@ MACHINE = {
         tool=chat.main,
     ),
     "too little RAM for the logits of a text to score": Case(
-        (CHECKPOINT, "a cache for 512 tokens 0.5 MB, to work in 27.1 MB", "15.0 MB are free; what fits: --context 238"),
+        (
+            CHECKPOINT,
+            "a cache for 512 tokens 0.5 MB, activations 27.1 MB",
+            "15.0 MB are free; what fits: --context 238",
+        ),
         arguments=("-",),
         stdin=b"Once upon a time " * 200,
         free={"RAM": 15_000_000},
         tool=perplexity.main,
     ),
-    "too little RAM for anything": Case((CHECKPOINT, "nothing of it fits, take a smaller model"), free={"RAM": 1_000}),
+    "too little RAM for anything": Case(
+        (CHECKPOINT, "no option makes it fit, choose a smaller model"), free={"RAM": 1_000}
+    ),
 }
 
 
 @pytest.mark.parametrize("name", USE)
 @pytest.mark.usefixtures("_no_gpu")
-def test_use_is_refused(
+def test_a_wrong_use_is_refused(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_refused(USE[name], tmp_path, capfd, monkeypatch)
@@ -231,7 +239,7 @@ def test_use_is_refused(
 
 @pytest.mark.parametrize("name", MACHINE)
 @pytest.mark.usefixtures("_no_gpu")
-def test_what_the_machine_lacks_is_told(
+def test_missing_hardware_is_reported(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_refused(MACHINE[name], tmp_path, capfd, monkeypatch)
@@ -249,8 +257,8 @@ def command(*arguments: str) -> list[str]:
         (["x", "--weights", "{folder}"], b"", "consolidated.00.pth: damaged or cut short"),
     ],
 )
-def test_a_process_says_the_same(tmp_path: Path, arguments: list[str], stdin: bytes, says: str) -> None:
-    """What Python and torch print by themselves is in the count here."""
+def test_a_process_reports_the_same(tmp_path: Path, arguments: list[str], stdin: bytes, says: str) -> None:
+    """Here the lines that Python and torch print count too."""
     copy_tiny(tmp_path)
     cut(CHECKPOINT, lambda length: length // 2)(tmp_path)
     arguments = [argument.format(folder=tmp_path) for argument in arguments]
@@ -261,8 +269,8 @@ def test_a_process_says_the_same(tmp_path: Path, arguments: list[str], stdin: by
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
-def test_memory_that_runs_out_on_the_way(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
-    """When other programs take it after the check, say."""
+def test_running_out_of_memory_is_one_line(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
+    """For example, if other programs take it after the check."""
 
     @command_line_tool
     def tool(arguments: Sequence[str]) -> int:
@@ -275,6 +283,22 @@ def test_memory_that_runs_out_on_the_way(kind: type[Exception], capsys: pytest.C
         tool(["--debug"])
 
 
+def test_a_failed_exchange_between_processes_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as an error of NCCL, where no other process has one to report."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    @command_line_tool
+    def tool(arguments: Sequence[str]) -> int:
+        raise PeerLost("NCCL error: unhandled system error")
+
+    assert tool([]) == 1
+    assert capsys.readouterr().err.endswith("with other processes failed: NCCL error: unhandled system error\n")
+    with pytest.raises(PeerLost):
+        tool(["--debug"])
+
+
 @pytest.mark.slow
 def test_debug_shows_the_traceback() -> None:
     done = subprocess.run(command("x", "--top-p", "7", "--debug"), capture_output=True, text=True, timeout=120)
@@ -283,7 +307,7 @@ def test_debug_shows_the_traceback() -> None:
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_away_ends_it_quietly() -> None:
+def test_a_closed_pipe_ends_it_silently() -> None:
     long = command("Once upon a time", "--max-new-tokens", "400")
     with subprocess.Popen(long, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -304,11 +328,11 @@ def test_a_reader_that_goes_away_ends_it_quietly() -> None:
     [
         ("2>&-", "Once upon a time", 0, ""),
         (">&-", "Once upon a time", 0, "llama3_raw: stopped after 3 new tokens"),
-        ("<&-", "-", 2, "llama3_raw: error: stdin is closed; give it a file by < FILE"),
+        ("<&-", "-", 2, "llama3_raw: error: stdin is closed; redirect a file to it with < FILE"),
         (">/dev/full", "Once upon a time", 2, "llama3_raw: error: output: No space left on device"),
     ],
 )
-def test_streams_that_are_closed_or_full(redirection: str, prompt: str, status: int, says: str) -> None:
+def test_closed_or_full_streams(redirection: str, prompt: str, status: int, says: str) -> None:
     if "/dev/full" in redirection and not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full here")
     shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", *command(prompt, "--max-new-tokens", "3")]

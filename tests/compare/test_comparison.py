@@ -1,4 +1,4 @@
-"""Compare finds planted bugs where they are, and nothing where there is none."""
+"""`compare` finds planted bugs at the right tensor, and nothing if there are none."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models as small as these run no faster on two, and where others keep the machine busy, four times slower."""
+    """Models this small are not faster on two threads, and four times slower if the machine is busy."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as context:
-        context.setenv("OMP_NUM_THREADS", "1")  # which the tool leaves alone
+        context.setenv("OMP_NUM_THREADS", "1")  # so that the command keeps one thread
         torch.set_num_threads(1)
         yield
     torch.set_num_threads(threads)
@@ -57,14 +57,14 @@ def in_dtype(model: Model, dtype: torch.dtype) -> Model:
 
 
 def with_layer(model: Model, number: int, change: Callable[[LayerWeights], LayerWeights]) -> Model:
-    """The model with one layer's weights changed."""
+    """Return the model with the weights of one layer changed."""
     layers = list(model.weights.layers)
     layers[number] = change(layers[number])
     return model._replace(weights=model.weights._replace(layers=tuple(layers)))
 
 
 def half_split_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As in Hugging Face's code, which wants the rows of wq and wk in another order."""
+    """RoPE as in Hugging Face's code, which needs the rows of wq and wk in another order."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 
@@ -85,7 +85,7 @@ def attend_with_bugs(
     softmax_in: torch.dtype = torch.float32,
     share: Callable[[Tensor, int], Tensor] = lambda x, times: x.repeat_interleave(times, dim=-2),
 ) -> Tensor:
-    """model.attend, unless it is told otherwise."""
+    """model.attend, unless an argument adds a bug."""
     times = q.shape[-2] // keys.shape[-2]
     q, keys, values = q.transpose(-3, -2), share(keys, times).transpose(-3, -2), share(values, times).transpose(-3, -2)
     scores = q @ keys.transpose(-2, -1) / math.sqrt(q.shape[-1])
@@ -118,16 +118,16 @@ def in_weights(number: int, field: str) -> Bug:
     )
 
 
-BUGS: dict[str, tuple[Bug, str, str]] = {  # a buggy run, the tensor that it spoils first, and what makes that
+BUGS: dict[str, tuple[Bug, str, str]] = {  # a buggy run, the first wrong tensor, and what computes it
     "half-split rope": (in_model("rope", half_split_rope), "layers.0.attention.q_rope", "rope"),
     "mask off by one": (in_attend(sees_ahead=1), "layers.0.attention.scores", "attend"),
     "softmax in bf16": (in_attend(softmax_in=torch.bfloat16), "layers.0.attention.probs", "softmax"),
-    "kv heads in turn": (
+    "kv heads interleaved": (
         in_attend(share=lambda x, times: x.repeat(1, times, 1)),
         "layers.0.attention.scores",
         "attend",
     ),
-    "silu of the other": (
+    "silu of up": (
         in_model("feed_forward", feed_forward_with_silu_of_up),
         "layers.0.feed_forward.hidden",
         "feed_forward",
@@ -138,8 +138,8 @@ BUGS: dict[str, tuple[Bug, str, str]] = {  # a buggy run, the tensor that it spo
 VISIBLE_IN_BF16 = [name for name in BUGS if name != "softmax in bf16"]
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
-    """The JSON that the tool printed, and the verdict before it."""
+def printed(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
+    """Return the JSON that the command printed, and the verdict before it."""
     *lines, figures = capsys.readouterr().out.splitlines()
     begin = next(i for i, line in enumerate(lines) if line.startswith("They "))
     return json.loads(figures), "\n".join(lines[begin:])
@@ -150,7 +150,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
     ("bug", "dtype"),
     [*((bug, torch.float32) for bug in BUGS), *((bug, torch.bfloat16) for bug in VISIBLE_IN_BF16)],
 )
-def test_a_planted_bug_is_found_where_it_is(
+def test_a_planted_bug_is_found_at_its_tensor(
     bug: str,
     dtype: torch.dtype,
     tiny: Model,
@@ -163,17 +163,17 @@ def test_a_planted_bug_is_found_where_it_is(
     file = tmp_path / "port.safetensors"
     run(in_dtype(tiny, dtype), ids, monkeypatch).save(file)
     assert main([*OWN_WEIGHTS, "--dtype", str(dtype).removeprefix("torch."), "--with", str(file), PROMPT]) == 1
-    figures, verdict = told(capsys)
+    figures, verdict = printed(capsys)
     assert figures["first"] == name
-    assert verdict.startswith(f"They part ways first at {name} (in model.py, ")
+    assert verdict.startswith(f"They diverge first at {name} (in model.py, ")
     assert made_by in figures["made_by"]
-    # nothing that merely comes after it is blamed: a bug in one layer is one place, one in the code is one of each
+    # later tensors are not blamed: a bug in one layer gives one step, a bug in the code one step per layer
     others = {".".join(place.split(".")[2:]) for place in figures["parted"]}
     if bug.endswith("transposed"):
         assert figures["parted"] == [name]
     elif bug == "half-split rope":
         assert others == {"attention.q_rope", "attention.k_rope"}
-    elif bug == "kv heads in turn":
+    elif bug == "kv heads interleaved":
         assert others == {"attention.scores", "attention.heads"}
     else:
         assert figures["parted"] == [name.replace(".0.", f".{i}.") for i in range(4)]
@@ -203,12 +203,12 @@ def test_a_wrong_number_in_the_params_is_found(
         (folder / "params.json").write_text(json.dumps({**params, **changes}))
         folders.append(str(folder))
     assert main(["--weights", folders[0], "--with", folders[1], "--dtype", "float32", PROMPT]) == 1
-    figures, verdict = told(capsys)
+    figures, verdict = printed(capsys)
     assert figures["first"] == name
-    assert f"{folders[1]}" not in verdict  # what differs is ours to say, not where it lies
+    assert f"{folders[1]}" not in verdict  # the verdict names the tensor, not the folder
 
 
-def test_numbers_that_16_bits_may_hide_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_params_whose_effect_16_bits_may_hide_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file in ("consolidated.00.pth", "tokenizer.model"):
         (tmp_path / file).symlink_to(TINY / file)
     params = json.loads((TINY / "params.json").read_text())
@@ -223,8 +223,8 @@ def test_bugs_of_two_kinds_are_both_named(tiny: Model, ids: list[int], monkeypat
     fp32 = in_dtype(tiny, torch.float32)
     transposed = with_layer(fp32, 2, lambda layer: layer._replace(wq=layer.wq.T.contiguous()))
     other = in_attend(sees_ahead=1)(transposed, ids, monkeypatch)
-    parted = [step.name for step in compare(fp32, ids, other).parted]
-    assert parted == [
+    diverged = [step.name for step in compare(fp32, ids, other).diverged]
+    assert diverged == [
         *(f"layers.{i}.attention.scores" for i in range(2)),
         "layers.2.attention.q",
         *(f"layers.{i}.attention.scores" for i in range(2, 4)),
@@ -236,18 +236,18 @@ def test_bugs_of_two_kinds_are_both_named(tiny: Model, ids: list[int], monkeypat
 def test_a_bug_of_a_trained_model_is_found(bug: str, stories15m: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [1, 403, 407, 261, 378]
     run, name, _ = BUGS[bug]
-    assert compare(stories15m, ids, run(stories15m, ids, monkeypatch)).parted[0].name == name
+    assert compare(stories15m, ids, run(stories15m, ids, monkeypatch)).diverged[0].name == name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("other", ["hf", "meta"])
-def test_the_implementations_of_others_agree(other: str, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_implementations_agree(other: str, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*OWN_WEIGHTS, "--dtype", dtype, "--with", other, PROMPT]) == 0
-    figures, verdict = told(capsys)
+    figures, verdict = printed(capsys)
     assert figures["tensors"] == 71
     assert figures["missing"] == figures["unknown"] == 0
     if other == "meta":
-        assert verdict == "They are the same: all 71 tensors, value by value."
+        assert verdict == "They are equal: all 71 tensors, value by value."
     else:
         assert 0 < figures["worst_relative"] < (1e-5 if dtype == "float32" else 0.1)
         assert verdict.startswith("They agree")
@@ -268,10 +268,10 @@ def test_a_trained_model_agrees_with_others_in_every_tensor(smollm2: Model) -> N
 
 
 @pytest.mark.parametrize("other", ["fast", "float32", "float16", "int8"])
-def test_rounding_is_no_parting(other: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of the weights to another dtype too: each step by itself, and all together, do what rounding does."""
+def test_rounding_is_no_divergence(other: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the weights to another dtype too, for each step alone and end to end."""
     assert main([*OWN_WEIGHTS, "--with", other, PROMPT]) == 0
-    figures, _ = told(capsys)
+    figures, _ = printed(capsys)
     assert 0 < figures["worst_relative"] < 0.2
     assert figures["missing"] == (8 if other == "fast" else 0)  # scores and probs, which are fused
 
@@ -293,17 +293,17 @@ def test_the_usual_layouts_of_ports_are_understood(tiny: Model, ids: list[int]) 
     found = compare(fp32, ids, port)
     assert found.agree
     assert found.worst.whole.relative == 0
-    # heads before positions are another layout, and q_rope is where ours could not go on with theirs
+    # heads before positions is another layout, so our pass cannot continue with q_rope
     port["layers.1.attention.q_rope"] = port["layers.1.attention.q_rope"].transpose(1, 2)
     found = compare(fp32, ids, port)
-    assert [step.name for step in found.parted] == ["layers.1.attention.q_rope"]
+    assert [step.name for step in found.diverged] == ["layers.1.attention.q_rope"]
     assert "its shape is [1, 6, 14, 32], not [14, 6, 32]" in found.verdict()
 
 
 def test_arrays_are_understood(tiny: Model, ids: list[int]) -> None:
     fp32 = in_dtype(tiny, torch.float32)
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in trace(fp32, ids).items()}
-    assert compare(fp32, ids, arrays).verdict().startswith("They are the same: all 71")
+    assert compare(fp32, ids, arrays).verdict().startswith("They are equal: all 71")
 
 
 @pytest.mark.parametrize(
@@ -318,31 +318,31 @@ def test_arrays_are_understood(tiny: Model, ids: list[int]) -> None:
         ({"other": {"norm": "zero"}}, "norm to compare with is str"),
     ],
 )
-def test_what_python_may_get_wrong(tiny: Model, ids: list[int], change: dict[str, Any], complaint: str) -> None:
+def test_wrong_arguments_are_refused(tiny: Model, ids: list[int], change: dict[str, Any], complaint: str) -> None:
     arguments = {"ids": ids, "other": {"norm": torch.zeros(14, 192)}, **change}
     with pytest.raises(UserError, match=complaint):
         compare(tiny, **arguments)
 
 
-def test_what_is_no_matter_of_a_layer_is_said_so(tiny: Model, ids: list[int]) -> None:
+def test_other_tokens_and_layouts_are_named(tiny: Model, ids: list[int]) -> None:
     whole = trace(tiny, ids)
     assert "Look at: the tokens, of which one run has more (BOS?)." in compare(tiny, ids[1:], whole).verdict()
     without = {**whole, "norm": torch.zeros_like(whole["norm"])}
     assert "it has rows that are all zeros in the other run" in compare(tiny, ids, without).verdict()
 
 
-def test_few_tensors_narrow_it_down(tiny: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_few_tensors_narrow_it_down(tiny: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     fp32 = in_dtype(tiny, torch.float32)
     whole = in_weights(2, "wq")(fp32, ids, monkeypatch)
     few = {name: whole[name] for name in whole if name.endswith(".residual") and ".attention" not in name}
     found = compare(fp32, ids, {**few, "layers.0.atention.q": whole["layers.0.attention.q"]})
-    assert [step.name for step in found.parted] == ["layers.2.residual"]
+    assert [step.name for step in found.diverged] == ["layers.2.residual"]
     text = found.verdict("my port")
-    assert "from layers.2.attention_norm … layers.2.feed_forward.out, which my port does not have" in text
+    assert "also be layers.2.attention_norm … layers.2.feed_forward.out, which my port does not have" in text
     assert found.unknown == ("layers.0.atention.q",)
     assert found.logits is None
     only_logits = compare(fp32, ids, {"logits": whole["logits"]}, rounding=torch.float32)
-    assert "from tok_embeddings … norm, which" in only_logits.verdict()
+    assert "also be tok_embeddings … norm, which" in only_logits.verdict()
     healthy = trace(fp32, ids)
     assert compare(fp32, ids, {name: healthy[name] for name in few}).agree
 
@@ -354,23 +354,23 @@ def test_tensors_saved_in_another_dtype_than_computed_in(tiny: Model, ids: list[
     assert compare(fp32, ids, in_bf16, rounding=torch.bfloat16).agree
 
 
-def test_what_drifts_apart_without_a_bug(tiny: Model, ids: list[int]) -> None:
+def test_runs_that_drift_apart_without_a_bug(tiny: Model, ids: list[int]) -> None:
     """Small errors in the same direction, each below what rounding explains."""
     drifting = trace(tiny, ids, tap=lambda name, x: x * 1.008 if "norm" in name else x)
     found = compare(in_dtype(tiny, torch.float32), ids, drifting, tolerance=0.01)
     assert not found.agree
     assert found.first_beyond_tolerance == next(step for step in found.steps if step.whole.relative > 0.01)
     assert f"beyond the tolerance of 0.01 is {found.first_beyond_tolerance.name}, " in found.verdict()
-    unexplained = tuple(step._replace(rounding_in_all=1e-9) for step in found.steps)
+    unexplained = tuple(step._replace(rounding_end_to_end=1e-9) for step in found.steps)
     assert found._replace(tolerance=None, steps=unexplained).verdict().startswith("They drift apart")
 
 
 def test_the_tolerance_decides_the_exit_status(tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*IN_FP32, "--with", "bfloat16", PROMPT]
     assert main([*arguments, "--tolerance", "0.2"]) == 0
-    assert told(capsys)[1].startswith("They agree")
+    assert printed(capsys)[1].startswith("They agree")
     assert main([*arguments, "--tolerance", "0.001"]) == 1
-    figures, verdict = told(capsys)
+    figures, verdict = printed(capsys)
     assert figures["tolerance"] == 0.001
     assert verdict.startswith("They differ by up to ")
     # what comes before it is equal
@@ -378,7 +378,7 @@ def test_the_tolerance_decides_the_exit_status(tmp_path: Path, tiny: Model, caps
     assert figures["first"] is None
 
 
-def test_the_length_of_a_row_is_the_measure() -> None:
+def test_a_difference_is_relative_to_the_norm_of_its_row() -> None:
     b = torch.tensor([[3.0, 4.0], [3.0, 4.0], [300.0, 400.0], [0.001, 0.0]])
     a = b + torch.tensor([[0.0, 0.0], [0.0, 0.5], [0.0, 1.0], [0.1, 0.0]])
     # the row of 500 does not hide the others, and the last is no larger in error than the others are in size
@@ -388,15 +388,15 @@ def test_the_length_of_a_row_is_the_measure() -> None:
     assert difference(b, torch.zeros_like(b)).relative == math.inf
     assert difference(torch.zeros(2, 2), torch.zeros(2, 2)) == (0.0, 0.0, None)
     assert difference(torch.tensor([[math.nan, 1.0]]), torch.tensor([[math.nan, 1.0]])).absolute == 0
-    most_negative = torch.finfo(torch.float32).min  # hides too much, without being infinite
+    most_negative = torch.finfo(torch.float32).min  # a finite mask, here over one value too many
     assert difference(torch.tensor([[1.0, -math.inf]]), torch.full((1, 2), most_negative)).relative == 1
     for other in (math.nan, math.inf, 1.0):
         hidden, seen = torch.tensor([[-math.inf, 1.0]]), torch.tensor([[other, 1.0]])
         assert difference(hidden, seen).relative == math.inf
-        assert difference(seen, hidden).unlike == "1 of its 2 values are infinite or no number on one side only"
+        assert difference(seen, hidden).unlike == "1 of its 2 values are infinite or NaN on one side only"
 
 
-def test_how_alike_the_next_tokens_are() -> None:
+def test_how_similar_the_next_tokens_are() -> None:
     torch.manual_seed(0)
     ours, theirs = torch.randn(100, 50), torch.randn(100, 50)
     theirs[-1] = ours[-1]
@@ -424,7 +424,7 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in lines[2:7]] == [*(f"layers.{i}.attention.q_rope" for i in range(4)), "norm"]
 
 
-def test_names_that_no_pass_has_get_the_nearest(
+def test_unknown_names_are_reported_with_the_nearest(
     tmp_path: Path, tiny: Model, ids: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = trace(tiny, ids)
@@ -454,7 +454,7 @@ def test_names_that_no_pass_has_get_the_nearest(
         (["--with", "hf", "--max-ram", "4GB", PROMPT], "leave --max-ram out"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(
+def test_an_impossible_comparison_is_one_line(
     arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*OWN_WEIGHTS, *arguments]) == 2
@@ -478,7 +478,7 @@ def test_other_models_and_prompts_are_refused(
         assert complaint in capsys.readouterr().err
     trace(tiny, ids, last_position=True).save(file)
     assert main([*OWN_WEIGHTS, "--with", file, PROMPT]) == 2
-    assert "is of the last position only; trace all positions" in capsys.readouterr().err
+    assert "is of the last position only; make one without --last-position" in capsys.readouterr().err
     assert main([*OWN_WEIGHTS, "--with", str(random_folder(tmp_path / "one-layer", tiny, 1)), PROMPT]) == 2
     assert f"--with {tmp_path}/one-layer: is another model, with n_layers 1, not 4" in capsys.readouterr().err
 
@@ -487,14 +487,14 @@ def test_other_weights_of_the_same_shape_are_compared(
     tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*OWN_WEIGHTS, "--with", str(random_folder(tmp_path / "other", tiny, 4)), PROMPT]) == 1
-    figures, _ = told(capsys)
+    figures, _ = printed(capsys)
     assert figures["first"] == "tok_embeddings"
     assert set(figures["parted"]) >= {f"layers.{i}.attention.{name}" for i in range(4) for name in ("q", "k", "v")}
-    assert not any("scores" in name or "hidden" in name for name in figures["parted"])  # which have no weights
+    assert not any("scores" in name or "hidden" in name for name in figures["parted"])  # they have no weights
 
 
 def random_folder(folder: Path, like: Model, n_layers: int) -> Path:
-    """Random weights, of the shapes of a model but for the number of layers."""
+    """Write a folder of random weights with the shapes of a model, except for the number of layers."""
     folder.mkdir()
     params = replace(like.params, n_layers=n_layers)
     torch.save(to_state_dict(params, random_weights(params, torch.bfloat16, seed=0)), folder / "consolidated.00.pth")
@@ -516,11 +516,13 @@ def test_a_missing_package_is_named(
     assert "pip install -e '.[compare]'" in err
 
 
-def test_models_that_metas_code_does_not_know_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_that_metas_code_does_not_support_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for file in ("consolidated.00.pth", "tokenizer.model"):
         (tmp_path / file).symlink_to(TINY / file)
     params = json.loads((TINY / "params.json").read_text())
     (tmp_path / "params.json").write_text(json.dumps({**params, "use_scaled_rope": True, "rope_scaling_factor": 32}))
     assert main(["--weights", str(tmp_path), "--with", "meta", PROMPT]) == 2
-    assert "Meta's code knows no RoPE scaling but that of Llama 3.1" in capsys.readouterr().err
+    assert "Meta's code supports only the RoPE scaling of Llama 3.1" in capsys.readouterr().err
     assert main(["--weights", str(tmp_path), "--with", "hf", PROMPT]) == 0

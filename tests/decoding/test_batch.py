@@ -1,4 +1,4 @@
-"""Several texts at once: the same tokens as alone, whatever ends when."""
+"""A batch of texts gets the same tokens as each text alone, whichever ends first."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def prompts(tiny: Model) -> list[list[int]]:
     return [tiny.tokenizer.encode(text, bos=True) for text in PROMPTS]
 
 
-def of_batch(model: Model, rows: Sequence[Row], **settings: Any) -> list[tuple[list[int], StopReason]]:
-    """What each row got, and why it ended."""
+def run_batch(model: Model, rows: Sequence[Row], **settings: Any) -> list[tuple[list[int], StopReason]]:
+    """Return the tokens of each row, and why it ended."""
     tokens: list[list[int]] = [[] for _ in rows]
     reasons: dict[int, StopReason] = {}
     for number, event in generate_batch(model, rows, **settings):
@@ -48,8 +48,8 @@ def of_batch(model: Model, rows: Sequence[Row], **settings: Any) -> list[tuple[l
     return [(new, reasons[number]) for number, new in enumerate(tokens)]
 
 
-def of_each(model: Model, rows: Sequence[Row], **settings: Any) -> list[tuple[list[int], StopReason]]:
-    """The same by `generate`, one after the other."""
+def run_each(model: Model, rows: Sequence[Row], **settings: Any) -> list[tuple[list[int], StopReason]]:
+    """Return the same from `generate`, one row after the other."""
     return [
         run(
             generate(
@@ -68,27 +68,27 @@ def has_kernels() -> bool:
     return True
 
 
-needs_kernels = pytest.mark.skipif(not has_kernels(), reason="there is no C compiler here")
+needs_kernels = pytest.mark.skipif(not has_kernels(), reason="there is no C compiler")
 
 
-@pytest.mark.parametrize("pack", [1, 40, 10_000], ids=["each prompt alone", "some together", "all together"])
+@pytest.mark.parametrize("pack", [1, 40, 10_000], ids=["one prompt per pass", "some together", "all together"])
 @pytest.mark.parametrize("case", ["fp32", "bf16", "reference"])
-def test_a_row_gets_the_tokens_that_it_gets_alone(tiny: Model, prompts: list[list[int]], case: str, pack: int) -> None:
-    """Of unequal lengths, ending at different times: by an end token, by max_new_tokens, by a full context."""
+def test_a_row_gets_the_same_tokens_as_alone(tiny: Model, prompts: list[list[int]], case: str, pack: int) -> None:
+    """Rows of different lengths end at different times: at an end token, max_new_tokens or a full context."""
     model = tiny._replace(weights=cast(tiny.weights, torch.bfloat16 if case == "bf16" else torch.float32))
     ops = REFERENCE if case == "reference" else fast_ops()
     ops = ops._replace(max_packed=min(pack, ops.max_packed) if case == "bf16" else pack)
     rows = [Row(ids, budget) for ids, budget in zip(prompts, (50, 7, 40, 30, 1, 30, 50), strict=True)]
     end = list(generate(model, prompts[0], max_new_tokens=16, ops=ops))[-1]
     settings: dict[str, Any] = {"context": 45, "stop_ids": {end}, "ops": ops}
-    together = of_batch(model, rows, **settings)
-    assert together == of_each(model, rows, **settings)
+    together = run_batch(model, rows, **settings)
+    assert together == run_each(model, rows, **settings)
     assert {reason for _, reason in together} == set(StopReason)
 
 
 @pytest.mark.slow
-def test_drawn_tokens_are_those_drawn_alone(tiny: Model, prompts: list[list[int]]) -> None:
-    """Each row has its own settings, its own past and its own random numbers, whoever ends around it."""
+def test_sampled_tokens_are_the_same_as_alone(tiny: Model, prompts: list[list[int]]) -> None:
+    """Each row has its own settings, history and random numbers, whichever other rows end."""
     model = tiny._replace(weights=cast(tiny.weights, torch.float32))
     settings = (
         Sampling(temperature=1.0),
@@ -104,14 +104,14 @@ def test_drawn_tokens_are_those_drawn_alone(tiny: Model, prompts: list[list[int]
         Row(ids, budget, sampling, seed=seed)
         for seed, (ids, budget, sampling) in enumerate(zip(prompts, budgets, settings, strict=True))
     ]
-    assert of_batch(model, rows) == of_each(model, rows)
+    assert run_batch(model, rows) == run_each(model, rows)
 
 
 def test_a_prompt_in_several_chunks(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tiny.tokenizer is not None
     ids = tiny.tokenizer.encode("Once upon a time, there was a little girl named Lily. " * 4, bos=True)
     rows = [Row(ids, 10), Row(ids[:3], 10), Row(ids[:-2], 10)]
-    expected = of_each(tiny, rows)
+    expected = run_each(tiny, rows)
     ops = fast_ops()._replace(prefill_chunk=16, max_packed=8)
     starts = []
 
@@ -120,12 +120,12 @@ def test_a_prompt_in_several_chunks(tiny: Model, monkeypatch: pytest.MonkeyPatch
         return forward(*arguments, start=start, **others)
 
     monkeypatch.setattr(runner, "forward", spy)
-    assert [new for new, _ in of_batch(tiny, rows, ops=ops)] == [new for new, _ in expected]
+    assert [new for new, _ in run_batch(tiny, rows, ops=ops)] == [new for new, _ in expected]
     assert [start for start in starts if isinstance(start, int)].count(16) == 2
 
 
-def test_what_costs_nothing(tiny: Model, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row that has ended is computed no more, and the cache is as long as the longest row needs."""
+def test_ended_rows_cost_nothing(tiny: Model, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that has ended is not computed any more, and the cache is only as long as the longest row."""
     passes, sizes = [], []
 
     def spy(weights: Any, params: Any, tokens: torch.Tensor, **others: Any) -> torch.Tensor:
@@ -135,45 +135,45 @@ def test_what_costs_nothing(tiny: Model, prompts: list[list[int]], monkeypatch: 
 
     monkeypatch.setattr(runner, "forward", spy)
     rows = [Row(ids, budget) for ids, budget in zip(([5] * 4, [6] * 6, [7] * 5), (1, 3, 2), strict=True)]
-    of_batch(tiny, rows, stop_ids=(), ops=fast_ops()._replace(max_packed=128))
+    run_batch(tiny, rows, stop_ids=(), ops=fast_ops()._replace(max_packed=128))
     assert passes == [([3, 6], 6), ([2, 1], 7), ([1, 1], 8)]
     assert {tuple(size[:2]) for size in sizes} == {(3, 8)}
 
 
-def test_a_row_that_someone_ends(tiny: Model, prompts: list[list[int]]) -> None:
+def test_is_over_ends_a_row(tiny: Model, prompts: list[list[int]]) -> None:
     rows = [Row(prompts[0], 20, is_over=lambda new: len(new) == 3), Row(prompts[2], 6)]
-    (first, why), (second, _) = of_batch(tiny, rows)
-    assert (len(first), why) == (3, StopReason.END_TOKEN)
-    assert second == of_each(tiny, rows)[1][0]
+    (first, reason), (second, _) = run_batch(tiny, rows)
+    assert (len(first), reason) == (3, StopReason.END_TOKEN)
+    assert second == run_each(tiny, rows)[1][0]
 
 
 def test_nothing_to_compute(tiny: Model) -> None:
     rows = [Row([1, 2], 0), Row([1, 2, 3], 5)]
-    assert of_batch(tiny, rows, context=3) == [([], StopReason.MAX_NEW_TOKENS), ([], StopReason.CONTEXT)]
+    assert run_batch(tiny, rows, context=3) == [([], StopReason.MAX_NEW_TOKENS), ([], StopReason.CONTEXT)]
 
 
-def test_what_is_refused_at_the_call(tiny: Model) -> None:
+def test_errors_are_raised_at_the_call(tiny: Model) -> None:
     for ids, message in (([], "prompt is empty"), ([5000], "token id 5000 is outside"), ([1] * 9, "needs 9 positions")):
         with pytest.raises(UserError, match=message):
             generate_batch(tiny, [Row([1], 1), Row(ids, 1)], context=8)
 
 
-def test_damaged_weights_are_told(tiny: Model) -> None:
+def test_damaged_weights_are_reported(tiny: Model) -> None:
     damaged = tiny._replace(weights=tiny.weights._replace(norm=torch.full_like(tiny.weights.norm, torch.nan)))
     with pytest.raises(UserError, match="the logits are not numbers"):
-        of_batch(damaged, [Row([1], 1), Row([2], 1)])
+        run_batch(damaged, [Row([1], 1), Row([2], 1)])
 
 
 @needs_kernels
 @pytest.mark.parametrize("n_tokens", [1, 5])
 @pytest.mark.parametrize("kind", ["int", "tensor"])
-def test_a_row_attends_with_the_bits_that_it_has_alone(n_tokens: int, kind: str) -> None:
-    """And sees nothing of what stands behind its own past."""
+def test_attention_of_a_row_has_the_same_bits_as_alone(n_tokens: int, kind: str) -> None:
+    """Cached values after a row's own past have no effect."""
     ops = fast_ops()
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(3, n_tokens, 8, 64, generator=generator).bfloat16()
     cache = torch.randn(2, 4, 700, 2, 64, generator=generator).bfloat16()
-    keys, values = cache[:, :3, :650]  # with a fourth row, and more behind each
+    keys, values = cache[:, :3, :650]  # views of a cache with a fourth row, and more positions in each
     starts = [40, 40, 40] if kind == "int" else [0, 600, 37]
     together = ops.attend(q, keys, values, 40 if kind == "int" else torch.tensor(starts), llama3_raw.ops.no_tap)
     for row, start in enumerate(starts):
@@ -183,7 +183,7 @@ def test_a_row_attends_with_the_bits_that_it_has_alone(n_tokens: int, kind: str)
 
 
 @needs_kernels
-def test_a_pass_over_a_batch_has_the_bits_of_its_rows_alone(tiny: Model) -> None:
+def test_a_pass_over_a_batch_has_the_same_bits_as_its_rows_alone(tiny: Model) -> None:
     ops = fast_ops()
     starts, new = [3, 9, 0], torch.tensor([[5], [6], [7]])
     cache = KVCache.allocate(tiny.params, max_seq_len=12, like=tiny.weights, batch=(3,))

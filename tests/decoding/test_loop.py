@@ -23,10 +23,10 @@ PARAMS = Params.from_meta(
 
 
 class Counter:
-    """A forward pass whose next token is always the last one plus one; keeps what it was asked."""
+    """A forward pass whose next token is always the last one plus one. It records its calls."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[int, int]] = []  # (start, how many tokens)
+        self.calls: list[tuple[int, int]] = []  # (start, number of tokens)
 
     def __call__(self, weights: Any, params: Any, tokens: Tensor, *, start: int, **others: Any) -> Tensor:
         self.calls.append((start, len(tokens)))
@@ -48,7 +48,7 @@ def model() -> Model:
 
 def test_budget(counter: Counter, model: Model) -> None:
     assert run(generate(model, [1, 2], max_new_tokens=4)) == ([3, 4, 5, 6], StopReason.MAX_NEW_TOKENS)
-    assert counter.calls == [(0, 2), (2, 1), (3, 1), (4, 1)]  # the last token needs no forward pass of its own
+    assert counter.calls == [(0, 2), (2, 1), (3, 1), (4, 1)]  # the last token needs no pass
     assert run(generate(model, [1], max_new_tokens=0)) == ([], StopReason.MAX_NEW_TOKENS)
 
 
@@ -60,17 +60,17 @@ def test_end_token(counter: Counter, model: Model) -> None:
     assert run(generate(model, [1], max_new_tokens=9, stop_ids=[4, 8])) == ([2, 3], StopReason.END_TOKEN)
 
 
-def test_end_tokens_of_the_tokenizer(model: Model, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_ids_of_the_tokenizer(model: Model, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny.tokenizer
     assert tokenizer is not None
     params = replace(PARAMS, vocab_size=tokenizer.n_words)
     eot = tokenizer.eot_id
     with_tokenizer = Model(model.weights, params, tokenizer)
 
-    def almost(*_: Any, **__: Any) -> Tensor:
+    def always_eot(*_: Any, **__: Any) -> Tensor:
         return torch.nn.functional.one_hot(torch.tensor(eot), params.vocab_size).float()
 
-    monkeypatch.setattr("llama3_raw.decoding.runner.forward", almost)
+    monkeypatch.setattr("llama3_raw.decoding.runner.forward", always_eot)
     assert run(generate(with_tokenizer, [1], max_new_tokens=3)) == ([], StopReason.END_TOKEN)
     assert run(generate(with_tokenizer, [1], max_new_tokens=2, stop_ids=()))[0] == [eot, eot]
 
@@ -83,7 +83,7 @@ def test_context_end(counter: Counter, model: Model) -> None:
 
 
 def test_streaming(counter: Counter, model: Model) -> None:
-    """A token comes before the next one is computed."""
+    """Each token is yielded before the next one is computed."""
     tokens = generate(model, [7], max_new_tokens=3)
     assert counter.calls == []
     assert next(tokens) == 8
@@ -101,7 +101,7 @@ def test_prefill_in_chunks(counter: Counter, model: Model) -> None:
     assert counter.calls == [(0, REFERENCE.prefill_chunk), (REFERENCE.prefill_chunk, 1)]
 
 
-def test_what_is_refused_before_the_first_token(counter: Counter, model: Model) -> None:
+def test_errors_are_raised_before_the_first_token(counter: Counter, model: Model) -> None:
     for ids, settings, message in (
         ([], {}, "prompt is empty"),
         ([VOCAB], {}, f"token id {VOCAB} is outside"),
@@ -145,8 +145,8 @@ def test_chunks_give_the_same_tokens(tiny: Model) -> None:
     assert list(generate(tiny, ids, max_new_tokens=20, ops=ops)) == whole
 
 
-def test_a_warm_cache_goes_on(tiny: Model) -> None:
-    """Two calls on one cache are one call; the second gets only the token that the cache does not hold yet."""
+def test_a_warm_cache_continues(tiny: Model) -> None:
+    """Two calls on one cache equal one call; the second starts with the token that is not in the cache yet."""
     assert tiny.tokenizer is not None
     ids = tiny.tokenizer.encode("One day", bos=True)
     whole = list(generate(tiny, ids, max_new_tokens=12, stop_ids=()))
@@ -158,7 +158,7 @@ def test_a_warm_cache_goes_on(tiny: Model) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers(tiny: Model, temperature: float) -> None:
+def test_logits_that_are_not_numbers(tiny: Model, temperature: float) -> None:
     damaged = tiny._replace(weights=tiny.weights._replace(norm=torch.full_like(tiny.weights.norm, torch.nan)))
     with pytest.raises(UserError, match="the logits are not numbers: the weights are damaged"):
         next(generate(damaged, [1, 2], max_new_tokens=1, temperature=temperature))
@@ -173,7 +173,7 @@ def test_seeds_reproduce(tiny: Model) -> None:
 
 
 @pytest.mark.slow
-def test_greedy_tokens_are_those_of_hf(smollm2: Model) -> None:
+def test_greedy_tokens_are_the_same_as_hf(smollm2: Model) -> None:
     from tests.references import hf_model
 
     ids = [504, 3575, 282, 4649, 314]

@@ -1,4 +1,4 @@
-"""Prompt lookup: the same tokens as without, in fewer passes; what is proposed, and when."""
+"""Prompt lookup: the same tokens in fewer passes; what is proposed, and when."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llama3_raw.backends import cpu
 from llama3_raw.chat import conversation
 from llama3_raw.chat.conversation import Conversation
 from llama3_raw.decoding.loop import StopReason, generate
-from llama3_raw.decoding.prompt_lookup import LONGEST, MOST, EarlierText, LookupPolicy, PromptLookup
+from llama3_raw.decoding.prompt_lookup import LONGEST, MAX_DRAFT_TOKENS, EarlierText, LookupPolicy, PromptLookup
 from llama3_raw.decoding.sampling import Sampling
 from tests.paths import TINY
 from tests.references import random_weights, run
@@ -30,10 +30,10 @@ PARAMS = Params.from_meta(
 
 
 class Eager(LookupPolicy):
-    """Proposes all it may, whatever a pass costs here and now; but for the first pass, as any policy."""
+    """Proposes as many tokens as possible, whatever a pass costs, except in the first pass, as any policy."""
 
-    def how_many(self, match: int, room: int) -> int:
-        return max(0, min(self.most, room)) if match and self.passes else 0
+    def how_many(self, match: int, limit: int) -> int:
+        return max(0, min(self.most, limit)) if match and self.passes else 0
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def _kernels() -> None:
     try:
         cpu.build_kernels()
     except cpu.CannotBuild as reason:
-        pytest.skip(f"without the kernels tokens may differ by rounding: {reason}")
+        pytest.skip(f"without the kernels, rounding may change tokens: {reason}")
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def small() -> Model:
     return Model(random_weights(PARAMS, torch.bfloat16, seed=1), PARAMS, None)
 
 
-@example([0, 1, 2] * 20, [])  # more places than are looked at
+@example([0, 1, 2] * 20, [])  # more places than are compared
 @given(st.lists(st.integers(0, 3), max_size=60), st.lists(st.integers(0, 1), max_size=60))
-def test_matches_are_those_of_a_plain_scan(first: list[int], second: list[int]) -> None:
+def test_matches_are_those_of_a_linear_scan(first: list[int], second: list[int]) -> None:
     text = EarlierText()
     for token in first + second:
         text.append(token)
@@ -67,26 +67,35 @@ def test_matches_are_those_of_a_plain_scan(first: list[int], second: list[int]) 
 
 SAMPLINGS = {
     "greedy": {},
-    "greedy, penalised": {"repetition_penalty": 1.3},
-    "drawn": {"temperature": 1.0, "seed": 3},
-    "drawn, cut": {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2, "seed": 4},
+    "greedy, penalized": {"repetition_penalty": 1.3},
+    "sampled": {"temperature": 1.0, "seed": 3},
+    "sampled, filtered": {
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.9,
+        "min_p": 0.02,
+        "repetition_penalty": 1.2,
+        "seed": 4,
+    },
 }
 
 
-def spoilt(ids: Sequence[int], every: int) -> list[int]:
-    """The text with one token in so many replaced."""
+def corrupted(ids: Sequence[int], every: int) -> list[int]:
+    """Return the text with one in `every` tokens replaced."""
     return [token ^ 1 if i % every == every - 1 else token for i, token in enumerate(ids)]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("which", ["small", "tiny"])
 def test_the_same_tokens(which: str, sampling: str, request: pytest.FixtureRequest) -> None:
-    """Proposals are right all along, right and wrong in turn, or come from the text itself."""
+    """Proposals are always right, sometimes wrong, or come from the text itself."""
     model = request.getfixturevalue(which)
     settings: dict[str, Any] = {"max_new_tokens": 40, "stop_ids": (), **SAMPLINGS[sampling]}
     prompt = [5, 6, 7, 8, 9, 5, 6, 7]
     expected = list(generate(model, prompt, **settings))
-    for most, earlier in itertools.product((2, MOST), (prompt + expected, spoilt(prompt + expected, 6), [])):
+    for most, earlier in itertools.product(
+        (2, MAX_DRAFT_TOKENS), (prompt + expected, corrupted(prompt + expected, 6), [])
+    ):
         policy = Eager(most)
         assert list(generate(model, prompt, lookup=policy, earlier=earlier, **settings)) == expected
         if earlier == prompt + expected:
@@ -95,7 +104,7 @@ def test_the_same_tokens(which: str, sampling: str, request: pytest.FixtureReque
 
 
 def test_fewer_passes(small: Model) -> None:
-    """With the answer before it 15 of 16 tokens need no pass of their own; the tap sees what is computed."""
+    """If the answer is in the earlier text, 15 of 16 tokens need no separate pass; the tap sees every row."""
     rows = []
 
     def tap(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -107,7 +116,7 @@ def test_fewer_passes(small: Model) -> None:
     expected = list(generate(small, prompt, max_new_tokens=80, temperature=1.0, seed=1, tap=tap))
     assert rows == [1] * 80
     rows.clear()
-    policy = Eager(MOST)
+    policy = Eager(MAX_DRAFT_TOKENS)
     earlier = prompt + expected
     settings: dict[str, Any] = {"max_new_tokens": 80, "temperature": 1.0, "seed": 1, "tap": tap}
     assert list(generate(small, prompt, lookup=policy, earlier=earlier, **settings)) == expected
@@ -117,8 +126,8 @@ def test_fewer_passes(small: Model) -> None:
     assert policy.accepted == 80 - len(rows)
 
 
-def test_where_it_ends(small: Model) -> None:
-    """By the budget, the context, the cache and a token that ends the text, each in the midst of right proposals."""
+def test_end_among_right_proposals(small: Model) -> None:
+    """The budget, the context, the cache or a stop token ends the text between right proposals."""
     prompt = [3, 1, 4, 1, 5]
     whole = list(generate(small, prompt, max_new_tokens=60, temperature=1.0, seed=2))
     common: dict[str, Any] = {"temperature": 1.0, "seed": 2, "earlier": prompt + whole}
@@ -135,7 +144,10 @@ def test_where_it_ends(small: Model) -> None:
                 StopReason.CONTEXT,
             ),
         ):
-            assert run(generate(small, prompt, lookup=Eager(MOST), **settings, **common)) == (expected, reason)
+            assert run(generate(small, prompt, lookup=Eager(MAX_DRAFT_TOKENS), **settings, **common)) == (
+                expected,
+                reason,
+            )
         end = whole[count]
         before = whole[: whole.index(end)]
         ended = run(generate(small, prompt, max_new_tokens=60, stop_ids=[end], lookup=Eager(7), **common))
@@ -143,11 +155,11 @@ def test_where_it_ends(small: Model) -> None:
 
 
 @pytest.mark.slow
-def test_one_who_stops_midway_goes_on_with_the_cache(small: Model) -> None:
-    """Wherever it is stopped, the cache holds all but the last token, whatever was proposed in vain."""
+def test_the_cache_continues_after_a_stop(small: Model) -> None:
+    """Wherever the caller stops, the cache holds all but the last token, whatever was rejected."""
     prompt = [9, 8, 7]
     whole = list(generate(small, prompt, max_new_tokens=34))
-    for earlier, count in itertools.product((whole, spoilt(whole, 5)), range(1, 30, 2)):
+    for earlier, count in itertools.product((whole, corrupted(whole, 5)), range(1, 30, 2)):
         cache = KVCache.allocate(PARAMS, max_seq_len=60, like=small.weights)
         settings: dict[str, Any] = {"max_new_tokens": 34, "cache": cache, "earlier": earlier}
         with closing(generate(small, prompt, lookup=Eager(6), **settings)) as tokens:
@@ -158,7 +170,7 @@ def test_one_who_stops_midway_goes_on_with_the_cache(small: Model) -> None:
 
 
 def test_a_conversation_is_the_same(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over turns, with answers that are broken off; proposals come from earlier turns too."""
+    """Over several turns with interrupted answers; proposals come from earlier turns too."""
     monkeypatch.setattr(conversation, "LookupPolicy", Eager)
 
     def talk(lookup: int) -> tuple[list[str], list[int], LookupPolicy]:
@@ -181,20 +193,23 @@ def test_a_conversation_is_the_same(tiny: Model, monkeypatch: pytest.MonkeyPatch
 def simulate(
     policy: LookupPolicy, earlier: Sequence[int], text: Sequence[int], seconds: Callable[[int], float]
 ) -> tuple[float, list[int]]:
-    """A model that says `text`, by a clock of its own; -> how much faster than without, and what each pass proposed."""
-    proposer, alone, said, time, counts = PromptLookup(policy, earlier), seconds(0), 0, 0.0, []
-    while said < len(text):
-        proposed = proposer.propose(len(text) - said - 1)
-        took = seconds(len(proposed))
-        policy.learn_cost(len(proposed), took)
-        time += took
+    """Simulate a model that generates `text`, with the time `seconds` of each pass.
+
+    Return the speedup over no lookup, and the number of tokens that each pass proposed.
+    """
+    draft, seconds_alone, generated, time, counts = PromptLookup(policy, earlier), seconds(0), 0, 0.0, []
+    while generated < len(text):
+        proposed = draft.propose(len(text) - generated - 1)
+        pass_seconds = seconds(len(proposed))
+        policy.learn_cost(len(proposed), pass_seconds)
+        time += pass_seconds
         counts.append(len(proposed))
         for token in [*proposed, None]:
-            proposer.append(text[said])
-            said += 1
-            if text[said - 1] != token:
+            draft.append(text[generated])
+            generated += 1
+            if text[generated - 1] != token:
                 break
-    return len(text) * alone / time, counts
+    return len(text) * seconds_alone / time, counts
 
 
 def noise(length: int, vocabulary: int, seed: int) -> list[int]:
@@ -202,30 +217,30 @@ def noise(length: int, vocabulary: int, seed: int) -> list[int]:
 
 
 def cheap(proposed: int) -> float:
-    """Seconds of a pass, about as 8B takes on a CPU."""
+    """Return the seconds of a pass, about as on a CPU with 8B."""
     return 0.5 * (1 + 0.1 * proposed)
 
 
-def test_it_pays_on_a_quotation() -> None:
+def test_quotations_are_faster() -> None:
     text = noise(300, 5000, 1)
-    speed, counts = simulate(LookupPolicy(MOST), text, text, cheap)
+    speed, counts = simulate(LookupPolicy(MAX_DRAFT_TOKENS), text, text, cheap)
     assert speed > 4
-    assert max(counts) == MOST
+    assert max(counts) == MAX_DRAFT_TOKENS
     assert simulate(LookupPolicy(3), text, text, cheap)[0] > 2.5
 
 
-@pytest.mark.parametrize("price", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("cost", [0.1, 0.5, 2.0])
 @pytest.mark.parametrize("vocabulary", [12, 40, 5000])
-def test_it_costs_next_to_nothing_elsewhere(vocabulary: int, price: float) -> None:
-    """Pairs of tokens that are there again and again and never foretell anything; passes that are dear."""
+def test_other_text_is_hardly_slower(vocabulary: int, cost: float) -> None:
+    """Pairs of tokens recur but predict nothing, and passes with proposals are expensive."""
     speed, _ = simulate(
-        LookupPolicy(MOST), noise(500, vocabulary, 1), noise(1000, vocabulary, 2), lambda n: 1 + price * n
+        LookupPolicy(MAX_DRAFT_TOKENS), noise(500, vocabulary, 1), noise(1000, vocabulary, 2), lambda n: 1 + cost * n
     )
     assert speed > 0.97
 
 
-def test_it_is_off_and_on_again() -> None:
-    """Off while matches are misleading, on when they are right; off when the passes become dear, on when cheap."""
+def test_it_turns_off_and_on_again() -> None:
+    """Off while matches mislead, on when they are right; off when passes become expensive, on when they are cheap."""
     policy = LookupPolicy(8)
     misleading = [token for other in noise(300, 5000, 1) for token in (1, 2, other)]
     quoted = noise(200, 5000, 2)
@@ -238,25 +253,25 @@ def test_it_is_off_and_on_again() -> None:
     assert simulate(policy, quoted, quoted * 5, cheap)[0] > 2
 
 
-def test_it_notices_that_the_machine_is_slower() -> None:
-    """All passes take three times as long: that is not the price of proposals."""
-    policy = LookupPolicy(MOST)
+def test_a_slower_machine_is_not_the_cost_of_proposals() -> None:
+    """All passes take three times as long."""
+    policy = LookupPolicy(MAX_DRAFT_TOKENS)
     quoted = noise(400, 5000, 2)
     simulate(policy, quoted, quoted, cheap)
     assert simulate(policy, quoted, quoted, lambda n: 3 * cheap(n))[0] > 4
 
 
 def test_a_disturbed_pass_does_not_turn_it_off() -> None:
-    """Now and then something else on the machine makes a pass take 20 times as long, which is no price either."""
+    """Another program sometimes makes a pass take 20 times as long, which is not the cost of proposals either."""
     disturbed = itertools.cycle([1] * 5 + [20])
     quoted = noise(1000, 5000, 2)
-    speed, counts = simulate(LookupPolicy(MOST), quoted, quoted, lambda n: cheap(n) * next(disturbed))
+    speed, counts = simulate(LookupPolicy(MAX_DRAFT_TOKENS), quoted, quoted, lambda n: cheap(n) * next(disturbed))
     assert speed > 1
     assert sum(counts) > 800
 
 
-@pytest.mark.parametrize("most", [-1, MOST + 1])
-def test_what_is_refused(small: Model, most: int, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("most", [-1, MAX_DRAFT_TOKENS + 1])
+def test_refused(small: Model, most: int, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=f"^lookup should be from 0 \\(off\\) to 15, is {most}"):
         generate(small, [1], max_new_tokens=1, lookup=most)
     with pytest.raises(UserError, match="token id 96 is outside"):
@@ -266,9 +281,9 @@ def test_what_is_refused(small: Model, most: int, capsys: pytest.CaptureFixture[
 
 
 def test_on_the_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same text and --top, and what it took in --stats."""
+    """The text and --top are the same, and --stats counts passes and proposals."""
     monkeypatch.setattr(command, "LookupPolicy", Eager)
-    prompt = "Once upon a time, there was a little girl named Lily. Once upon a time"  # and it goes on likewise
+    prompt = "Once upon a time, there was a little girl named Lily. Once upon a time"  # the model repeats it
     ran = []
     for lookup in ("0", "6"):
         arguments = ["--weights", str(TINY), "--max-new-tokens", "60", "--top", "2", "--stats", "json"]

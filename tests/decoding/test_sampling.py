@@ -1,4 +1,4 @@
-"""Draws against the exact probabilities, computed here by hand from the definition of each setting."""
+"""Sampled frequencies against exact probabilities, computed by hand from the definition of each setting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama3_raw import UserError
-from llama3_raw.decoding.sampling import Sampling, penalise_repetition, probabilities, sample
+from llama3_raw.decoding.sampling import Sampling, penalize_repetition, probabilities, sample
 
 PROBS = torch.tensor([0.4, 0.05, 0.25, 0.2, 0.1])
 LOGITS = PROBS.log() + 3.0  # the constant must not matter
@@ -47,7 +47,7 @@ def test_distribution(sampling: Sampling, expected: Tensor) -> None:
     assert ((frequencies - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt()).all()
 
 
-def test_same_order_of_filters_as_transformers() -> None:
+def test_filters_apply_in_the_order_of_transformers() -> None:
     from transformers.generation.logits_process import (
         LogitsProcessorList,
         MinPLogitsWarper,
@@ -69,17 +69,17 @@ def test_same_order_of_filters_as_transformers() -> None:
             MinPLogitsWarper(0.02),
         ]
     )(cast(torch.LongTensor, seen), cast(torch.FloatTensor, logits))
-    ours = probabilities(penalise_repetition(logits, seen, 1.3), sampling)
+    ours = probabilities(penalize_repetition(logits, seen, 1.3), sampling)
     torch.testing.assert_close(ours, theirs.softmax(-1))
 
 
 def test_the_smallest_temperature_is_greedy() -> None:
-    for least in (1e-45, 1e-300):
-        assert probabilities(LOGITS, Sampling(least)).tolist() == [1, 0, 0, 0, 0]
-        assert probabilities(LOGITS, Sampling(1, top_p=least)).tolist() == [1, 0, 0, 0, 0]
+    for tiny in (1e-45, 1e-300):
+        assert probabilities(LOGITS, Sampling(tiny)).tolist() == [1, 0, 0, 0, 0]
+        assert probabilities(LOGITS, Sampling(1, top_p=tiny)).tolist() == [1, 0, 0, 0, 0]
 
 
-def test_top_k_keeps_k_of_equals() -> None:
+def test_top_k_keeps_k_of_equal_logits() -> None:
     assert int((probabilities(torch.ones(2, 9), Sampling(1.0, top_k=3)) > 0).sum()) == 6
 
 
@@ -90,7 +90,7 @@ def test_greedy_is_the_default() -> None:
 
 def test_repetition_penalty() -> None:
     logits = torch.tensor([2.0, -2.0, 1.0, 0.5])
-    assert penalise_repetition(logits, [0, 1, 1], 2.0).tolist() == [1.0, -4.0, 1.0, 0.5]
+    assert penalize_repetition(logits, [0, 1, 1], 2.0).tolist() == [1.0, -4.0, 1.0, 0.5]
     assert sample(logits, Sampling(repetition_penalty=3.0), seen=[0]) == 2
     assert logits.tolist() == [2.0, -2.0, 1.0, 0.5]
 

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback: a real HTTP server that answers as the hub does, and its storage host."""
+"""An imitation of the Hugging Face hub on loopback: HTTP servers that answer like the hub and its storage host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKEN = "hf_good"
 
 @dataclass
 class Request:
-    """What a server was asked, and how many bytes of a file it sent."""
+    """A request to a server, and how many bytes of a file it sent."""
 
     host: str  # "hub" or "storage"
     method: str
@@ -31,13 +31,13 @@ class Request:
 
 @dataclass
 class Fault:
-    """How one GET of a file at the storage host goes wrong. Positions are bytes of the file."""
+    """A fault in one GET of a file at the storage host. Positions are bytes of the file."""
 
     cut_at: int | None = None  # the connection ends before this byte
-    status: int | None = None  # this answer instead of the file
-    change: Callable[[bytes], bytes] | None = None  # other content than the hub has described
+    status: int | None = None  # answer with this status instead of the file
+    change: Callable[[bytes], bytes] | None = None  # send other content than the hub describes
     content_type: str = "application/octet-stream"
-    tells_length: bool = True  # in Content-Length; otherwise the end of the connection is the end of the file
+    has_length: bool = True  # send Content-Length; otherwise the end of the connection is the end of the file
     ignores_range: bool = False
     content_range: str | None = "bytes {start}-{end}/{total}"
     pause: float = 0.0  # seconds between pieces of 64 KiB
@@ -45,23 +45,23 @@ class Fault:
 
 @dataclass
 class FakeHub:
-    """files: (repository, revision) -> path -> content. What a test sets here holds from the next request on."""
+    """The servers. files: (repository, revision) -> path -> content. Changes apply from the next request on."""
 
     files: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
     refusal: Callable[[str | None], tuple[int, dict[str, str]] | None] = lambda token: None  # token -> status, headers
-    faults: list[Fault] = field(default_factory=list)  # one for each of the next GETs at the storage host
-    always: Fault = field(default_factory=Fault)  # for all the others
-    expired: set[str] = field(default_factory=set)  # signatures that are not valid any more
+    faults: list[Fault] = field(default_factory=list)  # for the next GETs at the storage host, one each
+    always: Fault = field(default_factory=Fault)  # for all later GETs
+    expired: set[str] = field(default_factory=set)  # signatures that are no longer valid
     etag: Callable[[bytes], str] = lambda content: hashlib.sha256(content).hexdigest()
     storage_etag: str = "v1"
-    large: int = 1000  # bytes; smaller files are in git and come from the hub itself
-    plain_page: bool = False  # answer as the login page of a network
-    page_etag: str | None = None  # which that page has
-    pushed_after: float = math.inf  # so many requests until someone pushes another commit
+    large: int = 1000  # bytes; smaller files come from the hub itself
+    plain_page: bool = False  # answer like the login page of a network
+    page_etag: str | None = None  # of that page
+    pushed_after: float = math.inf  # number of requests until another commit is pushed
     requests: list[Request] = field(default_factory=list)
 
     def start(self, certificate: str | None = None) -> None:
-        """Serves until `stop`."""
+        """Start the servers."""
         self.hub = self._serve(_HubHandler, certificate)
         self.storage = self._serve(_StorageHandler, None)
         self.url = f"http{'s' if certificate else ''}://127.0.0.1:{self.hub.server_port}"
@@ -78,13 +78,13 @@ class FakeHub:
         return server
 
     def stop(self) -> None:
-        """Closes both servers."""
+        """Stop the servers."""
         for server in (self.hub, self.storage):
             server.shutdown()
             server.server_close()
 
     def gets(self, name: str) -> list[Request]:
-        """The GETs of a file, at either host."""
+        """Return the GETs of a file, at either host."""
         return [r for r in self.requests if r.method == "GET" and unquote(urlsplit(r.path).path).endswith(name)]
 
 
@@ -94,9 +94,9 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Print nothing."""
 
-    def note(self) -> Request:
+    def record(self) -> Request:
         request = Request(self.host, self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
         self.fake.requests.append(request)
         return request
@@ -117,8 +117,8 @@ class _HubHandler(_Handler):
         fake = self.fake
         path = urlsplit(self.path).path  # a proxy is asked for whole addresses
         if path.startswith("/api/"):
-            return self.answer(404, {})  # what the library wants to know of its own accord
-        request = self.note()
+            return self.answer(404, {})  # requests that the library makes on its own
+        request = self.record()
         if fake.plain_page:
             etag = {"ETag": fake.page_etag} if fake.page_etag else {}
             return self.answer(200, {"Content-Type": "text/html", **etag}, b"<html>Please log in</html>")
@@ -128,7 +128,7 @@ class _HubHandler(_Handler):
             return self.answer(refused[0], refused[1])
         match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         assert match, f"the fake hub does not know {path}"
-        repo, revision, place = match[1], unquote(match[2]), unquote(match[3])
+        repo, revision, file = match[1], unquote(match[2]), unquote(match[3])
         if not any(known == repo for known, _ in fake.files):
             code = 404 if token else 401
             return self.answer(code, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
@@ -136,7 +136,7 @@ class _HubHandler(_Handler):
         revision = commits.get(revision, revision)
         if (repo, revision) not in fake.files:
             return self.answer(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
-        content = fake.files[repo, revision].get(place)
+        content = fake.files[repo, revision].get(file)
         pushed = sum(r.host == "hub" for r in fake.requests) > fake.pushed_after
         commit = {"X-Repo-Commit": hashlib.sha1((revision + pushed * "'").encode()).hexdigest()}
         if content is None:
@@ -146,7 +146,7 @@ class _HubHandler(_Handler):
             return self.answer(200, {**commit, "ETag": f'"{blob}"'}, content)
         linked = {"X-Linked-Etag": f'"{fake.etag(content)}"', "X-Linked-Size": str(len(content))}
         signature = f"s{sum(r.host == 'hub' for r in fake.requests)}"
-        location = f"{fake.storage_url}/{repo}/{revision}/{place}?signature={signature}"
+        location = f"{fake.storage_url}/{repo}/{revision}/{file}?signature={signature}"
         self.answer(302, {**commit, **linked, "ETag": '"of the redirect"', "Location": location})
 
     do_HEAD = do_GET
@@ -157,12 +157,12 @@ class _StorageHandler(_Handler):
     wbufsize = 0
 
     def do_GET(self) -> None:
-        request = self.note()
+        request = self.record()
         fake = self.fake
         fault = fake.faults.pop(0) if fake.faults else fake.always
         parts = urlsplit(self.path)
-        _, org, name, revision, place = unquote(parts.path).split("/", 4)
-        content = fake.files[f"{org}/{name}", revision][place]
+        _, org, name, revision, file = unquote(parts.path).split("/", 4)
+        content = fake.files[f"{org}/{name}", revision][file]
         if fault.status or parse_qs(parts.query)["signature"][0] in fake.expired:
             return self.answer(fault.status or 403, {}, b"no")
         if fault.change:
@@ -177,7 +177,7 @@ class _StorageHandler(_Handler):
         if request.start and fault.content_range:
             described = fault.content_range.format(start=request.start, end=len(content) - 1, total=len(content))
             self.send_header("Content-Range", described)
-        if fault.tells_length:
+        if fault.has_length:
             self.send_header("Content-Length", str(len(content) - request.start))
         self.send_header("Content-Type", fault.content_type)
         self.send_header("ETag", etag)

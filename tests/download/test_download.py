@@ -1,4 +1,4 @@
-"""download.py in processes of its own, against a hub on loopback with real connections, and its faults."""
+"""download.py, run in separate processes against an imitation of the hub on loopback, with its faults."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from typing import Any
 import pytest
 
 from llama3_raw import UserError
-from llama3_raw.download import fetch
-from llama3_raw.download.__main__ import build_parser
+from llama3_raw.download import fetch, records
+from llama3_raw.download.__main__ import build_parser, verify
 from llama3_raw.download.catalog import MODELS
+from llama3_raw.download.records import Record
 from llama3_raw.download.sources import Digest, Interrupted, RemoteFile, Stream
 from tests.download.fake_hub import MIB, TOKEN, FakeHub, Fault
 from tests.paths import ROOT
@@ -40,7 +41,7 @@ FILES = {
 
 @pytest.fixture
 def hub() -> Iterator[FakeHub]:
-    """A hub with one model, for which a token is needed."""
+    """A hub with one model that needs a token."""
     fake = FakeHub(files={(REPO, "main"): dict(FILES)}, refusal=lambda token: None if token == TOKEN else GATED)
     fake.start()
     yield fake
@@ -51,16 +52,16 @@ GATED = (401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model 
 
 
 class Tool:
-    """Runs download.py in an empty folder."""
+    """Run download.py in an empty folder."""
 
     def __init__(self, folder: Path, hub: FakeHub):
         self.folder = folder
         self.target = folder / "weights" / "Meta-Llama-3-8B"
-        kept = {n: v for n, v in os.environ.items() if not re.match(r"HF_|HUGGING|.*_proxy$", n, re.IGNORECASE)}
-        self.environment = {**kept, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(folder / "hf")}
+        environment = {n: v for n, v in os.environ.items() if not re.match(r"HF_|HUGGING|.*_proxy$", n, re.IGNORECASE)}
+        self.environment = {**environment, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(folder / "hf")}
 
     def start(self, *arguments: str, **environment: str | None) -> subprocess.Popen[str]:
-        """The tool at work, in a process of its own. An environment variable that is None is unset."""
+        """Start the command in a separate process. An environment variable that is None is unset."""
         merged = {**self.environment, **environment}
         return subprocess.Popen(
             [sys.executable, str(ROOT / "download.py"), *arguments],
@@ -72,19 +73,19 @@ class Tool:
         )
 
     def run(self, *arguments: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
-        """The tool, from beginning to end."""
+        """Run the command to its end."""
         with self.start(*arguments, **environment) as process:
             out, err = process.communicate(timeout=100)
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def ok(self, *arguments: str, **environment: str | None) -> str:
-        """The tool, which should succeed; -> its stderr."""
+        """Run the command, which must succeed, and return its stderr."""
         done = self.run(*arguments, **environment)
         assert done.returncode == 0, done.stderr
         return done.stderr
 
     def fails(self, *arguments: str, **environment: str | None) -> str:
-        """The tool, which should end with status 2; -> the one line of its error."""
+        """Run the command, which must end with status 2, and return the one line of its error."""
         done = self.run(*arguments, **environment)
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr
@@ -94,19 +95,19 @@ class Tool:
         return errors[0]
 
     def files(self) -> dict[str, bytes]:
-        """What is in the target folder under final names."""
+        """Return the files in the target folder that have their final names."""
         if not self.target.exists():
             return {}
         return {f.name: f.read_bytes() for f in self.target.iterdir() if f.is_file() and f.suffix != ".part"}
 
-    def only_right_files(self, files: dict[str, bytes] = FILES) -> bool:
-        """Whether each file is either right or not there."""
-        return self.files().items() <= {Path(place).name: content for place, content in files.items()}.items()
+    def has_no_wrong_file(self, files: dict[str, bytes] = FILES) -> bool:
+        """Whether each file is either correct or missing."""
+        return self.files().items() <= {Path(path).name: content for path, content in files.items()}.items()
 
     def complete(self, files: dict[str, bytes] = FILES) -> bool:
-        """Whether all files are there and right, and no .part is left."""
-        there = {Path(place).name: content for place, content in files.items()}
-        return self.files() == there and not list(self.target.glob("*.part"))
+        """Whether all files are complete and correct, and no .part is left."""
+        expected = {Path(path).name: content for path, content in files.items()}
+        return self.files() == expected and not list(self.target.glob("*.part"))
 
 
 @pytest.fixture
@@ -115,37 +116,37 @@ def tool(tmp_path: Path, hub: FakeHub) -> Tool:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    """Until the condition holds."""
+    """Wait until the condition holds."""
     end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
 
 
-def test_three_files(hub: FakeHub, tool: Tool) -> None:
+def test_download(hub: FakeHub, tool: Tool) -> None:
     done = tool.run()
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert tool.complete()
     assert "is complete; try: python -m llama3_raw" in done.stderr
-    for request in hub.requests:  # the token goes to the hub alone
+    for request in hub.requests:  # the token is sent to the hub only
         assert request.headers.get("authorization") == (f"Bearer {TOKEN}" if request.host == "hub" else None)
         assert request.headers["accept-encoding"] == "identity"  # lengths and positions are those of the file
 
 
 @pytest.mark.slow
-def test_a_second_run_fetches_and_hashes_nothing(hub: FakeHub, tool: Tool) -> None:
+def test_second_run_fetches_and_hashes_nothing(hub: FakeHub, tool: Tool) -> None:
     tool.ok()
     hub.requests.clear()
     start = time.monotonic()
     assert "checking" not in tool.ok()
     assert time.monotonic() - start < 3
-    assert [request.method for request in hub.requests] == ["HEAD"] * 4  # the fourth asks for a second shard
+    assert [request.method for request in hub.requests] == ["HEAD"] * 4  # the fourth looks for a second shard
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_a_cut_connection_is_resumed(hub: FakeHub, tool: Tool, share: float) -> None:
+def test_cut_connection_is_resumed(hub: FakeHub, tool: Tool, share: float) -> None:
     hub.faults = [Fault(), Fault(cut_at=int(share * len(BIG)))]
     tool.ok()
     assert tool.complete()
@@ -156,7 +157,7 @@ def test_a_cut_connection_is_resumed(hub: FakeHub, tool: Tool, share: float) -> 
 
 
 @pytest.mark.slow
-def test_a_server_that_is_down_for_a_while(hub: FakeHub, tool: Tool) -> None:
+def test_server_that_is_down_for_a_while(hub: FakeHub, tool: Tool) -> None:
     hub.faults = [Fault(), Fault(cut_at=len(BIG) // 3), Fault(status=503), Fault(status=500)]
     err = tool.ok()
     assert err.count("answered 50") == err.count("; trying again") - 1 == 2
@@ -164,8 +165,8 @@ def test_a_server_that_is_down_for_a_while(hub: FakeHub, tool: Tool) -> None:
     assert sum(request.sent for request in hub.gets(CHECKPOINT)) - len(BIG) <= MIB
 
 
-def test_a_server_that_stays_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tool gives up after a minute, keeps what it has, and the next run goes on there."""
+def test_server_that_stays_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command gives up after a minute and keeps its bytes; the next run continues there."""
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     source = Unsteady(pieces=3)
@@ -181,14 +182,14 @@ def test_a_server_that_stays_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 class Unsteady:
-    """A source of one file that hangs up after every piece of 1000 bytes, and for good after so many pieces."""
+    """A source of one file that hangs up after every piece of 1000 bytes, and for good after `pieces` of them."""
 
     def __init__(self, pieces: int):
         self.pieces = pieces
-        self.begins_anew = False
+        self.starts_over = False
         self.starts: list[int] = []
 
-    def find(self, place: str) -> RemoteFile | None:
+    def find(self, path: str) -> RemoteFile | None:
         raise NotImplementedError
 
     def local_copy(self, file: RemoteFile) -> Path | None:
@@ -200,14 +201,14 @@ class Unsteady:
         self.pieces -= 1
         if self.pieces < 0:
             raise Interrupted("it hung up")
-        if self.begins_anew:
+        if self.starts_over:
             start = 0
         length = 1000 if self.pieces < 1000 else len(BIG)
         yield Stream(start, None, None, iter([BIG[start : start + length]]))
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle(hub: FakeHub, tool: Tool) -> None:
+def test_kill_and_resume(hub: FakeHub, tool: Tool) -> None:
     hub.always = Fault(pause=0.003)
     for share in (0.3, 0.6):
         process = tool.start()
@@ -215,17 +216,17 @@ def test_killed_in_the_middle(hub: FakeHub, tool: Tool) -> None:
         wait_for(lambda: part.exists() and part.stat().st_size > share * len(BIG))  # noqa: B023
         process.kill()
         process.communicate()
-        assert tool.only_right_files()
+        assert tool.has_no_wrong_file()
         assert CHECKPOINT not in tool.files()
     hub.always = Fault()
     tool.ok()
     assert tool.complete()
     assert len(hub.gets(CHECKPOINT)) == 3
-    assert sum(request.sent for request in hub.gets(CHECKPOINT)) - len(BIG) <= 2 * MIB  # one for each kill
+    assert sum(request.sent for request in hub.gets(CHECKPOINT)) - len(BIG) <= 2 * MIB  # 1 MiB for each kill
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-def test_ctrl_c_keeps_what_came(hub: FakeHub, tool: Tool) -> None:
+def test_ctrl_c_keeps_the_bytes(hub: FakeHub, tool: Tool) -> None:
     hub.always = Fault(pause=0.003)
     process = tool.start()
     part = tool.target / f"{CHECKPOINT}.part"
@@ -238,7 +239,7 @@ def test_ctrl_c_keeps_what_came(hub: FakeHub, tool: Tool) -> None:
 
 
 @pytest.mark.slow
-def test_a_file_that_changed_between_two_tries(hub: FakeHub, tool: Tool) -> None:
+def test_file_that_changes_between_two_runs(hub: FakeHub, tool: Tool) -> None:
     hub.faults = [Fault(), Fault(cut_at=len(BIG) // 2)]
     hub.always = Fault(status=429)
     tool.fails()
@@ -252,8 +253,8 @@ def test_a_file_that_changed_between_two_tries(hub: FakeHub, tool: Tool) -> None
 
 
 @pytest.mark.slow
-def test_a_file_that_changed_at_the_storage_host(hub: FakeHub, tool: Tool) -> None:
-    """If-Range does not hold any more: the whole file comes, and replaces the beginning that was there."""
+def test_file_that_changes_at_the_storage_host(hub: FakeHub, tool: Tool) -> None:
+    """If-Range no longer matches: the whole file is sent, and replaces the .part."""
     hub.faults = [Fault(), Fault(cut_at=len(BIG) // 2)]
     hub.always = Fault(status=429)
     tool.fails()
@@ -265,26 +266,28 @@ def test_a_file_that_changed_at_the_storage_host(hub: FakeHub, tool: Tool) -> No
 
 
 @pytest.mark.slow
-def test_a_wrong_length(hub: FakeHub, tool: Tool) -> None:
+def test_wrong_length(hub: FakeHub, tool: Tool) -> None:
     for change in (lambda content: content[:-1], lambda content: content + b"x"):
         hub.always = Fault(change=change)
-        assert re.search(r"[\d,]+ bytes are offered, but \S+ at main says [\d,]+; try again later", tool.fails())
-        assert tool.only_right_files()
-    hub.always = Fault(change=lambda content: content + b"x", tells_length=False)
-    assert re.search(r"more than [\d,]+ bytes come; run the same command again", tool.fails())
-    assert tool.only_right_files()
-    hub.always = Fault(tells_length=False)
+        assert re.search(
+            r"the server offers [\d,]+ bytes, but \S+ at main reports [\d,]+; try again later", tool.fails()
+        )
+        assert tool.has_no_wrong_file()
+    hub.always = Fault(change=lambda content: content + b"x", has_length=False)
+    assert re.search(r"more than [\d,]+ bytes were sent; run the same command again", tool.fails())
+    assert tool.has_no_wrong_file()
+    hub.always = Fault(has_length=False)
     tool.ok()
     assert tool.complete()
 
 
 @pytest.mark.slow
-def test_a_wrong_hash(hub: FakeHub, tool: Tool) -> None:
+def test_wrong_hash(hub: FakeHub, tool: Tool) -> None:
     hub.faults = [Fault(), Fault(change=lambda content: content[:1000] + b"\0" + content[1001:])]
     error = tool.fails()
     assert f"{CHECKPOINT}: sha256 is " in error
     assert hashlib.sha256(BIG).hexdigest() in error
-    assert tool.only_right_files()
+    assert tool.has_no_wrong_file()
     assert not list(tool.target.glob("*.part"))
     tool.ok()
     assert tool.complete()
@@ -295,13 +298,13 @@ def test_small_files_are_hashed_as_git_does(hub: FakeHub, tool: Tool) -> None:
     tool.ok()
     assert tool.complete()
     (tool.target / "params.json").write_bytes(b'{"dim": 65}')
-    assert "params.json: is not what" in tool.ok()
+    assert "params.json: differs from" in tool.ok()
     assert tool.complete()
 
 
 @pytest.mark.slow
-def test_a_signed_address_that_expires(hub: FakeHub, tool: Tool) -> None:
-    hub.expired = {"s3"}  # what the third request got, for the checkpoint
+def test_signed_address_that_expires(hub: FakeHub, tool: Tool) -> None:
+    hub.expired = {"s3"}  # that of the third request, for the checkpoint
     tool.ok()
     assert tool.complete()
     assert [request.sent > 0 for request in hub.gets(CHECKPOINT)] == [False, True]
@@ -312,7 +315,7 @@ def test_two_downloads_at_once(hub: FakeHub, tool: Tool) -> None:
     hub.always = Fault(pause=0.005)
     first = tool.start()
     wait_for(lambda: (tool.target / f"{CHECKPOINT}.part").exists())
-    assert "another download is at work in this folder" in tool.fails()
+    assert "another download is running in this folder" in tool.fails()
     _, err = first.communicate(timeout=60)
     assert first.returncode == 0, err
     assert tool.complete()
@@ -321,7 +324,7 @@ def test_two_downloads_at_once(hub: FakeHub, tool: Tool) -> None:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, mebibytes: int) -> Iterator[None]:
-    """A file system of its own size at `folder`; skips where that is not allowed."""
+    """Mount a file system of this size at `folder`, or skip the test if that is not allowed."""
     folder.mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
@@ -332,15 +335,15 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[None]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_disk_that_is_too_small(hub: FakeHub, tool: Tool) -> None:
+def test_disk_that_is_too_small(hub: FakeHub, tool: Tool) -> None:
     with small_disk(tool.folder / "weights", 8):
         assert re.search(r"0\.0254 GB are needed, 0\.008\d* GB are free on that disk", tool.fails())
         assert hub.gets(CHECKPOINT) == []
-        assert tool.only_right_files()
+        assert tool.has_no_wrong_file()
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up(hub: FakeHub, tool: Tool) -> None:
+def test_disk_that_fills_up(hub: FakeHub, tool: Tool) -> None:
     with small_disk(tool.folder / "weights", 30):
         hub.always = Fault(pause=0.005)
         process = tool.start()
@@ -351,9 +354,9 @@ def test_a_disk_that_fills_up(hub: FakeHub, tool: Tool) -> None:
             opened.write(bytes(20 * MIB))
         _, err = process.communicate(timeout=60)
         assert process.returncode == 2
-        assert "the disk is full; free some space and run the same command again, it goes on from there" in err
+        assert "the disk is full; free some space and run the same command again to continue" in err
         assert "Traceback" not in err
-        assert tool.only_right_files()
+        assert tool.has_no_wrong_file()
         filler.unlink()
         hub.always = Fault()
         tool.ok()
@@ -361,28 +364,33 @@ def test_a_disk_that_fills_up(hub: FakeHub, tool: Tool) -> None:
         assert sum(request.sent for request in hub.gets(CHECKPOINT)) - len(BIG) <= MIB
 
 
-def error(status: int, code: str = "", said: str = "", **headers: str) -> Callable[[Any], Any]:
-    return lambda token: (status, {"X-Error-Code": code, "X-Error-Message": said, **headers})
+def error(status: int, code: str = "", message: str = "", **headers: str) -> Callable[[Any], Any]:
+    return lambda token: (status, {"X-Error-Code": code, "X-Error-Message": message, **headers})
 
 
 PENDING = "Your request to access model is awaiting a review from the repo authors."
 FINE_GRAINED = "Please enable access to public gated repositories in your fine-grained token settings."
-PAGE = {"always": Fault(change=lambda content: b"\xef\xbb\xbf\n<!-- --><html>Please log in</html>", tells_length=False)}
-# name: (what is set on the hub, arguments, environment, what the line says)
+PAGE = {"always": Fault(change=lambda content: b"\xef\xbb\xbf\n<!-- --><html>Please log in</html>", has_length=False)}
+# name: (attributes to set on the hub, arguments, environment, the message)
 REFUSALS: dict[str, tuple[dict[str, Any], list[str], dict[str, str | None], str]] = {
     "no token": (
         {},
         [],
         {"HF_TOKEN": None},
-        r"needs a token.* accept the licence at \S+, make a token at .*hf auth login",
+        r"needs a token.* accept the licence at \S+, create a token at .*hf auth login",
     ),
     "bad token": (
-        {"refusal": error(401, said="Invalid credentials in Authorization header")},
+        {"refusal": error(401, message="Invalid credentials in Authorization header")},
         [],
         {},
-        "the token is not valid .*make one at",
+        "the token is not valid .*create one at",
     ),
-    "a token with a line end in it": ({}, ["--token", "hf_\ngood"], {}, "--token: holds characters that no token has"),
+    "a token with a line end in it": (
+        {},
+        ["--token", "hf_\ngood"],
+        {},
+        "--token: contains characters that no token has",
+    ),
     "licence not accepted": (
         {"refusal": error(403, "GatedRepo", "not in the authorized list")},
         [],
@@ -390,8 +398,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], dict[str, str | None], str]
         "accept it at",
     ),
     "access pending": ({"refusal": error(403, "GatedRepo", PENDING)}, [], {}, "request for access is pending; wait"),
-    "a token without the right": ({"refusal": error(403, "", FINE_GRAINED)}, [], {}, "may not read gated repositories"),
-    "forbidden": ({"refusal": error(403)}, [], {}, "refuses .*check the token's rights"),
+    "a token without permission": (
+        {"refusal": error(403, "", FINE_GRAINED)},
+        [],
+        {},
+        "may not read gated repositories",
+    ),
+    "forbidden": ({"refusal": error(403)}, [], {}, "refuses .*check the token's permissions"),
     "no such repository": ({}, ["--model", "meta-llama/Llama-9"], {}, "there is no such repository; check the name"),
     "private, without a token": (
         {"refusal": error(401, "RepoNotFound")},
@@ -399,7 +412,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], dict[str, str | None], str]
         {"HF_TOKEN": None},
         "if it is private, give a token",
     ),
-    "not a name": ({}, ["--model", "a/b/c"], {}, "--model a/b/c: not a name of a repository"),
+    "no repository name": ({}, ["--model", "a/b/c"], {}, "--model a/b/c: not a repository name"),
     "no such short name": ({}, ["--model", "8b-instrct"], {}, "did you mean 8b-instruct"),
     "no such revision": ({}, ["--revision", "v9"], {}, "--revision v9: .* has no such branch, tag or commit"),
     "a push in between": ({"pushed_after": 2}, [], {}, "main changed just now; run the same command again"),
@@ -418,11 +431,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], dict[str, str | None], str]
     ),
     "rate limited in the middle": ({"always": Fault(status=429)}, [], {}, "too many requests"),
     "server down": ({"refusal": error(503)}, [], {}, r"the server is down \(it answered 503\); try again later"),
-    "nobody there": ({}, [], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the server is down or out of reach"),
+    "no server": ({}, [], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the server is down or out of reach"),
     "offline": ({}, [], {"HF_ENDPOINT": "http://hub.invalid"}, "seems to be offline"),
-    "told to be offline": ({}, [], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, and .* is not in the .* cache"),
+    "HF_HUB_OFFLINE": ({}, [], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, and .* is not in the .* cache"),
     "a proxy that is not there": ({}, [], {"HTTP_PROXY": "http://127.0.0.1:9"}, "out of reach|proxy"),
-    "a page instead of an answer": ({"plain_page": True}, [], {}, "does not answer as a hub does"),
+    "a page instead of an answer": ({"plain_page": True}, [], {}, "does not answer like a hub"),
     "a page instead of the file": (PAGE, [], {}, "sent an HTML page .*; if it is a login page of this"),
     "a folder that is a file": (
         {},
@@ -430,7 +443,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], dict[str, str | None], str]
         {},
         "there is a file.*give another folder with --to",
     ),
-    "nothing to verify": ({}, ["--verify"], {}, "nothing to check by"),
+    "nothing to verify": ({}, ["--verify"], {}, "nothing to check against"),
     "a mirror of an unknown kind": ({}, ["--from", "s3://bucket/x"], {}, "--from s3://bucket/x: should be gs://"),
     "a mirror out of reach": (
         {},
@@ -438,7 +451,12 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], dict[str, str | None], str]
         {},
         "--from gs://no-bucket/x/orig.* check the address",
     ),
-    "access pending, by its words": ({"refusal": error(403, said=PENDING)}, [], {}, "request for access is pending"),
+    "access pending, by the message": (
+        {"refusal": error(403, message=PENDING)},
+        [],
+        {},
+        "request for access is pending",
+    ),
     "bad token for a gated model": (
         {"refusal": error(401, "GatedRepo", "Access is restricted. Please log in.")},
         [],
@@ -449,9 +467,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], dict[str, str | None], str]
         {"refusal": error(429, **{"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"})},
         [],
         {},
-        "try again in some minutes",
+        "try again in a few minutes",
     ),
-    "a page for everything": ({"plain_page": True, "page_etag": '"abc"'}, [], {}, "does not answer as a hub does"),
+    "a page for everything": ({"plain_page": True, "page_etag": '"abc"'}, [], {}, "does not answer like a hub"),
     "an empty model": ({}, ["--model", ""], {}, "--model: should not be empty"),
     "an empty folder": ({}, ["--to="], {}, "--to: should not be empty"),
     "an endpoint without a scheme": ({}, [], {"HF_ENDPOINT": "127.0.0.1:8000"}, "HF_ENDPOINT 127.0.0.1:8000: "),
@@ -459,7 +477,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], dict[str, str | None], str]
         {},
         [],
         {"HTTP_PROXY": "ftp://127.0.0.1:9"},
-        "settings of the network cannot",
+        "network settings cannot",
     ),
     "certificates that are not there": ({}, [], {"SSL_CERT_FILE": "/nowhere.pem"}, "check SSL_CERT_FILE"),
     "a mirror without the files": ({}, ["--from", "."], {}, r"there is no original/params\.json"),
@@ -468,20 +486,20 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], dict[str, str | None], str]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusals_are_told_apart(hub: FakeHub, tool: Tool, case: str) -> None:
+def test_refusals(hub: FakeHub, tool: Tool, case: str) -> None:
     settings, arguments, environment, message = REFUSALS[case]
     (tool.folder / "there is a file").touch()
     for name, value in settings.items():
         setattr(hub, name, value)
     error = tool.fails(*arguments, **environment)
     assert re.search(message, error), error
-    assert tool.only_right_files()
+    assert tool.has_no_wrong_file()
     if "always" not in settings:
         assert not (tool.folder / "weights").exists()
 
 
 @pytest.mark.slow
-def test_a_certificate_that_is_not_trusted(tmp_path: Path, hub: FakeHub) -> None:
+def test_certificate_that_is_not_trusted(tmp_path: Path, hub: FakeHub) -> None:
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("there is no openssl here to make a certificate")
@@ -495,22 +513,22 @@ def test_a_certificate_that_is_not_trusted(tmp_path: Path, hub: FakeHub) -> None
     try:
         tool = Tool(tmp_path, secure)
         assert "its certificate is not trusted" in tool.fails()
-        tool.ok(SSL_CERT_FILE=f"{file}.crt")  # the way out that it names
+        tool.ok(SSL_CERT_FILE=f"{file}.crt")  # what the error suggests
         assert tool.complete()
     finally:
         secure.stop()
 
 
 def test_through_a_proxy(hub: FakeHub, tool: Tool) -> None:
-    """The fake hub as the proxy: it is asked for whole addresses of a host that only it can reach."""
-    hub.large = 1 << 40  # all from the hub itself
+    """The imitation hub is the proxy: it gets whole addresses, of a host that only it can reach."""
+    hub.large = 1 << 40  # all files come from the hub itself
     tool.ok(HF_ENDPOINT="http://hub.invalid", HTTP_PROXY=hub.url)
     assert tool.complete()
     assert all(request.path.startswith("http://hub.invalid/") for request in hub.requests)
 
 
 @pytest.mark.slow
-def test_a_stored_login_and_a_given_token(hub: FakeHub, tool: Tool) -> None:
+def test_stored_login_and_token_option(hub: FakeHub, tool: Tool) -> None:
     (tool.folder / "hf").mkdir()
     (tool.folder / "hf" / "token").write_text(TOKEN)
     tool.ok("--dry-run", HF_TOKEN=None)
@@ -518,9 +536,9 @@ def test_a_stored_login_and_a_given_token(hub: FakeHub, tool: Tool) -> None:
 
 
 def fill_cache(tool: Tool, files: dict[str, bytes] = FILES) -> list[Path]:
-    """The files in the Hugging Face cache, by the library's own hand; -> their blobs."""
+    """Put the files into the Hugging Face cache by its library, and return their blobs."""
     code = "import sys; from huggingface_hub import hf_hub_download\n"
-    code += "for place in sys.argv[2:]: print(hf_hub_download(sys.argv[1], place))"
+    code += "for path in sys.argv[2:]: print(hf_hub_download(sys.argv[1], path))"
     command = [sys.executable, "-c", code, REPO, *files]
     done = subprocess.run(command, env=tool.environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -529,7 +547,7 @@ def fill_cache(tool: Tool, files: dict[str, bytes] = FILES) -> list[Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
-def test_the_hugging_face_cache_is_linked(hub: FakeHub, tool: Tool, offline: bool) -> None:
+def test_hugging_face_cache_is_linked(hub: FakeHub, tool: Tool, offline: bool) -> None:
     blobs = fill_cache(tool)
     hub.requests.clear()
     assert "taken from" in tool.ok(HF_HUB_OFFLINE="1" if offline else None)
@@ -541,18 +559,18 @@ def test_the_hugging_face_cache_is_linked(hub: FakeHub, tool: Tool, offline: boo
 
 
 @pytest.mark.slow
-def test_a_damaged_copy_in_the_cache_is_not_taken(hub: FakeHub, tool: Tool) -> None:
+def test_damaged_copy_in_the_cache_is_not_used(hub: FakeHub, tool: Tool) -> None:
     blobs = fill_cache(tool)
     checkpoint = next(blob for blob in blobs if blob.stat().st_size == len(BIG))
     checkpoint.write_bytes(BIG[:-1] + b"\0")
     assert "and HF_HUB_OFFLINE is set; unset it" in tool.fails(HF_HUB_OFFLINE="1")
-    assert tool.only_right_files()
+    assert tool.has_no_wrong_file()
     tool.ok()
     assert tool.complete()
 
 
 @pytest.mark.slow
-def test_the_cache_on_another_disk_is_copied(hub: FakeHub, tool: Tool) -> None:
+def test_cache_on_another_disk_is_copied(hub: FakeHub, tool: Tool) -> None:
     fill_cache(tool)
     hub.requests.clear()
     with small_disk(tool.folder / "weights", 40):
@@ -563,14 +581,14 @@ def test_the_cache_on_another_disk_is_copied(hub: FakeHub, tool: Tool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("original", [True, False], ids=["in original/", "at the top"])
-def test_a_local_folder_as_mirror(tmp_path: Path, tool: Tool, original: bool) -> None:
+def test_local_folder_as_mirror(tmp_path: Path, tool: Tool, original: bool) -> None:
     mirror = tmp_path / "llama3-8b"
-    for place, content in FILES.items():
-        file = mirror / (place if original else Path(place).name)
+    for path, content in FILES.items():
+        file = mirror / (path if original else Path(path).name)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
     offline = {"HF_TOKEN": None, "HF_ENDPOINT": "http://hub.invalid"}
-    assert "tells no hash; only the length was checked" in tool.ok("--from", f"{mirror}/", "--model", "8b", **offline)
+    assert "reports no hash; only the length was checked" in tool.ok("--from", f"{mirror}/", "--model", "8b", **offline)
     assert tool.complete()
     tool.ok("--from", "llama3-8b", "--dry-run", **offline)
     assert not (tool.folder / "weights" / "llama3-8b").exists()
@@ -588,7 +606,7 @@ def test_revision_and_folder(hub: FakeHub, tool: Tool) -> None:
     assert '--weights "my model"' in err
     tool.ok("--to", "my model")
     assert tool.complete()
-    assert len(hub.gets(CHECKPOINT)) == 1  # the same in both
+    assert len(hub.gets(CHECKPOINT)) == 1  # both revisions have the same
 
 
 def test_shards(hub: FakeHub, tool: Tool) -> None:
@@ -620,7 +638,7 @@ def test_safetensors(hub: FakeHub, tool: Tool, sharded: bool) -> None:
     assert tool.complete(files)
 
 
-def test_an_index_that_leads_out_of_the_folder(hub: FakeHub, tool: Tool) -> None:
+def test_index_that_points_outside_the_folder(hub: FakeHub, tool: Tool) -> None:
     index = json.dumps({"weight_map": {"a": "../../outside"}}).encode()
     files = {**FILES, "config.json": b"{}", "model.safetensors.index.json": index}
     hub.files[REPO, "main"] = files
@@ -639,10 +657,25 @@ def test_dry_run_and_list(hub: FakeHub, tool: Tool) -> None:
     assert not (tool.folder / "weights").exists()
     tool.ok()
     out = tool.run("--dry-run").stdout
-    assert out.count("(there)") == 3
+    assert out.count("(complete)") == 3
     out = tool.run("--list").stdout
     assert re.search(r"^8b +16\.1 GB  meta-llama/Meta-Llama-3-8B$", out, re.MULTILINE)
     assert len(hub.gets(CHECKPOINT)) == 1
+
+
+def test_verify_in_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the damaged file, not the record that it could not update."""
+    (tmp_path / ".download").mkdir()
+    (tmp_path / ".download" / "wanted").write_text("file")
+    (tmp_path / "file").write_text("damaged")
+    Record("hub", "1", 7, Digest("sha256", "0" * 64)).write(tmp_path, "file")
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(records, "replacing", refuse)
+    with pytest.raises(UserError, match="file: sha256 is "):
+        verify(tmp_path)
 
 
 @pytest.mark.slow
@@ -650,10 +683,10 @@ def test_verify(hub: FakeHub, tool: Tool) -> None:
     tool.ok()
     offline = {"HF_ENDPOINT": "http://hub.invalid", "HF_TOKEN": None}
     err = tool.ok("--verify", **offline)
-    assert err.count(": right (") == 3
+    assert err.count(": correct (") == 3
     file = tool.target / CHECKPOINT
     times = file.stat()
-    with open(file, "r+b") as opened:  # one byte on the disk turns, and the times do not tell
+    with open(file, "r+b") as opened:  # one bit flips on the disk, and the times stay the same
         opened.seek(5_000_000)
         opened.write(bytes([BIG[5_000_000] ^ 1]))
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -667,15 +700,15 @@ def test_verify(hub: FakeHub, tool: Tool) -> None:
 
 
 @pytest.mark.slow
-def test_a_checklist(hub: FakeHub, tool: Tool) -> None:
-    """Meta's own downloads bring one, with MD5: it counts in --verify and in a download."""
+def test_checklist(hub: FakeHub, tool: Tool) -> None:
+    """Meta's own downloads have one, with MD5. Both --verify and a download check it."""
     tool.target.mkdir(parents=True)
-    for place, content in FILES.items():
-        (tool.target / Path(place).name).write_bytes(content)
+    for path, content in FILES.items():
+        (tool.target / Path(path).name).write_bytes(content)
     checklist = tool.target / "checklist.chk"
     right = hashlib.md5(BIG).hexdigest()
     checklist.write_text(f"{right}  {CHECKPOINT}\n")
-    assert "right (md5)" in tool.ok("--verify", HF_ENDPOINT="http://hub.invalid")
+    assert "correct (md5)" in tool.ok("--verify", HF_ENDPOINT="http://hub.invalid")
     checklist.write_text(f"{'0' * 32}  {CHECKPOINT}\n")
     assert f"md5 is {right}, should be 000" in tool.fails("--verify")
     assert "by checklist.chk; if that list is of another version, remove it" in tool.fails()
@@ -691,11 +724,11 @@ def test_a_checklist(hub: FakeHub, tool: Tool) -> None:
 
 
 @pytest.mark.slow
-def test_files_that_are_there_already(hub: FakeHub, tool: Tool) -> None:
-    """By hand say: the right ones are kept, a wrong one stays until the right one is complete."""
+def test_files_that_already_exist(hub: FakeHub, tool: Tool) -> None:
+    """For example copied by hand. Correct files are kept; a wrong one stays until the right one is complete."""
     tool.target.mkdir(parents=True)
-    for place, content in FILES.items():
-        (tool.target / Path(place).name).write_bytes(content)
+    for path, content in FILES.items():
+        (tool.target / Path(path).name).write_bytes(content)
     (tool.target / CHECKPOINT).write_bytes(BIG[:-1])
     hub.always = Fault(status=429)
     tool.fails()
@@ -706,23 +739,23 @@ def test_files_that_are_there_already(hub: FakeHub, tool: Tool) -> None:
     assert hub.gets("tokenizer.model") == []
 
 
-def test_a_mirror_without_hashes(hub: FakeHub, tool: Tool) -> None:
+def test_mirror_without_hashes(hub: FakeHub, tool: Tool) -> None:
     hub.etag = lambda content: "W/some-etag"
-    assert "tells no hash; only the length was checked" in tool.ok()
+    assert "reports no hash; only the length was checked" in tool.ok()
     assert tool.complete()
 
 
-def test_no_hash_and_a_page(hub: FakeHub, tool: Tool) -> None:
-    """A page that says it is a file is seen by its first bytes."""
+def test_page_instead_of_a_file_without_a_hash(hub: FakeHub, tool: Tool) -> None:
+    """A page sent as a file is recognized by its first bytes."""
     hub.etag = lambda content: "W/some-etag"
     hub.faults = [Fault(), Fault(change=lambda content: b"<html>" + content[6:])]
-    assert "sent an HTML page (a login or error page, say)" in tool.fails()
-    assert tool.only_right_files()
+    assert "sent an HTML page (such as a login or error page)" in tool.fails()
+    assert tool.has_no_wrong_file()
 
 
 @pytest.mark.slow
-def test_a_page_in_the_middle_takes_nothing_away(hub: FakeHub, tool: Tool) -> None:
-    """The .part stays as it was, and the next run goes on with it."""
+def test_page_while_resuming_keeps_the_part(hub: FakeHub, tool: Tool) -> None:
+    """The .part is unchanged, and the next run continues it."""
     hub.faults = [Fault(), Fault(cut_at=len(BIG) // 2), Fault(**PAGE["always"].__dict__)]
     hub.storage_etag = "v1"
     hub.faults[2].ignores_range = True
@@ -735,7 +768,7 @@ def test_a_page_in_the_middle_takes_nothing_away(hub: FakeHub, tool: Tool) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("content_range", [None, "Bytes  {start}-{end}/*"])
-def test_servers_that_tell_little_of_the_range(hub: FakeHub, tool: Tool, content_range: str | None) -> None:
+def test_incomplete_content_range(hub: FakeHub, tool: Tool, content_range: str | None) -> None:
     hub.faults = [Fault(), Fault(cut_at=len(BIG) // 2)]
     hub.always = Fault(content_range=content_range)
     tool.ok()
@@ -743,21 +776,21 @@ def test_servers_that_tell_little_of_the_range(hub: FakeHub, tool: Tool, content
     assert len(hub.gets(CHECKPOINT)) == 2
 
 
-def test_an_endless_tug_of_war_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A source that begins anew each time, and never gets further, is given up as well."""
+def test_source_that_always_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command also gives up if the source starts over each time and never gets further."""
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     source = Unsteady(pieces=500)
-    source.begins_anew = True
+    source.starts_over = True
     file = RemoteFile("weights", "weights", len(BIG), None, "v1")
-    with pytest.raises(UserError, match=r"run the same command to go on"):
+    with pytest.raises(UserError, match=r"run the same command to continue"):
         fetch.download(source, [file], tmp_path)
     assert len(slept) < 20
 
 
 @pytest.mark.slow
-def test_what_kills_leave_behind_is_put_right(hub: FakeHub, tool: Tool) -> None:
-    """Killed between the last rename and the tidying up, or with a file put in place by hand beside its .part."""
+def test_leftovers_of_a_kill_are_cleaned_up(hub: FakeHub, tool: Tool) -> None:
+    """After a kill between the last rename and the cleanup, or with a file copied by hand next to its .part."""
     tool.ok()
     (tool.target / f"{CHECKPOINT}.part").write_bytes(BIG[:MIB])
     assert "not complete" in tool.fails("--verify")
@@ -770,7 +803,7 @@ def test_what_kills_leave_behind_is_put_right(hub: FakeHub, tool: Tool) -> None:
 
 
 @pytest.mark.slow
-def test_a_part_without_its_record_is_gone_on_with(hub: FakeHub, tool: Tool) -> None:
+def test_part_without_a_record_is_resumed(hub: FakeHub, tool: Tool) -> None:
     hub.faults = [Fault(), Fault(cut_at=len(BIG) // 2)]
     hub.always = Fault(status=429)
     tool.fails()
@@ -782,7 +815,7 @@ def test_a_part_without_its_record_is_gone_on_with(hub: FakeHub, tool: Tool) -> 
 
 
 @pytest.mark.slow
-def test_a_file_cut_short_with_its_times_put_back(hub: FakeHub, tool: Tool) -> None:
+def test_truncated_file_with_its_times_restored(hub: FakeHub, tool: Tool) -> None:
     tool.ok()
     file = tool.target / CHECKPOINT
     times = file.stat()
@@ -792,8 +825,8 @@ def test_a_file_cut_short_with_its_times_put_back(hub: FakeHub, tool: Tool) -> N
     assert tool.complete()
 
 
-def test_verify_knows_what_belongs_to_the_model(hub: FakeHub, tool: Tool) -> None:
-    """Ended after the small files, before a byte of the checkpoint."""
+def test_verify_knows_the_files_of_the_model(hub: FakeHub, tool: Tool) -> None:
+    """The download ended after the small files, before any byte of the checkpoint."""
     hub.faults = [Fault()]
     hub.always = Fault(status=429)
     tool.fails()
@@ -803,7 +836,7 @@ def test_verify_knows_what_belongs_to_the_model(hub: FakeHub, tool: Tool) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("record", ['{"size": "abc"}', "[" * 99999, '{"digest": {"algorithm": "rot13", "value": "x"}}'])
-def test_a_damaged_record_is_no_record(hub: FakeHub, tool: Tool, record: str) -> None:
+def test_damaged_record_is_ignored(hub: FakeHub, tool: Tool, record: str) -> None:
     tool.ok()
     file = tool.target / ".download" / f"{CHECKPOINT}.json"
     good = json.loads(file.read_text())
@@ -822,8 +855,8 @@ def test_small_files_are_not_shared_with_the_cache(hub: FakeHub, tool: Tool) -> 
 
 
 @pytest.mark.slow
-def test_the_cache_on_a_disk_that_is_nearly_full(hub: FakeHub, tool: Tool) -> None:
-    """A link needs no room."""
+def test_cache_on_a_disk_that_is_nearly_full(hub: FakeHub, tool: Tool) -> None:
+    """A link needs no space."""
     with small_disk(tool.folder / "disk", 40):
         tool.environment["HF_HOME"] = str(tool.folder / "disk" / "hf")
         fill_cache(tool)
@@ -832,30 +865,34 @@ def test_the_cache_on_a_disk_that_is_nearly_full(hub: FakeHub, tool: Tool) -> No
         assert tool.complete()
 
 
-def test_the_host_in_capitals(hub: FakeHub, tool: Tool) -> None:
+def test_host_in_capitals(hub: FakeHub, tool: Tool) -> None:
     hub.large = 1 << 40
     tool.ok(HF_ENDPOINT=hub.url.replace("127.0.0.1", "LocalHost"))
     assert tool.complete()
 
 
-def test_what_the_readme_says() -> None:
-    """Every option in its section, "Get the weights", is one."""
-    section = (ROOT / "README.md").read_text().split("## Get the weights")[1].split("\n## ")[0]
-    spans = [span for span in re.findall(r"`(?:python download\.py )?(--[^`]+)`", section) if span != "--token"]
+def test_options_in_the_docs() -> None:
+    """Every option in backticks on docs/download.md is one of the command, and its value is accepted."""
+    page = (ROOT / "docs" / "download.md").read_text()
+    spans = re.findall(r"`(?:python download\.py )?(--[^`]+)`", page)
+    spans = [span for span in spans if span != "--weights"]  # the page names it as an option of the other commands
     assert len(spans) > 8
+    parser = build_parser()
     for span in spans:
-        options = build_parser().parse_args(span.split())
-        assert options.model is None or "/" in options.model or options.model in MODELS
+        action = parser._option_string_actions.get(span)
+        if action is None or action.nargs == 0:  # not an option that is named without its value
+            options = parser.parse_args(span.split())
+            assert options.model in {None, "NAME", *MODELS} or "/" in options.model
 
 
-def test_the_sizes_that_list_shows() -> None:
-    """Two bytes a parameter, by the shapes in Meta's own list."""
+def test_sizes_in_the_list() -> None:
+    """Two bytes per parameter, by the shapes in Meta's own list."""
     import llama_models.sku_list as sku_list
 
     from llama3_raw import Params
-    from llama3_raw.weights import tensor_places
+    from llama3_raw.weights import tensor_specs
 
-    sizes: dict[str, list[float]] = {}  # in several variants
+    sizes: dict[str, list[float]] = {}  # of each variant
     for family in ("llama3_family", "llama3_1_family", "llama3_2_family", "llama3_3_family"):
         for model in getattr(sku_list, family)():
             content = dict(model.arch_args)
@@ -863,15 +900,15 @@ def test_the_sizes_that_list_shows() -> None:
                 continue
             tied = content["dim"] < 4096
             params = Params.from_meta(content)
-            count = sum(math.prod(place.shape) for place in tensor_places(params, tied))
+            count = sum(math.prod(spec.shape) for spec in tensor_specs(params, tied))
             repo = model.huggingface_repo.replace("/Llama-3-", "/Meta-Llama-3-").removesuffix("-FP8")
             sizes.setdefault(repo, []).append(2 * count / 1e9)
-    # the original files of 405B lie in folders of their own, one for each way to split them
-    assert {offer.repo for offer in MODELS.values()} == {repo for repo in sizes if "405B" not in repo}
-    for offer in MODELS.values():
-        assert any(abs(size - offer.gigabytes) < 0.06 for size in sizes[offer.repo]), offer
+    # the original files of 405B are in separate folders, one for each way to split them
+    assert {entry.repo for entry in MODELS.values()} == {repo for repo in sizes if "405B" not in repo}
+    for entry in MODELS.values():
+        assert any(abs(size - entry.gigabytes) < 0.06 for size in sizes[entry.repo]), entry
 
 
-def test_it_does_not_wait_for_torch() -> None:
+def test_torch_is_not_imported() -> None:
     code = "import sys, llama3_raw.download.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

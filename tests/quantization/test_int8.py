@@ -1,4 +1,4 @@
-"""Matrices in int8: how near they are, how they are made, saved and mapped, and what they cost in perplexity."""
+"""Matrices in int8: their error, quantization, saving and mapping, and their cost in perplexity."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from llama3_raw.backends.cpu import fast_ops
 from llama3_raw.checkpoint.checkpoint import open_checkpoint
 from llama3_raw.checkpoint.loading import from_state_dict, to_state_dict
 from llama3_raw.checkpoint.writing import save_quantized
-from llama3_raw.cli.memory_plan import Lengths, Plan, needed
-from llama3_raw.quantization.int8 import Int8, quantize, widen
+from llama3_raw.cli.memory_plan import MemoryPlan, RunShape, needed
+from llama3_raw.quantization.int8 import Int8, dequantize, quantize
 from llama3_raw.quantization.matrix import Matrix, linear, tensors_of
 from llama3_raw.weights import MATRICES
 from tests.checkpoint.files import SMALL, file_of, write_meta
@@ -35,7 +35,7 @@ WQ = "layers.0.attention.wq.weight"
 
 
 def quantized(weights: Weights) -> Weights:
-    """The same weights with their matrices in int8."""
+    """Return the weights with their matrices in int8."""
     layers = (
         layer._replace(**{field: quantize(getattr(layer, field)) for field in MATRICES if field != "output"})  # type: ignore[arg-type]
         for layer in weights.layers
@@ -55,12 +55,12 @@ def assert_same(ours: Weights, theirs: Weights) -> None:
 
 
 def error(matrix: Int8, exact: Tensor) -> Tensor:
-    return (widen(matrix, torch.float64) - exact.double()).abs()
+    return (dequantize(matrix, torch.float64) - exact.double()).abs()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_each_value_is_within_half_a_step(dtype: torch.dtype) -> None:
-    """More rows than are quantised at a time."""
+    """More rows than are quantized at a time."""
     matrix = torch.randn(1030, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = matrix.clone()
     int8 = quantize(matrix)
@@ -70,22 +70,22 @@ def test_each_value_is_within_half_a_step(dtype: torch.dtype) -> None:
     assert int8.nbytes == 1030 * 96 + 4 * (1030 + 96)
     step = int8.row_scales.double().unsqueeze(-1) * int8.column_scales
     assert (error(int8, matrix) <= 0.5001 * step).all()
-    assert (int8.values.abs().amax(dim=-1) == 127).all()  # all steps there are
+    assert (int8.values.abs().amax(dim=-1) == 127).all()  # uses the full range
 
 
 def test_rows_and_columns_of_zeros() -> None:
     matrix = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
     matrix[3] = 0
     matrix[:, 7] = 0
-    wide = widen(quantize(matrix), torch.float32)
-    assert not wide[3].any()
-    assert not wide[:, 7].any()
-    assert (wide - matrix).abs().max() < 0.02
-    assert not widen(quantize(torch.zeros(4, 32)), torch.float32).any()
+    dequantized = dequantize(quantize(matrix), torch.float32)
+    assert not dequantized[3].any()
+    assert not dequantized[:, 7].any()
+    assert (dequantized - matrix).abs().max() < 0.02
+    assert not dequantize(quantize(torch.zeros(4, 32)), torch.float32).any()
 
 
 def test_columns_of_large_weights_do_not_coarsen_the_others() -> None:
-    """With a scale for each row alone those with small weights would be lost."""
+    """With row scales alone, columns of small weights would be lost."""
     sizes = torch.logspace(-3, 0, 32)
     matrix = torch.randn(64, 32, generator=torch.Generator().manual_seed(2)) * sizes
     step = matrix.abs().amax(dim=-1, keepdim=True) / 127
@@ -94,15 +94,15 @@ def test_columns_of_large_weights_do_not_coarsen_the_others() -> None:
     assert (error(quantize(matrix), matrix) / sizes).square().mean() < 0.003
 
 
-def test_linear_is_that_of_the_wide_matrix() -> None:
+def test_linear_equals_that_of_the_dequantized_matrix() -> None:
     matrix, x = torch.randn(64, 32), torch.randn(2, 3, 32)
     int8 = quantize(matrix)
-    assert torch.equal(linear(x, int8), F.linear(x, widen(int8, torch.float32)))
+    assert torch.equal(linear(x, int8), F.linear(x, dequantize(int8, torch.float32)))
     assert torch.equal(linear(x, matrix), F.linear(x, matrix))
     assert linear(x.bfloat16(), int8).dtype == torch.bfloat16
 
 
-# Loaded and saved
+# Loading and saving
 
 
 def meta_folder(folder: Path) -> Path:
@@ -126,8 +126,8 @@ FORMATS: list[Callable[[Path], Path]] = [meta_folder, hf_folder, tied_hf_folder]
 
 
 @pytest.mark.parametrize("make", FORMATS)
-def test_loaded_and_saved_are_the_same(tmp_path: Path, make: Callable[[Path], Path]) -> None:
-    """In every format; embeddings that are tied stay as they are, beside an output in int8."""
+def test_loading_and_saving_give_the_same(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    """In every format; tied embeddings are unchanged, next to an output in int8."""
     folder = make(tmp_path / "model")
     stored = llama3_raw.load(folder)
     model = llama3_raw.load(folder, quantized=True)
@@ -156,7 +156,7 @@ def test_a_write_never_reaches_the_files(tmp_path: Path) -> None:
 
 
 def test_other_dtypes(tmp_path: Path) -> None:
-    """What is not in int8 gets the dtype, and what is stays."""
+    """What is not in int8 is converted to the dtype, and int8 stays."""
     folder = meta_folder(tmp_path / "model")
     save_quantized(folder, open_checkpoint(folder), tmp_path / "int8")
     mapped = llama3_raw.load(tmp_path / "int8", dtype=torch.float32)
@@ -165,18 +165,18 @@ def test_other_dtypes(tmp_path: Path) -> None:
     for ours, theirs in zip(all_tensors(mapped.weights), all_tensors(as_stored), strict=True):
         assert torch.equal(ours, theirs.to(ours.dtype))
     tokens = torch.tensor([1, 2, 3])
-    widened = cast_wide(as_stored)
-    assert torch.equal(forward(mapped.weights, mapped.params, tokens), forward(widened, mapped.params, tokens))
+    in_fp32 = dequantized_weights(as_stored)
+    assert torch.equal(forward(mapped.weights, mapped.params, tokens), forward(in_fp32, mapped.params, tokens))
 
 
-def cast_wide(weights: Weights) -> Weights:
-    """The weights that those in int8 stand for, in fp32."""
+def dequantized_weights(weights: Weights) -> Weights:
+    """Return the dequantized weights, in fp32."""
 
-    def wide(matrix: Matrix) -> Tensor:
-        return widen(matrix, torch.float32) if isinstance(matrix, Int8) else matrix.float()
+    def convert(matrix: Matrix) -> Tensor:
+        return dequantize(matrix, torch.float32) if isinstance(matrix, Int8) else matrix.float()
 
-    layers = tuple(type(layer)(*map(wide, layer)) for layer in weights.layers)
-    return Weights(wide(weights.tok_embeddings), layers, wide(weights.norm), wide(weights.output))
+    layers = tuple(type(layer)(*map(convert, layer)) for layer in weights.layers)
+    return Weights(convert(weights.tok_embeddings), layers, convert(weights.norm), convert(weights.output))
 
 
 # On the command line
@@ -184,12 +184,12 @@ def cast_wide(weights: Weights) -> Weights:
 
 @pytest.fixture(scope="module")
 def saved_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in model in int8, as the tool writes it."""
+    """The built-in model in int8, written by the command."""
     folder = tmp_path_factory.mktemp("saved") / "int8"
     command = [sys.executable, "-m", "llama3_raw", "--weights", str(TINY), "--save-quantized", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr.endswith(f"llama3_raw: {folder} is written; run it with --weights {folder}\n")
+    assert done.stderr.endswith(f"llama3_raw: wrote {folder}; run it with --weights {folder}\n")
     return folder
 
 
@@ -214,7 +214,7 @@ def test_the_tool_writes_what_it_runs(saved_tiny: Path, capsys: pytest.CaptureFi
 REFUSED = {
     "a folder that is not empty": (
         ["--save-quantized", "{tiny}"],
-        "tiny: is there already, and is not empty",
+        "tiny: already exists and is not empty",
     ),
     "a folder below a file": (["--save-quantized", "{tiny}/params.json/new"], "cannot be written: "),
     "in int8 already": (["--weights", "{int8}", "--save-quantized", "{new}"], "in int8 already"),
@@ -223,7 +223,7 @@ REFUSED = {
     "--max-ram": (["--max-ram", "1GB", "--save-quantized", "{new}"], "leave the prompt and --max-ram out"),
     "--dtype": (["--dtype", "float32", "--save-quantized", "{new}"], "give --dtype bfloat16"),
     "--layers": (["--layers", "2", "--save-quantized", "{new}"], "leave --layers out"),
-    "made at load with --max-ram": (["x", "--quantize", "int8", "--max-ram", "1GB"], "by --save-quantized"),
+    "quantized at load with --max-ram": (["x", "--quantize", "int8", "--max-ram", "1GB"], "with --save-quantized"),
 }
 
 
@@ -246,7 +246,7 @@ def test_not_on_an_apple_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def change(number: int, edit: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
-    """Damage: other tensors in one of the files."""
+    """Damage: changed tensors in one of the files."""
 
     def apply(folder: Path) -> None:
         file = folder / f"int8.{number:03}.safetensors"
@@ -268,7 +268,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         change(0, lambda t: t.update({f"{WQ}.row_scales": t[f"{WQ}.row_scales"].bfloat16()})),
         f"{WQ} is in int8, without the scales",
     ),
-    "scales of what is not in int8": (
+    "scales of a matrix that is not in int8": (
         change(0, lambda t: t.update({WQ: t[WQ].bfloat16()})),
         f"unexpected tensor {WQ}.",
     ),
@@ -319,7 +319,7 @@ from llama3_raw.quantization.int8 import quantize
 quantize(torch.ones(64, 64))
 before = anonymous()
 weights = llama3_raw.load(sys.argv[1], quantized=sys.argv[2] == "quantized").weights
-ctypes.CDLL(None).malloc_trim(0)  # what is free, but kept for later
+ctypes.CDLL(None).malloc_trim(0)  # release freed memory that the allocator keeps
 print(anonymous() - before)
 """
 
@@ -327,25 +327,25 @@ print(anonymous() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc/self/status")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_the_need_is_what_a_load_takes(tmp_path: Path, tied: bool) -> None:
-    """Half of the matrices' bytes where they are made, nearly none where they are mapped."""
+def test_the_planned_memory_is_what_a_load_needs(tmp_path: Path, tied: bool) -> None:
+    """Half of the matrices' bytes if they are quantized, almost none if they are mapped."""
     content = {"dim": 1024, "n_layers": 4, "n_heads": 8, "vocab_size": 8000, "norm_eps": 1e-5}
     params = Params.from_meta(content)
     weights = random_weights(params, torch.bfloat16, seed=0, tied=tied)
     folder = write_meta(tmp_path / "model", content, to_state_dict(params, weights))
     save_quantized(folder, open_checkpoint(folder), tmp_path / "int8")
 
-    def taken(folder: Path, way: str) -> int:
-        command = [sys.executable, "-c", MEASURE, str(folder), way]
+    def allocated(folder: Path, how: str) -> int:
+        command = [sys.executable, "-c", MEASURE, str(folder), how]
         return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
 
-    plan = Plan(open_checkpoint(folder), CPU, None, Lengths(1, 1, 2), quantized=True)
+    plan = MemoryPlan(open_checkpoint(folder), CPU, None, RunShape(1, 1, 2), quantized=True)
     matrices = sum(weight.numel() for weight in map(dense, [*weights.layers[0], weights.output]) if weight.dim() == 2)
     matrices += 3 * sum(weight.numel() for weight in map(dense, weights.layers[0]) if weight.dim() == 2)
     assert needed(plan).copied == matrices
-    # beside the scales, what is left of a piece in fp32
-    assert taken(folder, "quantized") == pytest.approx(matrices, rel=0.05, abs=25e6)
-    assert taken(tmp_path / "int8", "mapped") < 3e6
+    # the tolerance is for the scales, and for what remains of a piece in fp32
+    assert allocated(folder, "quantized") == pytest.approx(matrices, rel=0.05, abs=25e6)
+    assert allocated(tmp_path / "int8", "mapped") < 3e6
     mapped = needed(plan._replace(checkpoint=open_checkpoint(tmp_path / "int8"), quantized=False))
     assert mapped.copied == 0
     assert mapped.mapped < matrices + 1e6
@@ -355,7 +355,7 @@ def test_the_need_is_what_a_load_takes(tmp_path: Path, tied: bool) -> None:
 
 
 def losses(model: Model, ids: list[int], window: int) -> Tensor:
-    """-log p of each token but the first of each window, in fp64."""
+    """Return -log p of each token except the first of each window, in fp64."""
     with torch.no_grad():
         return torch.cat(
             [
@@ -369,7 +369,7 @@ def losses(model: Model, ids: list[int], window: int) -> Tensor:
 
 @pytest.mark.slow
 def test_perplexity_of_a_trained_model(smollm2: Model, smollm2_text: list[int]) -> None:
-    """At most 0.5 % more on 2,048 tokens, with what the sum of so few leaves uncertain."""
+    """At most 0.5 % more on 2,048 tokens; the statistical error of that many tokens must be small enough."""
     ids = smollm2_text[:2048]
     model = smollm2._replace(weights=cast(smollm2.weights, torch.bfloat16))
     difference = losses(model._replace(weights=quantized(model.weights)), ids, 1024) - losses(model, ids, 1024)
@@ -379,18 +379,18 @@ def test_perplexity_of_a_trained_model(smollm2: Model, smollm2_text: list[int]) 
 
 
 def test_perplexity_of_the_built_in_model(tiny: Model) -> None:
-    """On what the model itself tells, drawn with its own probabilities, where the difference is what they lose."""
+    """On text sampled from the model itself, where the difference is the loss of its probabilities."""
     ids = list(generate(tiny, [1], max_new_tokens=500, temperature=1.0, seed=0, stop_ids=()))
     model = tiny._replace(weights=quantized(tiny.weights))
     difference = losses(model, ids, 500) - losses(tiny, ids, 500)
     assert abs(float(difference.mean())) < 0.01
 
 
-def test_reference_operations_take_int8(tiny: Model) -> None:
-    """Widened to bf16: another rounding than that of the fast ones, whose whole numbers lose less."""
+def test_exact_operations_accept_int8(tiny: Model) -> None:
+    """They dequantize to bf16, and so round otherwise than the fast ones, whose integer products lose less."""
     model = tiny._replace(weights=quantized(tiny.weights))
     tokens = torch.randint(2000, (20,), generator=torch.Generator().manual_seed(0))
-    exact = forward(cast_wide(model.weights), model.params, tokens)
+    exact = forward(dequantized_weights(model.weights), model.params, tokens)
     reference = forward(model.weights, model.params, tokens, ops=REFERENCE)
     fast = forward(model.weights, model.params, tokens, ops=fast_ops())
     assert (fast - exact).square().mean() <= 1.5**2 * (reference - exact).square().mean()

@@ -1,4 +1,4 @@
-"""What is written is there whole, or not at all."""
+"""Atomic writes: a file or folder is complete, or does not exist."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ with atomic_write(sys.argv[1]) as part:
 """
 
 
-def test_a_file_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_file_gets_its_name_when_complete(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("before")
     file.chmod(0o640)
     with atomic_write(file) as part:
         part.write_text("after")
         assert file.read_text() == "before"
-        assert part.name == "file"  # torch.save writes it into the file
+        assert part.name == "file"  # torch.save stores the name in the file
     assert file.read_text() == "after"
     if os.name != "nt":
         assert stat.S_IMODE(file.stat().st_mode) == 0o640
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
+def test_an_error_keeps_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("before")
     with pytest.raises(ZeroDivisionError), atomic_write(file) as part:
@@ -48,15 +48,43 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-def test_a_kill_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_kill_keeps_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("before")
     assert subprocess.run([sys.executable, "-c", KILLED, str(file)]).returncode == -signal.SIGKILL
     assert file.read_text() == "before"
+    assert len(list(tmp_path.iterdir())) == 2
+    with atomic_write(file) as part:  # removes the files of the killed process
+        part.write_text("after")
+    assert list(tmp_path.iterdir()) == [file]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows lets few make links")
-def test_through_a_link_the_file_behind_it_is_written(tmp_path: Path) -> None:
+def test_errors_of_the_caller_are_not_converted(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="invalid literal"), atomic_write(tmp_path / "file"):
+        int("a")
+    with pytest.raises(UserError, match="cannot be written"), atomic_write("zero\0byte"):
+        pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows flushes only files that are open for writing")
+def test_read_only_files_are_flushed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--save-quantized writes such files if params.json is read-only. (Only root may open them for writing.)"""
+    open_file = os.open
+
+    def as_another_user(path: Path, flags: int, *rest: int) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR) and not os.stat(path).st_mode & stat.S_IWUSR:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_file(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", as_another_user)
+    with atomic_folder(tmp_path / "folder", 10) as part:
+        (part / "file").write_text("text")
+        (part / "file").chmod(0o444)
+    assert (tmp_path / "folder" / "file").read_text() == "text"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets few users create links")
+def test_the_target_of_a_link_is_written(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "folder" / "file")
@@ -66,8 +94,8 @@ def test_through_a_link_the_file_behind_it_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "folder" / "file").read_text() == "text"
 
 
-def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut takes back what was not synced, and a name may be on the disk before the bytes are."""
+def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power failure loses what was not flushed, and a name may be on the disk before the bytes are."""
     done: list[str] = []
     fsync, replace, rename = os.fsync, Path.replace, Path.rename
 
@@ -88,16 +116,16 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
     done.clear()
     with atomic_folder(tmp_path / "folder", 10) as made:
         (made / "file").write_text("text")
-    assert done == ["file", "name", "folder"]
+    assert done == ["file", "folder", "name", "folder"]
 
 
-def test_a_folder_has_its_name_when_all_is_in_it(tmp_path: Path) -> None:
+def test_a_folder_gets_its_name_when_complete(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     with atomic_folder(folder, 10) as part:
         (part / "file").write_text("text")
         assert not folder.exists()
     assert (folder / "file").read_text() == "text"
-    with pytest.raises(UserError, match="folder: is there already, and is not empty"), atomic_folder(folder, 10):
+    with pytest.raises(UserError, match="folder: already exists and is not empty"), atomic_folder(folder, 10):
         pass
     with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "other", 10) as part:
         part.joinpath("file").write_text(str(1 / 0))

@@ -1,4 +1,4 @@
-"""What the machine and its container give a process: fake control groups and processors, and this machine's own."""
+"""Memory and processors of a machine or container: with fake control groups and processors, and on this machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def write_group(folder: Path, version: int, limit: str, used: int, cached: int) -> None:
-    """The memory files of a control group: so much used, of which the file cache is so much."""
+    """Write the memory files of a control group with `used` bytes in use, `cached` of them in the page cache."""
     folder.mkdir(parents=True, exist_ok=True)
     names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
     (folder / names[0]).write_text(f"{limit}\n")
@@ -43,7 +43,7 @@ def free_in(tmp_path: Path, own: str) -> list[int]:
 
 
 def test_the_limit_of_a_container(tmp_path: Path) -> None:
-    """As Docker shows it: version 2 with a namespace of its own, then version 1 with the host's path."""
+    """As in Docker: version 2 with its own namespace, then version 1 with the host's path."""
     groups = tmp_path / "groups"
     write_group(groups, 2, "1000", 700, 300)
     assert free_in(tmp_path, "0::/\n") == [600]
@@ -52,8 +52,8 @@ def test_the_limit_of_a_container(tmp_path: Path) -> None:
     assert free_in(tmp_path, "4:memory:/docker/0123\n3:cpuset:/docker/0123\n0::/\n") == [1600]
 
 
-def test_the_limit_of_a_group_above(tmp_path: Path) -> None:
-    """As systemd sets it: on the slice, not on the service; a group that uses more than its limit has nothing left."""
+def test_the_limit_of_a_parent_group(tmp_path: Path) -> None:
+    """As systemd sets it: on the slice, not on the service. A group above its limit has nothing left."""
     groups = tmp_path / "groups"
     write_group(groups / "system.slice" / "some.service", 2, "max", 100, 50)
     write_group(groups / "system.slice", 2, "900", 1000, 20)
@@ -66,7 +66,7 @@ def test_no_limit(tmp_path: Path) -> None:
     assert list(container_free(tmp_path, tmp_path / "none")) == []
 
 
-def test_what_is_free_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     available = psutil.virtual_memory().available
     assert 0 < free_memory(CPU) <= 1.1 * available
     monkeypatch.setattr(machine, "container_free", lambda: [5, 3])
@@ -76,7 +76,7 @@ def test_what_is_free_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cores_with_two_threads_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sockets of two cores with two hardware threads; processor 8 tells nothing."""
+    """Two sockets of two cores with two hardware threads; processor 8 reports nothing."""
     siblings = {0: "0,4", 1: "1,5", 2: "2,6", 3: "3,7", 4: "0,4", 5: "1,5", 6: "2,6", 7: "3,7"}
     for number, text in siblings.items():
         topology = tmp_path / f"cpu{number}" / "topology"
@@ -89,7 +89,7 @@ def test_cores_with_two_threads_each(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert processors() == len(allowed)
 
 
-def test_cores_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_on_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: {False: 6}[logical])
     assert physical_cores() == 6
@@ -107,7 +107,7 @@ def quotas_in(tmp_path: Path, own: str, files: dict[str, str]) -> list[float]:
 
 
 def test_the_quota_of_a_container(tmp_path: Path) -> None:
-    """Version 2, on the group and on the one above; then version 1, where -1 is no limit."""
+    """Version 2, on the group and on its parents; then version 1, where -1 is no limit."""
     version_2 = {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000", "cpu.max": "300000 100000"}
     assert quotas_in(tmp_path / "2", "0::/a/b\n", version_2) == [1.5, 3.0]
     own = "4:memory:/docker/0123\n3:cpu,cpuacct:/docker/0123\n"
@@ -128,8 +128,8 @@ def test_threads_by_cores_and_quota(
     assert default_threads() == threads
 
 
-def test_a_tool_computes_with_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Unless the environment or --threads says otherwise."""
+def test_a_tool_uses_the_default_threads(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unless the environment or --threads sets another number."""
     before = torch.get_num_threads()
     monkeypatch.setattr(machine, "physical_cores", lambda: 3)
     monkeypatch.setattr(machine, "container_quotas", lambda: [])

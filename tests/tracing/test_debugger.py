@@ -1,4 +1,4 @@
-"""--break and break_at: a real pdb, in processes of its own and in this one, shows the tensors of a trace."""
+"""--break and break_at: a real pdb, in its own process and in this one, shows the tensors of a trace."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.paths import ROOT
 
 MODEL_FILE = ROOT / "llama3_raw" / "model.py"
 COMMAND = [sys.executable, "-m", "llama3_raw", "--weights", str(ROOT / "weights" / "tiny"), "Once upon a time"]
-# by what a user reaches each tensor where pdb stops
+# the name of each tensor where pdb stops
 LOCALS = {
     "tok_embeddings": "x",
     "layers.2.attention_norm": "normed",
@@ -58,13 +58,13 @@ def ids(tiny: Model) -> list[int]:
 
 @pytest.fixture
 def pdb_in_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a plain process: pytest sets a debugger of its own."""
+    """As in a plain process: pytest sets its own debugger."""
     monkeypatch.delenv("PYTHONBREAKPOINT", raising=False)
     monkeypatch.setattr(sys, "breakpointhook", sys.__breakpointhook__)
 
 
 def line_of(function: Callable[..., Any], local: str, place: int = 0) -> int:
-    """The line in which a function of model.py assigns a local, the first time or a later one, or "return"s."""
+    """Return the line where a function of model.py assigns a local for the place-th time, or "return"s."""
     lines, first = inspect.getsourcelines(function)
     found: list[int] = []
     for node in ast.walk(ast.parse("".join(lines))):
@@ -80,7 +80,7 @@ def names_in(targets: list[ast.expr]) -> list[ast.Name]:
 
 
 def run(command: list[str], commands: list[str]) -> subprocess.CompletedProcess[str]:
-    """The tool in a process of its own, with commands for pdb in a pipe."""
+    """Run a command in its own process, with commands for pdb in a pipe."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONBREAKPOINT"}
     return subprocess.run(
         command, input="\n".join(commands) + "\n", capture_output=True, text=True, env=environment, timeout=120
@@ -89,7 +89,7 @@ def run(command: list[str], commands: list[str]) -> subprocess.CompletedProcess[
 
 @pytest.mark.slow
 def test_a_session_over_a_pipe(tiny: Model, ids: list[int]) -> None:
-    """Two stops with values, shapes, neighbours and the caller's; then the pipe is at its end, and the text goes on."""
+    """Two stops, with values, shapes, neighbours and the caller's locals; after the last command the run continues."""
     at_the_prompt = ["p scores.shape", "p float(scores[0, 0, 0])", "p n_rep", "p q.shape", "u", "p k.shape", "c"]
     done = run(
         [*COMMAND, "--break", "layers.3.attention.scores", "--max-new-tokens", "6", "--top", "1"],
@@ -109,17 +109,17 @@ def test_a_session_over_a_pipe(tiny: Model, ids: list[int]) -> None:
     assert answers[5] == "torch.Size([5, 2, 32])"
     assert answers[7] == str((later.shape, float(later[5, 0, 5])))
     assert f"model.py({line_of(model.attend, 'probs')})attend()" in done.stderr
-    assert "layers.3.attention.scores [6, 5, 5] in bfloat16, here scores; c goes on, q ends" in done.stderr
+    assert "layers.3.attention.scores [6, 5, 5] in bfloat16, here scores; c continues, q quits" in done.stderr
     assert done.stderr.count("here scores") == 2
     assert "no more commands for pdb" in done.stderr
-    assert len(re.findall(r"<- .*%", done.stderr)) == 6  # --top shows its lines all the same
+    assert len(re.findall(r"<- .*%", done.stderr)) == 6  # --top still prints its lines
 
 
 @pytest.mark.usefixtures("pdb_in_here")
-def test_every_tensor_is_at_hand(
+def test_every_tensor_has_a_name_at_its_stop(
     tiny: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever stands behind break_at in a chain is not stopped in."""
+    """The stop is not in a tap after break_at in a chain."""
     commands = [
         f"p {local}.isfinite().sum().item(), {local}.nan_to_num(0, 0, 0).double().sum().item()\nc"
         for local in LOCALS.values()
@@ -148,10 +148,10 @@ def test_every_tensor_is_at_hand(
 
 
 @pytest.mark.usefixtures("pdb_in_here")
-def test_what_is_set_at_a_stop_holds(
+def test_changes_at_a_stop_stay(
     tiny: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Breakpoints stay, a step goes past the tap, and the pass goes on with what was changed."""
+    """Breakpoints stay, a step skips the tap, and the pass continues with a changed tensor."""
     commands = [
         "!__return__.zero_()",
         f"b {MODEL_FILE}:{line_of(model.feed_forward, 'hidden')}",
@@ -171,7 +171,7 @@ def test_what_is_set_at_a_stop_holds(
     stops = [
         line_of(model.attention, "return"),
         line_of(model.layer, "normed", 1),  # ffn_norm
-        model.rms_norm.__code__.co_firstlineno,  # into which the second step goes
+        model.rms_norm.__code__.co_firstlineno,  # the second step goes into it
         line_of(model.feed_forward, "hidden"),
         line_of(model.attend, "probs"),
         line_of(model.feed_forward, "hidden"),
@@ -179,7 +179,7 @@ def test_what_is_set_at_a_stop_holds(
     assert [int(line) for line in re.findall(r"model\.py\((\d+)\)\w+\(\)", err)] == stops
     assert re.findall(r"\(Pdb\) '(layers\S+)'", err) == ["layers.1.feed_forward.", "layers.2.feed_forward."]
     assert torch.equal(kept["layers.1.attention.residual"], kept["layers.0.residual"])
-    assert kept["layers.2.attention.probs"].unique().tolist() == pytest.approx([0.2], rel=1e-2)  # five, all alike
+    assert kept["layers.2.attention.probs"].unique().tolist() == pytest.approx([0.2], rel=1e-2)  # five equal ones
     assert err.count("no more commands for pdb") == 1  # and no stop in layer 3
     assert sys.gettrace() is None
 
@@ -187,35 +187,35 @@ def test_what_is_set_at_a_stop_holds(
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
 def test_a_terminal() -> None:
-    """With readline, where Ctrl-D ends; the text is not torn."""
+    """With readline, Ctrl-D quits; the generated text stays in one piece."""
     import pty
 
     leader, follower = pty.openpty()
     command = [*COMMAND, "--break", "layers.0.attention.q", "--max-new-tokens", "3"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONBREAKPOINT"}
-    said = b""
+    output = b""
     with subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=environment) as process:
         os.close(follower)
         for prompts, answer in enumerate((b"p 1000 + q.shape[-2]\n", b"c\n", b"\x04"), start=1):
-            while said.count(b"(Pdb) ") < prompts:
-                said += os.read(leader, 4096)
+            while output.count(b"(Pdb) ") < prompts:
+                output += os.read(leader, 4096)
             os.write(leader, answer)
         while True:
             try:
-                said += os.read(leader, 4096)
-            except OSError:  # how Linux says that nobody is at the other end
+                output += os.read(leader, 4096)
+            except OSError:  # on Linux: the other end is closed
                 break
     os.close(leader)
-    assert b"1006" in said
-    assert said.count(b"here q;") == 2
-    assert b"Traceback" not in said
-    assert b"," in said.rpartition(b"(Pdb) ")[2]  # the one new token, kept until pdb is done
-    assert b"stopped by q in the debugger after 1 new token" in said
+    assert b"1006" in output
+    assert output.count(b"here q;") == 2
+    assert b"Traceback" not in output
+    assert b"," in output.rpartition(b"(Pdb) ")[2]  # the one new token, kept until pdb is done
+    assert b"stopped by q in the debugger after 1 new token" in output
     assert process.returncode == 130
 
 
 @pytest.mark.usefixtures("pdb_in_here")
-def test_quitting_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quitting_is_not_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("q\n"))
     assert main([*COMMAND[3:], "--break", "norm"]) == 130
     out, err = capsys.readouterr()
@@ -224,17 +224,17 @@ def test_quitting_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 @pytest.mark.slow
-def test_a_run_cannot_begin_anew() -> None:
-    """Where pdb would end it with a traceback."""
+def test_a_run_cannot_be_restarted() -> None:
+    """pdb would end it with a traceback."""
     done = run([*COMMAND, "--break", "norm", "--max-new-tokens", "2"], ["run", "restart", "c"])
-    assert (done.stdout + done.stderr).count("the run cannot begin anew from here; q ends it") == 2
+    assert (done.stdout + done.stderr).count("the run cannot be restarted from here; q quits") == 2
     assert "Traceback" not in done.stdout + done.stderr
     assert done.returncode == 0
 
 
 @pytest.mark.slow
 def test_plain_pdb() -> None:
-    """Every line of model.py, from the outside; it ends as pdb does."""
+    """Breakpoints work in every line of model.py; the run ends as pdb ends it."""
     line = line_of(model.attend, "scores")
     commands = [f"b llama3_raw/model.py:{line}", "c", "p start, q.shape", "import llama3_raw.model as model"]
     commands += ["b model.rope", "c", "p tuple(x.shape)", "q"]
@@ -242,14 +242,14 @@ def test_plain_pdb() -> None:
     assert f"Breakpoint 1 at {MODEL_FILE}:{line}" in done.stdout
     assert "(0, torch.Size([6, 5, 32]))" in done.stdout
     assert "(5, 6, 32)" in done.stdout
-    assert done.stdout.count("(Pdb)") == len(commands)  # and does not begin anew
+    assert done.stdout.count("(Pdb)") == len(commands)  # and does not restart
     assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_another_debugger(
     tiny: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is called in the tap's frame, with a line to come there, and finds that of model.py as far up as is said."""
+    """It is called in the tap's frame, and the frame of model.py is as many frames up as the printed line says."""
     stopped: list[tuple[str, FrameType | None]] = []
 
     def stop() -> None:
@@ -266,18 +266,18 @@ def test_another_debugger(
         return [name for name, _ in stopped]
 
     monkeypatch.delenv("PYTHONBREAKPOINT", raising=False)
-    monkeypatch.setattr(sys, "breakpointhook", stop)  # as a notebook or an editor does
+    monkeypatch.setattr(sys, "breakpointhook", stop)  # as notebooks and editors do
     assert pass_over_the_prompt() == ["layers.1.attention.scores", "logits"]
     monkeypatch.setattr(sys, "breakpointhook", sys.__breakpointhook__)
     monkeypatch.setitem(sys.modules, "other_debugger", SimpleNamespace(stop=stop))
     monkeypatch.setenv("PYTHONBREAKPOINT", "other_debugger.stop")
     assert pass_over_the_prompt() == ["layers.1.attention.scores", "logits"]
-    said = capsys.readouterr().err.splitlines()  # nothing in the tap's frame tells it at once
-    assert said[-2:] == [
+    lines = capsys.readouterr().err.splitlines()  # the tap's frame does not show it at once
+    assert lines[-2:] == [
         "llama3_raw: layers.1.attention.scores [6, 5, 5] in bfloat16, 2 frames up",
         "llama3_raw: logits [5, 2304] in float32, 1 frame up",
     ]
-    monkeypatch.setenv("PYTHONBREAKPOINT", "0")  # nobody
+    monkeypatch.setenv("PYTHONBREAKPOINT", "0")  # no debugger
     assert pass_over_the_prompt() == []
     assert capsys.readouterr().err == ""
 
@@ -291,10 +291,10 @@ def test_another_debugger(
         (["Hi", "--break", ""], "should not be empty"),
     ],
 )
-def test_what_cannot_be_done(
+def test_wrong_arguments_are_one_line(
     arguments: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("llama3_raw.__main__.load_model", None)  # it is said before the weights are read
+    monkeypatch.setattr("llama3_raw.__main__.load_model", None)  # reported before the weights are read
     assert main(["--weights", str(ROOT / "weights" / "tiny"), *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -302,14 +302,14 @@ def test_what_cannot_be_done(
     assert len(err.splitlines()) == 1
 
 
-def test_a_breakpoint_in_the_model_is_met_by_the_real_pass_first(
+def test_a_breakpoint_in_the_model_stops_in_the_real_pass_first(
     tiny: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`trace` plans its memory before, without stepping on what is meant for the pass."""
+    """`trace` checks its memory before the pass, but without running the model."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("c\np q.device\nq\n"))
     debugger = pdb.Pdb(nosigint=True, readrc=False)
     debugger.set_break(str(MODEL_FILE), line_of(model.attend, "scores"))
     with contextlib.suppress(bdb.BdbQuit):
         debugger.runcall(trace, tiny, ids, "logits")
-    debugger.clear_all_breaks()  # they would hold for every Pdb
+    debugger.clear_all_breaks()  # every Pdb shares them
     assert "device(type='cpu')" in capsys.readouterr().out

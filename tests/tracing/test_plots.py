@@ -1,4 +1,4 @@
-"""The pictures: what matplotlib was given to draw, against the trace."""
+"""The plots: the data that matplotlib was given, compared with the trace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def kept(tiny: Model) -> Trace:
     return trace(tiny, tiny.tokenizer.encode("Tom has $3 and a\nball", bos=True))
 
 
-def test_attention_draws_the_probabilities_of_the_head(tiny: Model, kept: Trace) -> None:
+def test_attention_plots_the_probabilities_of_the_head(tiny: Model, kept: Trace) -> None:
     figure = plots.attention(kept, 2, 5, tokenizer=tiny.tokenizer)
     axes = figure.axes[0]
     assert torch.equal(torch.tensor(axes.images[0].get_array()), kept["layers.2.attention.probs"][5].float())
@@ -30,7 +30,7 @@ def test_attention_draws_the_probabilities_of_the_head(tiny: Model, kept: Trace)
     assert axes.get_title() == "layer 2, head 5"
 
 
-def test_residual_norms_draws_the_root_mean_square_of_each_token(tiny: Model, kept: Trace) -> None:
+def test_residual_norms_plots_the_rms_of_each_token(tiny: Model, kept: Trace) -> None:
     lines = plots.residual_norms(kept, tokenizer=tiny.tokenizer).axes[0].lines
     assert len(lines) == len(kept["tok_embeddings"])
     for position in (0, 3):
@@ -39,12 +39,12 @@ def test_residual_norms_draws_the_root_mean_square_of_each_token(tiny: Model, ke
         assert drawn.tolist() == pytest.approx([float(x.float().pow(2).mean() ** 0.5) for x in expected], rel=1e-5)
 
 
-def test_the_logit_lens_ends_with_what_the_model_says(tiny: Model, kept: Trace) -> None:
+def test_the_logit_lens_ends_with_the_models_own_prediction(tiny: Model, kept: Trace) -> None:
     lens = read_logit_lens(kept, tiny, top=3)
     probs = kept["logits"].softmax(-1)
     assert torch.equal(lens.probs[-1], probs.topk(3).values)
     assert torch.equal(lens.ids[-1, :, 0], probs.argmax(-1))
-    # behind layer 1: as if the model had two layers
+    # after layer 1: as if the model had two layers
     assert kept.origin is not None
     short = tiny.weights._replace(layers=tiny.weights.layers[:2])
     with torch.no_grad():
@@ -58,14 +58,14 @@ def test_the_logit_lens_ends_with_what_the_model_says(tiny: Model, kept: Trace) 
     ]
 
 
-def test_of_equally_likely_tokens_the_first_comes_first() -> None:
+def test_ties_go_to_the_first_token() -> None:
     logits = torch.zeros(3, 5000)
     logits[1, [700, 4000]] = 1
-    assert plots.likeliest(logits, 3).tolist() == [[0, 1, 2], [700, 4000, 0], [0, 1, 2]]
-    assert plots.likeliest(logits, 1)[:, 0].tolist() == logits.argmax(-1).tolist()
+    assert plots.most_likely(logits, 3).tolist() == [[0, 1, 2], [700, 4000, 0], [0, 1, 2]]
+    assert plots.most_likely(logits, 1)[:, 0].tolist() == logits.argmax(-1).tolist()
 
 
-def test_the_other_pictures_draw(tiny: Model, kept: Trace, tmp_path: Path) -> None:
+def test_the_other_plots_draw(tiny: Model, kept: Trace, tmp_path: Path) -> None:
     turned = plots.rope_turns(kept, tiny.params, 1, 2)
     points = [at[0] for axes in turned.axes for line in axes.lines if len(at := np.asarray(line.get_xydata())) == 1]
     pair = plots.shown_pairs(tiny.params)[1]
@@ -88,7 +88,7 @@ def test_a_notebook_shows_a_figure(kept: Trace) -> None:
     assert image.startswith(b"\x89PNG")
 
 
-def test_small_values_have_a_colour_too() -> None:
+def test_small_values_are_coloured_too() -> None:
     axes = plots.vectors({"row": torch.tensor([-1.0, -0.1, 0.0, 0.1, 1.0])}).axes[0]
     image = axes.images[0]
     alpha = image.to_rgba(np.asarray(image.get_array()))[0, :, 3]
@@ -102,15 +102,15 @@ def test_traces_of_other_shapes_are_refused(tiny: Model, kept: Trace) -> None:
     forward(tiny.weights, tiny.params, torch.tensor([kept.origin.ids] * 2), tap=batch)
     for odd in (last, batch):
         for draw in (plots.residual_norms, lambda x: plots.attention(x, 0, 0), lambda x: plots.logit_lens(x, tiny)):
-            with pytest.raises(UserError, match="take a trace of one prompt"):
+            with pytest.raises(UserError, match="use a trace of one prompt"):
                 draw(odd)
-    only = Trace("layers.0.attention.*")  # knows not of what it is
+    only = Trace("layers.0.attention.*")  # does not know its tokens
     forward(tiny.weights, tiny.params, torch.tensor(kept.origin.ids[:3]), tap=only)
     labels = plots.attention(only, 0, 0, tokenizer=tiny.tokenizer).axes[0].get_yticklabels()
     assert [label.get_text() for label in labels] == ["0", "1", "2"]
 
 
-def test_what_a_trace_lacks_is_named(tiny: Model, kept: Trace) -> None:
+def test_missing_tensors_layers_and_heads_are_named(tiny: Model, kept: Trace) -> None:
     for layer in (9, -1):
         with pytest.raises(UserError, match=f"layer {layer}: the model has layers 0 to 3"):
             plots.attention(kept, layer, 0)
@@ -120,7 +120,7 @@ def test_what_a_trace_lacks_is_named(tiny: Model, kept: Trace) -> None:
         with pytest.raises(UserError, match=f"head {head}: the layer has heads 0 to 5"):
             plots.rope_turns(kept, tiny.params, 0, head)
     assert kept.origin is not None
-    # a layer that is missing must not have its place taken by the next
+    # the next layer must not take the place of a missing one
     some = trace(tiny, kept.origin.ids, "tok_embeddings", "layers.1.residual", "layers.3.residual")
     for draw in (plots.residual_norms, lambda x: plots.logit_lens(x, tiny)):
         with pytest.raises(UserError, match=r"the trace lacks 'layers\.0\.residual'"):
@@ -131,7 +131,7 @@ def test_what_a_trace_lacks_is_named(tiny: Model, kept: Trace) -> None:
         plots.residual_norms(trace(tiny, kept.origin.ids, "layers.*.residual"))
 
 
-def test_a_token_in_visible_signs(tiny: Model) -> None:
+def test_the_text_of_a_token_is_printable(tiny: Model) -> None:
     assert tiny.tokenizer is not None
     assert token_text(None, 7) == "7"
     shown = [token_text(tiny.tokenizer, token) for token in range(256)]

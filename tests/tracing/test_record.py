@@ -1,4 +1,4 @@
-"""Trace, patch and chain on the real model, and the tool as a user runs it."""
+"""Trace, patch and chain on the built-in model, and the command as a user runs it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llama3_raw.backends.cpu import fast_ops
 from llama3_raw.ops import Tap
 from llama3_raw.tracing.__main__ import Statistics, main
 from llama3_raw.tracing.record import Origin, check_trace
-from llama3_raw.tracing.taps import pass_without_content
+from llama3_raw.tracing.taps import dry_run
 from tests.paths import TINY
 from tests.references import cast, seen_by_hand
 
@@ -35,12 +35,12 @@ def ids(tiny: Model) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(tiny: Model, ids: list[int]) -> Trace:
-    """Every tensor of a pass."""
+    """A trace with every tensor of a pass."""
     return trace(tiny, ids)
 
 
 def same(first: Tensor, second: Tensor) -> bool:
-    """Bit for bit, infinities too."""
+    """Whether two tensors are bit-identical, infinities included."""
     return first.dtype == second.dtype and torch.equal(first, second)
 
 
@@ -67,23 +67,21 @@ def test_a_trace_has_every_tensor_in_the_order_of_the_pass(tiny: Model, ids: lis
         ("logits", "logits"),
     ],
 )
-def test_patterns_mean_what_a_shell_would_take_them_for(
-    tiny: Model, ids: list[int], whole: Trace, pattern: str, shell: str
-) -> None:
+def test_patterns_match_as_in_a_shell(tiny: Model, ids: list[int], whole: Trace, pattern: str, shell: str) -> None:
     expected = fnmatch.filter(list(whole), shell)
     assert expected
     assert list(trace(tiny, ids, pattern)) == expected
 
 
 @pytest.mark.parametrize("pattern", ["", "[", "[[]", "[a&&b]", "[\\\\]", "layers.[9-0].residual", "layers.[]x].norm"])
-def test_patterns_that_mean_nothing_are_answered(tiny: Model, ids: list[int], pattern: str) -> None:
+def test_patterns_that_match_nothing_are_refused(tiny: Model, ids: list[int], pattern: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserError, match=r"nearest|the \[ has no \]"):
             trace(tiny, ids, pattern)
 
 
-def test_the_tap_of_forward_alone_gives_the_same(tiny: Model, ids: list[int], whole: Trace) -> None:
+def test_a_trace_as_the_tap_of_forward_keeps_the_same(tiny: Model, ids: list[int], whole: Trace) -> None:
     kept = Trace("layers.*.residual", "norm")
     with torch.no_grad():
         forward(tiny.weights, tiny.params, torch.tensor(ids), tap=kept)
@@ -91,10 +89,10 @@ def test_the_tap_of_forward_alone_gives_the_same(tiny: Model, ids: list[int], wh
     assert all(same(kept[name], whole[name]) for name in kept)
 
 
-def test_what_is_kept_is_a_copy(tiny: Model, ids: list[int], whole: Trace) -> None:
+def test_kept_tensors_are_copies(tiny: Model, ids: list[int], whole: Trace) -> None:
     kept = Trace()
     with torch.no_grad():
-        # each tensor is spoilt in place right after it was kept; keys and values are views of a cache besides
+        # each tensor is zeroed in place right after it was kept; keys and values are also views of a cache
         forward(
             tiny.weights,
             tiny.params,
@@ -105,10 +103,21 @@ def test_what_is_kept_is_a_copy(tiny: Model, ids: list[int], whole: Trace) -> No
     assert kept["tok_embeddings"].abs().sum() > 0
 
 
-def test_where_and_in_what_copies_are_kept(tiny: Model, ids: list[int], whole: Trace) -> None:
+def test_the_device_and_dtype_of_the_copies(tiny: Model, ids: list[int], whole: Trace) -> None:
     kept = trace(tiny, ids, "layers.1.*", "logits", device="meta", dtype=torch.float16)
     assert {(tensor.device.type, tensor.dtype) for tensor in kept.values()} == {("meta", torch.float16)}
     assert kept.nbytes == sum(2 * whole[name].numel() for name in kept)
+
+
+def test_the_last_position_of_a_tensor_that_a_custom_attend_taps(tiny: Model, ids: list[int]) -> None:
+    """Its name is not in the table, so its shape is assumed to be [..., T, dim], like that of most tensors."""
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor:
+        tap("own", q.flatten(-2))
+        return REFERENCE.attend(q, keys, values, start, tap)
+
+    last = trace(tiny, ids, last_position=True, ops=REFERENCE._replace(attend=attend))
+    assert last["layers.0.attention.own"].shape == (tiny.params.dim,)
 
 
 def test_the_last_position_only(tiny: Model, ids: list[int], whole: Trace) -> None:
@@ -121,12 +130,12 @@ def test_the_last_position_only(tiny: Model, ids: list[int], whole: Trace) -> No
     assert same(last["layers.2.attention.heads"], whole["layers.2.attention.heads"][-1])
     assert same(last["layers.2.attention.probs"], whole["layers.2.attention.probs"][:, -1])
     assert same(last["logits"], whole["logits"][-1])
-    kept = Trace("logits", last_position=True)  # of a pass that has the logits of one position anyway
+    kept = Trace("logits", last_position=True)  # of a pass that computes the logits of one position only
     forward(tiny.weights, tiny.params, torch.tensor(ids), logits_at=-1, tap=kept)
     assert same(kept["logits"].detach(), whole["logits"][-1])
 
 
-def test_a_second_pass_leaves_nothing_of_the_first(tiny: Model, ids: list[int]) -> None:
+def test_a_second_pass_replaces_the_first(tiny: Model, ids: list[int]) -> None:
     kept = Trace()
     for length, ops in ((len(ids), REFERENCE), (3, fast_ops())):
         forward(tiny.weights, tiny.params, torch.tensor(ids[:length]), ops=ops, tap=kept)
@@ -134,13 +143,13 @@ def test_a_second_pass_leaves_nothing_of_the_first(tiny: Model, ids: list[int]) 
     assert {tensor.shape[0] for tensor in kept.values()} == {3}
 
 
-def test_prompts_that_are_none(tiny: Model) -> None:
+def test_invalid_prompts_are_refused(tiny: Model) -> None:
     for wrong in ("Once", [[1, 2], [3, 4]], torch.zeros(1, 3, dtype=torch.long), [None], [1.5], []):
         with pytest.raises(UserError, match=r"ids should be|empty"):
             trace(tiny, wrong)  # type: ignore[arg-type]
 
 
-def test_generate_leaves_the_last_pass(tiny: Model, ids: list[int]) -> None:
+def test_generate_leaves_the_trace_of_its_last_pass(tiny: Model, ids: list[int]) -> None:
     kept = Trace("layers.3.residual", "logits")
     tokens = list(llama3_raw.generate(tiny, ids, max_new_tokens=3, ops=REFERENCE, tap=kept))
     assert kept["layers.3.residual"].shape == (1, 192)
@@ -179,7 +188,7 @@ def test_activations_of_one_prompt_patched_into_another(tiny: Model, ids: list[i
     assert same(patched["logits"], whole["logits"])
 
 
-def test_patches_of_one_name_follow_each_other(tiny: Model, ids: list[int]) -> None:
+def test_several_patches_of_one_name_run_in_order(tiny: Model, ids: list[int]) -> None:
     taps = patch({"layers.*.ffn_norm": lambda x: x + 1, "layers.0.ffn_norm": lambda x: x * 0})
     kept = trace(tiny, ids, "layers.[01].ffn_norm", tap=taps)
     assert kept["layers.0.ffn_norm"].abs().max() == 0
@@ -201,11 +210,11 @@ def test_a_wrong_name_gets_the_nearest(tiny: Model, ids: list[int], whole: Trace
         trace(tiny, ids, "norm", "layers.1.atention.q")
     with pytest.raises(UserError, match=r"the nearest are layers\.\*\.residual,"):
         trace(tiny, ids, "layers.*.residul")
-    with pytest.raises(UserError, match="nearest"):  # without a plan, at the end of the pass
+    with pytest.raises(UserError, match="nearest"):  # forward does not check before, only at the end of the pass
         forward(tiny.weights, tiny.params, torch.tensor(ids), tap=Trace("layers.4.residual"))
     with pytest.raises(UserError, match="nearest"):
         forward(tiny.weights, tiny.params, torch.tensor(ids), tap=patch({"layers.4.residual": lambda x: x}))
-    with pytest.raises(UserError, match=r"the \[ has no \] behind it"):
+    with pytest.raises(UserError, match=r"the \[ has no \] after it"):
         trace(tiny, ids, "layers.[0-2.residual")
     for wrong in (["norm"], "norm", torch.int8):
         with pytest.raises(UserError, match="should be"):
@@ -222,8 +231,8 @@ def test_scores_of_the_fast_attention_are_refused(tiny: Model, ids: list[int]) -
     assert "layers.0.attention.heads" in trace(tiny, ids, "layers.0.*", ops=fast_ops())
 
 
-def test_an_attention_of_ones_own_may_look_at_its_input(tiny: Model, ids: list[int], whole: Trace) -> None:
-    """What is planned beforehand has no values to look at."""
+def test_a_custom_attention_may_read_the_values_of_its_input(tiny: Model, ids: list[int], whole: Trace) -> None:
+    """It is not called in the dry run, whose tensors have no values."""
 
     def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor:
         assert float(q.abs().max()) > 0
@@ -233,25 +242,24 @@ def test_an_attention_of_ones_own_may_look_at_its_input(tiny: Model, ids: list[i
     assert same(kept["logits"], whole["logits"])
 
 
-def test_the_plan_of_a_pass_is_what_comes(tiny: Model, ids: list[int], whole: Trace) -> None:
-    """One layer is planned for all of them."""
+def test_a_dry_run_has_the_names_shapes_and_dtypes_of_the_pass(tiny: Model, ids: list[int], whole: Trace) -> None:
     planned = Trace(device="meta")
-    pass_without_content(tiny.params, torch.bfloat16, len(ids), REFERENCE, planned)
+    dry_run(tiny.params, torch.bfloat16, len(ids), REFERENCE, planned)
     assert [(name, x.shape, x.dtype) for name, x in planned.items()] == [
         (name, x.shape, x.dtype) for name, x in whole.items()
     ]
 
 
-def test_the_memory_is_known_before_it_is_spent(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trace_that_does_not_fit_is_refused_before_the_pass(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = trace(tiny, [1] * 512, device="meta")
-    scores = kept["layers.0.attention.scores"].nbytes  # the largest of all, of which a pass makes several
-    assert kept.nbytes > 4 * 2 * scores  # and is as computed: scores and probs of four layers, and more
+    scores = kept["layers.0.attention.scores"].nbytes  # the largest tensor, of which a pass makes several copies
+    assert kept.nbytes > 4 * 2 * scores  # scores and probs of four layers, and more
     free = {"cpu": kept.nbytes, "meta": 0}
     monkeypatch.setattr("llama3_raw.tracing.record.free_memory", lambda device: free[device.type])
     check = functools.partial(check_trace, tiny.params, torch.bfloat16, 512)
     with pytest.raises(UserError, match=r"a trace of 0\.04 GB, and 0\.\d\d GB in all on cpu, do not fit: 0\.04 GB are"):
         check()
-    free["cpu"] = 20 * scores  # enough to work in
+    free["cpu"] = 20 * scores  # enough for the pass
     check("norm")
     with pytest.raises(UserError, match="GB are free on meta"):
         check(device="meta")
@@ -260,14 +268,14 @@ def test_the_memory_is_known_before_it_is_spent(tiny: Model, monkeypatch: pytest
     free["cpu"] = 5 * scores
     with pytest.raises(UserError, match="are free on cpu"):
         check("norm")
-    free["cpu"] = 5 * 2 * scores  # in fp32 they are twice as large, but not made in two dtypes
+    free["cpu"] = 5 * 2 * scores  # in fp32 they are twice as large, but there is no copy in another dtype
     check_trace(tiny.params, torch.float32, 512, "norm")
     free["cpu"] = 2 * 2 * scores
     with pytest.raises(UserError, match="are free on cpu"):
         check_trace(tiny.params, torch.float32, 512, "norm")
 
 
-def test_a_saved_trace_comes_back_whole(tiny: Model, ids: list[int], whole: Trace, tmp_path: Path) -> None:
+def test_a_saved_trace_is_loaded_unchanged(tiny: Model, ids: list[int], whole: Trace, tmp_path: Path) -> None:
     whole.save(tmp_path / "t.safetensors")
     loaded = load_trace(tmp_path / "t.safetensors")
     assert list(loaded) == list(whole)
@@ -278,7 +286,7 @@ def test_a_saved_trace_comes_back_whole(tiny: Model, ids: list[int], whole: Trac
     assert [file.name for file in tmp_path.iterdir()] == ["t.safetensors"]
 
 
-def test_what_was_there_stays_until_a_trace_is_whole(
+def test_an_existing_file_stays_until_the_trace_is_complete(
     whole: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, link = tmp_path / "t.safetensors", tmp_path / "link"
@@ -297,7 +305,7 @@ def test_what_was_there_stays_until_a_trace_is_whole(
         ):
             whole.save(link)
     assert file.read_bytes() == b"before"
-    whole.save(link)  # through the link, with the rights that the file has
+    whole.save(link)  # through the link, with the permissions of the file
     assert link.is_symlink()
     assert len(load_trace(file)) == len(whole)
     assert file.stat().st_mode & 0o777 == 0o640
@@ -308,7 +316,7 @@ def test_what_was_there_stays_until_a_trace_is_whole(
 
 
 @pytest.mark.slow
-def test_a_trace_of_something_else_is_told_apart(tiny: Model, ids: list[int], stories15m: Model) -> None:
+def test_a_trace_of_another_model_or_prompt_is_refused(tiny: Model, ids: list[int], stories15m: Model) -> None:
     origin = Origin.of(tiny, ids)
     other_norm = tiny.weights._replace(norm=tiny.weights.norm * 1.01)
     with pytest.raises(UserError, match="t: is of another model, with dim 192, not 288"):
@@ -321,7 +329,7 @@ def test_a_trace_of_something_else_is_told_apart(tiny: Model, ids: list[int], st
         origin.check(tiny, ids[:-1], "t")
 
 
-def test_files_that_are_no_traces(tmp_path: Path) -> None:
+def test_files_that_are_not_traces_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "t.safetensors"
     for content in (b"", b"not safetensors at all", b"\xff" * 64):
         file.write_bytes(content)
@@ -331,19 +339,19 @@ def test_files_that_are_no_traces(tmp_path: Path) -> None:
         save_file({"a": torch.zeros(1)}, file, metadata={"llama3_raw": about})
         with pytest.raises(UserError, match=r"t\.safetensors"):
             load_trace(file)
-    save_file({"norm": torch.zeros(1)}, file)  # of somebody's own port
+    save_file({"norm": torch.zeros(1)}, file)  # saved by a port
     assert load_trace(file).origin is None
     assert list(load_trace(file)) == ["norm"]
 
 
-def test_statistics_are_of_the_finite_values() -> None:
+def test_statistics_cover_the_finite_values() -> None:
     figures = Statistics.of(torch.tensor([[1.0, -torch.inf], [3.0, 5.0]]))
     assert figures[:2] == ((2, 2), torch.float32)
     assert figures[2:] == pytest.approx((3.0, (8 / 3) ** 0.5, 1.0, 5.0, 0.25))
     assert Statistics.of(torch.full((2,), torch.nan)).non_finite == 1
 
 
-def test_the_tool_shows_and_writes(
+def test_the_command_prints_and_writes(
     tiny: Model, ids: list[int], whole: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "t.safetensors"
@@ -376,7 +384,7 @@ def test_the_tool_shows_and_writes(
     [
         ([], "give a prompt"),
         (["Hi", "--names", "layers.7.residual"], "layers 0 to 3; the nearest are"),
-        (["Hi", "--names", "*.scores", "--fast"], "the fast operations make no attention scores"),
+        (["Hi", "--names", "*.scores", "--fast"], "the fast operations compute no attention scores"),
         (["Hi", "-o", "/nowhere/t.safetensors"], "there is no folder /nowhere"),
         (["Hi", "-o", "/"], "-o /: is not a file"),
         (["Hi", "-o", "/dev/null"], "-o /dev/null: is not a file"),
@@ -384,9 +392,7 @@ def test_the_tool_shows_and_writes(
         (["Hi " * 2000], "the model's context is 512"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(
-    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_arguments_are_one_line(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--weights", str(TINY), *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -1,5 +1,5 @@
-// The head picker: fills the heatmap with the numbers of any layer and head, from the data beside it. And where one cannot
-// point at a number, a tap or the keys show the Python behind it.
+// The head picker fills the heatmap with the numbers of any layer and head, from the JSON data in the page.
+// A tap, a click or the arrow keys show the Python expression of a number, on touch screens and keyboards too.
 "use strict";
 
 const data = JSON.parse(document.getElementById("heads-data").textContent);
@@ -9,20 +9,20 @@ const thumbnails = document.getElementById("thumbnails");
 const table = document.getElementById("heatmap");
 const python = document.getElementById("heatmap-python");
 const chosen = document.getElementById("chosen");
-const large = document.createElement("span"); // the picture of a head whose numbers the page does not have
-const told = document.getElementById("python");
+const large = document.createElement("span"); // an enlarged thumbnail, for a layer without numbers in the page
+const pythonBar = document.getElementById("python");
 const { length, n_heads: heads } = data;
 const NUMBERS = "data[title], #heatmap td[data-python]";
 
-// The numbers [heads, length * (length + 1) / 2] of what is not masked, as float32. A bfloat16 is the upper half of one.
-function numbers(base64) {
+// Decodes the unmasked values [heads, length * (length + 1) / 2] to float32. A bfloat16 is the upper half of a float32.
+function decode(base64) {
   const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
   if (!data.bfloat16) return new Float32Array(bytes.buffer);
   const halves = new Uint16Array(bytes.buffer);
   return new Float32Array(Uint32Array.from(halves, (half) => half << 16).buffer);
 }
 
-// Shows one head of the strip of a layer's pictures in an element.
+// Shows the thumbnail of one head in an element. The thumbnails of a layer are one image, side by side.
 function showThumbnail(element, layer, head) {
   element.style.backgroundImage = `url(${data.layers[layer].thumbnails})`;
   element.style.backgroundSize = `${heads * 100}% 100%`;
@@ -32,9 +32,9 @@ function showThumbnail(element, layer, head) {
 function thumbnailButton(head) {
   const button = document.createElement("button");
   button.type = "button";
-  const picture = document.createElement("span");
-  picture.className = "thumbnail";
-  button.append(picture, String(head));
+  const thumbnail = document.createElement("span");
+  thumbnail.className = "thumbnail";
+  button.append(thumbnail, String(head));
   button.setAttribute("aria-label", `head ${head}`);
   button.addEventListener("click", () => {
     headList.value = String(head);
@@ -57,13 +57,14 @@ function show() {
   table.tBodies[0].hidden = table.tHead.hidden = packed === null;
   chosen.textContent = `layer ${layer}, head ${head}: ${what === "probs" ? "probabilities" : "scores"}`;
   if (packed === null) {
-    chosen.textContent = `layer ${layer}, head ${head}: the picture only; numbers of so many heads would be too much for a page`;
-    large.setAttribute("aria-label", `probabilities of layer ${layer}, head ${head}, as a picture`);
+    chosen.textContent =
+      `layer ${layer}, head ${head}: thumbnail only; the numbers of all layers are too large for a page`;
+    large.setAttribute("aria-label", `thumbnail of the probabilities of layer ${layer}, head ${head}`);
     showThumbnail(large, layer, head);
     return;
   }
   const size = (length * (length + 1)) / 2;
-  const values = numbers(packed).subarray(head * size, (head + 1) * size);
+  const values = decode(packed).subarray(head * size, (head + 1) * size);
   const limit = what === "probs" ? 1 : Math.max(...values.map(Math.abs));
   for (let row = 0, at = 0; row < length; row++) {
     const cells = [...table.tBodies[0].rows[row].cells].slice(1);
@@ -89,13 +90,13 @@ for (const control of [layerList, headList, ...document.querySelectorAll("input[
 }
 show();
 
-// Says what yields a number; nothing of anything else.
-function tell(number) {
-  told.hidden = number === null;
-  if (number !== null) told.textContent = `${number.dataset.python ?? number.title} = ${number.value ?? number.title}`;
+// Shows the Python expression of a number; null hides the bar.
+function showPython(number) {
+  pythonBar.hidden = number === null;
+  if (number !== null) pythonBar.textContent = `${number.dataset.python ?? number.title} = ${number.value ?? number.title}`;
 }
 
-// Of each group of numbers, a table or what stands outside of one in a step, Tab reaches one; the arrow keys go on.
+// A group is a table, or the numbers of a step outside its tables. Tab moves between groups, arrow keys within a group.
 function groupOf(number) {
   return number.closest("table") ?? number.closest("section");
 }
@@ -105,7 +106,7 @@ for (const number of document.querySelectorAll("data[title]")) {
   groups.add(groupOf(number));
 }
 
-// The number that an arrow key leads to: the next one of the group, or in a table the one above or below.
+// Returns the number that an arrow key moves to: the next or previous in the group; in a table, also above or below.
 function neighbour(number, key) {
   const group = groupOf(number);
   const all = [...group.querySelectorAll(NUMBERS)].filter((other) => groupOf(other) === group);
@@ -117,14 +118,14 @@ function neighbour(number, key) {
 }
 
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") tell(null);
+  if (event.key === "Escape") showPython(null);
   if (!event.key.startsWith("Arrow") || !event.target.matches(NUMBERS)) return;
-  event.preventDefault(); // the page stays where it is
+  event.preventDefault(); // no scrolling
   const next = neighbour(event.target, event.key);
   if (next === undefined) return;
   event.target.tabIndex = -1;
   next.tabIndex = 0;
   next.focus();
 });
-document.addEventListener("focusin", (event) => tell(event.target.closest(NUMBERS)));
-document.addEventListener("click", (event) => tell(event.target.closest(NUMBERS)));
+document.addEventListener("focusin", (event) => showPython(event.target.closest(NUMBERS)));
+document.addEventListener("click", (event) => showPython(event.target.closest(NUMBERS)));
