@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .chat.dialog import Message, encode_dialog, warn_of_base_model
 from .checkpoint.writing import save_quantized
+from .cli.commands import COMMANDS
 from .cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
 from .cli.memory_plan import RunShape
 from .cli.models import choose_device, choose_model, load_model
@@ -35,7 +36,6 @@ from .cli.options import (
     positive_int,
     read_prompt,
 )
-from .console import COMMANDS
 from .decoding.loop import StopReason, generate
 from .decoding.prompt_lookup import LookupPolicy
 from .errors import UserError

@@ -5,18 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-COMMANDS = {
-    "chat": "talk to an Instruct model",
-    "download": "get a model's weights",
-    "batch": "complete many prompts from a file",
-    "explain": "follow a prompt to its next token on an HTML page",
-    "tracing": "show or save the tensors of a forward pass",
-    "compare": "find the first tensor where another implementation diverges",
-    "perplexity": "measure how well a model predicts a text",
-    "convert": "change between Meta's and Hugging Face's format",
-    "bench": "measure speed, or estimate it for a GPU",
-}
-"""Every command but the main one, with what it does."""
+from .cli.commands import COMMANDS
 
 
 def main() -> int:

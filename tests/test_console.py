@@ -13,7 +13,7 @@ import pytest
 import llama3_raw
 from llama3_raw import console
 from llama3_raw.__main__ import main
-from llama3_raw.console import COMMANDS
+from llama3_raw.cli.commands import COMMANDS
 from tests.paths import ROOT
 
 
