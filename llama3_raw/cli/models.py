@@ -16,7 +16,7 @@ from ..backends.choose import ops_for
 from ..backends.streaming import least_memory, read_ahead
 from ..backends.tensor_parallel import parallel_ops
 from ..checkpoint.checkpoint import Checkpoint, first_layers, open_checkpoint, shard_of
-from ..checkpoint.files import find_tokenizer
+from ..checkpoint.files import choice_of_files, find_tokenizer
 from ..checkpoint.loading import build_weights, check_gpu_layers
 from ..checkpoint.sharding import Shard
 from ..errors import UserError
@@ -84,6 +84,9 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
     quantized = options.quantize is not None
     folder = find_model(options.weights, named_by)
     checkpoint = open_checkpoint(folder.path)
+    choice = choice_of_files(folder.path)
+    if choice:
+        folder = folder._replace(why=f"{folder.why}; {choice}")
     if quantized and checkpoint.scales:
         raise UserError(f"--quantize int8: {folder.path} is in int8 already; leave it out")
     dtype = DTYPES_BY_NAME.get(options.dtype)
