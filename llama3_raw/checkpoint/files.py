@@ -34,7 +34,7 @@ def find_files(folder: Path) -> tuple[Path, list[Path]]:
 
 def choice_of_files(folder: Path) -> str | None:
     """Return which of several models in a folder `find_files` chose, as text; None if there is only one."""
-    models = []
+    models: list[Path] = []
     with contextlib.suppress(UserError):  # of a damaged model that was not chosen
         models += (weight_files[0].relative_to(folder) for _, weight_files in _models_in(folder))
     return f"{models[0]}, not {' or '.join(map(str, models[1:]))}" if len(models) > 1 else None
