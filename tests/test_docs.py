@@ -218,7 +218,7 @@ def test_a_page_that_is_right_passes(session: Session) -> None:
 def test_words_that_the_glossary_replaces() -> None:
     """Those of the first table of its last section."""
     glossary = ROOT / "docs" / "glossary.md"
-    table = glossary.read_text().split("## Say and not")[1].split("These depend")[0]
+    table = glossary.read_text().split("## Preferred words")[1].split("These depend")[0]
     phrases = re.findall(r"\| ([^|]+) \|$", table, re.M)[2:]
     assert len(phrases) > 10
     replaced = re.compile(rf"\b({'|'.join(map(re.escape, phrases))})\b", re.I)
