@@ -11,8 +11,6 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
 from ..errors import UserError, in_short
 
 _SPARE_BYTES = 10_000_000  # disk space for small files
@@ -87,8 +85,11 @@ def _temporary_folder(target: Path) -> Path:
     """Return a path next to `target`, after removing those that killed processes of this machine left there."""
     prefix = f"{target.name}-{platform.node()}-"
     for left in target.parent.glob(f"{glob.escape(prefix)}*.part"):
+        import psutil  # only here, because a command such as download does without it
+
         pid = left.name[len(prefix) : -len(".part")]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+        # in a container every run may have the same process id, so a folder with this one's is left over too
+        if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
             shutil.rmtree(left, ignore_errors=True)
     return target.parent / f"{prefix}{os.getpid()}.part"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import stat
 import subprocess
@@ -57,6 +58,15 @@ def test_a_kill_keeps_the_old_file(tmp_path: Path) -> None:
     with atomic_write(file) as part:  # removes the files of the killed process
         part.write_text("after")
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_leftover_of_a_process_with_the_same_id_is_removed(tmp_path: Path) -> None:
+    """Restarted in a container, a command often has the process id that it had before."""
+    left = tmp_path / f"file-{platform.node()}-{os.getpid()}.part"
+    left.mkdir()
+    with atomic_write(tmp_path / "file") as part:
+        part.write_text("text")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_errors_of_the_caller_are_not_converted(tmp_path: Path) -> None:
