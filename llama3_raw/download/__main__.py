@@ -15,7 +15,7 @@ from huggingface_hub import get_token
 
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from ..errors import UserError
-from .catalog import describe_models, repository_of, wanted_files
+from .catalog import describe_models, gguf_files, repository_of, wanted_files
 from .fetch import download, is_verified
 from .records import CHECKLIST, Record, file_size, mismatch, part_file, read_checklist
 from .sources import BlobStore, Hub, RemoteFile, Source
@@ -30,7 +30,9 @@ def verify(folder: Path) -> None:
         raise UserError(f"{part}: the download is not complete; run it again to continue")
     listed = read_checklist(folder)
     wanted = folder / ".download" / "wanted"
-    names = set(listed) | set(wanted.read_text().split() if wanted.exists() else ())
+    names = set(listed) | set(wanted.read_text().splitlines() if wanted.exists() else ())
+    recorded = (record.name.removesuffix(".json") for record in wanted.parent.glob("*.json"))
+    names |= {name for name in recorded if (folder / name).exists()}  # of earlier downloads, such as another GGUF
     if not names:
         raise UserError(f"{folder}: nothing to check against, neither a record of a download nor a {CHECKLIST}")
     for name in sorted(names):
@@ -69,7 +71,7 @@ def build_parser() -> ArgumentParser:
     """Return the parser of `python -m llama3_raw.download`."""
     parser = ArgumentParser(
         prog="python -m llama3_raw.download",
-        description="Fetch the weights, params and tokenizer of a Llama 3 model into weights/. Run it again to resume "
+        description="Fetch the weights, params and tokenizer of a Llama model into weights/. Run it again to resume "
         "an interrupted download. Meta's models need a licence, which you accept on their page, and a token: "
         "`hf auth login`, HF_TOKEN or --token. HF_ENDPOINT, HF_HUB_OFFLINE, HTTPS_PROXY and SSL_CERT_FILE are obeyed.",
     )
@@ -92,12 +94,13 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--revision", type=not_empty, default="main", help="a branch, tag or commit of the repository (default: main)"
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--format",
         choices=("original", "safetensors"),
-        default="original",
-        help="Meta's checkpoint, or Hugging Face's (default: original)",
+        help="Meta's checkpoint, or Hugging Face's (default: original for meta-llama/*, else what there is)",
     )
+    which.add_argument("--file", type=not_empty, metavar="NAME.gguf", help="fetch this GGUF file, with all its parts")
     parser.add_argument("--token", help="access token for the hub (default: HF_TOKEN, else the stored login)")
     parser.add_argument("--dry-run", action="store_true", help="show what would be fetched, and exit")
     parser.add_argument("--verify", action="store_true", help="check the files on the disk, without a network")
@@ -128,13 +131,14 @@ def main(arguments: Sequence[str]) -> int:
     if not token.isascii() or not token.isprintable():
         raise UserError("--token: contains characters that no token has; copy it again")
     source: Source = Hub(repo, options.revision, token or None) if options.mirror is None else BlobStore(options.mirror)
-    files = wanted_files(source, options.format)
+    files = gguf_files(source, options.file) if options.file else wanted_files(source, repo, options.format)
     if options.dry_run:
         show_plan(source, files, folder)
         return 0
     download(source, files, folder)
-    which = "" if folder == Path("weights") / "Meta-Llama-3-8B" else f'--weights "{folder}" '
-    print(f'llama3_raw: {folder} is complete; try: python -m llama3_raw {which}"your prompt"', file=sys.stderr)
+    model = folder / files[0].name if options.file else folder
+    which = "" if model == Path("weights") / "Meta-Llama-3-8B" else f'--weights "{model}" '
+    print(f'llama3_raw: {model} is complete; try: python -m llama3_raw {which}"your prompt"', file=sys.stderr)
     return 0
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import itertools
 import json
 import re
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 from huggingface_hub import constants
@@ -39,56 +42,135 @@ MODELS = {
 }
 
 
-def wanted_files(source: Source, file_format: str) -> list[RemoteFile]:
-    """Return the files of a model in Meta's format ("original") or Hugging Face's ("safetensors"), the smallest first.
+class _Layout(NamedTuple):
+    """A way to store a model in a repository."""
 
-    Raises UserError if one is missing, or the index of the safetensors is malformed.
+    format: str  # a value of --format
+    looked_for: str  # its files, as an error names them
+    find: Callable[[Source], list[RemoteFile]]  # returns its files, or none if it has no weights or no config
+
+
+_HF_SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def wanted_files(source: Source, repo: str, file_format: str | None = None) -> list[RemoteFile]:
+    """Return the files of a model, the small ones first.
+
+    file_format: Meta's ("original") or Hugging Face's ("safetensors"). None: for meta-llama/* Meta's files in
+    original/ come first; elsewhere original/ comes last, because a fine-tune may have its base there. Raises UserError
+    if there is no such model, or its index is malformed.
     """
-    return _meta_files(source) if file_format == "original" else _hf_files(source)
+    layouts = [layout for layout in _layouts(repo) if file_format in (None, layout.format)]
+    for layout in layouts:
+        files = layout.find(source)
+        if not files:
+            continue
+        if not any(file.name in ("tokenizer.model", "tokenizer.json") for file in files):
+            print(f"llama3_raw: {source} has no tokenizer; give --tokenizer FILE to run it on text", file=sys.stderr)
+        if constants.is_offline_mode():
+            print(f"llama3_raw: HF_HUB_OFFLINE is set; using the {len(files)} files in the cache", file=sys.stderr)
+        return files
+    looked_for = f"model that this can load (looked for {'; '.join(layout.looked_for for layout in layouts)})"
+    raise _missing(source, looked_for, "leave --format out to take what there is" if file_format else None)
 
 
-def _required(source: Source, path: str, other_format: str) -> RemoteFile:
+def _layouts(repo: str) -> list[_Layout]:
+    """Return the ways in which the repository may store its model, the one to prefer first."""
+    original = _Layout(
+        "original",
+        "original/params.json with original/consolidated.00.pth",
+        functools.partial(_meta_files, folder="original/"),
+    )
+    meta = _Layout(
+        "original",
+        "params.json with consolidated.00.pth or consolidated.safetensors",
+        functools.partial(_meta_files, folder=""),
+    )
+    hf = _Layout("safetensors", "config.json with model.safetensors or pytorch_model.bin", _hf_files)
+    return [original, hf, meta] if repo.startswith("meta-llama/") else [hf, meta, original]
+
+
+def gguf_files(source: Source, path: str) -> list[RemoteFile]:
+    """Return a GGUF file, or all parts of one that is split. Raises UserError if it is not there."""
+    if not path.endswith(".gguf"):
+        raise UserError(f"--file {path}: should be a *.gguf; for other formats leave --file out")
+    part = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path)
+    parts = [f"{part[1]}-{number:05}-of-{part[2]}.gguf" for number in range(1, int(part[2]) + 1)] if part else []
+    return [_required(source, path) for path in parts or [path]]
+
+
+def _required(source: Source, path: str, way_out: str | None = None) -> RemoteFile:
     file = source.find(path)
-    if file is not None:
-        return file
+    if file is None:
+        raise _missing(source, path, way_out)
+    return file
+
+
+def _missing(source: Source, looked_for: str, way_out: str | None = None) -> UserError:
+    """Return an error that says what was looked for, and what is there instead."""
     if constants.is_offline_mode():
-        raise UserError(
-            f"{source}: HF_HUB_OFFLINE is set, and {path} is not in the Hugging Face cache; unset it, or check the "
+        return UserError(
+            f"{source}: HF_HUB_OFFLINE is set, and the Hugging Face cache has no {looked_for}; unset it, or check the "
             "files on the disk with --verify"
         )
-    raise UserError(
-        f"{source}: there is no {path}, or no such model at all; check the name, or try --format {other_format}"
-    )
+    names = source.names()
+    gguf = [name for name in names if re.fullmatch(r".*(?<!-of-\d{5})\.gguf|.*-00001-of-\d{5}\.gguf", name)]
+    if gguf:
+        way_out = f"choose one of its GGUF files with --file: {', '.join(gguf)}"
+    elif way_out is None and "adapter_config.json" in names:
+        way_out = (
+            "it has an adapter (LoRA), not a whole model; fetch it with `hf download`, and run its base model with "
+            "--adapter FOLDER"
+        )
+    elif way_out is None:
+        way_out = f"it has {in_short(', '.join(names))}" if names else "check the name"
+    return UserError(f"{source}: there is no {looked_for}; {way_out}")
 
 
-def _meta_files(source: Source) -> list[RemoteFile]:
-    names = ("params.json", "tokenizer.model", "consolidated.00.pth")
-    files = [_required(source, f"original/{name}", "safetensors") for name in names]
-    for number in range(1, 100):
-        shard = source.find(f"original/consolidated.{number:02}.pth")
-        if shard is None:
-            break
-        files.append(shard)
-    if constants.is_offline_mode():
-        print(f"llama3_raw: HF_HUB_OFFLINE is set; using the {len(files)} files in the cache", file=sys.stderr)
-    return files
+def _meta_files(source: Source, folder: str) -> list[RemoteFile]:
+    """Return Meta's files in a folder of the repository, "original/" or "", or none if there are none."""
+    params = source.find(f"{folder}params.json")
+    if params is None:
+        return []
+    tokenizer = _those_of(source, f"{folder}tokenizer.model")
+    numbered = (source.find(f"{folder}consolidated.{number:02}.pth") for number in range(100))
+    shards = [shard for shard in itertools.takewhile(bool, numbered) if shard]
+    shards = shards or _those_of(source, f"{folder}consolidated.safetensors")
+    return [params, *tokenizer, *shards] if shards else []
 
 
 def _hf_files(source: Source) -> list[RemoteFile]:
-    files = [_required(source, path, "original") for path in ("config.json", "original/tokenizer.model")]
-    index = source.find("model.safetensors.index.json")
+    """Return Hugging Face's files at the root, or none if there are none."""
+    config = source.find("config.json")
+    weights = (_indexed(source, "model.safetensors") or _indexed(source, "pytorch_model.bin")) if config else []
+    if not config or not weights:
+        return []
+    tokenizer = _those_of(source, "tokenizer.json", "tokenizer.model") or _those_of(source, "original/tokenizer.model")
+    return [config, *_those_of(source, *_HF_SETTINGS), *tokenizer, *weights]
+
+
+def _those_of(source: Source, *paths: str) -> list[RemoteFile]:
+    """Return those of the files that are there."""
+    return [file for path in paths if (file := source.find(path))]
+
+
+def _indexed(source: Source, single: str) -> list[RemoteFile]:
+    """Return the index and the files that it names, or without one the `single` file, or none."""
+    index = source.find(f"{single}.index.json")
     if index is None:
-        return [*files, _required(source, "model.safetensors", "original")]
+        return _those_of(source, single)
+    ending = single.rpartition(".")[2]
     try:
         content = _read(source, index)
-        shards = sorted(set(json.loads(content)["weight_map"].values()))
-        if not shards or not all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
-            raise ValueError("it should name *.safetensors")
+        names = sorted(set(json.loads(content)["weight_map"].values()))
+        if not names or not all(re.fullmatch(rf"[\w.-]+\.{ending}", name) for name in names):
+            raise ValueError(f"it should name *.{ending}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{source}: {index.name} is not a safetensors index ({in_short(error)}); try --format original"
+            f"{source}: {index.name} is not an index of weights ({in_short(error)}); get the model from elsewhere"
         ) from error
-    return [*files, index, *(_required(source, shard, "original") for shard in shards)]
+    way_out = f"{index.name} names it, so the upload is not complete; get the model from elsewhere"
+    return [index, *(_required(source, name, way_out) for name in names)]
 
 
 def _read(source: Source, file: RemoteFile) -> bytes:
@@ -106,7 +188,7 @@ def _read(source: Source, file: RemoteFile) -> bytes:
 def describe_models() -> str:
     """Return the table that --list prints."""
     lines = [f"{name:<20}{entry.gigabytes:>7.1f} GB  {entry.repo}" for name, entry in MODELS.items()]
-    return "\n".join([*lines, "or any org/repo with the same files"])
+    return "\n".join([*lines, "or any org/repo with a Llama model"])
 
 
 def repository_of(model: str) -> str:

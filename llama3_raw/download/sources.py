@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import blobfile
 import httpx2
-from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_session, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers  # type: ignore[attr-defined]
 
@@ -65,6 +65,9 @@ class Source(Protocol):
 
     def find(self, path: str) -> RemoteFile | None:
         """Return the file at `path`, such as "original/params.json", or None if there is none. Raises UserError."""
+
+    def names(self) -> list[str]:
+        """Return the paths of all files, for an error message; none if the source does not list them."""
 
     def open(self, file: RemoteFile, start: int, validator: str | None) -> contextlib.AbstractContextManager[Stream]:
         """Open the file at byte `start`. Raises UserError, or Interrupted for an error that may be temporary."""
@@ -126,6 +129,13 @@ class Hub:
         self.commit = metadata.commit_hash
         self.locations[path] = metadata.location
         return RemoteFile(name, path, metadata.size, digest, metadata.etag)
+
+    def names(self) -> list[str]:
+        """As in `Source`, by the hub's API, which a mirror may lack."""
+        try:
+            return HfApi().list_repo_files(self.repo, revision=self.revision, token=self.token or False)
+        except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, KeyError, TypeError):
+            return []
 
     def _find_in_cache(self, path: str, name: str) -> RemoteFile | None:
         cached = try_to_load_from_cache(self.repo, path, revision=self.revision)
@@ -257,6 +267,11 @@ class BlobStore:
                     digest = Digest("md5", stat.md5) if stat.md5 else None
                     return RemoteFile(name, address, stat.size, digest, stat.version or f"{stat.size} {stat.mtime}")
         return None
+
+    def names(self) -> list[str]:
+        """As in `Source`, but only those at the top."""
+        with self._errors(self.root):
+            return sorted(self.context.listdir(self.root))
 
     @contextlib.contextmanager
     def open(self, file: RemoteFile, start: int, validator: str | None) -> Iterator[Stream]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import ssl
@@ -117,7 +118,7 @@ class _HubHandler(_Handler):
         fake = self.fake
         path = urlsplit(self.path).path  # a proxy is asked for whole addresses
         if path.startswith("/api/"):
-            return self.answer(404, {})  # requests that the library makes on its own
+            return self.answer_api(path)
         request = self.record()
         if fake.plain_page:
             etag = {"ETag": fake.page_etag} if fake.page_etag else {}
@@ -150,6 +151,15 @@ class _HubHandler(_Handler):
         self.answer(302, {**commit, **linked, "ETag": '"of the redirect"', "Location": location})
 
     do_HEAD = do_GET
+
+    def answer_api(self, path: str) -> None:
+        """List the files of a repository; nothing else of the API is there."""
+        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path)
+        files = self.fake.files.get((match[1], unquote(match[2]))) if match else None
+        if files is None:
+            return self.answer(404, {})
+        entries = [{"type": "file", "path": name, "size": len(content), "oid": "0"} for name, content in files.items()]
+        self.answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
 
 
 class _StorageHandler(_Handler):

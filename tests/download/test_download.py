@@ -23,7 +23,7 @@ import pytest
 from llama3_raw import UserError
 from llama3_raw.download import fetch, records
 from llama3_raw.download.__main__ import build_parser, verify
-from llama3_raw.download.catalog import MODELS
+from llama3_raw.download.catalog import MODELS, wanted_files
 from llama3_raw.download.records import Record
 from llama3_raw.download.sources import Digest, Interrupted, RemoteFile, Stream
 from tests.download.fake_hub import MIB, TOKEN, FakeHub, Fault
@@ -190,6 +190,9 @@ class Unsteady:
         self.starts: list[int] = []
 
     def find(self, path: str) -> RemoteFile | None:
+        raise NotImplementedError
+
+    def names(self) -> list[str]:
         raise NotImplementedError
 
     def local_copy(self, file: RemoteFile) -> Path | None:
@@ -420,7 +423,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], dict[str, str | None], str]
         {},
         ["--format", "safetensors"],
         {},
-        r"there is no config\.json, or no such model .*try --format original",
+        r"no model .*looked for config\.json with model\.safetensors or pytorch_model\.bin\); leave --format out",
     ),
     "rate limited": ({"refusal": error(429, **{"Retry-After": "42"})}, [], {}, "too many requests; try again in 42 s"),
     "rate limited, by the draft": (
@@ -433,7 +436,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], dict[str, str | None], str]
     "server down": ({"refusal": error(503)}, [], {}, r"the server is down \(it answered 503\); try again later"),
     "no server": ({}, [], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the server is down or out of reach"),
     "offline": ({}, [], {"HF_ENDPOINT": "http://hub.invalid"}, "seems to be offline"),
-    "HF_HUB_OFFLINE": ({}, [], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, and .* is not in the .* cache"),
+    "HF_HUB_OFFLINE": ({}, [], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, and the .* cache has no model"),
     "a proxy that is not there": ({}, [], {"HTTP_PROXY": "http://127.0.0.1:9"}, "out of reach|proxy"),
     "a page instead of an answer": ({"plain_page": True}, [], {}, "does not answer like a hub"),
     "a page instead of the file": (PAGE, [], {}, "sent an HTML page .*; if it is a login page of this"),
@@ -480,7 +483,12 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], dict[str, str | None], str]
         "network settings cannot",
     ),
     "certificates that are not there": ({}, [], {"SSL_CERT_FILE": "/nowhere.pem"}, "check SSL_CERT_FILE"),
-    "a mirror without the files": ({}, ["--from", "."], {}, r"there is no original/params\.json"),
+    "a mirror without the files": (
+        {},
+        ["--from", "."],
+        {},
+        r"looked for original/params\.json with .*; it has there is a file",
+    ),
 }
 
 
@@ -638,11 +646,123 @@ def test_safetensors(hub: FakeHub, tool: Tool, sharded: bool) -> None:
     assert tool.complete(files)
 
 
+# name: (repository, its files, those that are wanted)
+LAYOUTS: dict[str, tuple[str, str, str]] = {
+    "a fine-tune with its base": (
+        "some/fine-tune",
+        "config.json model.safetensors generation_config.json tokenizer.json tokenizer_config.json "
+        "special_tokens_map.json chat_template.jinja README.md original/params.json original/tokenizer.model "
+        "original/consolidated.00.pth",
+        "config.json model.safetensors generation_config.json tokenizer.json tokenizer_config.json "
+        "special_tokens_map.json chat_template.jinja",
+    ),
+    "with two tokenizers": (
+        "some/model",
+        "config.json model.safetensors tokenizer.json tokenizer.model params.json consolidated.safetensors",
+        "config.json model.safetensors tokenizer.json tokenizer.model",
+    ),
+    "without a tokenizer": ("some/model", "config.json model.safetensors", "config.json model.safetensors"),
+    "a pickle": (
+        "some/model",
+        "config.json pytorch_model.bin tokenizer.json training_args.bin optimizer.bin",
+        "config.json pytorch_model.bin tokenizer.json",
+    ),
+    "Meta's at the root": (
+        "some/model",
+        "params.json tokenizer.model consolidated.00.pth consolidated.01.pth config.json",
+        "params.json tokenizer.model consolidated.00.pth consolidated.01.pth",
+    ),
+    "Meta's as safetensors": (
+        "some/model",
+        "params.json tokenizer.model consolidated.safetensors",
+        "params.json tokenizer.model consolidated.safetensors",
+    ),
+    "Meta's in original/ only": (
+        "some/model",
+        "original/params.json original/tokenizer.model original/consolidated.00.pth",
+        "original/params.json original/tokenizer.model original/consolidated.00.pth",
+    ),
+    "Meta's own, both": (
+        REPO,
+        "config.json model.safetensors original/params.json original/tokenizer.model original/consolidated.00.pth",
+        "original/params.json original/tokenizer.model original/consolidated.00.pth",
+    ),
+    "Meta's own, without original/": (
+        REPO,
+        "config.json model.safetensors tokenizer.json",
+        "config.json model.safetensors tokenizer.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_files_of_a_repository(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    """By a local folder, because these are the same for every source."""
+    repo, there, wanted = LAYOUTS[case]
+    for name in there.split():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    files = wanted_files(FolderSource(tmp_path), repo)
+    assert sorted(file.path for file in files) == sorted(wanted.split())
+    assert ("has no tokenizer" in capsys.readouterr().err) is (case == "without a tokenizer")
+
+
+class FolderSource(Unsteady):
+    """A source with exactly the files of a folder."""
+
+    def __init__(self, root: Path):
+        super().__init__(0)
+        self.root = root
+
+    def find(self, path: str) -> RemoteFile | None:
+        return RemoteFile(Path(path).name, path, 0, None, "v1") if (self.root / path).exists() else None
+
+
+@pytest.mark.slow
+def test_any_repository(hub: FakeHub, tool: Tool) -> None:
+    """A fine-tune with its own tokenizer and a copy of its base."""
+    files = {name: name.encode() for name in ("config.json", "tokenizer.json", "model.safetensors")}
+    hub.files["some/fine-tune", "main"] = {**FILES, **files}
+    tool.target = tool.folder / "weights" / "fine-tune"
+    assert f'--weights "{Path("weights/fine-tune")}"' in tool.ok("--model", "some/fine-tune")
+    assert tool.complete(files)
+
+
+def test_gguf(hub: FakeHub, tool: Tool) -> None:
+    parts = {f"Q8/m-Q8-{number:05}-of-00003.gguf": random.Random(number).randbytes(2000) for number in (1, 2, 3)}
+    hub.files["some/GGUF", "main"] = {"m-Q4.gguf": b"GGUF", **parts}
+    tool.target = tool.folder / "weights" / "GGUF"
+    err = tool.ok("--model", "some/GGUF", "--file", "Q8/m-Q8-00002-of-00003.gguf")
+    assert f'--weights "{Path("weights/GGUF/m-Q8-00001-of-00003.gguf")}"' in err
+    assert tool.complete(parts)
+    for arguments in ((), ("--file", "m-Q5.gguf")):
+        error = tool.fails("--model", "some/GGUF", *arguments)
+        assert error.endswith("choose one of its GGUF files with --file: m-Q4.gguf, Q8/m-Q8-00001-of-00003.gguf")
+    tool.ok("--model", "some/GGUF", "--file", "m-Q4.gguf")
+    (tool.target / "m-Q8-00002-of-00003.gguf").write_bytes(b"another")
+    assert "m-Q8-00002-of-00003.gguf: has 7 bytes" in tool.fails("--verify", "--model", "some/GGUF")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("adapter_config.json adapter_model.safetensors", "it has an adapter .*run its base model with --adapter"),
+        ("config.json model.onnx", "it has config.json, model.onnx$"),
+        ("", "check the name$"),
+    ],
+)
+def test_repository_that_cannot_be_loaded(hub: FakeHub, tool: Tool, names: str, message: str) -> None:
+    hub.files["some/model", "main"] = dict.fromkeys(names.split(), b"x")
+    error = tool.fails("--model", "some/model")
+    assert re.search(rf"no model that this can load \(looked for config.json.*\); .*{message}", error), error
+    assert "--format" not in error  # which would send the user in a circle
+
+
 def test_index_that_points_outside_the_folder(hub: FakeHub, tool: Tool) -> None:
     index = json.dumps({"weight_map": {"a": "../../outside"}}).encode()
     files = {**FILES, "config.json": b"{}", "model.safetensors.index.json": index}
     hub.files[REPO, "main"] = files
-    assert "is not a safetensors index" in tool.fails("--format", "safetensors")
+    assert "is not an index of weights" in tool.fails("--format", "safetensors")
     hub.large = 10
     hub.always = Fault(status=503)
     assert "answered 503; run the same command again" in tool.fails("--format", "safetensors")
