@@ -65,11 +65,14 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
         # a stream that was closed before the start is None, and print would take stdout for it
         sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
         sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-        if rank() > 0:  # rank 0 reports
-            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        number = 0  # of this process
         try:
+            number = rank()
+            if number > 0:  # rank 0 reports
+                sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
             if world_size() > 1 and main not in _FOR_SEVERAL_PROCESSES:
-                raise UserError("this tool runs as one process; start it without torchrun")
+                raise UserError("this tool runs as one process; start it without torchrun, or unset WORLD_SIZE")
+            _check_utf8(arguments)
             status = main(arguments)
             sys.stdout.flush()
             return status
@@ -89,21 +92,35 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
             if "--debug" in arguments or not is_for_the_user(error):
                 sys.stderr = sys.__stderr__  # a defect is shown on every rank
                 raise
-            _tell(error)
+            _tell(error, number)
             return 2
 
     entry_point.__doc__ = main.__doc__
     return entry_point
 
 
-def _tell(error: Exception) -> None:
-    """Print an error that the user can fix, in one line on stderr."""
+def _check_utf8(arguments: Sequence[str]) -> None:
+    """Raise UserError for an argument that is not UTF-8, unless it is the name of a file, which may be any bytes."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option, equals, value = argument.partition("=")
+        if not (argument.startswith("--") and equals):
+            option, value = before, argument
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError as error:  # Python makes lone surrogates of such bytes
+            if not os.path.lexists(value):
+                what = option if option.startswith("--") else value
+                raise UserError(f"{what}: not valid UTF-8; convert the text to UTF-8") from error
+
+
+def _tell(error: Exception, rank: int) -> None:
+    """Print an error that the user can fix, in one line on stderr. rank: of this process."""
     if isinstance(error, OSError) and error.filename is None:  # stdout itself, for example on a full disk
         _give_up_stdout()
     line = describe(error)
-    if rank() > 0:
+    if rank > 0:
         time.sleep(_OTHERS_REPORT_FIRST)  # if rank 0 reports it too, torchrun ends this process meanwhile
-        line, sys.stderr = f"rank {rank()}: {line}", sys.__stderr__
+        line, sys.stderr = f"rank {rank}: {line}", sys.__stderr__
     print(f"llama3_raw: error: {line}", file=sys.stderr)
 
 

@@ -21,7 +21,7 @@ from .sampling import Sampling
 class Row(NamedTuple):
     """A prompt of a batch and its settings.
 
-    seed: as in `generate`. is_over: called after each token with all new tokens so far; True ends the text.
+    seed, stop_ids: as in `generate`. is_over: called after each token with all new tokens so far; True ends the text.
     """
 
     ids: Sequence[int]
@@ -29,6 +29,7 @@ class Row(NamedTuple):
     sampling: Sampling = Sampling()
     seed: int | None = None
     is_over: Callable[[Sequence[int]], bool] = lambda new: False
+    stop_ids: Collection[int] | None = None
 
 
 def generate_batch(
@@ -41,6 +42,8 @@ def generate_batch(
 ) -> Iterator[Event]:
     """Yield (row, token) for each new token, and (row, reason) when a row ends. Rows count from 0.
 
+    A row whose logits are not numbers ends with StopReason.NOT_NUMBERS, and the others go on.
+
     Each row gets the tokens that `generate` yields for it alone with the same settings. With the CPU's fast operations
     in bf16 the bits are the same; elsewhere rounding differs, and may decide between two tokens that are about equally
     likely. The same rows in the same order always give the same tokens.
@@ -49,7 +52,7 @@ def generate_batch(
         model: what `load` returned.
         rows: the prompts, each with its settings. Consecutive short prompts are padded on the right and computed
             together, so put prompts of similar length next to each other.
-        stop_ids: as in `generate`; context and ops too.
+        stop_ids: as in `generate`, for rows that have none of their own; context and ops too.
 
     Raises:
         UserError: as `generate` does, at the call.
@@ -61,11 +64,12 @@ def generate_batch(
         model.params.check_ids(row.ids)
         if len(row.ids) > limit:
             raise UserError(f"a prompt needs {len(row.ids)} positions, but the context holds {limit}; shorten it")
-    texts = [_text(model, number, row, limit) for number, row in enumerate(rows)]
-    return _decode(model, texts, ops or ops_for(model.weights), tokens_to_stop_at(model, stop_ids))
+    ends = tokens_to_stop_at(model, stop_ids)
+    texts = [_text(model, number, row, limit, ends) for number, row in enumerate(rows)]
+    return _decode(model, texts, ops or ops_for(model.weights))
 
 
-def _text(model: Model, number: int, row: Row, limit: int) -> Text:
+def _text(model: Model, number: int, row: Row, limit: int, ends: Collection[int]) -> Text:
     budget = max(0, min(row.max_new_tokens, limit - len(row.ids)))
     return Text(
         number,
@@ -74,15 +78,16 @@ def _text(model: Model, number: int, row: Row, limit: int) -> Text:
         when_spent=StopReason.MAX_NEW_TOKENS if budget >= row.max_new_tokens else StopReason.CONTEXT,
         sampling=row.sampling,
         generator=seeded_generator(model, row.seed),
+        stop_ids=ends if row.stop_ids is None else row.stop_ids,
         is_over=row.is_over,
     )
 
 
-def _decode(model: Model, texts: Sequence[Text], ops: Ops, stop_ids: Collection[int]) -> Iterator[Event]:
+def _decode(model: Model, texts: Sequence[Text], ops: Ops) -> Iterator[Event]:
     """Decode the texts; the cache is allocated at the first `next`, and only for texts with a budget."""
     running = [text for text in texts if text.budget]
     yield from ((text.number, text.when_spent) for text in texts if not text.budget)
     if running:
         longest = max(len(text.prompt) + text.budget for text in running) - 1  # nothing attends to the last token
         cache = KVCache.allocate(model.params, max_seq_len=longest, like=model.weights, batch=(len(running),))
-        yield from decode(running, BatchRunner(model, cache, ops), stop_ids)
+        yield from decode(running, BatchRunner(model, cache, ops))

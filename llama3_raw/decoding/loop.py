@@ -22,7 +22,7 @@ from ..weights import Model
 from .drafts import Draft, NoDraft
 from .prompt_lookup import LookupPolicy, PromptLookup
 from .runner import Runner, SingleRunner
-from .sampling import GREEDY, Sampling, check_sound, is_sound, sample
+from .sampling import GREEDY, NOT_NUMBERS, Sampling, check_sound, is_sound, sample
 
 # new tokens from which torch.compile pays: a pass of 32 layers took 24 s to compile with a warm disk cache, and 142 s
 # without (measured on the CPU, one thread, narrow layers); it may save 3 ms per token of 8B: 1,500 small kernels, 2 µs
@@ -36,6 +36,7 @@ class StopReason(enum.Enum):
     END_TOKEN = "the model ended the text"
     MAX_NEW_TOKENS = "max_new_tokens is reached"
     CONTEXT = "the context is full"
+    NOT_NUMBERS = NOT_NUMBERS  # `generate` raises UserError instead
 
 
 Event = tuple[int, int | StopReason]
@@ -52,16 +53,19 @@ class Text:
     when_spent: StopReason  # why the text ends when the budget is spent
     sampling: Sampling
     generator: torch.Generator
+    stop_ids: Collection[int]  # tokens that end the text and are no part of it
     start: int = 0  # tokens in the cache before the prompt
+    earlier: Sequence[int] = ()  # the text before the prompt
     draft: Draft = field(default_factory=NoDraft)
     is_over: Callable[[Sequence[int]], bool] = lambda new: False  # whether the text ends after these new tokens
     new: list[int] = field(default_factory=list)
     ended: StopReason | None = None
 
     def __post_init__(self) -> None:
-        # prompt and new tokens, on the device: the next one can be sampled before the CPU knows this one
-        self._seen = torch.zeros(len(self.prompt) + self.budget, dtype=torch.long, device=self.generator.device)
-        self._seen[: len(self.prompt)] = torch.tensor(self.prompt)
+        # the whole text, on the device: the next token can be sampled before the CPU knows this one
+        known = torch.tensor([*self.earlier, *self.prompt])
+        self._seen = torch.zeros(len(known) + self.budget, dtype=torch.long, device=self.generator.device)
+        self._seen[: len(known)] = known
 
     @property
     def position(self) -> int:
@@ -70,17 +74,17 @@ class Text:
 
     def sample_next(self, logits: Tensor) -> Tensor:
         """Logits [vocab] -> the next token [], sampled with the text's settings, history and generator."""
-        length = len(self.prompt) + len(self.new)
+        length = len(self.earlier) + len(self.prompt) + len(self.new)
         token = sample(logits, self.sampling, self._seen[:length], self.generator)
         self._seen[length] = token
         return token
 
-    def append(self, token: int, stop_ids: Collection[int]) -> Iterator[Event]:
+    def append(self, token: int) -> Iterator[Event]:
         """Append a token. Yield it, unless it is a stop token, and then the reason if the text ends."""
-        if token not in stop_ids:
+        if token not in self.stop_ids:
             self.new.append(token)
             yield self.number, token
-        if token in stop_ids or self.is_over(self.new):
+        if token in self.stop_ids or self.is_over(self.new):
             self.ended = StopReason.END_TOKEN
         elif len(self.new) == self.budget:
             self.ended = self.when_spent
@@ -89,10 +93,17 @@ class Text:
         else:
             self.draft.append(token)
 
+    def end_without_token(self) -> Event:
+        """End the text because its logits are not numbers, and return that event."""
+        self.ended = StopReason.NOT_NUMBERS
+        return self.number, self.ended
+
 
 @torch.no_grad()
-def decode(texts: Sequence[Text], runner: Runner, stop_ids: Collection[int]) -> Iterator[Event]:
+def decode(texts: Sequence[Text], runner: Runner) -> Iterator[Event]:
     """Continue texts together until all have ended. Each has a budget of at least one token.
+
+    A text whose logits are not numbers ends alone.
 
     A pass gives every text its next token. For a single text it also checks the draft: each row of logits gives one
     more token, as long as that token is the proposed one.
@@ -103,12 +114,12 @@ def decode(texts: Sequence[Text], runner: Runner, stop_ids: Collection[int]) -> 
     started: float | None = None  # start of the pass; None for prefill, whose time does not predict that of decode
     while True:
         for row, expected in zip(logits.unbind(1), [*proposed, None], strict=True):  # [texts, vocab]
-            tokens, ahead = _next_tokens(row, running, runner)
+            tokens, are_sound, ahead = _next_tokens(row, running, runner)
             if started is not None:
                 running[0].draft.observe(len(proposed), time.perf_counter() - started)
                 started = None
-            for text, token in zip(running, tokens, strict=True):
-                yield from text.append(token, stop_ids)
+            for text, token, sound in zip(running, tokens, are_sound, strict=True):
+                yield from text.append(token) if sound else [text.end_without_token()]
             if tokens[0] != expected or running[0].ended:
                 break
             running[0].draft.accept()
@@ -124,10 +135,11 @@ def decode(texts: Sequence[Text], runner: Runner, stop_ids: Collection[int]) -> 
         logits = ahead  # [texts, 1 + proposed, vocab]
 
 
-def _next_tokens(logits: Tensor, texts: Sequence[Text], runner: Runner) -> tuple[list[int], Tensor | None]:
-    """Logits [texts, vocab] -> the next token of each text, and the logits of the next pass if it has started already.
+def _next_tokens(logits: Tensor, texts: Sequence[Text], runner: Runner) -> tuple[list[int], list[int], Tensor | None]:
+    """Logits [texts, vocab] -> the next token of each text, whether its logits are sound (1 or 0), and those after it.
 
-    A runner that runs ahead starts the next pass before the CPU knows the tokens, so that a GPU never waits.
+    The logits after it are None, unless the next pass has started already: a runner that runs ahead starts it before
+    the CPU knows the tokens, so that a GPU never waits.
     """
     tokens = _sample_next(logits, texts)  # [texts]
     result = torch.stack((tokens, is_sound(logits)))
@@ -138,8 +150,7 @@ def _next_tokens(logits: Tensor, texts: Sequence[Text], runner: Runner) -> tuple
         known, are_sound = arriving()
     else:
         known, are_sound = result.tolist()
-    check_sound(all(are_sound))
-    return known, ahead
+    return known, are_sound, ahead
 
 
 def _sample_next(logits: Tensor, texts: Sequence[Text]) -> Tensor:
@@ -156,7 +167,9 @@ def _remove_ended(running: list[Text], runner: Runner) -> None:
             continue
         last = running.pop()
         if place < len(running):
-            runner.move(len(running), place, last.position)
+            # all positions: a NaN that is left after the text would reach it, as 0 * NaN is NaN
+            is_dirty = running[place].ended is StopReason.NOT_NUMBERS
+            runner.move(len(running), place, None if is_dirty else last.position)
             running[place] = last
 
 
@@ -189,11 +202,10 @@ def generate(  # noqa: PLR0913  # what a caller may set
         max_new_tokens: stop after this many tokens.
         temperature: 0 takes the most likely token. For this and the other sampling settings see `Sampling`.
         seed: the same seed on the same machine samples the same tokens; None takes a new seed each time.
-        stop_ids: tokens that end the text and are not yielded. None: the tokenizer's; (): none.
+        stop_ids: tokens that end the text and are not yielded. None: the model's, or else the tokenizer's; (): none.
         context: the most tokens, prompt included. None: the model's max_seq_len; a larger context is at your own risk.
         cache: holds `start` tokens, to continue after them. It is written in place, and afterwards holds all tokens
-            but the last one yielded. None allocates one that is just large enough. The repetition penalty covers `ids`
-            and the new tokens, not those that are only in the cache.
+            but the last one yielded. None allocates one that is just large enough.
         start: how many tokens `cache` holds.
         lookup: propose at most this many tokens, 0 to 15, from the text so far, and check them in one pass, if faster.
             A `LookupPolicy` instead of a number keeps what it learned for the next call, and its counters can be read.
@@ -201,7 +213,8 @@ def generate(  # noqa: PLR0913  # what a caller may set
             and among others: with the CPU's fast operations in bf16. Elsewhere rounding differs, and may decide
             between two tokens that are about equally likely. Rejected tokens are left in the cache after the accepted
             ones.
-        earlier: the text before `ids`, such as what the cache holds; used only to propose from.
+        earlier: the text before `ids`, such as what the cache holds. The repetition penalty covers it as well as `ids`
+            and the new tokens, and lookup proposes from it.
         ops: None chooses the set for the weights.
         tap: as in `forward`. With lookup it also sees a row for each proposed token, and the rows after the first
             wrong one are not used.
@@ -212,7 +225,8 @@ def generate(  # noqa: PLR0913  # what a caller may set
 
     Raises:
         UserError: at the call, not at the first token, for an empty prompt, ids outside the vocabulary, a prompt
-            longer than the context, a cache that does not fit into memory, and settings out of range.
+            longer than the context, a cache that does not fit into memory, and settings out of range. At a token, if
+            the logits are not numbers.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     policy = lookup if isinstance(lookup, LookupPolicy) else LookupPolicy(lookup)
@@ -242,17 +256,20 @@ def generate(  # noqa: PLR0913  # what a caller may set
         when_spent=StopReason.MAX_NEW_TOKENS if budget == max_new_tokens else StopReason.CONTEXT,
         sampling=sampling,
         generator=seeded_generator(model, seed),
+        stop_ids=tokens_to_stop_at(model, stop_ids),
         start=start,
+        earlier=earlier,
         draft=PromptLookup(policy, [*earlier, *prompt]),
     )
     runner = SingleRunner(model, cache, start, ops, no_tap if tap is None else tap, graphs)
-    return _tokens_of(text, runner, tokens_to_stop_at(model, stop_ids))
+    return _tokens_of(text, runner)
 
 
-def _tokens_of(text: Text, runner: Runner, stop_ids: Collection[int]) -> Generator[int, None, StopReason]:
+def _tokens_of(text: Text, runner: Runner) -> Generator[int, None, StopReason]:
     """Yield the tokens of a single text, and return the reason why it ended."""
-    for _, event in decode([text], runner, stop_ids) if text.budget else ():
+    for _, event in decode([text], runner) if text.budget else ():
         if isinstance(event, StopReason):
+            check_sound(event is not StopReason.NOT_NUMBERS)
             return event
         yield event
     return text.when_spent
@@ -282,7 +299,9 @@ def seeded_generator(model: Model, seed: int | None) -> torch.Generator:
 
 
 def tokens_to_stop_at(model: Model, stop_ids: Collection[int] | None) -> Collection[int]:
-    """Return `stop_ids`, or those of the model's tokenizer for None."""
+    """Return `stop_ids`, or for None those of the model's files, or else those of its tokenizer."""
     if stop_ids is not None:
         return stop_ids
+    if model.stop_ids is not None:
+        return model.stop_ids
     return model.tokenizer.stop_ids if model.tokenizer else ()

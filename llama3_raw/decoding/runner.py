@@ -29,8 +29,8 @@ class Runner(Protocol):
     def step(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
         """Compute tokens [texts, T], from a position of each text on; return the logits, [texts, T, vocab]."""
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Move the text in row `source`, the first `length` positions of the cache, to row `target`."""
+    def move(self, source: int, target: int, length: int | None) -> None:
+        """Move the text in row `source`, the first `length` positions of the cache or all, to row `target`."""
 
 
 class SingleRunner:
@@ -70,11 +70,11 @@ class SingleRunner:
             logits = self._forward(row, position, -1 if len(row) == 1 else None)
         return logits.view(1, len(row), -1)
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def move(self, source: int, target: int, length: int | None) -> None:
         raise AssertionError("there is only one text")
 
     def _forward(self, tokens: Tensor, position: int, logits_at: int | None) -> Tensor:
-        weights, params, _ = self._model
+        weights, params = self._model[:2]
         return forward(
             weights,
             params,
@@ -119,8 +119,11 @@ class BatchRunner:
         return SingleRunner(self._model, cache, 0, self._ops, no_tap, None).prefill([prompt])
 
     def _prefill_together(self, first: int, prompts: Sequence[Sequence[int]], width: int) -> Tensor:
-        """Compute prompts padded on the right; cached padding is overwritten before a token attends to it."""
-        padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in prompts], device=self.device)
+        """Compute prompts padded on the right; cached padding is overwritten before a token attends to it.
+
+        A prompt is padded with a token of its own, so that a NaN in the weights reaches only the texts that use it.
+        """
+        padded = torch.tensor([[*ids, *[ids[-1]] * (width - len(ids))] for ids in prompts], device=self.device)
         ends = torch.tensor([len(ids) - 1 for ids in prompts], device=self.device)
         cache = _cache_view(self._cache, slice(first, first + len(prompts)), width)
         return self._forward(padded, cache, 0, ends)
@@ -129,12 +132,12 @@ class BatchRunner:
         cache = _cache_view(self._cache, slice(len(positions)), max(positions) + 1)
         return self._forward(tokens, cache, torch.tensor(positions, device=self.device), -1)
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def move(self, source: int, target: int, length: int | None) -> None:
         for cached in (*self._cache.keys, *self._cache.values):
             cached[target, :length] = cached[source, :length]
 
     def _forward(self, tokens: Tensor, cache: KVCache, start: int | Tensor, logits_at: int | Tensor) -> Tensor:
-        weights, params, _ = self._model
+        weights, params = self._model[:2]
         logits = forward(weights, params, tokens, cache=cache, start=start, logits_at=logits_at, ops=self._ops)
         return logits.unsqueeze(1)  # [texts, 1, vocab]
 

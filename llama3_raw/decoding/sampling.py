@@ -12,6 +12,11 @@ from ..errors import UserError
 
 _TINY = 1e-30  # much smaller values become 0 in fp32
 
+NOT_NUMBERS = (
+    "the logits are not numbers: the weights are damaged (see download.py --verify), or their dtype is too small for "
+    "them"
+)
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -99,7 +104,4 @@ def is_sound(logits: Tensor) -> Tensor:
 def check_sound(are_sound: bool) -> None:
     """Raise UserError unless all logits are sound."""
     if not are_sound:
-        raise UserError(
-            "the logits are not numbers: the weights are damaged (see download.py --verify), or their dtype is too "
-            "small for them"
-        )
+        raise UserError(NOT_NUMBERS)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import os
 import platform
 import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError, in_short
 
@@ -150,3 +152,15 @@ def read_small_file(path: Path) -> bytes:
     if size >= 100_000_000:
         raise UserError(f"{path}: has {size / 1e6:,.0f} MB, more than such a file has; it must be another file")
     return path.read_bytes()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a small JSON file. Raises UserError as `read_small_file` does, and for other content."""
+    text = read_small_file(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({in_short(error)}); download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: should hold a JSON object, holds a {type(content).__name__}; download it again")
+    return content

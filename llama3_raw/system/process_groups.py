@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # not in its __all__
+from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]  # not in its __all__
 
-from ..errors import UserError
-from .processes import PeerLost, world_size
+from ..errors import UserError, in_short
+from .processes import PeerLost, rank, world_size
 
 _TIMEOUT = datetime.timedelta(days=30)  # an idle process may wait long
+MEETING_SECONDS = 20  # to wait for processes that torchrun did not start: they may not exist
 
 
 class Group(NamedTuple):
@@ -79,7 +83,8 @@ def init(choose_device: Callable[[], torch.device], tensor_parallel: int | None 
     """Connect the processes that torchrun has started while the block runs. Return None for a single process.
 
     choose_device: returns the device of this process; may raise UserError. tensor_parallel: the number of processes
-    that share a model; None: all. Raises UserError if it does not divide the number of processes.
+    that share a model; None: all. Raises UserError if it does not divide the number of processes, or if these do not
+    meet.
     """
     size = world_size()
     width = tensor_parallel or size
@@ -93,12 +98,46 @@ def init(choose_device: Callable[[], torch.device], tensor_parallel: int | None 
         yield None
         return
     device = choose_device()
-    try:
-        store, rank, size = next(rendezvous("env://"))
-    except ValueError as error:
-        raise UserError(f"WORLD_SIZE is {size}, but {error}; start the processes with torchrun") from error
-    yield _ranks(device, store, rank, size, width)
+    yield _ranks(device, _meet(size), rank(), size, width)
     dist.destroy_process_group()  # not after an error: the others may be waiting in the middle of a pass
+
+
+def _meet(size: int) -> Any:
+    """Wait for the other processes; return the store that all share. Raises UserError if they do not come."""
+    way_out = "unset WORLD_SIZE to run one process, or start all of them with torchrun"
+    unset = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if unset:
+        raise UserError(f"WORLD_SIZE is {size} in the environment, but {', '.join(unset)} not set; {way_out}")
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has the store
+            store, _, _ = next(rendezvous("env://"))
+        else:
+            store = _meet_without_torchrun(host, int(port), size)
+    except (RuntimeError, ValueError, OSError, OverflowError) as error:
+        raise UserError(
+            f"WORLD_SIZE is {size} in the environment, but the {size} processes did not meet at {host}:{port} "
+            f"({in_short(error)}); {way_out}"
+        ) from error
+    store.set_timeout(_TIMEOUT)  # loading the weights takes minutes
+    return store
+
+
+def _meet_without_torchrun(host: str, port: int, size: int) -> TCPStore:
+    """Create the store as rank 0, or else connect to it."""
+    is_first = rank() == 0
+    last = time.monotonic() + MEETING_SECONDS
+    while not is_first:  # torch's own wait takes twice as long, and prints stack traces
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            break
+        except OSError:
+            if time.monotonic() > last:
+                raise
+            time.sleep(0.2)
+    # rank 0 listens on all its addresses; host may be stale, and of another machine
+    timeout = datetime.timedelta(seconds=MEETING_SECONDS)
+    return TCPStore("localhost" if is_first else host, port, size, is_first, timeout=timeout)
 
 
 def _ranks(device: torch.device, store: Any, rank: int, size: int, width: int) -> Ranks:

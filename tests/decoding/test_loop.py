@@ -11,8 +11,10 @@ from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, Params, UserError, Weights
 from llama3_raw.backends.cpu import fast_ops
+from llama3_raw.chat.conversation import Conversation
 from llama3_raw.decoding import runner
 from llama3_raw.decoding.loop import StopReason, generate
+from llama3_raw.decoding.sampling import Sampling
 from llama3_raw.ops import PREFILL_CHUNK
 from tests.references import run
 
@@ -162,6 +164,52 @@ def test_logits_that_are_not_numbers(tiny: Model, temperature: float) -> None:
     damaged = tiny._replace(weights=tiny.weights._replace(norm=torch.full_like(tiny.weights.norm, torch.nan)))
     with pytest.raises(UserError, match="the logits are not numbers: the weights are damaged"):
         next(generate(damaged, [1, 2], max_new_tokens=1, temperature=temperature))
+
+
+@pytest.mark.parametrize("lookup", [0, 8])
+def test_logits_that_become_no_numbers(tiny: Model, lookup: int) -> None:
+    """The tokens before are yielded, drafts or not."""
+    whole = list(generate(tiny, [1, 2, 3], max_new_tokens=20, stop_ids=()))
+    token = whole[9]
+    assert token not in (1, 2, 3)
+    embeddings = tiny.weights.tok_embeddings.clone()
+    embeddings[token] = torch.nan
+    tokens = generate(
+        tiny._replace(weights=tiny.weights._replace(tok_embeddings=embeddings)),
+        [1, 2, 3],
+        max_new_tokens=20,
+        stop_ids=(),
+        lookup=lookup,
+        earlier=whole,
+    )
+    new: list[int] = []
+    with pytest.raises(UserError, match="the logits are not numbers"):
+        new += tokens  # keeps what came before the error
+    assert new == whole[: whole.index(token) + 1]
+
+
+def test_the_penalty_covers_the_dialog(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat keeps the first turn in the cache; the second answer is that to the whole dialog."""
+    turns: list[tuple[list[int], dict[str, Any], list[int]]] = []
+
+    def spy(model: Model, ids: list[int], **settings: Any) -> Any:
+        new: list[int] = []
+        turns.append(([*settings["earlier"], *ids], settings, new))
+        for token in generate(model, ids, **settings):
+            new.append(token)
+            yield token
+
+    monkeypatch.setattr("llama3_raw.chat.conversation.generate", spy)
+    sampling = Sampling(repetition_penalty=1.5)
+    conversation = Conversation(tiny, sampling=sampling, max_new_tokens=12, ops=REFERENCE)
+    for question in ("Once upon a time", "The end"):
+        assert "".join(conversation.answer(question))
+    assert turns[1][1]["start"] > 10
+    for dialog, settings, new in turns:
+        alone = {
+            name: settings[name] for name in ("max_new_tokens", "repetition_penalty", "stop_ids") if name in settings
+        }
+        assert list(generate(tiny, dialog, ops=REFERENCE, **alone)) == new
 
 
 def test_seeds_reproduce(tiny: Model) -> None:
