@@ -245,7 +245,8 @@ def train(
 def sample_text(model: Model, max_new_tokens: int) -> str:
     """Return a text sampled from the model, always with the same seed."""
     assert model.tokenizer is not None
-    new = generate(model, [model.tokenizer.bos_id], max_new_tokens=max_new_tokens, temperature=0.7, min_p=0.05, seed=1)
+    begin = model.tokenizer.encode("", bos=True)
+    new = generate(model, begin, max_new_tokens=max_new_tokens, temperature=0.7, min_p=0.05, seed=1)
     return model.tokenizer.decode(list(new))
 
 

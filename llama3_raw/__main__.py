@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chat.dialog import Message, encode_dialog, warn_of_base_model
+from .chat.dialog import DialogFormat, warn_of_base_model
+from .chat.formats import format_of, note_format
 from .checkpoint.writing import save_quantized
 from .cli.commands import COMMANDS
 from .cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
@@ -30,8 +31,11 @@ from .cli.options import (
     add_model_options,
     add_sampling_options,
     add_special_option,
+    add_stop_token_option,
+    add_template_option,
     check_context,
     chosen_sampling,
+    chosen_stop_ids,
     parse_ids,
     positive_int,
     read_prompt,
@@ -40,7 +44,7 @@ from .decoding.loop import StopReason, generate
 from .decoding.prompt_lookup import LookupPolicy
 from .errors import UserError
 from .ops import Tap
-from .quantization.int8 import Int8
+from .quantization.matrix import format_name
 from .system.machine import peak_memory
 from .system.process_groups import Ranks, init
 from .tokenizer import Tokenizer
@@ -74,11 +78,13 @@ def build_parser() -> ArgumentParser:
     group.add_argument("--ids", action="store_true", help="read and print token ids; needs no tokenizer")
     group.add_argument("--chat", action="store_true", help="the prompt is a question for an Instruct model")
     group.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    add_template_option(group)
     add_special_option(group)
     group.add_argument(
         "--max-new-tokens", type=int, default=256, metavar="N", help="stop after N tokens (default: %(default)s)"
     )
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT (repeatable)")
+    add_stop_token_option(group)
     group.add_argument("--context", type=positive_int, metavar="N", help="at most N tokens, prompt included")
     add_lookup_option(group)
     add_sampling_options(parser)
@@ -95,7 +101,7 @@ def build_parser() -> ArgumentParser:
         default=[],
         type=not_empty,
         metavar="NAME",
-        help="stop in pdb where a tensor was computed, e.g. 'layers.0.*' (repeatable; exact operations)",
+        help="stop in pdb after a tensor, e.g. 'layers.0.*' (repeatable; exact operations)",
     )
     group.add_argument("--top", type=positive_int, metavar="N", help="show the N most likely tokens at each step")
     group.add_argument("--stats", choices=("text", "json"), metavar="json", help="report speed and memory on stderr")
@@ -138,7 +144,9 @@ def _continue(options: argparse.Namespace, ranks: Ranks | None) -> int:
     check_context(options.context, longest)
     if options.break_at:
         check_names(chosen.checkpoint.params, *options.break_at)
-    ids = _prompt_ids(options, chosen.tokenizer, prompt)
+    dialog_format = format_of(chosen.tokenizer, options.template) if options.chat and chosen.tokenizer else None
+    ids = _prompt_ids(options, chosen.tokenizer, prompt, dialog_format)
+    stop_ids = chosen.stop_ids | chosen_stop_ids(options, chosen.tokenizer, chosen.checkpoint.params.vocab_size)
     text_length = min(options.context or longest, len(ids) + options.max_new_tokens)
     shape = RunShape(prompt=len(ids), text=text_length, least=len(ids) + 1)
     model, ops, which = load_model(chosen, shape, options.reference or bool(options.break_at), ranks)
@@ -151,13 +159,15 @@ def _continue(options: argparse.Namespace, ranks: Ranks | None) -> int:
         max_new_tokens=options.max_new_tokens,
         **asdict(sampling),
         seed=options.seed,
+        stop_ids=stop_ids | (dialog_format.stop_ids if dialog_format else frozenset()),
         context=options.context,
         lookup=lookup,
         ops=ops._replace(can_capture=ops.can_capture and not options.no_compile),
         tap=_chosen_tap(options, watch),
     )
     print(f"llama3_raw: {which}", file=sys.stderr)
-    if options.chat:
+    if dialog_format is not None:
+        note_format(dialog_format)
         warn_of_base_model(model)
     generated = watch.over(tokens)
     if chosen.tokenizer is None or options.ids:
@@ -182,8 +192,9 @@ def _check_options(options: argparse.Namespace, ranks: Ranks | None) -> None:
         raise UserError("--stop needs text, and --ids has none; leave one of them out")
     if options.chat and (options.ids or options.special):
         raise UserError(f"--chat asks in plain text; leave {'--ids' if options.ids else '--special'} out")
-    if options.system and not options.chat:
-        raise UserError("--system belongs to a question; give --chat with it")
+    for option in ("system", "template"):
+        if getattr(options, option) and not options.chat:
+            raise UserError(f"--{option} belongs to a question; give --chat with it")
     if "" in options.stop:
         raise UserError("--stop should not be empty")
     if options.max_new_tokens < 0:
@@ -199,14 +210,15 @@ def _shared_prompt(options: argparse.Namespace, ranks: Ranks | None) -> str:
     return prompt
 
 
-def _prompt_ids(options: argparse.Namespace, tokenizer: Tokenizer | None, prompt: str) -> list[int]:
+def _prompt_ids(
+    options: argparse.Namespace, tokenizer: Tokenizer | None, prompt: str, dialog_format: DialogFormat | None
+) -> list[int]:
     """Return the prompt's token ids, from a question, ids or text."""
     if options.ids:
         return parse_ids(prompt, "--ids")
     assert tokenizer is not None  # checked by choose_model
-    if options.chat:
-        system = [Message("system", options.system)] if options.system else []
-        return encode_dialog(tokenizer, [*system, Message("user", prompt)])
+    if dialog_format is not None:
+        return dialog_format.prompt(options.system or "", (), prompt)
     return tokenizer.encode(prompt, bos=True, allow_special=options.special)
 
 
@@ -345,7 +357,7 @@ def _stats(model: Model, prompt_tokens: int, load_seconds: float, watch: _Watch,
         "peak_ram_bytes": peak_memory(),
         "device": str(weights.norm.device),
         "dtype": dtype_name(weights.norm.dtype),
-        "matrices": "int8" if isinstance(weights.output, Int8) else dtype_name(weights.output.dtype),
+        "matrices": format_name(weights.layers[0].wq),
         "threads": torch.get_num_threads(),
         "processes": processes,
     }

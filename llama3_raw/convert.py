@@ -1,15 +1,16 @@
-"""python -m llama3_raw.convert SOURCE FOLDER: convert a model to another format, or another number of Meta's shards.
+"""python -m llama3_raw.convert SOURCE TARGET: convert a model to another format, or another number of Meta's shards.
 
 A few rows are converted at a time, so the model may be larger than the memory.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
@@ -18,26 +19,40 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .chat.dialog import FORMAT_TOKENS, is_base_model
 from .checkpoint.checkpoint import Checkpoint, interleave_pairs, open_checkpoint, split_pairs
 from .checkpoint.files import find_files, find_tokenizer
+from .checkpoint.gguf import Q8_0, TYPE_NAMES, GgufTensor, gguf_tensor, has_rows, rope_divisors, write_gguf_file
+from .checkpoint.gguf_header import read_header
+from .checkpoint.gguf_reading import read_gguf
 from .checkpoint.sharding import SHARDED_DIMENSION, join, take
+from .checkpoint.tokenizer_files import (
+    LLAMA3_TEMPLATE,
+    gguf_vocabulary,
+    has_llama3_tokens,
+    tokenizer_files,
+    tokenizer_model,
+)
 from .checkpoint.writing import write_at, write_empty_checkpoint, write_empty_safetensors
 from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from .cli.models import find_model
 from .cli.options import positive_int
 from .errors import UserError
 from .params import Params
-from .system.files import atomic_folder
+from .system.files import atomic_folder, read_json
 from .system.machine import set_threads
-from .weights import TensorSpec, dtype_name
+from .tokenizer import Tokenizer
+from .weights import Model, TensorSpec, Weights, dtype_name
 
 Format = Literal["meta", "hf"]
+AnyFormat = Literal["meta", "hf", "gguf"]
 
 _MAX_SHARDS = 100  # numbered from 00 to 99
 LARGEST_FILE = 5_000_000_000  # bytes of tensors in one safetensors file, unless a single tensor is larger
 CHUNK = 1 << 22  # bytes of a tensor in memory at once
-# files in Hugging Face's folders besides config and weights
+# files in Hugging Face's folders besides the weights
 _HF_FILES = (
+    "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -81,19 +96,20 @@ def convert(
 ) -> None:
     """Write the checkpoint of the model folder `source` to a new `folder`, with all values unchanged.
 
-    shards: the number of Meta's files. tokenizer.model is copied too, and for Hugging Face's format the files that
-    belong to it. The folder gets its name when all files are complete. progress: show a bar on stderr. Raises UserError
-    if the folder exists and is not empty, if it cannot be written, and if the format or the number of shards does not
-    fit the model.
+    shards: the number of Meta's files. The tokenizer's and other small files of either format are copied too; those
+    of Hugging Face's that are missing are made. The folder gets its name when all files are complete. progress: show a
+    bar on stderr. Raises UserError if the folder exists and is not empty, if it cannot be written, and if the format or
+    the number of shards does not fit the model.
     """
     layout = _hf_files(checkpoint) if to == "hf" else _meta_files(checkpoint, shards)
-    json_files = _hf_json(source, checkpoint, layout) if to == "hf" else _meta_json(source, checkpoint)
+    copies = _files_to_copy(source, to)
+    texts = _hf_texts(source, checkpoint, layout) if to == "hf" else _meta_texts(source, checkpoint)
     write_empty = write_empty_safetensors if to == "hf" else write_empty_checkpoint
     n_bytes = sum(block.nbytes for blocks in layout.values() for block in blocks.values())
     with atomic_folder(folder, n_bytes) as unfinished, contextlib.ExitStack() as stack:
-        for name, text in json_files.items():
-            (unfinished / name).write_text(text)
-        for file_to_copy in _files_to_copy(source, to):
+        for name, text in texts.items():
+            (unfinished / name).write_text(text, encoding="utf-8")
+        for file_to_copy in copies:
             shutil.copyfile(file_to_copy, unfinished / file_to_copy.name)
         files = []
         for name, blocks in layout.items():
@@ -126,10 +142,7 @@ def verify(checkpoint: Checkpoint, copy: Checkpoint, progress: bool = False) -> 
     progress: show a bar on stderr. Raises UserError naming the first difference: a param, a dtype or a row of a tensor.
     """
     way_out = f"; it is not a copy of {checkpoint.source}, remove it and convert that again"
-    for field in fields(Params):
-        actual, expected = getattr(copy.params, field.name), getattr(checkpoint.params, field.name)
-        if actual != expected:
-            raise UserError(f"{copy.source}: {field.name} is {actual}, not {expected}{way_out}")
+    _compare_params(copy.source, copy.params, checkpoint.params, way_out)
     if copy.tied != checkpoint.tied:
         raise UserError(f"{copy.source}: only one of the two has a separate output matrix{way_out}")
     n_bytes = sum(_whole(checkpoint, spec).nbytes for spec in checkpoint.shards)
@@ -147,6 +160,14 @@ def verify(checkpoint: Checkpoint, copy: Checkpoint, progress: bool = False) -> 
                     raise UserError(f"{copy.source}: tensor {name} differs, first in row {row}{way_out}")
                 bar.update(copied.nbytes)
     return len(checkpoint.shards)
+
+
+def _compare_params(source: str, actual: Params, expected: Params, way_out: str) -> None:
+    """Raise UserError naming the first of the params that differs."""
+    for field in fields(Params):
+        values = getattr(actual, field.name), getattr(expected, field.name)
+        if values[0] != values[1]:
+            raise UserError(f"{source}: {field.name} is {values[0]}, not {values[1]}{way_out}")
 
 
 def _rows(checkpoint: Checkpoint, spec: TensorSpec, to: Format) -> Iterator[tuple[int, Tensor]]:
@@ -246,24 +267,54 @@ def _hf_files(checkpoint: Checkpoint) -> dict[str, Blocks]:
     return {f"model-{number:05}-of-{len(files):05}.safetensors": blocks for number, blocks in enumerate(files, start=1)}
 
 
-def _meta_json(source: Path, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return params.json: that of the source, if it has one."""
+def _files_to_copy(source: Path, to: Format) -> list[Path]:
+    """Return the small files of a model folder that are copied unchanged.
+
+    Beside tokenizer.json a tokenizer.model may be that of the base, which Meta's format would prefer.
+    """
+    names = [name for name in _HF_FILES if not (name == "config.json" and to == "hf")]
+    files = [source / name for name in names if (source / name).exists()]
+    if to == "hf" or (source / "params.json").exists() or not (source / "tokenizer.json").exists():
+        tokenizers = [source / "tokenizer.model", source / "original" / "tokenizer.model"]
+        files += [file for file in tokenizers if file.exists()][:1]
+    return files
+
+
+def _meta_texts(source: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return params.json, that of the source if it has one, and a tokenizer.model that is made."""
     params_file, _ = find_files(source)
-    if params_file.name == "params.json":
-        return {"params.json": params_file.read_text()}
     try:
-        return {"params.json": _json(checkpoint.params.to_meta())}
+        same = params_file.name == "params.json"
+        texts = {"params.json": params_file.read_text() if same else _json(checkpoint.params.to_meta())}
     except UserError as error:
         raise UserError(f"{params_file}: {error}; the model cannot be converted to Meta's format") from error
+    tokenizer = _tokenizer(source, checkpoint)
+    if tokenizer is not None and has_llama3_tokens(tokenizer):
+        texts["tokenizer.model"] = tokenizer_model(tokenizer)
+    return texts
 
 
-def _hf_json(source: Path, checkpoint: Checkpoint, files: dict[str, Blocks]) -> dict[str, str]:
-    """Return config.json, for LlamaForCausalLM.from_pretrained (transformers 4, 5), and an index of several files."""
-    try:
-        tokenizer = find_tokenizer(source, None, checkpoint.params)
-    except UserError:  # not one of Llama 3's; it is copied anyway
-        tokenizer = None
-    config = {
+def _hf_texts(source: Path, checkpoint: Checkpoint, files: dict[str, Blocks]) -> dict[str, str]:
+    """Return config.json, an index of several files, and what of the tokenizer's files is made."""
+    tokenizer = _tokenizer(source, checkpoint)
+    texts = {"config.json": _own_config(source, checkpoint) or _json(_config(checkpoint, tokenizer))}
+    if len(files) > 1:
+        total = sum(block.nbytes for blocks in files.values() for block in blocks.values())
+        weight_map = {name: file for file, blocks in files.items() for name in blocks}
+        texts["model.safetensors.index.json"] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+    if tokenizer is None:
+        return texts
+    texts["generation_config.json"] = _json(_ends(checkpoint, tokenizer))
+    if has_llama3_tokens(tokenizer) and not (source / "tokenizer.json").exists():
+        template = None if (source / "chat_template.jinja").exists() else _chat_template(checkpoint, tokenizer)
+        made = tokenizer_files(tokenizer, checkpoint.params.max_seq_len, template)
+        texts |= {name: _json(content) for name, content in made.items()}
+    return texts
+
+
+def _config(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return a new config.json, for LlamaForCausalLM.from_pretrained (transformers 4, 5)."""
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **checkpoint.params.to_hf(),
@@ -272,33 +323,120 @@ def _hf_json(source: Path, checkpoint: Checkpoint, files: dict[str, Blocks]) -> 
         "mlp_bias": False,
         "tie_word_embeddings": checkpoint.tied,
         "torch_dtype": dtype_name(checkpoint.dtype),
-        "bos_token_id": tokenizer and tokenizer.bos_id,
-        "eos_token_id": tokenizer and sorted(tokenizer.stop_ids),
+        **_ends(checkpoint, tokenizer),
     }
-    texts = {"config.json": _json(config)}
-    if len(files) > 1:
-        total = sum(block.nbytes for blocks in files.values() for block in blocks.values())
-        weight_map = {name: file for file, blocks in files.items() for name in blocks}
-        texts["model.safetensors.index.json"] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
-    return texts
+
+
+def _ends(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return the tokens that begin and end a text, as config.json and generation_config.json have them."""
+    stop_ids = checkpoint.stop_ids or (tokenizer.stop_ids if tokenizer else None)
+    return {"bos_token_id": tokenizer and tokenizer.bos_id, "eos_token_id": stop_ids and sorted(stop_ids)}
+
+
+def _own_config(source: Path, checkpoint: Checkpoint) -> str | None:
+    """Return the source's config.json, if it describes the same model, with only what must change."""
+    file = source / "config.json"
+    try:
+        content = read_json(file)
+        if Params.from_hf(content) != checkpoint.params:
+            return None
+    except UserError:  # none, a damaged one, or one for weights that are quantized
+        return None
+    changed = dict(content)
+    if content.get("tie_word_embeddings", False) != checkpoint.tied:
+        changed["tie_word_embeddings"] = checkpoint.tied
+    changed |= {key: dtype_name(checkpoint.dtype) for key in ("torch_dtype", "dtype") if content.get(key)}
+    return file.read_text(encoding="utf-8") if changed == content else _json(changed)
+
+
+def _tokenizer(source: Path, checkpoint: Checkpoint) -> Tokenizer | None:
+    """Return the source's tokenizer; None if there is none, or one that only other programs can use."""
+    try:
+        return find_tokenizer(source, None, checkpoint.params)
+    except UserError:
+        return None
+
+
+def _chat_template(checkpoint: Checkpoint, tokenizer: Tokenizer) -> str | None:
+    """Return the source's chat template, or else Llama 3's, unless the model was not trained on its tokens."""
+    special = tokenizer.special_tokens
+    if tokenizer.chat_template is not None or not special.keys() >= set(FORMAT_TOKENS):
+        return tokenizer.chat_template
+    spec = next(spec for spec in checkpoint.shards if spec.field == "tok_embeddings")
+    embeddings = torch.zeros(spec.shape, dtype=checkpoint.shards[spec][0].dtype)  # untouched pages take no memory
+    for first, rows in _rows(checkpoint, spec, "meta"):
+        if first + len(rows) > min(special.values()):
+            embeddings[first : first + len(rows)] = rows
+    weights = Weights(embeddings, (), embeddings, embeddings)
+    return None if is_base_model(Model(weights, checkpoint.params, tokenizer)) else LLAMA3_TEMPLATE
 
 
 def _json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2) + "\n"
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _files_to_copy(source: Path, to: Format) -> list[Path]:
-    """Return the files of a model folder that are copied unchanged."""
-    tokenizers = [source / "tokenizer.model", source / "original" / "tokenizer.model"]
-    others = [source / name for name in _HF_FILES] if to == "hf" else []
-    return [file for file in tokenizers if file.exists()][:1] + [file for file in others if file.exists()]
+def convert_to_gguf(
+    source: Path, checkpoint: Checkpoint, file: Path, kind: str | None = None, progress: bool = False
+) -> None:
+    """Write the checkpoint of the model folder `source` to a GGUF file, with its tokenizer.
+
+    kind: the type of the matrices, F32, F16, BF16 or Q8_0; None keeps each as stored. Norms are in fp32. Raises
+    UserError if the file cannot be written, if the values do not fit into the type, and without a tokenizer.
+    """
+    try:
+        tokenizer = find_tokenizer(source, None, checkpoint.params)
+    except UserError as error:
+        raise UserError(error.naming(f"tokenizer.json or tokenizer.model in {source}")) from error
+    if tokenizer is None:
+        raise UserError(f"{source}: there is no tokenizer, which belongs into a GGUF file; add tokenizer.model")
+    template = _chat_template(checkpoint, tokenizer)
+    vocabulary = gguf_vocabulary(tokenizer, checkpoint.params.vocab_size, template, checkpoint.stop_ids)
+    name = source.resolve().name
+    write_gguf_file(file, checkpoint.params, _gguf_tensors(checkpoint, kind), vocabulary, name, progress)
+
+
+def verify_gguf(checkpoint: Checkpoint, file: Path, kind: str | None = None, progress: bool = False) -> int:
+    """Compare every tensor of a GGUF file with what `convert_to_gguf` writes, bit by bit. Return their number.
+
+    Raises UserError naming the first difference: a param, or a row of a tensor.
+    """
+    way_out = f"; it is not what {checkpoint.source} becomes, remove it and convert that again"
+    _compare_params(str(file), read_gguf(file).params, checkpoint.params, way_out)
+    header, tensors = read_header(file), _gguf_tensors(checkpoint, kind)
+    if header.tensors.keys() != {tensor.name for tensor in tensors}:
+        raise UserError(f"{file}: only one of the two has a separate output matrix{way_out}")
+    with _bar(f"comparing {file}", sum(tensor.nbytes for tensor in tensors), progress) as bar:
+        for tensor in tensors:
+            mapped, first = header.map(tensor.name), 0
+            for rows in tensor.encoded():
+                if not has_rows(mapped, slice(first, first + len(rows)), rows):
+                    last = first + len(rows) - 1
+                    raise UserError(f"{file}: tensor {tensor.name} differs, in rows {first} to {last}{way_out}")
+                first += len(rows)
+                bar.update(rows.nbytes)
+    return len(tensors)
+
+
+def _gguf_tensors(checkpoint: Checkpoint, kind: str | None) -> list[GgufTensor]:
+    """Return the tensors of a GGUF file. kind: as in `convert_to_gguf`."""
+
+    def rows_of(spec: TensorSpec) -> Callable[[], Iterator[Tensor]]:
+        return lambda: (rows for _, rows in _rows(checkpoint, spec, "meta"))
+
+    tensors = [
+        gguf_tensor(spec, kind or TYPE_NAMES[shards[0].dtype], rows_of(spec))
+        for spec, shards in checkpoint.shards.items()
+    ]
+    return tensors + rope_divisors(checkpoint.params)
 
 
 def open_source(folder: Path) -> Checkpoint:
-    """Open a checkpoint to convert. Raises UserError as `open_checkpoint` does, for int8, and for mixed dtypes."""
+    """Open a checkpoint to convert. Raises UserError as `open_checkpoint` does, if quantized, and for mixed dtypes."""
     checkpoint = open_checkpoint(folder)
+    if checkpoint.blocks:
+        raise UserError(f"{folder}: is in blocks, which no other format has; get the model in bf16")
     if checkpoint.scales:
-        raise UserError(f"{folder}: is in int8, which neither format has; convert the model before quantization")
+        raise UserError(f"{folder}: is in int8, which no other format has; convert the model before quantization")
     for spec, shards in checkpoint.shards.items():
         if any(shard.dtype != shards[0].dtype for shard in shards):
             raise UserError(f"{folder}: the shards have {spec.meta_name} in several dtypes; keep those of one model")
@@ -309,20 +447,22 @@ def build_parser() -> ArgumentParser:
     """Return the parser of `python -m llama3_raw.convert`."""
     parser = ArgumentParser(
         prog="python -m llama3_raw.convert",
-        description="Convert a model to another format, or another number of Meta's shards, with all values unchanged.",
+        description="Convert a model to another format, or another number of Meta's shards, with all values unchanged "
+        "(unless --outtype rounds them).",
     )
     parser.add_argument(
         "source",
         type=not_empty,
         metavar="SOURCE",
-        help="folder, name in weights/, or org/repo in the Hugging Face cache",
+        help="folder, name in weights/, GGUF file, or org/repo in the Hugging Face cache",
     )
-    parser.add_argument("folder", type=not_empty, metavar="FOLDER", help="the folder to write")
+    parser.add_argument("target", type=not_empty, metavar="TARGET", help="the folder to write, or a file NAME.gguf")
     parser.add_argument(
         "--to",
-        choices=get_args(Format),
-        help="Meta's format (params.json, consolidated.*.pth) or Hugging Face's (config.json, *.safetensors) (default: "
-        "the one that SOURCE is not in; with --shards, Meta's)",
+        choices=get_args(AnyFormat),
+        help="Meta's format (params.json, consolidated.*.pth), Hugging Face's (config.json, *.safetensors) or "
+        "llama.cpp's, a single file (default: gguf if TARGET ends in .gguf, else the one that SOURCE is not in; with "
+        "--shards, Meta's)",
     )
     parser.add_argument(
         "--shards",
@@ -331,9 +471,14 @@ def build_parser() -> ArgumentParser:
         help="number of Meta's files (default: 1); Meta's own code supports at most as many as there are kv heads",
     )
     parser.add_argument(
+        "--outtype",
+        choices=[kind.lower() for kind in ("F32", "F16", "BF16", Q8_0)],
+        help="the type of the matrices in a GGUF file (default: as stored); q8_0 are blocks of 32 int8 with a scale",
+    )
+    parser.add_argument(
         "--verify",
         action="store_true",
-        help="read the files back and compare each tensor with SOURCE, bit by bit; if FOLDER exists, only compare",
+        help="read the files back and compare each tensor with SOURCE, bit by bit; if TARGET exists, only compare",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -344,20 +489,51 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command and return the exit status."""
     options = build_parser().parse_args(arguments)
     set_threads(None)
-    source, folder = find_model(options.source, "SOURCE").path, Path(options.folder)
-    if folder.exists() and folder.samefile(source):
-        raise UserError(f"{folder}: is SOURCE itself; name another folder")
+    source, target = find_model(options.source, "SOURCE").path, Path(options.target)
+    if target.exists() and target.samefile(source):
+        raise UserError(f"{target}: is SOURCE itself; name another TARGET")
     checkpoint = open_source(source)
-    to: Format = options.to or ("meta" if options.shards or checkpoint.hf else "hf")
-    if to == "hf" and options.shards:
-        raise UserError(f"--shards {options.shards}: is only for Meta's format; leave it out, or give --to meta")
+    to: AnyFormat = options.to or _default_format(target, options.shards, checkpoint)
+    _check_options(options, to)
+    if to == "gguf":
+        return _run_gguf(source, checkpoint, target, options)
     if to == _format(checkpoint) == "hf":
         raise UserError(f"--to hf: {source} is in Hugging Face's format already; leave it out, or give --to meta")
+    return _run(source, checkpoint, target, to, options)
+
+
+def _default_format(target: Path, shards: int | None, checkpoint: Checkpoint) -> AnyFormat:
+    if target.suffix == ".gguf":
+        return "gguf"
+    return "meta" if shards or checkpoint.hf else "hf"
+
+
+def _check_options(options: argparse.Namespace, to: AnyFormat) -> None:
+    """Raise UserError for an option that does not fit the format."""
+    if to != "meta" and options.shards:
+        raise UserError(f"--shards {options.shards}: is only for Meta's format; leave it out, or give --to meta")
+    if to != "gguf" and options.outtype:
+        raise UserError(f"--outtype {options.outtype}: is only for a GGUF file; leave it out, or give --to gguf")
+    if (to == "gguf") != (Path(options.target).suffix == ".gguf"):
+        raise UserError(
+            f"{options.target}: the name of a GGUF file ends in .gguf, and that of a folder does not; change it, or "
+            f"--to {to}"
+        )
+
+
+def _run(source: Path, checkpoint: Checkpoint, folder: Path, to: Format, options: argparse.Namespace) -> int:
+    """Convert to a folder, and verify it."""
     exists = folder.is_dir() and any(folder.iterdir())
     wanted = _format_name(to, options.shards or 1)
     if not (exists and options.verify):
         convert(source, checkpoint, folder, to, options.shards or 1, progress=True)
         print(f"llama3_raw: wrote {folder}, {wanted}; run it with --weights {folder}", file=sys.stderr)
+        if to == "hf" and not (folder / "tokenizer.json").exists():
+            print(
+                f"llama3_raw: warning: {folder} has no tokenizer.json, which transformers needs, because {source} has no "
+                "tokenizer of Llama 3's kind that fits the model",
+                file=sys.stderr,
+            )
     if options.verify:
         copy = open_checkpoint(folder)
         actual = _format_name(_format(copy), len(next(iter(copy.shards.values()))))
@@ -369,6 +545,22 @@ def main(arguments: Sequence[str]) -> int:
             print(f"llama3_raw: {folder} exists already, {actual}; it is only compared", file=sys.stderr)
         count = verify(checkpoint, copy, progress=True)
         print(f"{count} tensors of {folder} have the same bits as those of {source}")
+    return 0
+
+
+def _run_gguf(source: Path, checkpoint: Checkpoint, file: Path, options: argparse.Namespace) -> int:
+    """Convert to a GGUF file, and verify it."""
+    kind, exists = options.outtype and options.outtype.upper(), file.exists()
+    if exists and not options.verify:
+        raise UserError(f"{file}: already exists; name another file, or remove it first")
+    if exists:
+        print(f"llama3_raw: {file} exists already; it is only compared", file=sys.stderr)
+    else:
+        convert_to_gguf(source, checkpoint, file, kind, progress=True)
+        print(f"llama3_raw: wrote {file}; run it with --weights {file}, or with llama.cpp", file=sys.stderr)
+    if options.verify:
+        count = verify_gguf(checkpoint, file, kind, progress=True)
+        print(f"{count} tensors of {file} have the bits that those of {source} become")
     return 0
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import UserError
 from .ops import Ops, Tap, no_tap, scoped
 from .params import Params
-from .quantization.matrix import linear
+from .quantization.matrix import embed, linear
 from .weights import LayerWeights, Weights
 
 
@@ -147,7 +147,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Ta
     return (probs @ values).transpose(-3, -2)
 
 
-REFERENCE = Ops(embed=F.embedding, linear=linear, attend=attend, prefill_chunk=256, has_scores=True)
+REFERENCE = Ops(embed=embed, linear=linear, attend=attend, prefill_chunk=256, has_scores=True)
 
 
 class Pass(NamedTuple):

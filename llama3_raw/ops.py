@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from .quantization.blocks import Blocks
 from .quantization.matrix import Matrix
 
 Tap = Callable[[str, Tensor], Tensor]
@@ -37,7 +38,7 @@ class Ops(NamedTuple):
     `ops._replace(attend=...)` returns another set; its properties should hold for the replacement too.
     """
 
-    embed: Callable[[Tensor, Tensor], Tensor]  # (tokens [..., T], table [vocab, dim]) -> [..., T, dim]
+    embed: Callable[[Tensor, Tensor | Blocks], Tensor]  # (tokens [..., T], table [vocab, dim]) -> [..., T, dim]
     linear: Callable[[Tensor, Matrix], Tensor]  # (x [..., in], weight [out, in]) -> [..., out]
     attend: Attend
     reduce: Callable[[Tensor], Tensor] = identity  # [..., dim] -> [..., dim]: the sum over processes that share a layer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, in_short
-from .system.files import read_small_file
+from .system.files import read_json
 
 # more than any model has; a file with larger numbers is damaged
 _MAX_VALUE = 2**31
@@ -60,13 +60,7 @@ class Params:
     def from_file(path: str | Path) -> Params:
         """Read params.json or config.json. Raises UserError naming the file and the key that is wrong."""
         path = Path(path)
-        text = read_small_file(path)
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not valid JSON ({in_short(error)}); download it again") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: should hold a JSON object, holds a {type(content).__name__}; download it again")
+        content = read_json(path)
         try:
             return Params.from_hf(content) if "hidden_size" in content else Params.from_meta(content)
         except UserError as error:
@@ -82,7 +76,7 @@ class Params:
         dim = fields.integer("dim")
         n_layers = fields.integer("n_layers")
         n_heads = fields.integer("n_heads")
-        if dim % n_heads:
+        if content.get("head_dim") is None and dim % n_heads:
             raise UserError(f"dim = {dim} does not divide into n_heads = {n_heads} heads")
 
         multiplier = fields.number("ffn_dim_multiplier", default=None)
@@ -101,7 +95,7 @@ class Params:
                 n_heads=n_heads,
                 n_kv_heads=fields.integer("n_kv_heads", default=n_heads),
                 vocab_size=fields.integer("vocab_size"),
-                head_dim=dim // n_heads,
+                head_dim=fields.integer("head_dim", default=dim // n_heads),  # not one of Meta's keys; see to_meta
                 hidden_dim=hidden_dim,
                 norm_eps=fields.number("norm_eps"),
                 rope_theta=fields.number("rope_theta", default=500000.0),
@@ -112,11 +106,19 @@ class Params:
 
     @staticmethod
     def from_hf(content: Mapping[str, Any]) -> Params:
-        """Return the params for the content of a config.json. (LlamaConfig in transformers, before and since 5.0)"""
+        """Return the params for the content of a config.json. (LlamaConfig in transformers, before and since 5.0)
+
+        A Mistral model without a sliding window is the same computation, with other defaults. (MistralConfig)
+        """
         fields = _Fields(content)
-        if content.get("model_type", "llama") != "llama":
-            raise UserError(f"model_type = {content['model_type']!r}: only 'llama' is supported")
-        for key in ("attention_bias", "mlp_bias", "quantization_config"):
+        kind = content.get("model_type", "llama")
+        if kind not in ("llama", "mistral"):
+            raise UserError(f"model_type = {kind!r}: only 'llama' is supported, and 'mistral' without a sliding window")
+        if not _is_off(content.get("quantization_config")):
+            raise UserError(
+                f"{_quantization(content['quantization_config'])}; get the model in bf16, or a GGUF file of it"
+            )
+        for key in ("attention_bias", "mlp_bias"):
             if not _is_off(content.get(key)):
                 raise UserError(f"{key} = {content[key]!r} changes the computation and is not supported")
         if content.get("hidden_act", "silu") != "silu":
@@ -127,19 +129,25 @@ class Params:
             raise UserError(f"hidden_size = {dim} does not divide into num_attention_heads = {n_heads} heads")
 
         rope_theta, scaling = _hf_rope(content, fields)
+        max_seq_len = fields.integer("max_position_embeddings", default=131072 if scaling else 8192)
+        if kind == "mistral" and content.get("sliding_window", 4096) is not None:
+            window = fields.integer("sliding_window", default=4096)
+            if window < max_seq_len:
+                missing = "" if "sliding_window" in content else " (which MistralConfig takes, as the key is missing)"
+                raise UserError(f"sliding_window = {window}{missing} changes the computation; only null is supported")
         return _checked(
             Params(
                 dim=dim,
                 n_layers=fields.integer("num_hidden_layers"),
                 n_heads=n_heads,
-                n_kv_heads=fields.integer("num_key_value_heads", default=n_heads),
+                n_kv_heads=fields.integer("num_key_value_heads", default=8 if kind == "mistral" else n_heads),
                 vocab_size=fields.integer("vocab_size"),
                 head_dim=fields.integer("head_dim", default=dim // n_heads),
                 hidden_dim=fields.integer("intermediate_size"),
-                norm_eps=fields.number("rms_norm_eps"),
+                norm_eps=fields.number("rms_norm_eps", default=1e-6),
                 rope_theta=rope_theta,
                 rope_scaling=scaling,
-                max_seq_len=fields.integer("max_position_embeddings", default=131072 if scaling else 8192),
+                max_seq_len=max_seq_len,
             )
         )
 
@@ -152,12 +160,9 @@ class Params:
     def to_meta(self) -> dict[str, Any]:
         """Return the content of a params.json from which `from_meta` builds the same params; only needed keys.
 
-        Raises UserError if params.json cannot express the params.
+        A head_dim that is not dim / n_heads gets a key of its own, which Meta's code does not know. Raises UserError if
+        params.json cannot express the RoPE scaling.
         """
-        if self.head_dim * self.n_heads != self.dim:
-            raise UserError(
-                f"head_dim = {self.head_dim} is not {self.dim} / {self.n_heads}; params.json cannot express that"
-            )
         scaling = self.rope_scaling
         if scaling and scaling != RopeScaling(scaling.factor):
             raise UserError(f"{scaling} is not Llama 3.1's scaling; params.json can express only the factor")
@@ -177,11 +182,13 @@ class Params:
             "use_scaled_rope": scaling is not None,
             "rope_scaling_factor": scaling.factor if scaling else None,
             "max_seq_len": self.max_seq_len,
+            "head_dim": self.head_dim,
         }
-        for key in ("use_scaled_rope", "rope_scaling_factor", "max_seq_len"):
+        for key in ("use_scaled_rope", "rope_scaling_factor", "max_seq_len", "head_dim"):
             shorter = {other: value for other, value in content.items() if other != key}
-            if Params.from_meta(shorter) == self:
-                content = shorter
+            with contextlib.suppress(UserError):  # dim / n_heads may not be an integer
+                if Params.from_meta(shorter) == self:
+                    content = shorter
         assert Params.from_meta(content) == self
         return content
 
@@ -223,21 +230,23 @@ def _hidden_dim(dim: int, multiplier: float | None = None, multiple_of: int = 1)
 
 def _hf_rope(content: Mapping[str, Any], fields: _Fields) -> tuple[float, RopeScaling | None]:
     """Return rope_theta and the scaling of a config.json. Raises UserError for a RoPE that is not Llama's."""
-    # transformers 5 has all in rope_parameters; before, rope_theta was a separate key next to rope_scaling
+    # transformers 5 has all in rope_parameters; before, rope_theta was a separate key next to rope_scaling, which still
+    # wins where both are there (convert_rope_params_to_dict in modeling_rope_utils.py)
     new, old = fields.mapping("rope_parameters"), fields.mapping("rope_scaling")
-    for rope in (new, old):
-        if _rope_type(rope) not in ("default", "llama3"):
-            raise UserError(f"rope type {_rope_type(rope)!r} changes the computation; supported: default, llama3")
     for source in (content, new, old):
         if source.get("partial_rotary_factor", 1.0) != 1.0:
             raise UserError(f"partial_rotary_factor = {source['partial_rotary_factor']!r} is not supported")
-    rope = new or old
+    rope = old or new
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError("rope_parameters that differ from layer to layer are not supported")
-    rope_fields = _Fields({"rope_theta": content.get("rope_theta"), **rope})
-    rope_theta = rope_fields.number("rope_theta", default=10000.0)
-    if _rope_type(rope) == "default":
+    rope_theta = _first_number("rope_theta", rope, content, new) or 10000.0
+    rope_fields, kind = _Fields(rope), rope.get("rope_type", rope.get("type", "default"))  # "type" is the older key
+    if kind == "linear" and rope_fields.number("factor") == 1:
+        kind = "default"
+    if kind == "default":
         return rope_theta, None
+    if kind != "llama3":
+        raise UserError(f"rope type {kind!r} changes the computation; supported: default, llama3")
     scaling = RopeScaling(
         factor=rope_fields.number("factor"),
         low_freq_factor=rope_fields.number("low_freq_factor"),
@@ -247,9 +256,15 @@ def _hf_rope(content: Mapping[str, Any], fields: _Fields) -> tuple[float, RopeSc
     return rope_theta, scaling
 
 
-def _rope_type(rope: Mapping[str, Any]) -> Any:
-    """Return the kind of RoPE that rope_parameters or rope_scaling names; older configs call the key "type"."""
-    return rope.get("rope_type", rope.get("type", "default"))
+def _first_number(key: str, *sources: Mapping[str, Any]) -> float | None:
+    """Return the first value of a key that is not missing, or None."""
+    return next((value for source in sources if (value := _Fields(source).number(key, default=None))), None)
+
+
+def _quantization(config: Any) -> str:
+    """Return what a quantization_config says, as text."""
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    return f"the weights are quantized (quantization_config: {in_short(method or config)}), which is not supported"
 
 
 def _is_off(value: Any) -> bool:
@@ -276,8 +291,8 @@ class _Fields:
         return value
 
     def integer(self, key: str, default: Any = REQUIRED) -> int:
-        value = self._get(key, default, (int,), "a positive integer")
-        if not 1 <= value < _MAX_VALUE:
+        value = self._get(key, default, (int, float), "a positive integer")
+        if not 1 <= value < _MAX_VALUE or value != int(value):  # some tools write 8192.0
             raise UserError(f"{key} should be a positive integer, is {value!r}")
         return int(value)
 

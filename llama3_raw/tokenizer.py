@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 import codecs
+import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import tiktoken
 
@@ -50,47 +53,91 @@ _MAX_RUN = 25_000
 _RUN = re.compile(r"\s+|\S+")
 
 
-class Tokenizer:
-    """Byte-pair encoding with the ranks of a tokenizer.model, followed by the 256 special tokens.
+class Encoding(Protocol):
+    """What `Tokenizer` needs of a tiktoken.Encoding, or of another library in its place."""
 
-    n_words: the number of tokens. special_tokens: name -> id. bos_id, eos_id, eot_id, eom_id: the ids of the common
-    ones. stop_ids: the ids at which a text or an answer ends. encoding: the underlying tiktoken.Encoding.
+    def encode(
+        self, text: str, *, allowed_special: AbstractSet[str], disallowed_special: Collection[str]
+    ) -> list[int]: ...
+
+    def decode_single_token_bytes(self, token: int) -> bytes: ...
+
+
+class Vocabulary(NamedTuple):
+    """What a tokenizer is made of, whichever file it comes from."""
+
+    encoding: Encoding  # splits and merges; knows every token
+    ranks: Mapping[bytes, int]  # the ids of the ordinary tokens
+    special_tokens: dict[str, int]  # name -> id; in a text, their names are text unless they are allowed
+    added_tokens: dict[str, int]  # name -> id; one token wherever the name occurs in a text
+    bos_id: int | None  # what a text begins with; None: with nothing
+    eos_id: int | None
+    template_variables: Mapping[str, str]  # bos_token, eos_token and others, for a chat template
+
+
+class Tokenizer:
+    """Byte-pair encoding with the ranks of a tokenizer.model, followed by the 256 special tokens; or of another file.
+
+    n_words: the highest id + 1. bos_id, eos_id, eot_id, eom_id: the ids of the common special tokens, or None where
+    there is none. stop_ids: the ids at which a text or an answer ends. chat_template: in Jinja, or None. The other
+    attributes: see `Vocabulary`.
     """
 
-    def __init__(self, path: str | Path):
-        """Read a tokenizer.model. Raises UserError naming the line that is wrong, or what the file is instead."""
-        ranks = _read_ranks(Path(path))
-        self.special_tokens = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+    def __init__(self, path: str | Path, vocabulary: Vocabulary | None = None):
+        """Take a vocabulary that was read from a file, or read a tokenizer.model.
+
+        Raises UserError naming the line that is wrong, or what the file is instead.
+        """
         self.path = Path(path)
-        self.encoding = tiktoken.Encoding(
-            name=Path(path).name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
-        )
-        self.n_words = len(ranks) + N_SPECIAL_TOKENS
-        self.bos_id = self.special_tokens["<|begin_of_text|>"]
-        self.eos_id = self.special_tokens["<|end_of_text|>"]
-        self.eom_id = self.special_tokens["<|eom_id|>"]
-        self.eot_id = self.special_tokens["<|eot_id|>"]
-        self.stop_ids = frozenset((self.eos_id, self.eom_id, self.eot_id))
+        vocabulary = vocabulary or _read_vocabulary(self.path)
+        self.encoding, self.ranks, self.special_tokens, self.added_tokens = vocabulary[:4]
+        self.bos_id, self.eos_id, self.template_variables = vocabulary[4:]
+        names = {**self.added_tokens, **self.special_tokens}
+        self.eot_id, self.eom_id = names.get("<|eot_id|>"), names.get("<|eom_id|>")
+        self.stop_ids = frozenset(token for token in (self.eos_id, self.eot_id, self.eom_id) if token is not None)
+        self.n_words = max([*self.ranks.values(), *names.values()]) + 1
+        self.chat_template: str | None = None
+
+    def padded(self, vocab_size: int) -> Tokenizer:
+        """Return the same tokenizer for a model of `vocab_size` rows; ids without a token are never encoded."""
+        if vocab_size < self.n_words:
+            raise UserError(f"{vocab_size} is less than the tokenizer's {self.n_words}", argument="vocab_size")
+        tokenizer = copy.copy(self)
+        tokenizer.n_words = vocab_size
+        return tokenizer
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
         """Return the token ids of a text, with a begin-of-text before it if `bos`, an end-of-text after it if `eos`.
 
         The name of a special token in the text, such as "<|eot_id|>", is plain text unless `allow_special`. A text that
-        starts with a begin-of-text gets no second one.
+        starts with a begin-of-text gets no second one, and none if bos_id is None. Raises UserError for `eos` if eos_id
+        is None.
         """
-        allowed = set(self.special_tokens) if allow_special else set()
-        ids = [self.bos_id] if bos else []
-        for piece in _split_long_runs(text):
+        allowed = {*self.added_tokens, *(self.special_tokens if allow_special else ())}
+        ids = [self.bos_id] if bos and self.bos_id is not None else []
+        for piece in _split_long_runs(text) if isinstance(self.encoding, tiktoken.Encoding) else [text]:
             ids += self.encoding.encode(piece, allowed_special=allowed, disallowed_special=())
         if ids[:2] == [self.bos_id, self.bos_id]:
             del ids[0]  # the text begins with one
-        return [*ids, self.eos_id] if eos else ids
+        if eos and self.eos_id is None:
+            raise UserError(f"{{argument}}: {self.path} has no end-of-text token; leave it out", argument="eos")
+        return [*ids, self.eos_id] if eos and self.eos_id is not None else ids
 
     def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of a token, or the name of a special one. Raises UserError for an id out of range."""
+        """Return the bytes of a token, the name of a special one, or b"" if no token has this id.
+
+        Raises UserError for an id out of range.
+        """
         if not 0 <= token < self.n_words:
             raise UserError(f"token id {token} is not one of the tokenizer's {self.n_words}")
-        return self.encoding.decode_single_token_bytes(token)
+        try:
+            return self.encoding.decode_single_token_bytes(token)
+        except KeyError:
+            return b""
+
+    def name(self, token: int) -> str:
+        """Return a token as text: bytes that are not UTF-8 as \\xNN, an id without a token as <|unused_N|>."""
+        return self.token_bytes(token).decode("utf-8", errors="backslashreplace") or f"<|unused_{token}|>"
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -134,6 +181,22 @@ def _split_long_runs(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def _read_vocabulary(path: Path) -> Vocabulary:
+    """Return the vocabulary of a tokenizer.model, with Llama 3's special tokens."""
+    ranks = _read_ranks(path)
+    special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    bos_id, eos_id = (special[name] for name in names.values())
+    return Vocabulary(llama3_encoding(path.name, ranks, special), ranks, special, {}, bos_id, eos_id, names)
+
+
+def llama3_encoding(name: str, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> tiktoken.Encoding:
+    """Return the encoding that splits a text as Llama 3's tokenizer does, and merges by these ranks."""
+    return tiktoken.Encoding(
+        name=name, pat_str=SPLIT_PATTERN, mergeable_ranks=dict(ranks), special_tokens=dict(special_tokens)
+    )
+
+
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """Return the rank of each token's bytes from the lines "base64 rank" of a tokenizer.model.
 
@@ -141,7 +204,10 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     """
     beginning = read_beginning(path)
     if beginning.lstrip().startswith(b"{"):
-        raise UserError(f"{path}: this is a JSON file; use the repository's original/tokenizer.model")
+        raise UserError(
+            f"{path}: this is a JSON file, which checkpoint.tokenizer_json.read_tokenizer reads; or use the "
+            "repository's original/tokenizer.model"
+        )
     if b"<unk>" in beginning:
         raise UserError(f"{path}: this is a SentencePiece model, as of Llama 1 or 2; use Llama 3's tokenizer.model")
     ranks: dict[bytes, int] = {}

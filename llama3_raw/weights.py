@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .params import Params
+from .quantization.blocks import Blocks
 from .quantization.matrix import Matrix, tensors_of
 from .tokenizer import Tokenizer
 
@@ -30,18 +31,22 @@ class LayerWeights(NamedTuple):
 class Weights(NamedTuple):
     """All tensors of a model. If embeddings are tied, `output` is the tensor `tok_embeddings` itself."""
 
-    tok_embeddings: Tensor  # [vocab_size, dim]
+    tok_embeddings: Tensor | Blocks  # [vocab_size, dim]; in blocks in a GGUF file
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [dim]
     output: Matrix  # [vocab_size, dim]
 
 
 class Model(NamedTuple):
-    """What `load` returns: the tensors, the numbers that define the model, and its tokenizer if there is one."""
+    """What `load` returns: the tensors, the numbers that define the model, and its tokenizer if there is one.
+
+    stop_ids: the tokens that end a text by the model's files; None if they do not say, so that the tokenizer's do.
+    """
 
     weights: Weights
     params: Params
     tokenizer: Tokenizer | None
+    stop_ids: frozenset[int] | None = None
 
 
 # field -> Meta's name, after "layers.N.", and Hugging Face's, after "model.layers.N."

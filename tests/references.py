@@ -17,7 +17,7 @@ from llama3_raw import LayerWeights, Model, Params, Weights, forward
 from llama3_raw.checkpoint.loading import from_state_dict, to_state_dict
 from llama3_raw.decoding.loop import StopReason
 from llama3_raw.params import RopeScaling
-from llama3_raw.quantization.int8 import Int8
+from llama3_raw.quantization.matrix import Matrix
 from llama3_raw.weights import tensor_specs
 
 
@@ -36,7 +36,7 @@ def flat(weights: Weights) -> list[Any]:
     return [weights.tok_embeddings, *(t for layer in weights.layers for t in layer), weights.norm, weights.output]
 
 
-def dense(weight: Tensor | Int8) -> Tensor:
+def dense(weight: Matrix) -> Tensor:
     """Return a weight that must be a plain tensor."""
     assert isinstance(weight, Tensor)
     return weight
@@ -108,7 +108,7 @@ def meta_model(params: Params, weights: Weights, batch: int, length: int) -> Any
         finally:
             torch.set_default_dtype(torch.float32)
         state_dict = to_state_dict(params, weights)
-        state_dict.setdefault("output.weight", weights.tok_embeddings)
+        state_dict.setdefault("output.weight", dense(weights.tok_embeddings))
         model.load_state_dict(state_dict)
         # Meta's generation code builds this table in fp32, for weights of any dtype
         model.freqs_cis = precompute_freqs_cis(

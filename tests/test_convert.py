@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import llama3_raw
-from llama3_raw import Params, convert, forward
+from llama3_raw import Params, Tokenizer, convert, forward
+from llama3_raw.chat.dialog import Message, encode_dialog
 from llama3_raw.checkpoint import writing
 from llama3_raw.checkpoint.checkpoint import open_checkpoint
 from llama3_raw.checkpoint.loading import to_state_dict
@@ -31,6 +32,7 @@ from llama3_raw.checkpoint.writing import save_quantized
 from llama3_raw.convert import main
 from llama3_raw.params import RopeScaling
 from llama3_raw.weights import tensor_specs
+from tests.llama3_sized import CASES, CONTENT, N_TOKENS, WITH_SPECIAL_NAMES, write_llama3_sized
 from tests.paths import TINY
 from tests.references import hf_model, random_weights
 
@@ -141,6 +143,7 @@ MODELS: dict[str, tuple[dict[str, Any], bool, torch.dtype]] = {
     "scaled as Llama 3.1": ({"rope_scaling": RopeScaling(8.0), "max_seq_len": 131072}, False, torch.float32),
     "scaled as Llama 3.2, tied": ({"rope_scaling": RopeScaling(32.0), "rope_theta": 5e5}, True, torch.float32),
     "multi-head, bf16": ({"n_kv_heads": 8, "hidden_dim": 88}, False, torch.bfloat16),
+    "wide heads": ({"head_dim": 16}, False, torch.float32),
 }
 
 
@@ -259,25 +262,260 @@ def test_each_tensor_keeps_its_dtype(tmp_path: Path) -> None:
     assert [entry["dtype"] for entry in by_offset] == ["F32"] * 3 + ["BF16"] * 9
 
 
-def test_files_that_are_copied_too(tmp_path: Path) -> None:
-    """In a repository with Meta's files in original/: tokenizer.model, and for Hugging Face's format its own files."""
+def names_in(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+HF_FILES = (
+    *("config.json", "generation_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
+
+
+@pytest.mark.parametrize("to", ["meta", "hf"])
+def test_files_that_are_copied_too(tmp_path: Path, to: str) -> None:
+    """In a repository with Meta's files in original/: Hugging Face's files, but not a config of another model."""
     source = tmp_path / "repository"
     write_shards(source / "original", state_dict())
-    (source / "original" / "tokenizer.model").write_text("unchanged")
-    for name in ("tokenizer.json", "generation_config.json", "README.md"):
-        (source / name).write_text(name)
+    (source / "original" / "tokenizer.model").write_text("of the base, perhaps")
+    for name in (*HF_FILES, "README.md"):
+        (source / name).write_text("{}" if name.endswith("config.json") else name)
+    run(source, tmp_path / "new", "--to", to)
+    weights = {"model.safetensors", "tokenizer.model"} if to == "hf" else {"consolidated.00.pth", "params.json"}
+    assert names_in(tmp_path / "new") == {*HF_FILES, *weights}
+    copied = [name for name in HF_FILES if (to, name) != ("hf", "config.json")]
+    assert filecmp.cmpfiles(source, tmp_path / "new", copied, shallow=False) == (copied, [], [])
+    if to == "hf":
+        assert (tmp_path / "new" / "tokenizer.model").read_text() == "of the base, perhaps"
+        config = json.loads((tmp_path / "new" / "config.json").read_text())
+        assert (config["hidden_size"], config["eos_token_id"]) == (64, None)
+
+
+@pytest.mark.parametrize("to", ["meta", "hf"])
+def test_an_unreadable_tokenizer_model_is_copied(tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_shards(tmp_path / "source", state_dict())
+    (source / "tokenizer.model").write_text("unchanged")
+    run(source, tmp_path / "new", "--to", to)
+    assert (tmp_path / "new" / "tokenizer.model").read_text() == "unchanged"
+    assert "tokenizer.json" not in names_in(tmp_path / "new")
+    assert ("has no tokenizer.json, because" in capsys.readouterr().err) == (to == "hf")
+
+
+# Hugging Face's small files
+
+
+@pytest.fixture(scope="module")
+def llama3(meta_tokenizer_file: Path) -> Tokenizer:
+    return Tokenizer(meta_tokenizer_file)
+
+
+@pytest.fixture(scope="module")
+def llama3_in_hf(tmp_path_factory: pytest.TempPathFactory, meta_tokenizer_file: Path) -> Path:
+    """A model with Llama 3's tokenizer.model that was trained on dialogs, converted to Hugging Face's format."""
+    folder = tmp_path_factory.mktemp("llama3")
+    run(write_llama3_sized(folder / "meta", meta_tokenizer_file, trained=True), folder / "hf")
+    return folder / "hf"
+
+
+@pytest.fixture(scope="module")
+def auto_tokenizer(llama3_in_hf: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(llama3_in_hf)
+
+
+def test_transformers_makes_the_same_tokens(auto_tokenizer: Any, llama3: Tokenizer) -> None:
+    assert len(CASES) == 47
+    for text in (*CASES, WITH_SPECIAL_NAMES.removeprefix("<|begin_of_text|>")):
+        ids = llama3.encode(text, bos=True, allow_special=True)
+        assert auto_tokenizer.encode(text) == ids
+        assert auto_tokenizer.encode(text, add_special_tokens=False) == ids[1:]
+        assert auto_tokenizer.decode(ids) == llama3.decode(ids)
+        ordinary = [token for token in ids if token < len(llama3.ranks)]
+        assert auto_tokenizer.decode(ids, skip_special_tokens=True) == llama3.decode(ordinary)
+    assert auto_tokenizer("a", "b")["input_ids"] == [
+        llama3.bos_id,
+        *llama3.encode("a"),
+        llama3.bos_id,
+        *llama3.encode("b"),
+    ]
+
+
+def test_transformers_knows_the_same_special_tokens(auto_tokenizer: Any, llama3: Tokenizer) -> None:
+    assert (auto_tokenizer.bos_token_id, auto_tokenizer.eos_token_id) == (llama3.bos_id, llama3.eos_id)
+    assert len(auto_tokenizer) == llama3.n_words
+    assert auto_tokenizer.get_added_vocab() == llama3.special_tokens
+    assert auto_tokenizer.model_max_length == 8192
+    assert auto_tokenizer("a").keys() == {"input_ids", "attention_mask"}  # what LlamaForCausalLM takes
+
+
+def test_what_transformers_4_has_to_be_told(llama3_in_hf: Path) -> None:
+    """By default it returned token types too, and removed spaces before punctuation."""
+    settings = json.loads((llama3_in_hf / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    assert settings["clean_up_tokenization_spaces"] is False
+
+
+def test_tokenizer_json_is_that_of_transformers(llama3_in_hf: Path, meta_tokenizer_file: Path) -> None:
+    """Its own converter makes the same model from tokenizer.model, and the same special tokens."""
+    import tokenizers
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    converter: Any = TikTokenConverter
+    theirs = converter(
+        str(meta_tokenizer_file), extra_special_tokens=list(Tokenizer(meta_tokenizer_file).special_tokens)
+    ).converted()
+    ours = tokenizers.Tokenizer.from_file(str(llama3_in_hf / "tokenizer.json"))
+    first, second = (json.loads(tokenizer.to_str()) for tokenizer in (ours, theirs))
+    for key in ("model", "added_tokens", "normalizer"):
+        assert first[key] == second[key], key
+
+
+def test_a_dialog_in_transformers(auto_tokenizer: Any, llama3: Tokenizer) -> None:
+    messages = [
+        Message("system", "Be brief."),
+        Message("user", " Why?\n"),
+        Message("assistant", "So."),
+        Message("user", "?"),
+    ]
+    dialog = [message._asdict() for message in messages]
+    ids = auto_tokenizer.apply_chat_template(dialog, add_generation_prompt=True, return_dict=False)
+    assert ids == encode_dialog(llama3, messages)
+    text = auto_tokenizer.apply_chat_template(dialog[:3], tokenize=False)
+    assert text.endswith("<|end_header_id|>\n\nSo.<|eot_id|>")
+
+
+def test_generation_ends_at_the_same_tokens(llama3_in_hf: Path, llama3: Tokenizer) -> None:
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig.from_pretrained(llama3_in_hf)
+    assert settings.bos_token_id == llama3.bos_id
+    assert set(settings.eos_token_id) == llama3.stop_ids
+
+
+def test_a_base_model_gets_no_chat_template(tmp_path: Path, meta_tokenizer_file: Path) -> None:
+    """It was never trained on the tokens of dialogs."""
+    run(write_llama3_sized(tmp_path / "meta", meta_tokenizer_file, trained=False), tmp_path / "hf")
+    assert "chat_template" not in json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+
+
+def test_files_of_the_source_are_kept(tmp_path: Path) -> None:
+    """Only what is missing beside tokenizer.model is made."""
+    source = tmp_path / "source"
+    shutil.copytree(TINY, source)
+    (source / "generation_config.json").write_text('{"eos_token_id": 2057}')
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "special_tokens_map.json").write_text("{}")
     run(source, tmp_path / "hf")
-    names = {file.name for file in (tmp_path / "hf").iterdir()}
-    assert names == {
-        *("config.json", "model.safetensors", "tokenizer.model", "tokenizer.json", "generation_config.json"),
-    }
-    assert (tmp_path / "hf" / "tokenizer.model").read_text() == "unchanged"
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] is None
-    (source / "tokenizer.model").write_text("preferred")
-    run(source, tmp_path / "meta", "--to", "meta")
-    names = {file.name for file in (tmp_path / "meta").iterdir()}
-    assert names == {"params.json", "consolidated.00.pth", "tokenizer.model"}
-    assert (tmp_path / "meta" / "tokenizer.model").read_text() == "preferred"
+    assert names_in(tmp_path / "hf") == {*HF_FILES, "model.safetensors", "tokenizer.model"}
+    kept = ["generation_config.json", "chat_template.jinja", "special_tokens_map.json"]
+    assert filecmp.cmpfiles(source, tmp_path / "hf", kept, shallow=False) == (kept, [], [])
+    assert "chat_template" not in json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == [2057]
+
+
+def test_a_tokenizer_json_of_the_source_stays_alone(tmp_path: Path) -> None:
+    """Settings made for tokenizer.model may not be those of the other tokenizer."""
+    source = shutil.copytree(TINY, tmp_path / "source")
+    (source / "tokenizer.json").write_text("another")
+    run(source, tmp_path / "hf")
+    assert (tmp_path / "hf" / "tokenizer.json").read_text() == "another"
+    assert names_in(tmp_path / "hf").isdisjoint({"tokenizer_config.json", "special_tokens_map.json"})
+
+
+def hf_folder(folder: Path, tokenizer_folder: Path) -> Path:
+    """Write a model as transformers does, with everything that Meta's format cannot express."""
+    params = replace(Params.from_meta({**CONTENT, "vocab_size": N_TOKENS}), head_dim=16)
+    model = hf_model(params, random_weights(params, torch.bfloat16, seed=5))
+    model.config.update(
+        {"eos_token_id": [128008, 128009], "pad_token_id": 128004, "pretraining_tp": 1, "note": "a ⟨b⟩"}
+    )
+    model.generation_config.update(eos_token_id=[128008, 128009], do_sample=True, temperature=0.6, top_p=0.9)
+    model.save_pretrained(folder)
+    for name in HF_FILES:
+        if (tokenizer_folder / name).exists() and not (folder / name).exists():
+            shutil.copyfile(tokenizer_folder / name, folder / name)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+def test_to_meta_and_back_keeps_everything(tmp_path: Path, llama3_in_hf: Path, meta_tokenizer_file: Path) -> None:
+    """Of config.json and of the tokenizer; a tokenizer.model is made, that of Meta byte for byte."""
+    source = hf_folder(tmp_path / "hf", llama3_in_hf)
+    run(source, tmp_path / "meta", "--verify")
+    assert names_in(tmp_path / "meta") == {*HF_FILES, "params.json", "consolidated.00.pth", "tokenizer.model"}
+    assert filecmp.cmp(tmp_path / "meta" / "tokenizer.model", meta_tokenizer_file, shallow=False)
+    assert open_checkpoint(tmp_path / "meta").stop_ids == frozenset((128008, 128009))
+    run(tmp_path / "meta", tmp_path / "back", "--verify")
+    assert names_in(tmp_path / "back") == names_in(source) | {"tokenizer.model"}
+    assert filecmp.cmpfiles(source, tmp_path / "back", HF_FILES, shallow=False) == (list(HF_FILES), [], [])
+
+
+def test_config_json_changes_where_it_must(tmp_path: Path, llama3_in_hf: Path) -> None:
+    """Its dtype and whether embeddings are tied; that of another model is not used."""
+    source = hf_folder(tmp_path / "hf", llama3_in_hf)
+    run(source, tmp_path / "meta")
+    tensors = torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
+    del tensors["output.weight"]
+    torch.save({name: tensor.half() for name, tensor in tensors.items()}, tmp_path / "meta" / "consolidated.00.pth")
+    run(tmp_path / "meta", tmp_path / "back")
+    expected = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True, "dtype": "float16"}
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == expected
+    (tmp_path / "meta" / "config.json").write_text(json.dumps(expected | {"rms_norm_eps": 1e-6}))
+    run(tmp_path / "meta", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert config["rms_norm_eps"] == 1e-5
+    assert "note" not in config
+
+
+def rename_reserved(content: Any) -> None:
+    content["added_tokens"][4]["content"] = "<|reserved_special_token_250|>"  # Llama 3 and 3.1 number them differently
+
+
+def rename_needed(content: Any) -> None:
+    content["added_tokens"][9]["content"] = "<|reserved_special_token_250|>"  # <|eot_id|>
+
+
+def rename_other(content: Any) -> None:
+    content["added_tokens"][20]["content"] = "<|im_start|>"
+
+
+def add_token(content: Any) -> None:
+    content["added_tokens"].append({**content["added_tokens"][20], "id": 2304, "content": "<|im_start|>"})
+
+
+def begin_with_nothing(content: Any) -> None:
+    content["post_processor"] = None
+
+
+def split_otherwise(content: Any) -> None:
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+|\P{L}+"
+
+
+@pytest.mark.parametrize(
+    ("change", "made"),
+    [
+        (rename_reserved, True),
+        (rename_needed, False),
+        (rename_other, False),
+        (add_token, False),
+        (begin_with_nothing, False),
+        (split_otherwise, False),
+    ],
+)
+def test_tokenizer_model_only_if_it_gives_the_same_tokens(
+    tmp_path: Path, change: Callable[[Any], None], made: bool
+) -> None:
+    """Even if that of the base is in original/: in Meta's format it would come before tokenizer.json."""
+    source = tmp_path / "hf"
+    run("tiny", source)
+    (source / "original").mkdir()
+    (source / "tokenizer.model").rename(source / "original" / "tokenizer.model")
+    content = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    change(content)
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    run(source, tmp_path / "meta")
+    assert ("tokenizer.model" in names_in(tmp_path / "meta")) == made
 
 
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
@@ -346,12 +584,6 @@ def test_an_existing_folder_is_only_compared(tmp_path: Path, capsys: pytest.Capt
 # Errors, and what they leave behind
 
 
-def head_dim(folder: Path) -> Path:
-    params = replace(Params.from_meta(DIVISIBLE), head_dim=16)
-    hf_model(params, random_weights(params, torch.bfloat16, seed=0)).save_pretrained(folder)
-    return folder
-
-
 def scaling(folder: Path) -> Path:
     params = replace(Params.from_meta(DIVISIBLE), rope_scaling=RopeScaling(8.0, low_freq_factor=2.0))
     hf_model(params, random_weights(params, torch.bfloat16, seed=0)).save_pretrained(folder)
@@ -385,11 +617,10 @@ REFUSED: list[tuple[Callable[[Path], Path], str, str]] = [
     (meta, "--shards 128", "--shards 128: Meta numbers its files from 00 to 99"),
     (meta, "--shards 0", "argument --shards: should be 1 or more"),
     (meta, "--to hf --shards 2", "--shards 2: is only for Meta's format"),
-    (meta, "--to gguf", "argument --to: invalid choice: 'gguf'"),
+    (meta, "--to ggml", "argument --to: invalid choice: 'ggml'"),
     (in_hf, "--to hf", "--to hf: SOURCE is in Hugging Face's format already"),
-    (in_int8, "--to hf", "SOURCE: is in int8, which neither format has"),
+    (in_int8, "--to hf", "SOURCE: is in int8, which no other format has"),
     (mixed, "", f"SOURCE: the shards have {WQ} in several dtypes"),
-    (head_dim, "", "SOURCE/config.json: head_dim = 16 is not 64 / 8"),
     (scaling, "", "SOURCE/config.json: RopeScaling(factor=8.0, low_freq_factor=2.0"),
 ]
 

@@ -104,16 +104,65 @@ def test_old_and_new_rope_fields_of_hf() -> None:
     assert plain.max_seq_len == 99
 
 
-def test_hf_default_of_rope_theta() -> None:
-    from transformers import LlamaConfig
+def test_floats_for_integers() -> None:
+    in_floats = {key: float(value) if type(value) is int else value for key, value in SMALL_HF.items()}
+    assert Params.from_hf({**in_floats, "rope_theta": 10000}) == Params.from_hf(SMALL_HF)
 
-    assert Params.from_hf(SMALL_HF).rope_theta == LlamaConfig().to_dict()["rope_parameters"]["rope_theta"]
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+# what config.json holds in the wild, each as transformers understands it
+AS_TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "nothing but the sizes": {"rms_norm_eps": None, "rope_theta": None, "num_key_value_heads": None},
+    "rms_norm_eps is missing": {"rms_norm_eps": None},
+    "both rope keys, one for Llama 3.1": {
+        "rope_theta": 5e5,
+        "rope_scaling": LLAMA3_ROPE,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    },
+    "both rope keys, the older is null": {"rope_scaling": None, "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}},
+    "theta only beside rope_parameters": {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}},
+    "linear scaling by 1": {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 1.0}},
+    "head_dim": {"head_dim": 32},
+    "Mistral without a window": {"model_type": "mistral", "sliding_window": None},
+    "Mistral with a window as long as its context": {
+        "model_type": "mistral",
+        "sliding_window": 4096,
+        "max_position_embeddings": 4096,
+        "num_key_value_heads": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("case", AS_TRANSFORMERS)
+def test_config_json_in_the_wild(case: str) -> None:
+    from transformers import LlamaConfig, MistralConfig
+
+    change = AS_TRANSFORMERS[case]
+    many_heads = {"num_attention_heads": 8} if change.get("model_type") == "mistral" else {}
+    content = {key: value for key, value in {**SMALL_HF, **many_heads, **change}.items() if value is not None}
+    content |= {key: None for key in ("sliding_window", "rope_scaling") if key in change and change[key] is None}
+    kind = MistralConfig if content["model_type"] == "mistral" else LlamaConfig
+    theirs = kind.from_dict({"max_position_embeddings": 8192, **content})
+    ours = Params.from_hf({"max_position_embeddings": 8192, **content})
+    rope: Any = theirs.rope_parameters
+    assert ours.rope_theta == rope["rope_theta"]
+    assert (ours.rope_scaling is not None) == (rope["rope_type"] == "llama3")
+    assert (ours.norm_eps, ours.n_kv_heads) == (theirs.rms_norm_eps, theirs.num_key_value_heads)
+    assert (ours.head_dim, ours.max_seq_len) == (theirs.head_dim, theirs.max_position_embeddings)
 
 
 WRONG_META = [
     *(({key: None}, f"{key} is missing") for key in SMALL),
     ({"dim": "64"}, "dim should be a positive integer, is '64'"),
-    ({"dim": 64.0}, "dim should be a positive integer, is 64.0"),
+    ({"dim": 64.5}, "dim should be a positive integer, is 64.5"),
+    ({"head_dim": 15}, "head of 15 values"),
     ({"n_layers": True}, "n_layers should be a positive integer, is True"),
     ({"n_layers": 0}, "n_layers should be a positive integer, is 0"),
     ({"vocab_size": -1}, "vocab_size should be a positive integer, is -1"),
@@ -142,12 +191,14 @@ def test_refused_by_name_in_params_json(change: dict[str, Any], message: str) ->
 
 
 WRONG_HF = [
-    ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
+    ({"hidden_size": 64.5}, "hidden_size should be a positive integer, is 64.5"),
     ({"model_type": "qwen2"}, "model_type = 'qwen2'"),
     ({"attention_bias": True}, "attention_bias = True changes the computation"),
     ({"mlp_bias": True}, "mlp_bias = True changes the computation"),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu' changes the computation"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized .*gptq.* get the model in bf16"),
+    ({"model_type": "mistral"}, "sliding_window = 4096 .*the key is missing"),
+    ({"model_type": "mistral", "sliding_window": 64}, "sliding_window = 64 changes the computation"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear' changes the computation"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
     ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0}}, "rope type 'dynamic'"),
@@ -190,13 +241,21 @@ any_params = st.builds(
 )
 
 
+def test_a_head_dim_of_its_own_is_written_too() -> None:
+    changes: list[dict[str, Any]] = [{"head_dim": 32}, {"head_dim": 16, "n_heads": 6, "n_kv_heads": 2}]
+    for change in changes:
+        params = replace(Params.from_meta(SMALL), **change)
+        assert params.to_meta()["head_dim"] == params.head_dim
+        assert Params.from_meta(params.to_meta()) == params
+    assert "head_dim" not in Params.from_meta(SMALL).to_meta()
+
+
 @given(any_params)
 def test_written_and_read_again(params: Params) -> None:
     assert Params.from_meta(params.to_meta()) == Params.from_hf(params.to_hf()) == params
 
 
 INEXPRESSIBLE = [
-    ({"head_dim": 32}, "head_dim = 32 is not 64 / 4"),
     ({"rope_scaling": RopeScaling(8.0, low_freq_factor=2.0)}, "RopeScaling.* is not Llama 3.1's scaling"),
     ({"rope_scaling": RopeScaling(8.0, original_max_seq_len=4096)}, "RopeScaling"),
 ]

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..ops import Ops, Tap
+from ..quantization.blocks import Blocks
 from ..quantization.int8 import Int8
-from ..quantization.matrix import Matrix, linear
+from ..quantization.matrix import Matrix, embed, linear
 from ..system.files import atomic_write
 
 MAX_DECODE_ROWS = 16  # tokens that the kernels compute on every processor, each with the same bits as alone
@@ -128,6 +129,8 @@ def _digest(content: bytes) -> str:
 
 def _cache_folder() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if root == "~/.cache":  # not expanded: a user without a home, as in some containers
+        raise CannotBuild("there is no home folder; set XDG_CACHE_HOME to a folder that you can write to")
     folder = Path(root, "llama3_raw")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -148,7 +151,7 @@ def _run(command: Sequence[str]) -> bytes:
 def make_ops(kernels: ctypes.CDLL) -> Ops:
     """Return the operations with these kernels. What they do not support, such as fp32, torch computes."""
     wrapper = _Kernels(kernels)
-    return Ops(embed=F.embedding, linear=wrapper.linear, attend=wrapper.attend, max_packed=wrapper.max_packed())
+    return Ops(embed=embed, linear=wrapper.linear, attend=wrapper.attend, max_packed=wrapper.max_packed())
 
 
 class _Kernels:
@@ -161,6 +164,8 @@ class _Kernels:
 
     def linear(self, x: Tensor, weight: Matrix) -> Tensor:
         """x [..., in], weight [out, in] -> [..., out]; few rows of bf16 at the speed of the memory."""
+        if isinstance(weight, Blocks):
+            return linear_by_torch(x, weight)
         outputs, length = weight.shape
         rows = x.numel() // length
         is_int8 = isinstance(weight, Int8)
@@ -187,7 +192,7 @@ class _Kernels:
         """Return how many tokens of several prompts get the same bits together as alone, in bf16 and in int8."""
         return int(min(self._max_rows(is_int8, self._has_tiles) for is_int8 in (False, True)))
 
-    def _product(self, x: Tensor, weight: Matrix, by_tiles: bool) -> Tensor:
+    def _product(self, x: Tensor, weight: Tensor | Int8, by_tiles: bool) -> Tensor:
         """x [..., in] contiguous, weight [out, in] -> [..., out]"""
         outputs, length = weight.shape
         rows = x.numel() // length
@@ -315,7 +320,7 @@ def fast_ops() -> Ops:
     except CannotBuild as reason:
         print(f"llama3_raw: {reason}; tokens come about half as fast, computed by torch", file=sys.stderr)
         return Ops(
-            embed=F.embedding,
+            embed=embed,
             linear=linear_by_torch,
             attend=lambda q, keys, values, start, tap: attend_by_torch(q, keys, values, start),
         )

@@ -17,8 +17,9 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from ..errors import in_short
 from ..ops import Ops, Tap
+from ..quantization.blocks import Blocks
 from ..quantization.int8 import Int8
-from ..quantization.matrix import Matrix, linear
+from ..quantization.matrix import Matrix, embed, linear
 from .cpu import MAX_DECODE_ROWS, attend_by_torch
 
 try:
@@ -107,6 +108,8 @@ def _(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor) -> Tensor:
 
 def fast_linear(x: Tensor, weight: Matrix) -> Tensor:
     """x [..., in], weight [out, in] -> [..., out]; few rows at the speed of the memory."""
+    if isinstance(weight, Blocks):
+        return linear(x, weight)
     rows = x.numel() // x.shape[-1]
     values, *scales = weight if isinstance(weight, Int8) else (weight,)
     is_plain = values.is_contiguous() and (scales or values.dtype == x.dtype) and not x.requires_grad
@@ -200,5 +203,5 @@ def cuda_ops() -> Ops:
     except Exception as error:  # compilers raise every kind of exception
         reason = "there is no Triton" if cuda_kernels is None else f"Triton fails ({in_short(error)})"
         print(f"llama3_raw: {reason}; tokens come slower, computed by torch", file=sys.stderr)
-        return Ops(embed=F.embedding, linear=linear_many, attend=attend_without_kernels, max_packed=1024)
-    return Ops(embed=F.embedding, linear=fast_linear, attend=attend, max_packed=1024, can_capture=True)
+        return Ops(embed=embed, linear=linear_many, attend=attend_without_kernels, max_packed=1024)
+    return Ops(embed=embed, linear=fast_linear, attend=attend, max_packed=1024, can_capture=True)

@@ -114,7 +114,7 @@ class CudaGraphs:
             return run
 
     def _pass(self, function: Callable[..., Tensor], width: int) -> Callable[[], Tensor]:
-        weights, params, _ = self._model
+        weights, params = self._model[:2]
         tokens = self._tokens[:width]
         return lambda: function(weights, params, tokens, cache=self.cache, start=self._start, ops=self._ops)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..ops import Ops
+from ..quantization.blocks import Blocks
 from ..quantization.matrix import Matrix, tensors_of
 
 
@@ -19,11 +20,12 @@ def mixed_ops(gpu: Ops, cpu: Ops) -> Ops:
     Inputs and outputs are on the GPU: a result of `cpu` is moved to the device of its input.
     """
 
-    def embed(tokens: Tensor, table: Tensor) -> Tensor:
+    def embed(tokens: Tensor, table: Tensor | Blocks) -> Tensor:
         """tokens [..., T], table [vocab, dim] -> [..., T, dim] on the tokens' device, in the table's dtype."""
-        if table.device == tokens.device:
+        home = tensors_of(table)[0].device
+        if home == tokens.device:
             return gpu.embed(tokens, table)
-        return cpu.embed(tokens.to(table.device), table).to(tokens.device)
+        return cpu.embed(tokens.to(home), table).to(tokens.device)
 
     def linear(x: Tensor, weight: Matrix) -> Tensor:
         """x [..., in], weight [out, in] -> [..., out] on x's device, in x's dtype."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..ops import Ops
+from ..quantization.blocks import Blocks
 from ..quantization.matrix import Matrix, tensors_of
 from ..system.madvise import PAGEOUT, POPULATE_READ, RANDOM, Span, advise
 from ..weights import Weights
@@ -89,7 +90,7 @@ def read_ahead(ops: Ops, weights: Weights, max_bytes: int) -> Ops:
         reader.release()
         return y
 
-    def embed(tokens: Tensor, embeddings: Tensor) -> Tensor:
+    def embed(tokens: Tensor, embeddings: Tensor | Blocks) -> Tensor:
         x = ops.embed(tokens, embeddings)
         if not is_tied:
             _drop_pages(table)

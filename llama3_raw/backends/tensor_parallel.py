@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Ops
+from ..quantization.blocks import Blocks
 from ..quantization.matrix import Matrix
 from ..system.process_groups import Group
 from ..weights import Weights
@@ -21,10 +22,10 @@ def parallel_ops(ops: Ops, weights: Weights, group: Group) -> Ops:
     All processes of the group must run the same passes together. Each gets the logits of the whole vocabulary.
     """
 
-    def embed(tokens: Tensor, table: Tensor) -> Tensor:
+    def embed(tokens: Tensor, table: Tensor | Blocks) -> Tensor:
         """tokens [..., T], a shard of the table [vocab / size, dim] -> [..., T, dim]."""
-        rows = tokens - group.rank * len(table)
-        is_here = (rows >= 0) & (rows < len(table))
+        rows = tokens - group.rank * table.shape[0]
+        is_here = (rows >= 0) & (rows < table.shape[0])
         embedded = ops.embed(torch.where(is_here, rows, 0), table)
         return group.all_reduce(embedded.masked_fill_(~is_here.unsqueeze(-1), 0))
 

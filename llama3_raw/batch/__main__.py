@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,15 +20,19 @@ from tqdm import tqdm
 
 from ..backends.cpu import MAX_DECODE_ROWS
 from ..chat.dialog import Message, warn_of_base_model
+from ..chat.formats import format_of, note_format
 from ..cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
 from ..cli.memory_plan import RunShape
 from ..cli.models import ChosenModel, choose_device, choose_model, load_model
 from ..cli.options import (
     add_model_options,
     add_sampling_options,
+    add_stop_token_option,
+    add_template_option,
     check_context,
     check_output,
     chosen_sampling,
+    chosen_stop_ids,
     positive_int,
 )
 from ..decoding.batch import Row, generate_batch
@@ -68,7 +73,8 @@ def compute(
             new: list[list[int]] = [[] for _ in group]
             for place, event in generate_batch(model, rows, context=context, ops=ops):
                 if isinstance(event, StopReason):
-                    journal.write(group[place].request.line, _result(group[place], new[place], event, model.tokenizer))
+                    result = _result(group[place], new[place], event, model.tokenizer)
+                    journal.write(group[place].request.line, result)
                     progress.end(group[place], len(new[place]))
                 else:
                     new[place].append(event)
@@ -93,11 +99,13 @@ def _row(task: Task, tokenizer: Tokenizer | None) -> Row:
         # a stop text ends in the newest token, and each token has at least one byte of it
         return any(stop in b"".join(map(tokenizer.token_bytes, new[-len(stop) :])) for stop in stops if tokenizer)
 
-    return Row(task.ids, request.max_tokens, request.sampling, request.seed, is_over)
+    return Row(task.ids, request.max_tokens, request.sampling, request.seed, is_over, task.stop_ids)
 
 
 def _result(task: Task, new: Sequence[int], reason: StopReason, tokenizer: Tokenizer | None) -> Result:
     request = task.request
+    if reason is StopReason.NOT_NUMBERS:
+        return bad_line(request.line, request.id, UserError(reason.value))
     return {
         "id": request.id,
         **({"text": "".join(tokenizer.stream(new, request.stop))} if tokenizer else {"tokens": list(new)}),
@@ -155,6 +163,15 @@ class _Progress:
                 self._ranks.add(name, number)
 
 
+def _digest_of(tokenizer: Tokenizer) -> str:
+    """Return a hash of everything that the tokens of a text or a dialog depend on."""
+    digest = hashlib.sha256(repr((tokenizer.special_tokens, tokenizer.added_tokens, tokenizer.bos_id)).encode())
+    digest.update(repr((tokenizer.chat_template, sorted(tokenizer.template_variables.items()))).encode())
+    for token in tokenizer.ranks:
+        digest.update(token + b"\n")
+    return digest.hexdigest()
+
+
 def describe_run(
     options: argparse.Namespace, content: bytes, chosen: ChosenModel, ranks: Ranks | None
 ) -> dict[str, Any]:
@@ -168,7 +185,11 @@ def describe_run(
     return {
         "prompts": hashlib.sha256(content).hexdigest(),
         "weights": model.hexdigest(),
-        "tokenizer": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest() if tokenizer else None,
+        "tokenizer": _digest_of(tokenizer) if tokenizer else None,
+        "stop_ids": sorted(chosen.stop_ids),
+        "--adapter": options.adapter,
+        "--stop-token": options.stop_token,
+        "--template": options.template,
         "--device": chosen.device.type,
         "--tp": ranks.tensor.size if ranks else 1,
         "--gpu-layers": chosen.gpu_layers,
@@ -213,6 +234,8 @@ def build_parser() -> ArgumentParser:
         "(default: one copy)",
     )
     parser.add_argument("--context", type=positive_int, metavar="N", help="at most N tokens, prompt included")
+    add_stop_token_option(group)
+    add_template_option(group)
     add_sampling_options(parser)
     add_model_options(parser)
     parser.add_argument("--reference", action="store_true", help="use the exact operations: Meta's bits, but slower")
@@ -222,7 +245,7 @@ def build_parser() -> ArgumentParser:
 @command_line_tool
 @for_several_processes
 def main(arguments: Sequence[str]) -> int:
-    """Run the command and return the exit status: 1 if a line could not be computed by a single process."""
+    """Run the command and return the exit status: 1 if a single process could not compute a line."""
     options = build_parser().parse_args(arguments)
     try:
         with init(lambda: choose_device(options.device), options.tp) as ranks:
@@ -250,10 +273,13 @@ def _batch(options: argparse.Namespace, ranks: Ranks | None) -> int:
     longest = chosen.checkpoint.params.max_seq_len
     check_context(options.context, longest)
     context = options.context or longest
+    has_dialogs = any(isinstance(request.prompt[0], Message) for request in requests)
+    dialog_format = format_of(chosen.tokenizer, options.template) if has_dialogs and chosen.tokenizer else None
+    more_stop_ids = chosen_stop_ids(options, chosen.tokenizer, chosen.checkpoint.params.vocab_size)
     tasks = []
     for request in requests:
         try:
-            tasks.append(make_task(request, chosen, context))
+            tasks.append(make_task(request, chosen, context, dialog_format, more_stop_ids))
         except UserError as error:
             bad[request.line] = bad_line(request.line, request.id, error)
     run = describe_run(options, content, chosen, ranks)
@@ -261,16 +287,21 @@ def _batch(options: argparse.Namespace, ranks: Ranks | None) -> int:
         raise UserError(
             f"{options.prompts}: not all processes read the same prompts and weights; give all of them the same files"
         )
+    if dialog_format is not None and (ranks is None or ranks.rank == 0):
+        note_format(dialog_format)
     with exclusive(out, ranks):
         _run(options, chosen, group_by_length(tasks, options.batch_size), bad, run, context, out, ranks)
-    if bad:
-        first = min(bad)
+    if ranks is not None and ranks.rank > 0:
+        return 0  # the output may be on another machine
+    results = [json.loads(line) for line in out.read_bytes().split(b"\n") if line]
+    failed = [result for result in results if "error" in result]
+    if failed:
         print(
-            f"llama3_raw: {len(bad)} of {len(bad) + len(tasks)} lines could not be computed; line {first}: "
-            f"{bad[first]['error']}",
+            f"llama3_raw: {len(failed)} of {len(results)} lines could not be computed; line {failed[0]['line']}: "
+            f"{failed[0]['error']}",
             file=sys.stderr,
         )
-    return len(bad)
+    return len(failed)
 
 
 def _run(
@@ -320,7 +351,8 @@ def _run(
             part.write_bytes(json_line({**run, "output": hashlib.sha256(content).hexdigest()}))
         for file in journal_files(out):
             file.unlink()
-        print(f"llama3_raw: wrote {options.output}: {len(results)} texts", file=sys.stderr)
+        count = sum("error" not in result for result in results.values())
+        print(f"llama3_raw: wrote {options.output}: {count} texts", file=sys.stderr)
 
 
 def run_shape(groups: Sequence[Tasks]) -> RunShape:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from ..chat.dialog import Message, encode_dialog
+from ..chat.dialog import DialogFormat, Message
 from ..cli.models import ChosenModel
 from ..decoding.sampling import Sampling
 from ..errors import UserError, in_short
@@ -50,6 +50,7 @@ class Task(NamedTuple):
     request: Request
     ids: list[int]  # of the prompt
     budget: int  # the most new tokens
+    stop_ids: frozenset[int] = frozenset()  # tokens that end the text
 
 
 Tasks = list[Task]
@@ -156,21 +157,31 @@ def _messages(entries: list[Any]) -> list[Message]:
     return messages
 
 
-def make_task(request: Request, chosen: ChosenModel, context: int) -> Task:
-    """Tokenize a request. Raises UserError if the model cannot compute it."""
+def make_task(
+    request: Request,
+    chosen: ChosenModel,
+    context: int,
+    dialog_format: DialogFormat | None,
+    stop_ids: frozenset[int] = frozenset(),
+) -> Task:
+    """Tokenize a request. Raises UserError if the model cannot compute it.
+
+    dialog_format: needed for messages. stop_ids: tokens that end the text besides the model's own.
+    """
     tokenizer, prompt = chosen.tokenizer, request.prompt
     if isinstance(prompt, str):
         assert tokenizer is not None  # checked by choose_model
         ids = tokenizer.encode(prompt, bos=True)
     elif isinstance(prompt[0], Message):
-        assert tokenizer is not None
-        ids = encode_dialog(tokenizer, prompt)
+        assert dialog_format is not None
+        ids = dialog_format.encode(prompt)
+        stop_ids |= dialog_format.stop_ids
     else:
         ids = prompt
     chosen.checkpoint.params.check_ids(ids)
     if len(ids) > context:
         raise UserError(f"the prompt has {len(ids)} tokens, the context holds {context}; shorten it")
-    return Task(request, ids, min(request.max_tokens, context - len(ids)))
+    return Task(request, ids, min(request.max_tokens, context - len(ids)), stop_ids | chosen.stop_ids)
 
 
 def group_by_length(tasks: Iterable[Task], size: int) -> list[Tasks]:

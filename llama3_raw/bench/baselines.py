@@ -249,7 +249,7 @@ def check_baselines(chosen: ChosenModel, shape: RunShape, names: Sequence[str]) 
         if chosen.device.type != "cpu" and not (chosen.device.type == "cuda" and name in _ON_GPU):
             raise UserError(f"--vs {name} runs on the CPU only, but the device is {chosen.device}; give --device cpu")
     checkpoint = chosen.checkpoint
-    if checkpoint.scales:
+    if checkpoint.is_quantized:
         raise UserError("--vs needs weights that are not quantized yet; give the original folder, with --quantize int8")
     if chosen.max_ram is not None:
         raise UserError("--vs needs all weights in memory for the other engines; leave --max-ram out")

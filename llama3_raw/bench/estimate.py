@@ -163,6 +163,8 @@ def _weights_on(checkpoint: Checkpoint, gpus: int) -> tuple[int, int, int]:
         values = shard_numel(spec, checkpoint.params, gpus)
         scales = checkpoint.scales.get(spec, ())  # so small that they are counted as if not split
         n_bytes = values * shards[0].itemsize + sum(tensor.nbytes for tensor in scales)
+        if spec in checkpoint.blocks:
+            n_bytes = shards[0].nbytes * values // torch.Size(spec.shape).numel()
         weights += n_bytes
         if spec.field != "tok_embeddings" or checkpoint.tied:
             read += n_bytes

@@ -71,7 +71,7 @@ def measure_taps(model: Model, ops: Ops, rounds: int) -> TapFigures:
     ops: the operations to measure the default tap with. The faster they are, the larger its share.
     """
     weights, params = model.weights, model.params
-    device = weights.tok_embeddings.device
+    device = weights.norm.device
     ids = random_ids(model, LENGTH)
     prompt, token = torch.tensor(ids, device=device), torch.tensor(ids[:1], device=device)
     cache = KVCache.allocate(params, max_seq_len=LENGTH + 1, like=weights)

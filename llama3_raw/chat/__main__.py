@@ -18,8 +18,11 @@ from ..cli.options import (
     add_lookup_option,
     add_model_options,
     add_sampling_options,
+    add_stop_token_option,
+    add_template_option,
     check_context,
     chosen_sampling,
+    chosen_stop_ids,
     positive_int,
 )
 from ..decoding.loop import StopReason
@@ -28,6 +31,7 @@ from ..errors import UserError
 from ..system.machine import peak_memory
 from .conversation import DEFAULT_CONTEXT, Conversation
 from .dialog import read_dialog, warn_of_base_model, write_dialog
+from .formats import format_of, note_format
 
 PROMPT = "> "
 
@@ -157,8 +161,9 @@ def _line_editing() -> Iterator[None]:
     finally:
         readline.set_history_length(1000)
         with contextlib.suppress(OSError):
-            history.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(history)
+            if state != "~/.local/state":  # not expanded: a user without a home, as in some containers
+                history.parent.mkdir(parents=True, exist_ok=True)
+                readline.write_history_file(history)
 
 
 def build_parser() -> ArgumentParser:
@@ -182,6 +187,8 @@ def build_parser() -> ArgumentParser:
     group.add_argument(
         "--max-new-tokens", type=positive_int, metavar="N", help="stop an answer after N tokens (default: no limit)"
     )
+    add_template_option(group)
+    add_stop_token_option(group)
     add_lookup_option(group)
     add_compile_option(group)
     add_sampling_options(parser)
@@ -197,15 +204,14 @@ def main(arguments: Sequence[str]) -> int:
     sampling = chosen_sampling(options)
     if sys.stdin is None:
         raise UserError("stdin is closed; the chat reads questions from it")
-    try:
-        options.system.encode()
-    except UnicodeEncodeError as error:
-        raise UserError("--system: not valid UTF-8; convert the text to UTF-8") from error
     LookupPolicy(options.lookup)  # before a long load, so that a wrong value is reported at once
     chosen = choose_model(options)
     longest = chosen.checkpoint.params.max_seq_len
     check_context(options.context, longest)
     window = options.context or min(DEFAULT_CONTEXT, longest)
+    assert chosen.tokenizer is not None  # checked by choose_model
+    dialog_format = format_of(chosen.tokenizer, options.template)
+    more_stop_ids = chosen_stop_ids(options, chosen.tokenizer, chosen.checkpoint.params.vocab_size)
     shape = RunShape(prompt=window, text=window, least=1)  # a question may fill the window
     model, ops, which = load_model(chosen, shape)
     conversation = Conversation(
@@ -217,8 +223,11 @@ def main(arguments: Sequence[str]) -> int:
         seed=options.seed,
         lookup=options.lookup,
         ops=ops._replace(can_capture=ops.can_capture and not options.no_compile),
+        dialog_format=dialog_format,
+        stop_ids=chosen.stop_ids | dialog_format.stop_ids | more_stop_ids,
     )
     _note(which)
+    note_format(dialog_format)
     warn_of_base_model(model)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a "?"

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
 
 from ..backends.choose import ops_for
 from ..backends.cuda_graphs import CudaGraphs
-from ..decoding.loop import StopReason, generate
+from ..decoding.loop import StopReason, generate, tokens_to_stop_at
 from ..decoding.prompt_lookup import LookupPolicy
 from ..decoding.sampling import Sampling
 from ..errors import UserError
 from ..model import KVCache
 from ..ops import Ops
 from ..weights import Model
-from .dialog import Message, encode_header, encode_message
+from .dialog import (
+    DialogFormat,
+    Exchange,
+    Llama3Format,
+    Message,
+    as_messages,
+    encode_header,
+    encode_message,
+)
+from .formats import format_of
 
 DEFAULT_CONTEXT = 8192  # tokens; 1 GB of cache in 8B, where the 131,072 of Llama 3.1 would take 17 GB
-
-
-class Exchange(NamedTuple):
-    """A question, its answer, and the tokens of both messages; those of the answer as they were generated."""
-
-    question: str
-    answer: str
-    ids: list[int]
 
 
 @dataclass
@@ -46,8 +46,8 @@ class Conversation:
 
     system: the system message; "" is none. context: tokens in the window; None takes the model's context, at most
     8,192. max_new_tokens: the most tokens of an answer; None lets it fill the window. sampling, seed: as in `generate`;
-    the repetition penalty covers the tokens that the turn computes. lookup, ops: as in `generate`; proposals come from
-    the whole dialog.
+    the repetition penalty covers the whole dialog. lookup, ops: as in `generate`; proposals come from the whole dialog.
+    dialog_format: None takes the model's own. stop_ids: None takes those of the model and of the format.
 
     `system` and `exchanges` may be changed between turns. In any case a turn computes only the tokens after the longest
     prefix that the dialog shares with the cache. `turn` describes the last turn.
@@ -55,7 +55,7 @@ class Conversation:
     Raises UserError for a model without a tokenizer, and for a context that exceeds the model's or the memory.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # what a caller may set
         self,
         model: Model,
         *,
@@ -66,6 +66,8 @@ class Conversation:
         seed: int | None = None,
         lookup: int = 0,
         ops: Ops | None = None,
+        dialog_format: DialogFormat | None = None,
+        stop_ids: Collection[int] | None = None,
     ):
         if model.tokenizer is None:
             raise UserError("a conversation needs a tokenizer, and the model has none")
@@ -75,6 +77,9 @@ class Conversation:
             raise UserError(f"{context}: the model's own context is {longest} tokens", argument="context")
         self.model = model
         self.tokenizer = model.tokenizer
+        self.dialog_format = dialog_format or format_of(model.tokenizer)
+        ends = frozenset(tokens_to_stop_at(model, None)) | self.dialog_format.stop_ids
+        self._stop_ids = ends if stop_ids is None else stop_ids
         self.system = system
         self.exchanges: list[Exchange] = []
         self.turn = Turn()
@@ -90,28 +95,29 @@ class Conversation:
     @property
     def messages(self) -> list[Message]:
         """The dialog so far."""
-        messages = [Message("system", self.system)] if self.system else []
-        for exchange in self.exchanges:
-            messages += [Message("user", exchange.question), Message("assistant", exchange.answer)]
-        return messages
+        return as_messages(self.system, self.exchanges)
 
     def restore(self, messages: Sequence[Message]) -> None:
         """Replace the dialog by one that `read_dialog` returned."""
         has_system = bool(messages) and messages[0].role == "system"
         self.system = messages[0].content if has_system else ""
         turns = messages[has_system:]
-        self.exchanges = [
-            Exchange(
-                question.content,
-                answer.content,
-                encode_message(self.tokenizer, question) + encode_message(self.tokenizer, answer),
-            )
-            for question, answer in zip(turns[::2], turns[1::2], strict=True)
-        ]
+        pairs = zip(turns[::2], turns[1::2], strict=True)
+        self.exchanges = [self._exchange(question.content, answer.content) for question, answer in pairs]
+
+    def _exchange(self, question: str, answer: str, new: Sequence[int] | None = None) -> Exchange:
+        """Return an exchange. new: the tokens of the answer as they were generated; None: those of its text."""
+        if not isinstance(self.dialog_format, Llama3Format):
+            return Exchange(question, answer, [])  # rendered as a whole
+        tokenizer, asked = self.tokenizer, encode_message(self.tokenizer, Message("user", question))
+        if new is None:
+            return Exchange(question, answer, asked + encode_message(tokenizer, Message("assistant", answer)))
+        end = tokenizer.special_tokens["<|eot_id|>"]
+        return Exchange(question, answer, [*asked, *encode_header(tokenizer, "assistant"), *new, end])
 
     def length(self) -> int:
         """Return how many tokens of the window the dialog occupies."""
-        return len(self._prefix()) + sum(len(exchange.ids) for exchange in self.exchanges)
+        return len(self.dialog_format.dialog(self.system, self.exchanges))
 
     def answer(self, question: str) -> Generator[str, None, None]:
         """Yield the text of the answer piece by piece.
@@ -120,25 +126,19 @@ class Conversation:
         back. When the window is full, the oldest exchanges are dropped, even during an answer. An answer that fills the
         window alone ends there. Raises UserError for a question that fills it.
         """
-        question_ids = encode_message(self.tokenizer, Message("user", question))
-        prompt = question_ids + encode_header(self.tokenizer, "assistant")
         turn = self.turn = Turn()
         text = ""
         try:
-            for piece in self.tokenizer.stream(self._generate(prompt, turn)):
+            for piece in self.tokenizer.stream(self._generate(question, turn)):
                 text += piece
                 yield piece
         finally:
             if turn.new or turn.reason:
-                self.exchanges.append(Exchange(question, text, [*prompt, *turn.new, self.tokenizer.eot_id]))
+                self.exchanges.append(self._exchange(question, text, turn.new))
 
-    def _generate(self, prompt: list[int], turn: Turn) -> Iterator[int]:
-        """Yield the tokens of the answer to `prompt`, which is the question and the header of the answer."""
-        while self._fit_window(len(prompt) + len(turn.new), turn):
-            ids = self._prefix()
-            for exchange in self.exchanges:
-                ids += exchange.ids
-            ids += prompt + turn.new
+    def _generate(self, question: str, turn: Turn) -> Iterator[int]:
+        """Yield the tokens of the answer to a question."""
+        while ids := self._fitting(question, turn):
             start = _common_length(self._cached, ids[:-1])  # the last token is always computed, for its logits
             # _cached changes before and after a forward pass, never during one, so that it is right after any Ctrl-C
             del self._cached[start:]
@@ -152,6 +152,7 @@ class Conversation:
                 max_new_tokens=budget,
                 **asdict(self._sampling),
                 seed=self._seeds.getrandbits(63),
+                stop_ids=self._stop_ids,
                 cache=self._cache,
                 start=start,
                 lookup=self.lookup,
@@ -182,22 +183,25 @@ class Conversation:
             )
         turn.reason = StopReason.CONTEXT
 
-    def _prefix(self) -> list[int]:
-        """Return the tokens before the first exchange."""
-        system = encode_message(self.tokenizer, Message("system", self.system)) if self.system else []
-        return [self.tokenizer.bos_id, *system]
+    def _fitting(self, question: str, turn: Turn) -> list[int]:
+        """Return the tokens of the dialog, the question and the answer so far, or [] if they never fit into the window.
 
-    def _fit_window(self, rest: int, turn: Turn) -> bool:
-        """Drop the oldest exchanges if the window has no space for `rest` more tokens. Return whether it has now."""
-        length = self.length() + rest
-        if length - sum(len(exchange.ids) for exchange in self.exchanges) >= self.context:
-            return False
-        if length >= self.context:
+        If the window has no space for another token, the oldest exchanges are dropped.
+        """
+
+        def ids_with(exchanges: Sequence[Exchange]) -> list[int]:
+            return self.dialog_format.prompt(self.system, exchanges, question) + turn.new
+
+        ids = ids_with(self.exchanges)
+        if len(ids) >= self.context:
+            if len(ids_with(())) >= self.context:
+                return []
             # free a quarter of the window, because the remaining exchanges have to be computed again
-            while self.exchanges and length > self.context * 3 // 4:
-                length -= len(self.exchanges.pop(0).ids)
+            while self.exchanges and len(ids) > self.context * 3 // 4:
+                del self.exchanges[0]
                 turn.dropped += 1
-        return True
+                ids = ids_with(self.exchanges)
+        return ids
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:

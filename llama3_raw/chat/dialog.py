@@ -6,12 +6,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+import torch
 
 from ..errors import UserError
+from ..quantization.matrix import embed, tensors_of
 from ..system.files import atomic_write
 from ..tokenizer import Tokenizer
 from ..weights import Model
+
+BEGIN_OF_TEXT = "<|begin_of_text|>"
+FORMAT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 
 class Message(NamedTuple):
@@ -19,6 +25,76 @@ class Message(NamedTuple):
 
     role: str
     content: str
+
+
+class Exchange(NamedTuple):
+    """A question, its answer, and, in Llama 3's format, the tokens of both, the answer's as they were generated."""
+
+    question: str
+    answer: str
+    ids: list[int]
+
+
+def as_messages(system: str, exchanges: Sequence[Exchange]) -> list[Message]:
+    """Return the messages of a dialog. system: the first one's content; "" is none."""
+    messages = [Message("system", system)] if system else []
+    for exchange in exchanges:
+        messages += [Message("user", exchange.question), Message("assistant", exchange.answer)]
+    return messages
+
+
+class DialogFormat(Protocol):
+    """How a dialog becomes tokens: Llama 3's format, or a template of the model's own."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer besides the model's own."""
+
+    def dialog(self, system: str, exchanges: Sequence[Exchange]) -> list[int]:
+        """Return the tokens of a dialog so far."""
+
+    def prompt(self, system: str, exchanges: Sequence[Exchange], question: str) -> list[int]:
+        """Return the tokens of a dialog, a question, and the beginning of the answer."""
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of messages, and of the beginning of the answer."""
+
+
+class Llama3Format:
+    """Llama 3's own dialog format."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        """Raises UserError for a tokenizer without the tokens of the format."""
+        for name in (BEGIN_OF_TEXT, *FORMAT_TOKENS):
+            if name not in tokenizer.special_tokens:
+                raise UserError(
+                    f"{tokenizer.path}: has no {name}, which Llama 3's dialogs need, and no chat template; give the "
+                    "model's own as {argument}",
+                    argument="template",
+                )
+        self._tokenizer = tokenizer
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """<|eot_id|> and <|eom_id|>."""
+        return frozenset(id for id in (self._tokenizer.eot_id, self._tokenizer.eom_id) if id is not None)
+
+    def dialog(self, system: str, exchanges: Sequence[Exchange]) -> list[int]:
+        """Return the tokens of a dialog so far."""
+        begin = self._tokenizer.special_tokens[BEGIN_OF_TEXT]
+        ids = [begin, *(encode_message(self._tokenizer, Message("system", system)) if system else ())]
+        for exchange in exchanges:
+            ids += exchange.ids
+        return ids
+
+    def prompt(self, system: str, exchanges: Sequence[Exchange], question: str) -> list[int]:
+        """Return the tokens of a dialog, a question, and the header of the answer."""
+        asked = encode_message(self._tokenizer, Message("user", question))
+        return [*self.dialog(system, exchanges), *asked, *encode_header(self._tokenizer, "assistant")]
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of messages, and of the header of the answer."""
+        return encode_dialog(self._tokenizer, messages)
 
 
 def encode_header(tokenizer: Tokenizer, role: str) -> list[int]:
@@ -34,7 +110,7 @@ def encode_message(tokenizer: Tokenizer, message: Message) -> list[int]:
     template of the models on Hugging Face; the later llama-models keeps it.
     """
     header = encode_header(tokenizer, message.role)
-    return [*header, *tokenizer.encode(message.content.strip()), tokenizer.eot_id]
+    return [*header, *tokenizer.encode(message.content.strip()), tokenizer.special_tokens["<|eot_id|>"]]
 
 
 def encode_dialog(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
@@ -43,7 +119,7 @@ def encode_dialog(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     The template of Llama 3.1 on Hugging Face also adds a system message with dates. Meta's code does not, and neither
     does this.
     """
-    ids = [tokenizer.bos_id]
+    ids = [tokenizer.special_tokens[BEGIN_OF_TEXT]]
     for message in messages:
         ids += encode_message(tokenizer, message)
     return ids + encode_header(tokenizer, "assistant")
@@ -57,12 +133,16 @@ def is_base_model(model: Model) -> bool:
     other sign: a base and an Instruct model differ only in the weights, and a folder may have any name.
     """
     assert model.tokenizer is not None
+    if any(name not in model.tokenizer.special_tokens for name in FORMAT_TOKENS):
+        return False
     embeddings, special = model.weights.tok_embeddings, model.tokenizer.special_tokens
-    unused = embeddings[-100:].float()  # [100, dim]: reserved tokens in every Llama 3
-    format_ids = [special[name] for name in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")]
+    last = tensors_of(embeddings)[0]
+    rows = torch.arange(len(last), device=last.device)
+    unused = embed(rows[-100:], embeddings).float()  # [100, dim]: reserved tokens in every Llama 3
+    format_ids = [special[name] for name in FORMAT_TOKENS]
     centre = unused.mean(dim=0)
     farthest_unused = (unused - centre).norm(dim=-1).max()
-    distances = (embeddings[format_ids].float() - centre).norm(dim=-1)  # [3]
+    distances = (embed(rows[format_ids], embeddings).float() - centre).norm(dim=-1)  # [3]
     return bool((distances <= 2 * farthest_unused).all())
 
 

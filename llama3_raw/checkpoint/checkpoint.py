@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,13 @@ from torch import Tensor
 
 from ..errors import UserError, in_short
 from ..params import Params
+from ..quantization.blocks import BlockType
+from ..system.files import read_json
 from ..system.madvise import drop_pages
 from ..weights import DTYPES, MATRICES, SCALE_ENDINGS, TensorSpec, tensor_specs
-from .files import find_files
+from .files import FileFormat, find_models, stop_ids_of
+from .gguf_reading import GgufFile, is_gguf, read_gguf
+from .lora import LowRank, merged, read_adapter
 from .mapping import UNSUPPORTED_DTYPE, map_checkpoint, map_safetensors
 from .sharding import SHARDED_DIMENSION, Shard, join, take
 
@@ -33,6 +38,11 @@ class Checkpoint(NamedTuple):
     scales: dict[TensorSpec, tuple[Tensor, ...]]  # of the rows and of the columns of int8 matrices
     mapped: bool = False  # whether the tensors are views of mapped files and have not been written to
     of_shard: bool = False  # whether this is one process's shard of the files
+    blocks: Mapping[TensorSpec, BlockType] = MappingProxyType({})  # of matrices in GGML's blocks, in rows of uint8
+    adapter: Mapping[TensorSpec, LowRank] = MappingProxyType({})  # what is added to a matrix when it is loaded
+    stop_ids: frozenset[int] | None = None  # the tokens that end a text; None: the files do not say
+    first_file: Path = Path()  # of the weights, in the folder
+    others: tuple[Path, ...] = ()  # first weight files of other models in the folder
 
     @property
     def tied(self) -> bool:
@@ -40,42 +50,110 @@ class Checkpoint(NamedTuple):
         return all(spec.field != "output" for spec in self.shards)
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether matrices are in int8 or in blocks."""
+        return bool(self.scales or self.blocks)
+
+    @property
     def dtype(self) -> torch.dtype:
-        """The stored dtype of the first tensor, the embeddings, which are never quantized."""
-        return next(iter(self.shards.values()))[0].dtype
+        """The dtype to compute in: the stored one of most matrices of the layers; of blocks it is bfloat16.
+
+        In an int8 model it is that of the embeddings.
+        """
+        in_layers = Counter(
+            torch.bfloat16 if spec in self.blocks else shards[0].dtype
+            for spec, shards in self.shards.items()
+            if spec.layer is not None and spec.field in MATRICES and spec not in self.scales
+        )
+        return next((dtype for dtype, _ in in_layers.most_common(1)), next(iter(self.shards.values()))[0].dtype)
 
     def needs_copy(self, spec: TensorSpec) -> bool:
         """Whether a tensor differs from its bytes in the file, so that it needs its own memory."""
         shards = self.shards[spec]
         is_joined = len(shards) > 1 and spec.field in SHARDED_DIMENSION
-        return is_joined or not shards[0].is_contiguous() or (self.hf and spec.field in ("wq", "wk"))
+        return (
+            spec in self.adapter
+            or is_joined
+            or not shards[0].is_contiguous()
+            or (self.hf and spec.field in ("wq", "wk"))
+        )
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Map the weight files of a folder and check them against its params, without reading weights.
+def open_checkpoint(path: Path, file_format: FileFormat | None = None) -> Checkpoint:
+    """Map the weights of a folder or a GGUF file and check them against its params, without reading them.
 
-    Raises UserError if a file is missing or damaged, or if a tensor does not match the params.
+    file_format: as in `find_files`. Raises UserError if a file is missing or damaged, or if a tensor does not match the
+    params.
     """
-    params_file, weight_files = find_files(folder)
+    (params_file, weight_files), *others = find_models(path, file_format)
+    if is_gguf(params_file):
+        return _from_gguf(read_gguf(params_file))
     params = Params.from_file(params_file)
-    in_safetensors = weight_files[0].suffix == ".safetensors"
+    by_name = _map_files(weight_files, are_shards=params_file.name == "params.json")
+    is_hf = _is_hf(by_name)
+    # without an output matrix the embeddings are used for it, unless config.json denies it; params.json never says
+    if is_hf and "lm_head.weight" not in by_name and read_json(params_file).get("tie_word_embeddings") is False:
+        raise UserError(
+            f"{path}: tensor lm_head.weight is missing, and {params_file.name} does not tie it; download the rest"
+        )
+    source = str(weight_files[0] if len(weight_files) == 1 else path)
+    return check_tensors(source, params, by_name)._replace(
+        mapped=True,
+        stop_ids=stop_ids_of(path),
+        first_file=weight_files[0].relative_to(path),
+        others=tuple(files[0].relative_to(path) for _, files in others),
+    )
+
+
+def _from_gguf(gguf: GgufFile) -> Checkpoint:
+    """Return the checkpoint of a GGUF file, whose matrices stay in blocks."""
+    specs = list(tensor_specs(gguf.params, gguf.tied))
+    return Checkpoint(
+        source=str(gguf.file),
+        params=gguf.params,
+        shards={spec: [gguf.tensors[spec.meta_name]] for spec in specs},
+        hf=False,
+        scales={},
+        mapped=True,
+        blocks={spec: gguf.kinds[spec.meta_name] for spec in specs if spec.meta_name in gguf.kinds},
+        first_file=Path(gguf.file.name),
+    )
+
+
+def _map_files(files: Sequence[Path], are_shards: bool) -> dict[str, list[Tensor]]:
+    """Map weight files: name -> its tensors. are_shards: whether a tensor may be in several files, as Meta's are."""
     by_name: dict[str, list[Tensor]] = {}
-    for file in weight_files:
+    for file in files:
+        in_safetensors = file.suffix == ".safetensors"
         for name, tensor in (map_safetensors if in_safetensors else map_checkpoint)(file).items():
-            if in_safetensors and name in by_name:
+            if name in by_name and (in_safetensors or not are_shards):
                 raise UserError(f"{file}: tensor {name} is in another file as well; keep the files of one model only")
             by_name.setdefault(name, []).append(tensor)
-    # without an output matrix the embeddings are used for it, unless config.json denies it; params.json never says
-    if (
-        _is_hf(by_name)
-        and "lm_head.weight" not in by_name
-        and json.loads(params_file.read_bytes()).get("tie_word_embeddings") is False
-    ):
-        raise UserError(
-            f"{folder}: tensor lm_head.weight is missing, and config.json does not tie it; download the rest"
-        )
-    source = str(weight_files[0] if len(weight_files) == 1 else folder)
-    return check_tensors(source, params, by_name)._replace(mapped=True)
+    renamed = common_names(by_name)
+    return {renamed[name]: tensors for name, tensors in by_name.items()}
+
+
+def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """Return the checkpoint with a LoRA adapter of PEFT, which is merged into each matrix when it is loaded.
+
+    Raises UserError if the adapter does not fit, and for weights that are quantized.
+    """
+    adapter = read_adapter(folder, {spec.hf_name: spec for spec in checkpoint.shards})
+    shards, changes = dict(checkpoint.shards), dict(adapter.changes)
+    for spec, tensor in adapter.replaced.items():
+        if spec.field not in ("tok_embeddings", "norm", "output") or (checkpoint.tied and spec.field != "norm"):
+            raise UserError(
+                f"{folder}: replaces {spec.hf_name}, which is not supported; merge it with PEFT's merge_and_unload"
+            )
+        shards[spec] = [tensor]
+    for spec, change in adapter.changes.items():
+        if spec in checkpoint.scales or spec in checkpoint.blocks:
+            raise UserError(
+                f"{checkpoint.source}: is quantized, which an adapter cannot be added to; give the original"
+            )
+        if spec.field in ("wq", "wk"):
+            changes[spec] = change._replace(b=interleave_pairs(change.b, checkpoint.params.head_dim))
+    return checkpoint._replace(shards=shards, adapter=changes)
 
 
 def first_layers(checkpoint: Checkpoint, layers: int) -> Checkpoint:
@@ -100,7 +178,9 @@ def shard_of(checkpoint: Checkpoint, shard: Shard) -> Checkpoint:
     params = shard.of_params(checkpoint.params)
     if shard.size == 1:
         return checkpoint
-    slices, scales = {}, {}
+    if checkpoint.blocks:
+        raise UserError(f"{checkpoint.source}: is quantized, and only one process can run it; use the original weights")
+    slices, scales, adapter = {}, {}, {}
     for spec, whole in checkpoint.shards.items():
         dimension = SHARDED_DIMENSION.get(spec.field)
         if dimension is None:
@@ -115,7 +195,9 @@ def shard_of(checkpoint: Checkpoint, shard: Shard) -> Checkpoint:
                 scale[wanted.start : wanted.stop] if i == dimension else scale
                 for i, scale in enumerate(checkpoint.scales[spec])
             )
-    return checkpoint._replace(params=params, shards=slices, scales=scales, of_shard=checkpoint.mapped)
+        if spec in checkpoint.adapter:
+            adapter[new_spec] = checkpoint.adapter[spec].part(dimension, wanted)
+    return checkpoint._replace(params=params, shards=slices, scales=scales, adapter=adapter, of_shard=checkpoint.mapped)
 
 
 def whole_tensor(checkpoint: Checkpoint, spec: TensorSpec) -> Tensor:
@@ -125,6 +207,8 @@ def whole_tensor(checkpoint: Checkpoint, spec: TensorSpec) -> Tensor:
     tensor = shards[0] if dimension is None else join(shards, dimension).contiguous()
     if checkpoint.hf and spec.field in ("wq", "wk"):
         tensor = interleave_pairs(tensor, checkpoint.params.head_dim)
+    if spec in checkpoint.adapter:
+        tensor = merged(tensor, checkpoint.adapter[spec])
     if checkpoint.mapped and checkpoint.needs_copy(spec):
         for shard in shards:
             drop_pages(shard)  # only the copy is used from now on
@@ -133,6 +217,26 @@ def whole_tensor(checkpoint: Checkpoint, spec: TensorSpec) -> Tensor:
 
 def _is_hf(names: Iterable[str]) -> bool:
     return any(name.startswith("model.") for name in names)
+
+
+def common_names(names: Iterable[str]) -> dict[str, str]:
+    """Return {name: Meta's or Hugging Face's name} of tensors that may share a prefix.
+
+    torch.compile leaves "_orig_mod.", DistributedDataParallel "module.", PEFT "base_model.model."; the names of a
+    LlamaModel alone have no "model.". A name outside the prefix stays as it is.
+    """
+    prefixes: dict[str, str] = {}  # and what replaces them
+    for name in names:
+        if f".{name}".endswith(".tok_embeddings.weight"):
+            prefixes = {name.removesuffix("tok_embeddings.weight"): ""}
+        elif f".{name}".endswith(".embed_tokens.weight"):
+            body = name.removesuffix("embed_tokens.weight")
+            prefixes = {body.removesuffix("model.") + "lm_head.": "lm_head.", body: "model."}
+    renamed = {}
+    for name in names:
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        renamed[name] = name if prefix is None else prefixes[prefix] + name[len(prefix) :]
+    return renamed
 
 
 def check_tensors(source: str, params: Params, by_name: Mapping[str, list[Tensor]]) -> Checkpoint:

@@ -1,62 +1,98 @@
-"""Finding the params, the weights and the tokenizer in a model folder."""
+"""Finding the files of a model: its params, weights and tokenizer, and which tokens end a text."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from ..errors import UserError, in_short
 from ..params import Params
-from ..system.files import read_small_file
+from ..system.files import read_json, read_small_file
 from ..tokenizer import Tokenizer
+from .gguf_reading import is_gguf, read_gguf
+from .gguf_vocabulary import tokenizer_of_gguf
+from .tokenizer_json import read_tokenizer
+
+FileFormat = Literal["original", "safetensors"]
+"""Meta's files (params.json), or Hugging Face's (config.json)."""
+
+Files = tuple[Path, list[Path]]
+"""The params file and the weight files of a model; a GGUF file is both."""
 
 _META_SAFETENSORS = "consolidated.safetensors"
+_TORCHTUNE = "meta_model_*.pt"
+_LATER_PART = re.compile(r"-(?!00001-)[0-9]{5}-of-[0-9]{5}\.gguf$")  # of a split GGUF file
 
 
-def find_files(folder: Path) -> tuple[Path, list[Path]]:
-    """Return the params file and the weight files of a model folder. Raises UserError if they are missing.
+def find_files(path: Path, file_format: FileFormat | None = None) -> Files:
+    """Return the params file and the weight files of a model folder, or of a GGUF file.
 
-    Weights in the folder itself come before those in original/, which are the base of a fine-tune.
+    Weights in the folder itself come before those in original/, which are the base of a fine-tune. file_format: take
+    only Meta's or only Hugging Face's files. Raises UserError if they are missing.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'there is no such folder'}")
-    for found in _models_in(folder):
-        return found
-    for part in folder.glob("*.part"):
-        raise UserError(f"{part}: the download is not complete; run python -m llama3_raw.download again to continue")
-    raise UserError(
-        f"{folder}: no model here; it should hold params.json and consolidated.00.pth (Meta's files, also in a "
-        "subfolder original/), or config.json and *.safetensors (Hugging Face's)"
+    return find_models(path, file_format)[0]
+
+
+def find_models(path: Path, file_format: FileFormat | None = None) -> list[Files]:
+    """Return the models in a folder, the one to prefer first. Raises UserError if there is none.
+
+    A damaged one after the first is left out.
+    """
+    if is_gguf(path):
+        return [(path, [path])]
+    if not path.is_dir():
+        reason = "not a folder, nor a GGUF file" if path.exists() else "there is no such folder or file"
+        raise UserError(f"{path}: {reason}")
+    models = (
+        files
+        for files in _models_in(path)
+        if file_format is None or file_format == ("original" if files[0].name == "params.json" else "safetensors")
     )
+    found = list(itertools.islice(models, 1))
+    with contextlib.suppress(UserError):
+        found += models
+    if not found:
+        raise _nothing_found(path, file_format)
+    return found
 
 
-def choice_of_files(folder: Path) -> str | None:
-    """Return which of several models in a folder `find_files` chose, as text; None if there is only one."""
-    models: list[Path] = []
-    with contextlib.suppress(UserError):  # of a damaged model that was not chosen
-        models += (weight_files[0].relative_to(folder) for _, weight_files in _models_in(folder))
-    return f"{models[0]}, not {' or '.join(map(str, models[1:]))}" if len(models) > 1 else None
-
-
-def _models_in(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+def _models_in(folder: Path) -> Iterator[Files]:
     """Yield the params file and the weight files of each model in a folder, the one to prefer first."""
     yield from _meta_files(folder)
     config = folder / "config.json"
-    shards = _safetensors_files(folder) if config.exists() else []
-    if shards:
-        yield config, shards
+    if config.exists():
+        for files in (_indexed_files(folder, "model", "safetensors"), _indexed_files(folder, "pytorch_model", "bin")):
+            if files:
+                yield config, files
     yield from _meta_files(folder / "original")
+    gguf_files = [file for file in sorted(folder.glob("*.gguf")) if not _LATER_PART.search(file.name)]
+    if len(gguf_files) > 1:
+        raise UserError(
+            f"{folder}: several models: {', '.join(file.name for file in gguf_files)}; name one of the files"
+        )
+    yield from ((file, [file]) for file in gguf_files)
 
 
-def _meta_files(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Yield the models with a params.json: Meta's format as .pth or .safetensors, and int8."""
+def _meta_files(folder: Path) -> Iterator[Files]:
+    """Yield the models with a params.json: Meta's format as .pth or .safetensors, torchtune's, and int8."""
     if not (folder / "params.json").exists():
         return
     checkpoints = sorted(folder.glob("consolidated.[0-9][0-9].pth"))
     _check_numbers(checkpoints)
-    for files in (checkpoints, sorted(folder.glob(_META_SAFETENSORS)), sorted(folder.glob("int8.*.safetensors"))):
+    tuned = sorted(folder.glob(_TORCHTUNE))
+    if len(tuned) > 1 and not checkpoints:
+        raise UserError(f"{folder}: several models: {', '.join(file.name for file in tuned)}; keep one of them there")
+    for files in (
+        checkpoints,
+        sorted(folder.glob(_META_SAFETENSORS)),
+        sorted(folder.glob("int8.*.safetensors")),
+        tuned,
+    ):
         if files:
             yield folder / "params.json", files
 
@@ -70,38 +106,116 @@ def _check_numbers(checkpoints: Sequence[Path]) -> None:
             )
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that the index names; without one, model.safetensors or else all of them.
+def _indexed_files(folder: Path, stem: str, ending: str) -> list[Path]:
+    """Return the weight files of save_pretrained that the index names; without one, the single file, or else all.
 
     Others are no part of the model: an adapter, the state of an optimizer, a variant in another dtype.
     """
-    files = sorted(set(folder.glob("*.safetensors")) - {folder / _META_SAFETENSORS})
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    is_bin = ending == "bin"  # other programs use that ending too
+    files = sorted(set(folder.glob(f"{stem}*.bin" if is_bin else f"*.{ending}")) - {folder / _META_SAFETENSORS})
+    index, single = folder / f"{stem}.{ending}.index.json", folder / f"{stem}.{ending}"
     if not index.exists():
-        return [single] if single in files else files
+        return [single] if single in files else [file for file in files if not file.name.startswith("adapter_")]
     try:
         named = set(json.loads(read_small_file(index))["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"{index}: not a safetensors index ({in_short(repr(error))}); download it again") from error
+        kind = "" if is_bin else "safetensors "
+        raise UserError(f"{index}: not a {kind}index ({in_short(repr(error))}); download it again") from error
     for name in sorted(named - {file.name for file in files}, key=str):
-        raise UserError(f"{index}: names {in_short(name)}, which is no *.safetensors in this folder; download it")
+        raise UserError(f"{index}: names {in_short(name)}, which is no *.{ending} in this folder; download it")
     return [file for file in files if file.name in named]
 
 
-def find_tokenizer(folder: Path, given: str | Path | None, params: Params) -> Tokenizer | None:
-    """Return the tokenizer `given`, or else that of the folder, or else None.
+def _nothing_found(folder: Path, file_format: FileFormat | None) -> UserError:
+    """Return the error for a folder without a model, with what is there instead and the way out."""
+    for part in folder.glob("*.part"):
+        return UserError(f"{part}: the download is not complete; run python -m llama3_raw.download again to continue")
+    if file_format is not None:
+        kind = "params.json with Meta's files" if file_format == "original" else "config.json with *.safetensors"
+        return UserError(f"{folder}: there is no {kind} here; leave {{argument}} out", argument="format")
+    if (folder / "adapter_config.json").exists():
+        return UserError(
+            f"{folder}: holds an adapter (adapter_config.json), but not the model that it changes; load that model, "
+            "and give this folder as {argument}",
+            argument="adapter",
+        )
+    for pattern, needed in (
+        ("*.safetensors", "config.json"),
+        ("pytorch_model*.bin", "config.json"),
+        ("*.pt*", "params.json"),
+    ):
+        for file in sorted(folder.glob(pattern)):
+            return UserError(f"{folder}: holds {file.name}, but no {needed}, which describes it; add that of the model")
+    return UserError(
+        f"{folder}: no model here; it should hold params.json and consolidated.00.pth (Meta's files, also in a "
+        "subfolder original/), config.json and *.safetensors (Hugging Face's), or a *.gguf"
+    )
 
-    Raises UserError if it does not fit the params.
-    """
-    candidates = [Path(given)] if given else [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]
-    for file in candidates:
-        if given or file.exists():
-            tokenizer = Tokenizer(file)
-            if tokenizer.n_words != params.vocab_size:
-                raise UserError(
-                    f"{file}: has {tokenizer.n_words} tokens, but the model has {params.vocab_size}; "
-                    "give the model's tokenizer as {argument}",
-                    argument="tokenizer",
-                )
-            return tokenizer
+
+def stop_ids_of(folder: Path) -> frozenset[int] | None:
+    """Return the tokens that end a text by generation_config.json, or else config.json; None if neither says."""
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        if not file.exists():
+            continue
+        ids = read_json(file).get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        if any(token is not None and type(token) is not int for token in ids):
+            raise UserError(f"{file}: eos_token_id should be token ids, is {in_short(ids)}; download it again")
+        if any(token is not None for token in ids):
+            return frozenset(token for token in ids if token is not None)
     return None
+
+
+def find_tokenizer(path: Path, given: str | Path | None, params: Params) -> Tokenizer | None:
+    """Return the tokenizer `given`, or else that of the folder or GGUF file, or else None.
+
+    In Hugging Face's format tokenizer.json comes before tokenizer.model, which may be that of the base. Rows of the
+    embeddings without a token have one that is never encoded. Raises UserError if the model has fewer rows than tokens.
+    """
+    if given:
+        tokenizer = read_tokenizer(Path(given))
+    elif is_gguf(path):
+        gguf = read_gguf(path)
+        found = tokenizer_of_gguf(gguf.file, gguf.metadata)
+        if found is None:
+            return None
+        tokenizer = found
+    else:
+        names = ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
+        if (path / "params.json").exists():
+            names.insert(0, names.pop(1))
+        file = next((path / name for name in names if (path / name).exists()), None)
+        if file is None:
+            return None
+        tokenizer = read_tokenizer(file)
+    if path.is_dir():
+        tokenizer.chat_template = tokenizer.chat_template or chat_template_of(path)
+    if not tokenizer.n_words <= params.vocab_size <= 2 * tokenizer.n_words:  # far more rows: of another model
+        raise UserError(
+            f"{tokenizer.path}: has {tokenizer.n_words} tokens, but the model has {params.vocab_size}; "
+            "give the model's tokenizer as {argument}",
+            argument="tokenizer",
+        )
+    return tokenizer if tokenizer.n_words == params.vocab_size else tokenizer.padded(params.vocab_size)
+
+
+def chat_template_of(folder: Path) -> str | None:
+    """Return the chat template of a folder, in Jinja: chat_template.jinja's or tokenizer_config.json's; or None.
+
+    Of several named ones it is "default". (apply_chat_template in transformers' tokenization_utils_base.py)
+    """
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return read_small_file(file).decode("utf-8", errors="replace")
+    file = folder / "tokenizer_config.json"
+    template = read_json(file).get("chat_template") if file.exists() else None
+    if isinstance(template, list):
+        try:
+            named = {entry["name"]: entry["template"] for entry in template}
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{file}: chat_template should be named templates, is {in_short(template)}") from error
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{file}: chat_template should be text, is {in_short(template)}")
+    return template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,23 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..params import Params
+from ..quantization.blocks import Blocks, dequantize_blocks
 from ..quantization.int8 import Int8, quantize
 from ..quantization.matrix import Matrix, tensors_of
 from ..system.madvise import prefetch_pages
-from ..weights import DTYPES, MATRICES, SCALE_ENDINGS, LayerWeights, Model, TensorSpec, Weights, tensor_specs
-from .checkpoint import Checkpoint, check_tensors, first_layers, open_checkpoint, shard_of, whole_tensor
-from .files import find_tokenizer
+from ..weights import (
+    DTYPES,
+    MATRICES,
+    SCALE_ENDINGS,
+    LayerWeights,
+    Model,
+    TensorSpec,
+    Weights,
+    dtype_name,
+    tensor_specs,
+)
+from .checkpoint import Checkpoint, check_tensors, first_layers, open_checkpoint, shard_of, whole_tensor, with_adapter
+from .files import FileFormat, find_tokenizer
 from .sharding import Shard
 from .staging import Move, staging
 
@@ -41,7 +53,12 @@ def to_state_dict(params: Params, weights: Weights) -> dict[str, Tensor]:
 
 
 def by_stored_name(name: str, matrix: Matrix) -> dict[str, Tensor]:
-    """Return the tensors of a matrix by their names in files: itself and, if it is quantized, its scales."""
+    """Return the tensors of a matrix by their names in files: itself and, if it is in int8, its scales.
+
+    Of blocks they are the values that these stand for.
+    """
+    if isinstance(matrix, Blocks):
+        return {name: dequantize_blocks(matrix, matrix.dtype)}
     endings = ("", *SCALE_ENDINGS) if isinstance(matrix, Int8) else ("",)
     return {name + ending: tensor for ending, tensor in zip(endings, tensors_of(matrix), strict=True)}
 
@@ -57,15 +74,20 @@ def load(  # noqa: PLR0913  # what a caller may set
     progress: bool = False,
     gpu_layers: int | None = None,
     shard: Shard | None = None,
+    format: FileFormat | None = None,
+    adapter: str | Path | None = None,
 ) -> Model:
-    """Load a model from a folder with Meta's files or Hugging Face's, or with Meta's in its subfolder original/.
+    """Load a model from a folder with Meta's files or Hugging Face's, or from a GGUF file.
+
+    Meta's files may also be in a subfolder original/, but weights in the folder itself come first.
 
     Args:
-        folder: the folder, with a tokenizer.model if there is to be text.
+        folder: the folder, with a tokenizer.model or tokenizer.json if there is to be text; or a file NAME.gguf.
         device: where the tensors are. On the CPU they are memory-mapped, and not copied unless they must be converted.
-        dtype: None keeps the checkpoint's dtype.
+        dtype: None keeps the checkpoint's dtype. Where the norms have another one, they take that of the matrices.
         layers: load only the first `layers` layers.
-        tokenizer: a tokenizer.model elsewhere; None loads the folder's, if it has one; False loads none.
+        tokenizer: a tokenizer.model or tokenizer.json elsewhere; None loads the folder's, if there is one; False
+            loads none.
         quantized: round the matrices to int8, in allocated memory. (What `save_quantized` wrote is mapped.)
         progress: read the weights into memory now, with a bar on stderr. Otherwise the pages of a CPU model are read
             when the first forward pass uses them.
@@ -74,6 +96,8 @@ def load(  # noqa: PLR0913  # what a caller may set
             `ops=backends.choose.ops_for(weights)` to `forward` and `trace`. None: all layers are on the GPU.
         shard: load only the shard that one of several processes holds; only its bytes are read. The params are those
             of the whole model. Use it with the operations of `backends.tensor_parallel.parallel_ops`.
+        format: "original" takes only Meta's files, "safetensors" only Hugging Face's, where a folder has both.
+        adapter: a folder with a LoRA adapter of PEFT, which is merged into the weights.
 
     Raises:
         UserError: a file is missing or damaged, a tensor does not match the params, the model has fewer layers, or it
@@ -81,8 +105,12 @@ def load(  # noqa: PLR0913  # what a caller may set
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise UserError(f"dtype should be torch.bfloat16, float16 or float32, is {dtype}")
-    folder = Path(folder)
-    checkpoint = open_checkpoint(folder)
+    folder = Path(folder).expanduser()
+    checkpoint = open_checkpoint(folder, format)
+    if adapter is not None:
+        checkpoint = with_adapter(checkpoint, Path(adapter))
+    if quantized and checkpoint.is_quantized:
+        raise UserError(f"{folder}: is quantized already; leave {{argument}} out", argument="quantized")
     if layers is not None:
         checkpoint = first_layers(checkpoint, layers)
     device, params = torch.device(device), checkpoint.params
@@ -90,7 +118,8 @@ def load(  # noqa: PLR0913  # what a caller may set
     if shard is not None:
         checkpoint = shard_of(checkpoint, shard)
     weights = build_weights(checkpoint, device, dtype, progress, quantized, gpu_layers)
-    return Model(weights, params, None if tokenizer is False else find_tokenizer(folder, tokenizer, params))
+    found = None if tokenizer is False else find_tokenizer(folder, tokenizer, params)
+    return Model(weights, params, found, checkpoint.stop_ids)
 
 
 def check_gpu_layers(gpu_layers: int | None, device: torch.device, params: Params) -> None:
@@ -136,7 +165,7 @@ def build_weights(
     Raises UserError if the stored dtypes differ and none is given, or if the tensors do not fit into memory.
     """
     if dtype is None:
-        _check_one_dtype(checkpoint)
+        dtype = _common_dtype(checkpoint)
     source, sizes = checkpoint.source, [shard.nbytes for shards in checkpoint.shards.values() for shard in shards]
     total, largest = sum(sizes), max(sizes)
     built: dict[TensorSpec, Matrix] = {}
@@ -170,22 +199,39 @@ def build_weights(
     return _to_weights(built, checkpoint.params.n_layers, quantized)
 
 
-def _check_one_dtype(checkpoint: Checkpoint) -> None:
-    """Raise UserError naming a tensor whose stored dtype differs from the rest."""
+def _common_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype of the layers' matrices, and print a line if other tensors are converted to it.
+
+    Raises UserError naming a matrix of a layer that has another dtype than the rest.
+    """
     source, common = checkpoint.source, checkpoint.dtype
+    others: dict[torch.dtype, str] = {}  # and the name of the first such tensor
     for spec, shards in checkpoint.shards.items():
-        for other in {shard.dtype for shard in shards if spec not in checkpoint.scales} - {common}:
+        if spec in checkpoint.scales or spec in checkpoint.blocks:
+            continue
+        for other in {shard.dtype for shard in shards} - {common}:
             name = spec.hf_name if checkpoint.hf else spec.meta_name
-            raise UserError(
-                f"{source}: tensor {name} is {other}, should be {common} like the rest; {{argument}} converts them all",
-                argument="dtype",
-            )
+            others.setdefault(other, name)
+            if spec.field in MATRICES and spec.layer is not None:
+                raise UserError(
+                    f"{source}: tensor {name} is {other}, should be {common} like the rest; {{argument}} converts them "
+                    "all",
+                    argument="dtype",
+                )
+    for other, name in others.items() if not checkpoint.blocks else ():  # in GGUF files that is the rule
+        print(
+            f"llama3_raw: {source}: {name} is in {dtype_name(other)}; converted to {dtype_name(common)} like the rest",
+            file=sys.stderr,
+        )
+    return common
 
 
 def _build(checkpoint: Checkpoint, spec: TensorSpec, move: Move, dtype: torch.dtype | None, quantized: bool) -> Matrix:
     """Return a tensor of the checkpoint, joined, moved by `move`, and in int8 if it is stored so or `quantized`."""
-    scales = checkpoint.scales.get(spec)
-    moved = move(whole_tensor(checkpoint, spec), None if scales else dtype)
+    scales, block_type = checkpoint.scales.get(spec), checkpoint.blocks.get(spec)
+    moved = move(whole_tensor(checkpoint, spec), None if scales or block_type else dtype)
+    if block_type:
+        return Blocks(moved, block_type, dtype or checkpoint.dtype)
     if scales:
         return Int8(moved, *(move(scale, None) for scale in scales))
     return quantize(moved) if quantized and spec.field in MATRICES else moved

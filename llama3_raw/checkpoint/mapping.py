@@ -7,6 +7,7 @@ private, so a write to a weight never reaches the file.
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import pickle
 import re
@@ -27,13 +28,24 @@ from ..errors import UserError, in_short
 from ..system.files import read_beginning
 from ..weights import DTYPES, SCALE_ENDINGS
 
-# tables in some checkpoints that are computed here instead
-_IGNORED_ENDINGS = ("rope.freqs", "rotary_emb.inv_freq")
+logger = logging.getLogger(__name__)
+
+# buffers in some checkpoints that are computed here instead
+_IGNORED_ENDINGS = (
+    *("rope.freqs", "freqs_cis", "freqs_cos", "freqs_sin"),
+    *("rotary_emb.inv_freq", "rotary_emb.original_inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"),
+    *("position_ids", "self_attn.bias", "self_attn.masked_bias"),
+)
+
+# what training programs call the weights in a file that holds more
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+
+_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # of torch's format before 1.6
 
 UNSUPPORTED_DTYPE = "only bfloat16, float16 and float32 are supported; use the original weights, not quantized ones"
 
 
-def _map_file(file: Path) -> mmap.mmap:
+def map_file(file: Path) -> mmap.mmap:
     """Map a file. Writes stay private, and no swap is reserved, so that it may be larger than the RAM."""
     try:
         with open(file, "rb") as opened:
@@ -50,16 +62,19 @@ def _map_file(file: Path) -> mmap.mmap:
 
 def map_checkpoint(file: Path) -> dict[str, Tensor]:
     """Map a file of torch.save: name -> tensor. Only plain tensors are unpickled; nothing in the file can run."""
-    if not read_beginning(file).startswith(b"PK"):
+    beginning = read_beginning(file)
+    if beginning.startswith(_MAGIC):
+        raise UserError(f"{file}: is in torch's format from before 1.6; {_rewriting(file, weights_only=True)}")
+    if not beginning.startswith(b"PK"):
         raise UserError(f"{file}: not a checkpoint of torch.save (not a zip file); download it again")
-    memory = _map_file(file)
+    memory = map_file(file)
     records, structure = _read_structure(file, memory)
     tensors = {}
     for name, tensor in structure.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             what = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
             raise UserError(f"{file}: {name!r} should be a name with a plain tensor, is a {what}; download it again")
-        if name.endswith(_IGNORED_ENDINGS):
+        if _is_ignored(file, name):
             continue
         if not tensor.numel():
             raise UserError(f"{file}: {name} is empty; download the file again")
@@ -78,6 +93,12 @@ def _read_structure(file: Path, memory: mmap.mmap) -> tuple[dict[int, int], dict
             warnings.simplefilter("ignore")  # torch warns of unusual pickles, which the user cannot change
             structure = torch.load(file, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
+        protocol = _pickle_protocol(file)
+        if protocol > 3:
+            raise UserError(
+                f"{file}: was saved with pickle_protocol={protocol}, which torch cannot read without running code that "
+                f"may be in it; if you trust it, {_rewriting(file, weights_only=False)}"
+            ) from error
         code = re.search(r"GLOBAL (\S+)", str(error))
         content = f"{code[1]}, which could run code, " if code else "something other than plain tensors "
         raise UserError(f"{file}: holds {content}and is refused; download it from a source that you trust") from error
@@ -86,7 +107,39 @@ def _read_structure(file: Path, memory: mmap.mmap) -> tuple[dict[int, int], dict
     if not isinstance(structure, dict):
         kind = type(structure).__name__
         raise UserError(f"{file}: should hold a dictionary of tensors, holds a {kind}; download it again")
-    return records, structure
+    return records, _unwrapped(structure)
+
+
+def _unwrapped(structure: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the weights of a file that a training program saved, with the state of its optimizer or the like."""
+    inner = [structure[name] for name in _WRAPPERS if isinstance(structure.get(name), dict)]
+    if len(inner) == 1 and not any(isinstance(value, Tensor) for value in structure.values()):
+        return _unwrapped(inner[0])
+    return structure
+
+
+def _pickle_protocol(file: Path) -> int:
+    """Return the pickle protocol of a file of torch.save; 2, its default, if that cannot be read."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            return archive.read(name)[1]
+    except (OSError, ValueError, LookupError, StopIteration, zipfile.BadZipFile):
+        return 2
+
+
+def _rewriting(file: Path, weights_only: bool) -> str:
+    """Return how to rewrite a file of torch.save in torch's present format, as text."""
+    code = f"torch.save(torch.load('{file.name}', weights_only={weights_only}), 'new.pth')"
+    return f'rewrite it, and give the new file its name: python -c "import torch; {code}"'
+
+
+def _is_ignored(file: Path, name: str) -> bool:
+    """Whether a tensor is a buffer that is computed here instead."""
+    if name.endswith(_IGNORED_ENDINGS):
+        logger.debug("%s: %s is left out, because it is computed here", file, name)
+        return True
+    return False
 
 
 def _mapped(tensor: Tensor, memory: mmap.mmap, records: Mapping[int, int]) -> Tensor:
@@ -140,7 +193,7 @@ def map_safetensors(file: Path) -> dict[str, Tensor]:
             pass
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: damaged or cut short ({in_short(error)}); download it again") from error
-    memory = _map_file(file)
+    memory = map_file(file)
     header_end = 8 + int.from_bytes(memory[:8], "little")
     header = json.loads(memory[8:header_end])
     header.pop("__metadata__", None)
@@ -149,7 +202,7 @@ def map_safetensors(file: Path) -> dict[str, Tensor]:
         has_scales = all(name + ending in header for ending in SCALE_ENDINGS)
         dtype = torch.int8 if entry["dtype"] == "I8" and has_scales else DTYPES.get(entry["dtype"])
         begin, end = entry["data_offsets"]
-        if name.endswith(_IGNORED_ENDINGS):
+        if _is_ignored(file, name):
             continue
         if dtype is None or begin == end:
             raise UserError(f"{file}: tensor {name} is {entry['shape']} {entry['dtype']}; {UNSUPPORTED_DTYPE}")

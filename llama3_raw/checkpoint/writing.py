@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import in_short
+from ..errors import UserError, in_short
 from ..quantization.int8 import quantize
 from ..system.files import atomic_folder
 from ..weights import DTYPES, MATRICES, tensor_specs
@@ -90,6 +90,8 @@ def save_quantized(
     scales next to it. The other tensors are in `dtype`; None keeps the stored dtype. progress: show a bar on stderr.
     Raises what `atomic_folder` raises.
     """
+    if checkpoint.is_quantized:
+        raise UserError(f"{source}: is quantized already; write the original weights in int8")
     params_file, _ = find_files(source)
     n_layers = checkpoint.params.n_layers
     embeddings = next(spec for spec in checkpoint.shards if spec.field == "tok_embeddings")

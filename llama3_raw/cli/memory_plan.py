@@ -22,6 +22,7 @@ from ..checkpoint.loading import goes_to_gpu
 from ..errors import UserError
 from ..model import REFERENCE
 from ..ops import PREFILL_CHUNK, score_bytes
+from ..quantization.int8 import ROWS_AT_ONCE
 from ..system.machine import free_memory
 from ..weights import MATRICES, dtype_name
 
@@ -86,10 +87,14 @@ def needed(plan: MemoryPlan) -> MemoryUse:
         copied += sum(torch.Size(place.shape).numel() for place in checkpoint.shards if place.field == "tok_embeddings")
     for place, parts in checkpoint.shards.items():
         stored = parts[0].dtype
+        wanted = dtype or checkpoint.dtype
+        in_blocks = place in checkpoint.blocks
         to_int8 = quantized and place.field in MATRICES
         is_int8 = to_int8 or place in checkpoint.scales
-        n_bytes = torch.Size(place.shape).numel() * (1 if is_int8 else (dtype or stored).itemsize)
-        changed = to_int8 or (not is_int8 and dtype not in (None, stored)) or checkpoint.needs_copy(place)
+        n_bytes = torch.Size(place.shape).numel() * (1 if is_int8 else wanted.itemsize)
+        if in_blocks:
+            n_bytes = parts[0].nbytes
+        changed = to_int8 or not (is_int8 or in_blocks or wanted == stored) or checkpoint.needs_copy(place)
         home = device if goes_to_gpu(place, checkpoint.tied, gpu_layers) else _CPU
         if home.type != "cpu" or (changed and home == device) or made:
             copied += n_bytes
@@ -105,12 +110,14 @@ def needed(plan: MemoryPlan) -> MemoryUse:
         n_rep = params.n_heads // params.n_kv_heads  # a block's mask, as bool and in dtype; flash attention has none
         attention = min(QUERIES, shape.prompt) * n_rep * rows * shape.text * (1 + 2 * itemsize)
         longest = max(params.hidden_dim, params.vocab_size)
-        dequantized = min(DEQUANTIZED_BYTES, longest * params.dim * itemsize) if quantized or checkpoint.scales else 0
+        is_rounded = quantized or checkpoint.is_quantized
+        dequantized = min(DEQUANTIZED_BYTES, longest * params.dim * itemsize) if is_rounded else 0
     else:
         scores = max(chunk * shape.prompt, rows * shape.text) * params.n_heads * score_bytes(itemsize)
         # keys and values repeated for every query head, before and after the transpose
         repeated = 4 * rows * shape.text * params.n_heads * per_position
-        attention, dequantized = scores + repeated, 0
+        attention = scores + repeated
+        dequantized = ROWS_AT_ONCE * max(params.hidden_dim, params.dim) * (8 + itemsize) if checkpoint.blocks else 0
     hidden = 3 * min(PREFILL_CHUNK, rows * shape.prompt) * params.hidden_dim * itemsize
     with_logits = rows if rows > 1 else min(chunk, shape.scored)
     logits = with_logits * params.vocab_size * (itemsize + 4 + 4)  # as computed, in fp32, as log-probabilities
@@ -194,7 +201,7 @@ def _check_mapped(plan: MemoryPlan) -> None:
             raise UserError(
                 "--max-ram leaves the weights in their file; write them in int8 first with --save-quantized"
             )
-        if dtype not in (None, parts[0].dtype) and place not in checkpoint.scales:
+        if dtype not in (None, parts[0].dtype) and place not in checkpoint.scales and place not in checkpoint.blocks:
             raise UserError(f"--max-ram leaves the weights in their file, as {parts[0].dtype}; leave --dtype out")
         if checkpoint.needs_copy(place):
             name, how = (
@@ -202,7 +209,7 @@ def _check_mapped(plan: MemoryPlan) -> None:
             )
             raise UserError(
                 f"{checkpoint.source}: --max-ram leaves the weights in their file, but {name} would be copied, {how}; "
-                "get the model in Meta's format, in one file: python download.py --model NAME"
+                "write it in Meta's format, in one file: python -m llama3_raw.convert SOURCE FOLDER --shards 1"
             )
 
 
@@ -211,7 +218,7 @@ def _suggestions(plan: MemoryPlan, fits: Callable[[MemoryPlan], bool]) -> list[s
     checkpoint, shape = plan.checkpoint, plan.shape
     suggestions = []
     in_bf16 = (plan.dtype or checkpoint.dtype) == torch.bfloat16
-    is_rounded = plan.quantized or checkpoint.scales
+    is_rounded = plan.quantized or checkpoint.is_quantized
     can_quantize = plan.device.type != "mps" and in_bf16 and not is_rounded
     if can_quantize and fits(plan._replace(quantized=True)):
         suggestions.append("--quantize int8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import re
@@ -15,8 +16,9 @@ import torch
 from ..backends.choose import ops_for
 from ..backends.streaming import least_memory, read_ahead
 from ..backends.tensor_parallel import parallel_ops
-from ..checkpoint.checkpoint import Checkpoint, first_layers, open_checkpoint, shard_of
-from ..checkpoint.files import choice_of_files, find_tokenizer
+from ..checkpoint.checkpoint import Checkpoint, first_layers, open_checkpoint, shard_of, with_adapter
+from ..checkpoint.files import find_tokenizer
+from ..checkpoint.gguf_reading import is_gguf
 from ..checkpoint.loading import build_weights, check_gpu_layers
 from ..checkpoint.sharding import Shard
 from ..errors import UserError
@@ -31,6 +33,8 @@ from .options import DEFAULT_MODEL, DTYPES_BY_NAME, parse_ids
 
 PACKAGE = Path(__file__).parents[1]
 BUILT_IN_MODEL = "tiny"
+
+_PARAMS_FILES = ("params.json", "config.json", "original/params.json")
 
 PROGRESS_BAR_FROM = 1_000_000_000  # bytes of weights; smaller models load too fast for a bar
 
@@ -54,6 +58,13 @@ class ChosenModel(NamedTuple):
     quantized: bool  # round matrices to int8 while loading
     gpu_layers: int | None = None  # the first n layers have their matrices on the GPU; None: all
     random_seed: int | None = None  # make random weights; None: the folder's
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end a text: those of the model's files, or else of the tokenizer."""
+        if self.checkpoint.stop_ids is not None:
+            return self.checkpoint.stop_ids
+        return self.tokenizer.stop_ids if self.tokenizer else frozenset()
 
 
 def chosen_ids(chosen: ChosenModel, prompt: str, *, are_ids: bool = False, special: bool = False) -> list[int]:
@@ -80,15 +91,21 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
     from. Raises UserError.
     """
     set_threads(options.threads)
+    if options.debug:
+        logging.basicConfig(format="llama3_raw: %(message)s")
+        logging.getLogger("llama3_raw").setLevel(logging.DEBUG)
     device = choose_device(options.device)
     quantized = options.quantize is not None
     folder = find_model(options.weights, named_by)
-    checkpoint = open_checkpoint(folder.path)
-    choice = choice_of_files(folder.path)
-    if choice:
+    checkpoint = open_checkpoint(folder.path, options.format)
+    if checkpoint.others and not options.format:
+        choice = f"{checkpoint.first_file}, not {' or '.join(map(str, checkpoint.others))}"
         folder = folder._replace(why=f"{folder.why}; {choice}")
-    if quantized and checkpoint.scales:
-        raise UserError(f"--quantize int8: {folder.path} is in int8 already; leave it out")
+    if options.adapter:
+        checkpoint = with_adapter(checkpoint, Path(options.adapter))
+        folder = folder._replace(why=f"{folder.why}; with the adapter {options.adapter}")
+    if quantized and checkpoint.is_quantized:
+        raise UserError(f"--quantize int8: {folder.path} is quantized already; leave it out")
     dtype = DTYPES_BY_NAME.get(options.dtype)
     if quantized or checkpoint.scales:
         check_int8(quantized, device, dtype or checkpoint.dtype)
@@ -102,7 +119,10 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
             raise
         tokenizer = None
     if tokenizer is None and needs_tokenizer:
-        raise UserError(f"{folder.path}: there is no tokenizer.model; give --tokenizer FILE, or the text as token ids")
+        raise UserError(
+            f"{folder.path}: there is no tokenizer.model or tokenizer.json; give --tokenizer FILE, or the text as "
+            "token ids"
+        )
     return ChosenModel(folder, checkpoint, tokenizer, device, dtype, options.max_ram, quantized, options.gpu_layers)
 
 
@@ -145,7 +165,7 @@ def load_model(
     if max_ram is not None:
         ops = _limited(ops, weights, weight_bytes, max_ram, checkpoint.source)
     which = f"{folder.path} ({folder.why}) on {_where(chosen, ranks)}"
-    return Model(weights, chosen.checkpoint.params, tokenizer), ops, which
+    return Model(weights, chosen.checkpoint.params, tokenizer, checkpoint.stop_ids), ops, which
 
 
 def _own_shard(chosen: ChosenModel, ranks: Ranks) -> Checkpoint:
@@ -223,7 +243,7 @@ def local_models() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for root in (Path("weights"), PACKAGE.parent / "weights"):
         for folder in sorted(root.iterdir()) if root.is_dir() else ():
-            if any((folder / file).exists() for file in ("params.json", "config.json", "original/params.json")):
+            if any((folder / file).exists() for file in _PARAMS_FILES) or any(folder.glob("*.gguf")):
                 found.setdefault(folder.name, folder)
     return found
 
@@ -235,22 +255,46 @@ def _built_in_folder() -> Path:
 
 
 def _find_named(name: str, option: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).exists():
-        raise UserError(f"{option} {name}: is a file; give the folder it is in")
+    path = Path(os.path.expanduser(name))  # of a variable no shell has expanded ~
+    if path.is_dir() or is_gguf(path):
+        return path
+    if path.exists():
+        raise UserError(f"{option} {name}: is a file, but no GGUF; give the folder it is in")
     there = local_models()
     if name in there:
         return there[name]
     if name == BUILT_IN_MODEL:
         return _built_in_folder()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        from huggingface_hub import snapshot_download  # slow to import, and seldom needed
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(name, local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError):
-            raise UserError(f"{option} {name}: neither a folder here nor in the Hugging Face cache") from None
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[^@]+)?", name):
+        return _find_in_cache(name, option)
     known = ", ".join(there) or "nothing"
-    raise UserError(f"{option} {name}: there is no such folder, and weights/ holds {known}")
+    what = "file" if name.endswith(".gguf") else "folder"
+    raise UserError(f"{option} {name}: there is no such {what}, and weights/ holds {known}")
+
+
+def _find_in_cache(name: str, option: str) -> Path:
+    """Return the snapshot of org/repo or org/repo@revision in the Hugging Face cache.
+
+    Without a revision it is that of main, or else the only one: a download pinned by commit leaves no refs/main.
+    """
+    from huggingface_hub import constants, snapshot_download  # slow to import, and seldom needed
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    repo, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
+    snapshots = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots")
+    found = [folder for folder in sorted(snapshots.glob("*")) if folder.name.startswith(revision)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        several = ", ".join(folder.name[:12] for folder in found)
+        raise UserError(
+            f"{option} {name}: the Hugging Face cache has several revisions; give {repo}@ and one of {several}"
+        )
+    raise UserError(
+        f"{option} {name}: neither a folder here nor in the Hugging Face cache; "
+        f"fetch it with python -m llama3_raw.download --model {repo}"
+    )

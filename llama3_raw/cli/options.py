@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
+from ..checkpoint.files import FileFormat
 from ..decoding.prompt_lookup import MAX_DRAFT_TOKENS
 from ..decoding.sampling import Sampling
 from ..errors import UserError, in_short
+from ..tokenizer import Tokenizer
 from ..weights import DTYPES, dtype_name
 from .entry_point import not_empty
 
@@ -26,10 +30,22 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         "--weights",
         type=not_empty,
         metavar="MODEL",
-        help="folder, name in weights/, or org/repo in the Hugging Face cache (default: $LLAMA3_RAW_WEIGHTS, else "
-        f"{DEFAULT_MODEL}, else the only one in weights/, else the built-in one)",
+        help="folder, *.gguf, name in weights/, cached org/repo[@revision] (default: $LLAMA3_RAW_WEIGHTS, "
+        f"{DEFAULT_MODEL}, the only one in weights/, built-in)",
     )
-    group.add_argument("--tokenizer", type=not_empty, metavar="FILE", help="tokenizer.model (default: the model's own)")
+    group.add_argument(
+        "--format",
+        choices=get_args(FileFormat),
+        metavar="FORMAT",
+        help="in a folder with both: original (Meta's files) or safetensors",
+    )
+    group.add_argument("--adapter", type=not_empty, metavar="FOLDER", help="merge a LoRA adapter of PEFT")
+    group.add_argument(
+        "--tokenizer",
+        type=not_empty,
+        metavar="FILE",
+        help="tokenizer.model or .json (default: the model's own)",
+    )
     group.add_argument(
         "--dtype", choices=DTYPES_BY_NAME, metavar="DTYPE", help=f"{', '.join(DTYPES_BY_NAME)} (default: as stored)"
     )
@@ -44,7 +60,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         "--max-ram",
         type=byte_size,
         metavar="SIZE",
-        help="memory limit, e.g. 4GB or 3.5GiB: weights that do not fit are read from the disk (CPU)",
+        help="e.g. 4GB or 3.5GiB: weights that do not fit are read from the disk (CPU)",
     )
     group.add_argument(
         "--threads", type=positive_int, metavar="N", help="CPU threads (default: $OMP_NUM_THREADS, else physical cores)"
@@ -75,6 +91,44 @@ def read_prompt(prompt: str | None, tool: str) -> str:
     if not prompt:
         raise UserError("the prompt is empty; give at least one character")
     return prompt
+
+
+def add_stop_token_option(group: argparse._ArgumentGroup) -> None:
+    """Add --stop-token."""
+    group.add_argument(
+        "--stop-token",
+        action="append",
+        default=[],
+        type=not_empty,
+        metavar="NAME|ID",
+        help="stop at this token, too (repeatable)",
+    )
+
+
+def add_template_option(group: argparse._ArgumentGroup) -> None:
+    """Add --template."""
+    group.add_argument(
+        "--template",
+        type=not_empty,
+        metavar="llama3|FILE",
+        help="the dialog format, or a Jinja template (default: the model's own)",
+    )
+
+
+def chosen_stop_ids(options: argparse.Namespace, tokenizer: Tokenizer | None, vocab_size: int) -> frozenset[int]:
+    """Return the tokens of --stop-token, and those that a --stop text names. Raises UserError for an unknown one."""
+    known = {**tokenizer.special_tokens, **tokenizer.added_tokens} if tokenizer else {}
+    ids = {known[text] for text in getattr(options, "stop", ()) if text in known}
+    for name in options.stop_token:
+        if name in known:
+            ids.add(known[name])
+        elif re.fullmatch(r"[0-9]{1,9}", name) and int(name) < vocab_size:
+            ids.add(int(name))
+        else:
+            close = difflib.get_close_matches(name, known, n=1)
+            way_out = f"did you mean {close[0]}?" if close else f"give a special token, or an id below {vocab_size}"
+            raise UserError(f"--stop-token {name}: the model has no such token; {way_out}")
+    return frozenset(ids)
 
 
 def add_lookup_option(group: argparse._ArgumentGroup) -> None:
@@ -167,13 +221,15 @@ def check_output(option: str, name: str) -> None:
 
 
 def read_text(file: str) -> str:
-    """Return the text of a file; "-" reads stdin. Raises UserError if it cannot be read or is not UTF-8."""
+    """Return the text of a file, without a byte order mark; "-" reads stdin.
+
+    Raises UserError if it cannot be read or is not UTF-8.
+    """
     try:
-        if file != "-":
-            return Path(file).read_bytes().decode("utf-8")
-        if sys.stdin is None:
+        if file == "-" and sys.stdin is None:
             raise UserError("stdin is closed; redirect a file to it with < FILE")
-        return sys.stdin.buffer.read().decode("utf-8")
+        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         name = "stdin" if file == "-" else file
         raise UserError(f"{name}: not valid UTF-8 at byte {error.start}; convert the text to UTF-8") from error

@@ -54,7 +54,7 @@ def _hf_state_dict(model: Model) -> dict[str, Tensor]:
     """Return the tensors by Hugging Face's names; only wq and wk are copied (see `split_pairs`)."""
     params = model.params
     by_meta_name: dict[str, Any] = dict(to_state_dict(params, model.weights))
-    tensors = {"lm_head.weight": by_meta_name.get("output.weight", model.weights.tok_embeddings)}
+    tensors = {"lm_head.weight": by_meta_name.get("output.weight", by_meta_name["tok_embeddings.weight"])}
     for spec in tensor_specs(params, tied="output.weight" not in by_meta_name):
         tensor = by_meta_name[spec.meta_name]
         if spec.field in ("wq", "wk"):
@@ -100,7 +100,7 @@ def meta_model(model: Model, length: int) -> Iterator[Any]:
         )
         torch.set_default_dtype(dtype)
         tensors = to_state_dict(params, weights)
-        network.load_state_dict({"output.weight": weights.tok_embeddings, **tensors}, assign=True)
+        network.load_state_dict({"output.weight": tensors["tok_embeddings.weight"], **tensors}, assign=True)
         yield network
     finally:
         torch.set_default_dtype(dtype)

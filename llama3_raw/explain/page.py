@@ -38,7 +38,7 @@ from ..errors import UserError
 from ..model import REFERENCE, attend, attention, feed_forward, forward, layer, rms_norm, rope, rope_frequencies
 from ..ops import Ops
 from ..params import Params
-from ..quantization.int8 import Int8
+from ..quantization.matrix import format_name
 from ..tokenizer import SPLIT_PATTERN, Tokenizer
 from ..tracing import plots, record
 from ..tracing.record import Trace
@@ -81,17 +81,10 @@ def merges_of(tokenizer: Tokenizer, piece: bytes) -> list[Merge]:
     The last step has the same tokens as tiktoken, unless the whole piece is a token that no sequence of merges reaches.
     """
 
-    def rank_of(part: bytes) -> float:
-        try:
-            rank = tokenizer.encoding.encode_single_token(part)
-        except KeyError:
-            return math.inf
-        return rank if rank < tokenizer.bos_id else math.inf  # not a special token
-
     parts = [bytes([byte]) for byte in piece]
     merges = [Merge(parts, None)]
     while len(parts) > 1:
-        ranks = [rank_of(first + second) for first, second in itertools.pairwise(parts)]
+        ranks = [tokenizer.ranks.get(first + second, math.inf) for first, second in itertools.pairwise(parts)]
         best = min(ranks)
         if best == math.inf:
             break
@@ -357,6 +350,7 @@ def build_page(
     params, weights, tokenizer = model.params, model.weights, model.tokenizer
     assert tokenizer is not None
     ids = tokenizer.encode(prompt, bos=True)
+    special = {*tokenizer.special_tokens.values(), *tokenizer.added_tokens.values()}
     trace = record.trace(model, ids, device="cpu", ops=ops, progress=progress)
     _check_finite(trace)
     lens = plots.read_logit_lens(trace, model, top=_LENS_TOKENS, ops=ops, progress=progress)
@@ -380,10 +374,10 @@ def build_page(
         pieces=pieces_of(tokenizer, prompt),
         ids=ids,
         texts=plots.token_texts(trace, tokenizer, len(ids)),
-        token_bytes=[None if token >= tokenizer.bos_id else tokenizer.token_bytes(token) for token in ids],
+        token_bytes=[None if token in special else tokenizer.token_bytes(token) for token in ids],
         token_text=lambda token: plots.token_text(tokenizer, token),
         visible=plots.visible,
-        matrices="int8" if isinstance(weights.output, Int8) else "",
+        matrices="" if isinstance(weights.output, Tensor) else format_name(weights.output),
         trace=trace,
         n=Numbers(trace, model, lens),
         layer=layer,

@@ -61,7 +61,7 @@ def token_text(tokenizer: Tokenizer | None, token: int) -> str:
     """
     if tokenizer is None:
         return str(token)
-    return visible(tokenizer.token_bytes(token).decode("utf-8", errors="backslashreplace")).replace(" ", "␣")
+    return visible(tokenizer.name(token)).replace(" ", "␣")
 
 
 def token_texts(trace: Trace, tokenizer: Tokenizer | None, length: int) -> list[str]:

@@ -15,7 +15,7 @@ from llama3_raw.backends.cuda_graphs import CudaGraphs
 from llama3_raw.decoding.prompt_lookup import LookupPolicy
 from llama3_raw.quantization.int8 import quantize
 from llama3_raw.weights import MATRICES
-from tests.references import cast, converted
+from tests.references import cast, converted, dense
 
 ON = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
@@ -108,7 +108,7 @@ def quantized(weights: Weights) -> Weights:
         layer._replace(**{name: quantize(getattr(layer, name)) for name in MATRICES if name != "output"})  # type: ignore[arg-type]
         for layer in weights.layers
     )
-    return weights._replace(layers=layers, output=quantize(weights.tok_embeddings))
+    return weights._replace(layers=layers, output=quantize(dense(weights.tok_embeddings)))
 
 
 def test_a_long_prompt(model: Model, exact: Model, smollm2_text: list[int]) -> None:

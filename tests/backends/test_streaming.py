@@ -26,7 +26,7 @@ from llama3_raw.bench.synthetic import SYNTHETIC, make_synthetic
 from llama3_raw.cli.memory_plan import MemoryPlan, RunShape, check_memory
 from llama3_raw.cli.options import byte_size
 from llama3_raw.ops import Ops
-from llama3_raw.quantization.int8 import Int8
+from llama3_raw.quantization.matrix import Matrix
 from tests.plans import CPU, GPU, checkpoint
 from tests.references import dense
 
@@ -88,7 +88,7 @@ def resident(folder: Path) -> int:
 def watched(ops: Ops, callback: Callable[[], None]) -> Ops:
     """Return the operations, with a callback at every product."""
 
-    def linear(x: torch.Tensor, weight: torch.Tensor | Int8) -> torch.Tensor:
+    def linear(x: torch.Tensor, weight: Matrix) -> torch.Tensor:
         callback()
         return ops.linear(x, weight)
 
@@ -122,7 +122,7 @@ def test_written_weights_are_kept(folder: Path, model: Model) -> None:
     for weights in (model.weights, (other := llama3_raw.load(folder)).weights):
         weights.layers[0].w1.mul_(2)
         dense(weights.layers[2].wq)[7] = 1.0
-        weights.tok_embeddings[200] = 0.5
+        dense(weights.tok_embeddings)[200] = 0.5
     limited = streaming.read_ahead(REFERENCE, model.weights, least_memory(model.weights))
     logits = logits_of(model, limited)
     assert torch.equal(logits, logits_of(other, REFERENCE))
@@ -171,7 +171,7 @@ def test_what_cannot_be_read_ahead(model: Model, monkeypatch: pytest.MonkeyPatch
         (MemoryPlan(checkpoint(), GPU, None, RunShape(1, 9, 2), 10**10), ["--device cpu"]),
         (
             MemoryPlan(checkpoint(hf=True), CPU, None, RunShape(1, 9, 2), 10**10),
-            ["model.layers.0.self_attn.q_proj.weight would be copied", "Meta's format", "python download.py --model"],
+            ["model.layers.0.self_attn.q_proj.weight would be copied", "Meta's format", "python -m llama3_raw.convert"],
         ),
         (
             MemoryPlan(checkpoint(shards=2), CPU, None, RunShape(1, 9, 2), 10**10),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llama3_raw import Model, generate
 from llama3_raw.batch import __main__ as batch
@@ -20,6 +21,7 @@ from llama3_raw.batch.journal import Journal
 from llama3_raw.batch.requests import Request, Task, group_by_length
 from llama3_raw.decoding.batch import Row, generate_batch
 from llama3_raw.decoding.sampling import Sampling
+from tests.damage import CHECKPOINT, copy_tiny
 from tests.decoding.test_batch import PROMPTS
 from tests.paths import ROOT, TINY
 
@@ -160,6 +162,28 @@ def test_bad_lines_have_an_error_in_their_place(tmp_path: Path, capsys: pytest.C
 def test_only_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys, write_lines(tmp_path, [{"id": "x", "prompt": ""}]))[0] == 1
     assert results_in(tmp_path) == [{"line": 1, "id": "x", "error": "prompt should not be empty"}]
+
+
+def test_a_line_that_is_not_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has an error in its place, and the run is finished: the line is not computed again."""
+    copy_tiny(tmp_path / "model")
+    checkpoint = tmp_path / "model" / CHECKPOINT
+    tensors = torch.load(checkpoint, weights_only=True)
+    tensors["output.weight"] = tensors["tok_embeddings.weight"].clone()
+    tensors["tok_embeddings.weight"][7] = torch.nan
+    torch.save(tensors, checkpoint)
+    lines: list[dict[str, Any]] = [{"prompt": [5, 6]}, {"id": "x", "prompt": [5, 7, 9]}, {"prompt": [8, 9]}]
+    file = write_lines(tmp_path, lines)
+    for _ in range(2):
+        status, err = call(capsys, file, "--weights", str(tmp_path / "model"))
+        assert status == 1
+        assert "1 of 3 lines could not be computed; line 2: the logits are not numbers" in err
+        results = results_in(tmp_path)
+        assert results[1].keys() == {"line", "id", "error"}
+        assert [results[place]["usage"]["completion_tokens"] for place in (0, 2)] == [24, 24]
+        monkeypatch.setattr(batch, "load_model", no_model)
 
 
 def no_model(*_: Any) -> Any:

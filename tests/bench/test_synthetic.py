@@ -117,7 +117,7 @@ def test_weights_created_in_int8(tied: bool, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(synthetic, "quantize", watched)
     weights = random_weights(checkpoint, CPU, random_seed=1, quantized=True)
     assert len(unrounded) == (14 if tied else 15)
-    assert torch.equal(weights.tok_embeddings, plain.tok_embeddings)
+    assert torch.equal(dense(weights.tok_embeddings), dense(plain.tok_embeddings))
     pairs = [(weights.output, plain.output)]
     for ours, theirs in zip(weights.layers, plain.layers, strict=True):
         assert torch.equal(ours.ffn_norm, theirs.ffn_norm)

@@ -42,7 +42,7 @@ def hf_template() -> str:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, fake_model: Model) -> Fake:
     assert fake_model.tokenizer is not None
-    fake = Fake(fake_model.tokenizer.eot_id)
+    fake = Fake(fake_model.tokenizer.special_tokens["<|eot_id|>"])
     monkeypatch.setattr(runner, "forward", fake)
     return fake
 

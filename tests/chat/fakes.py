@@ -39,7 +39,7 @@ class Fake:
         self.rows = [int(row) for row in rows[: start + len(tokens)]]
         digest = hash(tuple(self.rows))
         token = self.eot_id if digest % self.ends_in == 0 else digest % 2048
-        return torch.nn.functional.one_hot(torch.tensor(token), VOCAB).float()
+        return torch.nn.functional.one_hot(torch.tensor(token), params.vocab_size).float()
 
 
 def taught(model: Model) -> Model:
@@ -53,7 +53,7 @@ def taught(model: Model) -> Model:
 def dialog_ids(conversation: Conversation) -> list[int]:
     """Return every token of the dialog, with the answers as they were generated."""
     system = [Message("system", conversation.system)] if conversation.system else []
-    ids = [conversation.tokenizer.bos_id]
+    ids = conversation.tokenizer.encode("", bos=True)
     for message in system:
         ids += encode_message(conversation.tokenizer, message)
     return ids + [token for exchange in conversation.exchanges for token in exchange.ids]

@@ -53,7 +53,7 @@ def test_the_model_always_sees_the_whole_dialog(
 ) -> None:
     """Whatever was asked, stopped, loaded, changed or dropped before, the cache has all of its tokens in order."""
     assert fake_model.tokenizer is not None
-    fake = Fake(fake_model.tokenizer.eot_id)
+    fake = Fake(fake_model.tokenizer.special_tokens["<|eot_id|>"])
     conversation = Conversation(fake_model, context=context)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "forward", fake)

@@ -48,7 +48,7 @@ from tests.refusals import AGAIN, HTML, LFS, ONE_MODEL, Case, check_refused
 
 THE_CHECKPOINT = {
     "missing": Case(("model: no model here", "it should hold params.json and consolidated.00.pth"), remove(CHECKPOINT)),
-    "without its params": Case(("model: no model here", "it should hold params.json"), remove("params.json")),
+    "without its params": Case(("model: holds consolidated.00.pth, but no params.json",), remove("params.json")),
     "empty": Case((CHECKPOINT, "the file is empty", AGAIN), write(CHECKPOINT, b"")),
     "cut after 1 byte": Case((CHECKPOINT, AGAIN), cut(CHECKPOINT, lambda length: 1)),
     "cut at 1 %": Case((CHECKPOINT, "damaged or cut short", AGAIN), cut(CHECKPOINT, lambda length: length // 100)),

@@ -77,7 +77,7 @@ USE = {
         arguments=("x", "--weights", "nobody/nothing"),
     ),
     "--weights: a file": Case(
-        ("--weights", "params.json: is a file; give the folder it is in"),
+        ("--weights", "params.json: is a file, but no GGUF; give the folder it is in"),
         arguments=("x", "--weights", "{folder}/params.json"),
     ),
     "--weights: a folder without a model": Case(("/: no model here",), arguments=("x", "--weights", "/")),
@@ -156,7 +156,7 @@ USE = {
         arguments=("x", "--quantize", "int8", "--max-ram", "9GB"),
     ),
     "--quantize: in int8 already": Case(
-        ("--quantize int8: ", "model is in int8 already; leave it out"),
+        ("--quantize int8: ", "model is quantized already; leave it out"),
         arguments=("x", "--quantize", "int8"),
         start=write_int8,
     ),

@@ -1,0 +1,119 @@
+"""`ChatTemplate`: the dialog format of a model that brings its own, as a Jinja template."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from ..errors import UserError, in_short
+from ..tokenizer import Tokenizer
+from .dialog import Exchange, Message, as_messages
+
+_NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # that Unicode leaves to programs
+
+
+class ChatTemplate:
+    """A chat template, rendered as transformers' `apply_chat_template` does, in a sandbox.
+
+    The names of special tokens in the template become these tokens; in a message they stay text.
+    """
+
+    def __init__(self, text: str, tokenizer: Tokenizer, source: str = "the chat template"):
+        """text: the Jinja template. source: what errors call it. Raises UserError if it is not a template."""
+        self.source = source
+        self._tokenizer = tokenizer
+        self._text = text
+        self._template = self._compiled(text)
+        names = sorted(tokenizer.special_tokens, key=len, reverse=True)  # the longest match, as in tokenizers
+        self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer besides the model's own: also <|eot_id|> after Llama 3's headers."""
+        tokenizer = self._tokenizer
+        has_headers = "<|start_header_id|>" in self._text
+        ids = (tokenizer.eos_id, *((tokenizer.eot_id, tokenizer.eom_id) if has_headers else ()))
+        return frozenset(token for token in ids if token is not None)
+
+    def dialog(self, system: str, exchanges: Sequence[Exchange]) -> list[int]:
+        """Return the tokens of a dialog so far."""
+        messages = as_messages(system, exchanges)
+        return self.encode(messages, with_header=False) if exchanges else []  # a template may refuse no question
+
+    def prompt(self, system: str, exchanges: Sequence[Exchange], question: str) -> list[int]:
+        """Return the tokens of a dialog, a question, and the beginning of the answer."""
+        return self.encode([*as_messages(system, exchanges), Message("user", question)])
+
+    def encode(self, messages: Sequence[Message], with_header: bool = True) -> list[int]:
+        """Return the tokens of messages. with_header: then those that begin an answer (add_generation_prompt).
+
+        Raises UserError if the template refuses the messages.
+        """
+        contents = "".join(message.content for message in messages)
+        mark = next((character for character in _NONCHARACTERS if character not in contents + self._text), None)
+        if mark is None:
+            raise UserError("a message holds all of Unicode's noncharacters U+FDD0 to U+FDEF; leave one of them out")
+        # a mark inside the name of a special token keeps it apart from those of the template
+        marked = [
+            {"role": role, "content": self._special.sub(lambda name: name[0][0] + mark + name[0][1:], content)}
+            for role, content in messages
+        ]
+        rendered = self._rendered(marked, with_header)
+        ids: list[int] = []
+        end = 0
+        for name in self._special.finditer(rendered):
+            ids += self._tokenizer.encode(rendered[end : name.start()].replace(mark, ""))
+            ids.append(self._tokenizer.special_tokens[name[0]])
+            end = name.end()
+        return ids + self._tokenizer.encode(rendered[end:].replace(mark, ""))
+
+    def _rendered(self, messages: list[dict[str, str]], with_header: bool) -> str:
+        variables = {**self._tokenizer.template_variables, "add_generation_prompt": with_header}
+        try:
+            return str(self._template.render(messages=messages, tools=None, documents=None, **variables))
+        except Exception as error:  # a template may fail in any way
+            raise UserError(
+                f"{self.source} cannot format these messages: {in_short(error)}; change them, or give {{argument}}",
+                argument="template",
+            ) from error
+
+    def _compiled(self, text: str) -> Any:
+        """Return the template in the environment that transformers gives it. (utils/chat_template_utils.py)"""
+        import jinja2
+        import jinja2.ext
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        class Generation(jinja2.ext.Extension):
+            """{% generation %} marks what a model is trained on; its content stays."""
+
+            tags = {"generation"}  # noqa: RUF012  # jinja2 expects a set
+
+            def parse(self, parser: Any) -> Any:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
+        try:
+            return environment.from_string(text)
+        except jinja2.TemplateError as error:
+            raise UserError(
+                f"{self.source}: not a Jinja template ({in_short(error)}); give another as {{argument}}",
+                argument="template",
+            ) from error
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
+    """Replace jinja2's filter, which escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
+
+
+def _refuse(message: str) -> NoReturn:
+    """raise_exception of a template."""
+    raise ValueError(message)

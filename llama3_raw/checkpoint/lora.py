@@ -1,0 +1,135 @@
+"""LoRA adapters as PEFT saves them, merged into the weights of a model while they are loaded. (Hu et al. 2021)"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, in_short
+from ..system.files import read_json
+from ..weights import TensorSpec
+from .mapping import map_checkpoint, map_safetensors
+
+_ROWS_AT_ONCE = 1024  # of a merged matrix in fp32
+
+_LOW_RANK = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
+
+# settings of LoraConfig that make another computation, and the values with which they do not
+_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # others change the base as well
+    **dict.fromkeys(("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora"), (False,)),
+    **dict.fromkeys(("layer_replication", "alora_invocation_tokens", "trainable_token_indices"), (None, [])),
+}
+
+
+class LowRank(NamedTuple):
+    """The change of a matrix [out, in]: scale * b @ a."""
+
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r], in the order of the rows that `Weights` has
+    scale: float
+
+    def part(self, dimension: int, wanted: range) -> LowRank:
+        """Return the change of some rows (dimension 0) or columns (1)."""
+        if dimension == 0:
+            return self._replace(b=self.b[wanted.start : wanted.stop])
+        return self._replace(a=self.a[:, wanted.start : wanted.stop])
+
+
+def merged(matrix: Tensor, change: LowRank) -> Tensor:
+    """Return the changed matrix [out, in] in its dtype. The sum is computed in fp32 and rounded once."""
+    result = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+    a = change.a.float()
+    for rows, b, out in zip(*(t.split(_ROWS_AT_ONCE) for t in (matrix, change.b, result)), strict=True):
+        out.copy_(rows.float() + change.scale * (b.float() @ a))
+    return result
+
+
+class Adapter(NamedTuple):
+    """What an adapter changes."""
+
+    changes: dict[TensorSpec, LowRank]  # with the rows of `b` in Hugging Face's order
+    replaced: dict[TensorSpec, Tensor]  # whole tensors (modules_to_save)
+
+
+def read_adapter(folder: Path, specs: Mapping[str, TensorSpec]) -> Adapter:
+    """Read adapter_config.json and adapter_model.safetensors, or .bin.
+
+    specs: the tensors of the model by Hugging Face's names. Raises UserError for another kind of adapter, and for a
+    tensor that the model does not have.
+    """
+    config_file = folder / "adapter_config.json"
+    if not config_file.exists():
+        raise UserError(
+            f"{folder}: {'there is no adapter_config.json' if folder.is_dir() else 'is no folder'}; {{argument}} "
+            "should be what PEFT's save_pretrained wrote",
+            argument="adapter",
+        )
+    config = read_json(config_file)
+    for key, allowed in _SETTINGS.items():
+        value = config.get(key, allowed[0])
+        if not any(value == other and type(value) is type(other) for other in (*allowed, None)):
+            raise UserError(
+                f"{config_file}: {key} = {in_short(value)} is not supported, only LoRA that is added to the weights; "
+                "merge it with PEFT's merge_and_unload"
+            )
+    file = next(
+        (folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).exists()), None
+    )
+    if file is None:
+        raise UserError(f"{folder}: there is no adapter_model.safetensors; download it")
+    tensors = (map_safetensors if file.suffix == ".safetensors" else map_checkpoint)(file)
+    pairs: dict[TensorSpec, dict[str, Tensor]] = {}
+    replaced: dict[TensorSpec, Tensor] = {}
+    for name, tensor in tensors.items():
+        low_rank = _LOW_RANK.fullmatch(name)
+        spec = _spec_of(low_rank[1] + ".weight" if low_rank else name, specs)
+        if spec is None or (low_rank and tensor.dim() != 2):
+            raise UserError(
+                f"{file}: tensor {in_short(name)} does not belong to the model; give the adapter's own model"
+            )
+        if low_rank is None:
+            replaced[spec] = tensor
+        else:  # an embedding's are transposed: its rows are looked up
+            side, matrix = (("A", "B")[low_rank[3] == "A"], tensor.T) if low_rank[2] else (low_rank[3], tensor)
+            pairs.setdefault(spec, {})[side] = matrix
+    changes = {spec: _low_rank(file, spec, pair, config) for spec, pair in pairs.items()}
+    for spec, tensor in replaced.items():
+        if tuple(tensor.shape) != spec.shape:
+            raise UserError(
+                f"{file}: {spec.hf_name} is {list(tensor.shape)}, the model's is {list(spec.shape)}; give the model "
+                "that the adapter was trained on, or merge it with PEFT's merge_and_unload"
+            )
+    return Adapter(changes, replaced)
+
+
+def _spec_of(name: str, specs: Mapping[str, TensorSpec]) -> TensorSpec | None:
+    """Return the tensor of the model that an adapter's name means; LlamaModel's names have one "model." less."""
+    name = name.removeprefix("base_model.model.")
+    return specs.get(name) or specs.get(f"model.{name}")
+
+
+def _low_rank(file: Path, spec: TensorSpec, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRank:
+    """Return the change of a matrix. Raises UserError unless its two matrices fit together and to the model's."""
+    a, b = pair.get("A"), pair.get("B")
+    if a is None or b is None or (b.shape[0], a.shape[1]) != spec.shape or a.shape[0] != b.shape[1]:
+        shapes = " and ".join(f"{side} {list(matrix.shape)}" for side, matrix in sorted(pair.items()))
+        raise UserError(
+            f"{file}: the LoRA of {spec.hf_name} has {shapes}, which does not fit to {list(spec.shape)}; give the "
+            "adapter's own model"
+        )
+    rank, module = a.shape[0], spec.hf_name.removesuffix(".weight")
+    patterns = config.get("alpha_pattern") or {}
+    matching = (key for key in patterns if re.match(rf"(.*\.)?({key})$", module))  # get_pattern_key in PEFT
+    key = next(matching, None)
+    alpha = config.get("lora_alpha", 8) if key is None else patterns[key]
+    if not isinstance(alpha, (int, float)):
+        raise UserError(f"{file.with_name('adapter_config.json')}: lora_alpha should be a number, is {in_short(alpha)}")
+    return LowRank(a, b, alpha / (rank**0.5 if config.get("use_rslora") else rank))
