@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .chat.dialog import FORMAT_TOKENS, is_base_model
 from .checkpoint.checkpoint import Checkpoint, interleave_pairs, open_checkpoint, split_pairs
-from .checkpoint.files import find_files, find_tokenizer
+from .checkpoint.files import SMALL_FILES, FileFormat, find_tokenizer
 from .checkpoint.gguf import Q8_0, TYPE_NAMES, GgufTensor, gguf_tensor, has_rows, rope_divisors, write_gguf_file
 from .checkpoint.gguf_header import read_header
 from .checkpoint.gguf_reading import read_gguf
@@ -51,14 +51,7 @@ _MAX_SHARDS = 100  # numbered from 00 to 99
 LARGEST_FILE = 5_000_000_000  # bytes of tensors in one safetensors file, unless a single tensor is larger
 CHUNK = 1 << 22  # bytes of a tensor in memory at once
 # files in Hugging Face's folders besides the weights
-_HF_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+_HF_FILES = ("config.json", "tokenizer.json", *SMALL_FILES)
 
 
 class Block(NamedTuple):
@@ -282,7 +275,7 @@ def _files_to_copy(source: Path, to: Format) -> list[Path]:
 
 def _meta_texts(source: Path, checkpoint: Checkpoint) -> dict[str, str]:
     """Return params.json, that of the source if it has one, and a tokenizer.model that is made."""
-    params_file, _ = find_files(source)
+    params_file = checkpoint.params_file
     try:
         same = params_file.name == "params.json"
         texts = {"params.json": params_file.read_text() if same else _json(checkpoint.params.to_meta())}
@@ -430,9 +423,9 @@ def _gguf_tensors(checkpoint: Checkpoint, kind: str | None) -> list[GgufTensor]:
     return tensors + rope_divisors(checkpoint.params)
 
 
-def open_source(folder: Path) -> Checkpoint:
+def open_source(folder: Path, file_format: FileFormat | None = None) -> Checkpoint:
     """Open a checkpoint to convert. Raises UserError as `open_checkpoint` does, if quantized, and for mixed dtypes."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, file_format)
     if checkpoint.blocks:
         raise UserError(f"{folder}: is in blocks, which no other format has; get the model in bf16")
     if checkpoint.scales:
@@ -457,6 +450,11 @@ def build_parser() -> ArgumentParser:
         help="folder, name in weights/, GGUF file, or org/repo in the Hugging Face cache",
     )
     parser.add_argument("target", type=not_empty, metavar="TARGET", help="the folder to write, or a file NAME.gguf")
+    parser.add_argument(
+        "--format",
+        choices=get_args(FileFormat),
+        help="in a SOURCE with both: Meta's files (original) or Hugging Face's (default: those in the folder itself)",
+    )
     parser.add_argument(
         "--to",
         choices=get_args(AnyFormat),
@@ -492,7 +490,9 @@ def main(arguments: Sequence[str]) -> int:
     source, target = find_model(options.source, "SOURCE").path, Path(options.target)
     if target.exists() and target.samefile(source):
         raise UserError(f"{target}: is SOURCE itself; name another TARGET")
-    checkpoint = open_source(source)
+    checkpoint = open_source(source, options.format)
+    if checkpoint.choice and not options.format:
+        print(f"llama3_raw: SOURCE is {checkpoint.choice}; --format takes the other", file=sys.stderr)
     to: AnyFormat = options.to or _default_format(target, options.shards, checkpoint)
     _check_options(options, to)
     if to == "gguf":
@@ -530,8 +530,8 @@ def _run(source: Path, checkpoint: Checkpoint, folder: Path, to: Format, options
         print(f"llama3_raw: wrote {folder}, {wanted}; run it with --weights {folder}", file=sys.stderr)
         if to == "hf" and not (folder / "tokenizer.json").exists():
             print(
-                f"llama3_raw: warning: {folder} has no tokenizer.json, which transformers needs, because {source} has no "
-                "tokenizer of Llama 3's kind that fits the model",
+                f"llama3_raw: warning: {folder} has no tokenizer.json, which transformers needs, because {source} has "
+                "no tokenizer of Llama 3's kind that fits the model",
                 file=sys.stderr,
             )
     if options.verify:

@@ -147,6 +147,20 @@ def test_an_id_out_of_range(llama3: Tokenizer) -> None:
             llama3.decode([token])
 
 
+def test_names_are_text_for_people(llama3: Tokenizer) -> None:
+    names = [llama3.name(token) for token in (*llama3.encode(" a\n"), *llama3.encode("🦙")[:2], 128009)]
+    assert names == [" a", "\n", "\\xf0\\x9f", "\\xa6", "<|eot_id|>"]
+
+
+def test_padded(llama3: Tokenizer) -> None:
+    padded = llama3.padded(128320)
+    assert (padded.n_words, llama3.n_words) == (128320, 128256)
+    assert (padded.name(128319), padded.decode([128319, *llama3.encode("a")])) == ("<|unused_128319|>", "a")
+    assert not max(padded.encode("<|unused_128319|>", allow_special=True)) >= 128000
+    with pytest.raises(UserError, match="vocab_size 128255 is less than the tokenizer's 128256"):
+        llama3.padded(128255)
+
+
 @functools.cache
 def _tiny() -> Tokenizer:
     return Tokenizer(TINY / "tokenizer.model")

@@ -129,7 +129,7 @@ def _read_line(screen: TextIO | None) -> str | None:
         if screen is not None:
             print(PROMPT, end="", file=screen, flush=True)
         line = sys.stdin.buffer.readline().decode("utf-8")
-        return line.rstrip("\r\n") if line else None
+        return line.removeprefix("\ufeff").rstrip("\r\n") if line else None  # the byte order mark of a file
     except EOFError:
         return None
     except UnicodeDecodeError as error:

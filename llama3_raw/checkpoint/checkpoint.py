@@ -41,8 +41,14 @@ class Checkpoint(NamedTuple):
     blocks: Mapping[TensorSpec, BlockType] = MappingProxyType({})  # of matrices in GGML's blocks, in rows of uint8
     adapter: Mapping[TensorSpec, LowRank] = MappingProxyType({})  # what is added to a matrix when it is loaded
     stop_ids: frozenset[int] | None = None  # the tokens that end a text; None: the files do not say
+    params_file: Path = Path()  # params.json, config.json or a GGUF file
     first_file: Path = Path()  # of the weights, in the folder
     others: tuple[Path, ...] = ()  # first weight files of other models in the folder
+
+    @property
+    def choice(self) -> str | None:
+        """Which of several models in the folder this is, as text; None if there is only one."""
+        return f"{self.first_file}, not {' or '.join(map(str, self.others))}" if self.others else None
 
     @property
     def tied(self) -> bool:
@@ -100,6 +106,7 @@ def open_checkpoint(path: Path, file_format: FileFormat | None = None) -> Checkp
     return check_tensors(source, params, by_name)._replace(
         mapped=True,
         stop_ids=stop_ids_of(path),
+        params_file=params_file,
         first_file=weight_files[0].relative_to(path),
         others=tuple(files[0].relative_to(path) for _, files in others),
     )
@@ -116,7 +123,7 @@ def _from_gguf(gguf: GgufFile) -> Checkpoint:
         scales={},
         mapped=True,
         blocks={spec: gguf.kinds[spec.meta_name] for spec in specs if spec.meta_name in gguf.kinds},
-        first_file=Path(gguf.file.name),
+        params_file=gguf.file,
     )
 
 

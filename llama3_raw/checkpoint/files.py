@@ -24,6 +24,9 @@ FileFormat = Literal["original", "safetensors"]
 Files = tuple[Path, list[Path]]
 """The params file and the weight files of a model; a GGUF file is both."""
 
+SMALL_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""Files that say which tokens end a text, and how a dialog is formatted."""
+
 _META_SAFETENSORS = "consolidated.safetensors"
 _TORCHTUNE = "meta_model_*.pt"
 _LATER_PART = re.compile(r"-(?!00001-)[0-9]{5}-of-[0-9]{5}\.gguf$")  # of a split GGUF file

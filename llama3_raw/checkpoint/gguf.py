@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import UserError, needed_package
+from ..errors import UserError
 from ..model import rope_frequencies
 from ..params import Params
 from ..system.files import atomic_write, check_disk
@@ -62,7 +62,8 @@ class GgufTensor(NamedTuple):
 
 def _in_q8_0(rows: Tensor) -> Tensor:
     """Return rows in blocks of 32 values, each with its scale. (quantize_row_q8_0_ref in ggml-quants.c)"""
-    gguf: Any = needed_package("gguf", "a GGUF file")
+    import gguf
+
     return torch.from_numpy(gguf.quantize(rows.float().numpy(), gguf.GGMLQuantizationType.Q8_0))
 
 
@@ -138,11 +139,12 @@ def write_gguf_file(
     name: of the model. progress: show a bar on stderr. Raises UserError if the disk is too small or cannot be written,
     and what the tensors raise.
     """
-    gguf: Any = needed_package("gguf", "a GGUF file")
+    import gguf
+
     n_bytes = sum(tensor.nbytes for tensor in tensors)
     with atomic_write(file) as part, contextlib.ExitStack() as stack:
         check_disk(file, part.parent, n_bytes + 100_000_000)
-        writer = stack.enter_context(contextlib.closing(gguf.GGUFWriter(part, "llama")))
+        writer: Any = stack.enter_context(contextlib.closing(gguf.GGUFWriter(part, "llama")))
         _add_params(writer, params)
         _add_vocabulary(writer, vocabulary)
         if name is not None:

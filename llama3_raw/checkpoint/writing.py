@@ -23,7 +23,8 @@ from ..quantization.int8 import quantize
 from ..system.files import atomic_folder
 from ..weights import DTYPES, MATRICES, tensor_specs
 from .checkpoint import Checkpoint, whole_tensor
-from .files import find_files
+from .files import SMALL_FILES
+from .gguf_reading import is_gguf
 from .loading import by_stored_name
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -90,9 +91,11 @@ def save_quantized(
     scales next to it. The other tensors are in `dtype`; None keeps the stored dtype. progress: show a bar on stderr.
     Raises what `atomic_folder` raises.
     """
+    params_file = checkpoint.params_file
     if checkpoint.is_quantized:
         raise UserError(f"{source}: is quantized already; write the original weights in int8")
-    params_file, _ = find_files(source)
+    if is_gguf(params_file):
+        raise UserError(f"{source}: convert it to Meta's format first, with python -m llama3_raw.convert")
     n_layers = checkpoint.params.n_layers
     embeddings = next(spec for spec in checkpoint.shards if spec.field == "tok_embeddings")
     n_values = sum(torch.Size(spec.shape).numel() for spec in tensor_specs(checkpoint.params))
@@ -114,5 +117,8 @@ def save_quantized(
                 raise OSError(in_short(error)) from error
             file.chmod(params_file.stat().st_mode)  # otherwise only its owner could read it
         if tokenizer_file is not None:
-            shutil.copyfile(tokenizer_file, part / "tokenizer.model")
-        shutil.copyfile(params_file, part / params_file.name)
+            name = "tokenizer.json" if tokenizer_file.suffix == ".json" else "tokenizer.model"
+            shutil.copyfile(tokenizer_file, part / name)
+        for file in (params_file, *(source / name for name in SMALL_FILES)):
+            if file.exists():
+                shutil.copyfile(file, part / file.name)

@@ -98,9 +98,8 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
     quantized = options.quantize is not None
     folder = find_model(options.weights, named_by)
     checkpoint = open_checkpoint(folder.path, options.format)
-    if checkpoint.others and not options.format:
-        choice = f"{checkpoint.first_file}, not {' or '.join(map(str, checkpoint.others))}"
-        folder = folder._replace(why=f"{folder.why}; {choice}")
+    if checkpoint.choice and not options.format:
+        folder = folder._replace(why=f"{folder.why}; {checkpoint.choice}")
     if options.adapter:
         checkpoint = with_adapter(checkpoint, Path(options.adapter))
         folder = folder._replace(why=f"{folder.why}; with the adapter {options.adapter}")

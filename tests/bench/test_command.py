@@ -348,7 +348,6 @@ def test_options_that_are_refused(arguments: tuple[str, ...], message: str, caps
     [
         ("transformers", ("--vs", "transformers")),
         ("xllamacpp", ("--vs", "llama.cpp")),
-        ("gguf", ("--vs", "llama.cpp")),
         ("matplotlib", ("--plot", "speed.png")),
     ],
 )

@@ -17,8 +17,9 @@ from llama3_raw import Tokenizer
 from llama3_raw.__main__ import main
 from llama3_raw.batch.__main__ import main as batch
 from llama3_raw.chat.__main__ import main as chat
+from llama3_raw.convert import main as convert
 from tests.chat.test_template import saved
-from tests.checkpoint.test_kinds import network
+from tests.checkpoint.test_kinds import beside_a_base, network
 from tests.paths import TINY
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -109,3 +110,35 @@ def test_fewer_rows_than_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[st
     shutil.copy(TINY / "tokenizer.model", tmp_path)
     assert main(["--weights", str(tmp_path), "Once"]) == 2
     assert "tokenizer.model: has 2304 tokens, but the model has 2303" in capsys.readouterr().err
+
+
+def test_what_an_int8_copy_keeps(fine_tune: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tokenizer, its chat template and the tokens that end its texts."""
+    copy = tmp_path / "int8"
+    assert main(["--weights", str(fine_tune), "--dtype", "bfloat16", "--save-quantized", str(copy)]) == 0
+    ours, theirs = llama3_raw.load(copy), llama3_raw.load(fine_tune)
+    assert ours.tokenizer is not None
+    assert theirs.tokenizer is not None
+    assert ours.tokenizer.chat_template == theirs.tokenizer.chat_template is not None
+    assert ours.tokenizer.special_tokens == theirs.tokenizer.special_tokens
+    assert ours.stop_ids == theirs.stop_ids == {theirs.tokenizer.special_tokens["<|im_end|>"]}
+    assert main(["--weights", str(copy), "--chat", "Why?", "--max-new-tokens", "1"]) == 0
+    assert "dialogs are formatted by the chat template" in capsys.readouterr().err
+
+
+def test_convert_says_which_files_it_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    beside_a_base(tmp_path / "both", network())
+    for arguments, line in (
+        ([], "SOURCE is model.safetensors, not original/consolidated.00.pth; --format takes the other"),
+        (["--format", "original"], ""),
+    ):
+        assert (
+            convert([str(tmp_path / "both"), str(tmp_path / f"copy{len(arguments)}"), "--to", "meta", *arguments]) == 0
+        )
+        err = capsys.readouterr().err
+        assert line in err
+        assert ("SOURCE is" in err) == bool(line)
+    norms = [llama3_raw.load(tmp_path / name).weights.norm for name in ("copy0", "copy2", "both", "both/original")]
+    assert torch.equal(norms[0], norms[2])
+    assert torch.equal(norms[1], norms[3])
+    assert not torch.equal(norms[0], norms[1])
