@@ -22,7 +22,7 @@ from .gguf_header import GgufHeader, TensorInfo, read_header
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 _ROPE_DIVISORS = "rope_freqs.weight"
-_POWERS_OF_TWO = tuple(2**exponent for exponent in range(10, 21))
+_POWERS_OF_TWO = tuple(2**exponent for exponent in range(21))
 
 # metadata of llama.cpp's other models that changes the computation, unless it is 0, false or absent
 _UNSUPPORTED = (
@@ -212,7 +212,9 @@ def rope_scaling_of(divisors: Tensor, params: Params, original: int | None = Non
             return None
         cpu = torch.device("cpu")
         unscaled = rope_frequencies(replace(params, rope_scaling=None), cpu)
-        for length in (*([original] if isinstance(original, int) and original > 0 else []), 8192, *_POWERS_OF_TWO):
+        stated = [original] if isinstance(original, int) and original > 0 else []
+        is_linear = bool(torch.all(divisors == divisors[0]))
+        for length in () if is_linear else (*stated, 8192, *_POWERS_OF_TWO):
             scaling = RopeScaling(_factor(divisors, unscaled, length), original_max_seq_len=length)
             scaled = rope_frequencies(replace(params, rope_scaling=scaling), cpu)
             if torch.allclose(unscaled / scaled, divisors, rtol=1e-5, atol=0):

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,10 @@ from torch import Tensor
 import llama3_raw
 from llama3_raw import Params
 from llama3_raw.__main__ import main
+from llama3_raw.checkpoint.gguf import gguf_name
+from llama3_raw.quantization.blocks import BLOCK_TYPES
+from tests.checkpoint.test_gguf_reading import divisors_of, in_blocks, metadata_of, write
+from tests.references import half_split
 
 IDS = [3, 17, 0, 95, 42, 42, 8]
 VOCAB = 96
@@ -98,6 +103,9 @@ def meta(folder: Path, model: Any, save: Callable[[dict[str, Tensor], Path], Non
 def pth(name: str = "consolidated.00.pth", wrap: Callable[[dict[str, Tensor]], Any] = lambda t: t) -> Any:
     """Return a function that saves tensors in a file of torch.save."""
     return lambda tensors, folder: torch.save(wrap(tensors), folder / name)
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}  # blocks have up to 256 values
 
 
 class Kind(NamedTuple):
@@ -201,6 +209,32 @@ def edited(change: dict[str, Any]) -> Callable[[Path, Any], None]:
     return save
 
 
+def as_gguf(kind: str = "F32", **options: Any) -> Callable[[Path, Any], None]:
+    """Return a function that saves a GGUF file by the package gguf; blocks also round the network's own matrices."""
+
+    def save(folder: Path, model: Any) -> None:
+        params = Params.from_hf(json.loads(model.config.to_json_string()))
+        specs = {spec.meta_name: spec for spec in llama3_raw.weights.tensor_specs(params)}
+        state = model.state_dict()
+        tensors: dict[str, Any] = {}
+        for name, tensor in in_meta_names(model).items():
+            spec, stored = specs[name], tensor
+            if tensor.dim() == 2 and kind in BLOCK_TYPES:
+                ((stored, _),) = in_blocks(BLOCK_TYPES[kind], {name: tensor}).values()
+                rounded = torch.from_numpy(gguf.dequantize(stored.numpy(), gguf.GGMLQuantizationType[kind]))
+                in_order = half_split(rounded, params.head_dim) if spec.field in ("wq", "wk") else rounded
+                state[spec.hf_name].copy_(in_order)
+            elif tensor.dim() == 2:
+                stored = tensor.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind])
+                state[spec.hf_name].copy_(state[spec.hf_name].to(stored.dtype))
+            tensors[gguf_name(spec)] = (stored, kind) if kind in BLOCK_TYPES and tensor.dim() == 2 else stored
+        if params.rope_scaling is not None:
+            tensors["rope_freqs.weight"] = divisors_of(params, params.rope_scaling)
+        write(folder / "model.gguf", tensors, metadata_of(params), **options)
+
+    return save
+
+
 BUFFERS = {
     **{f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(8) for i in range(2)},
     "model.rotary_emb.cos_cached": torch.zeros(64, 16),
@@ -248,6 +282,14 @@ KINDS: dict[str, Kind] = {
     "names of both, module._orig_mod.": Kind(with_state("module._orig_mod.")),
     "LlamaModel alone, tied": Kind(base_model_only, {"tie_word_embeddings": True}),
     "rotary tables and position ids in the file": Kind(with_state(extra=BUFFERS)),
+    # GGUF
+    "GGUF, F32": Kind(as_gguf()),
+    "GGUF, F32, tied": Kind(as_gguf(), {"tie_word_embeddings": True}),
+    "GGUF, F32, Llama 3.1's RoPE": Kind(as_gguf(), {"rope_parameters": LLAMA3_ROPE}),
+    "GGUF, F32, in several files": Kind(as_gguf(split_max_tensors=9)),
+    "GGUF, F16": Kind(as_gguf("F16")),
+    "GGUF, BF16": Kind(as_gguf("BF16")),
+    **{f"GGUF, {name}": Kind(as_gguf(name), WIDE) for name in BLOCK_TYPES},
     # vocabularies
     "resize_token_embeddings(+2)": Kind(resized(VOCAB + 2)),
     "resize_token_embeddings, padded to a multiple": Kind(resized(VOCAB + 1, multiple_of=64)),
