@@ -95,12 +95,17 @@ def merges_of(tokenizer: Tokenizer, piece: bytes) -> list[Merge]:
 
 
 def pieces_of(tokenizer: Tokenizer, text: str) -> list[Piece]:
-    """Split a text into pieces, in order."""
-    pieces = regex.findall(SPLIT_PATTERN, text)
-    return [
+    """Split a text into pieces, in order. Raises UserError for a tokenizer that splits it in another way."""
+    pieces = [
         Piece(piece, merges_of(tokenizer, piece.encode()) if len(piece.encode()) <= 32 else [], tokenizer.encode(piece))
-        for piece in pieces
+        for piece in regex.findall(SPLIT_PATTERN, text)
     ]
+    if [token for piece in pieces for token in piece.ids] != tokenizer.encode(text):
+        raise UserError(
+            f"{tokenizer.path}: splits this text in another way than Llama 3's tokenizer, which the page shows; "
+            "leave the names of its added tokens out, or use Llama 3's own"
+        )
+    return pieces
 
 
 class Numbers:

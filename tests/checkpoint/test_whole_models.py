@@ -121,7 +121,7 @@ def test_what_an_int8_copy_keeps(fine_tune: Path, tmp_path: Path, capsys: pytest
     assert theirs.tokenizer is not None
     assert ours.tokenizer.chat_template == theirs.tokenizer.chat_template is not None
     assert ours.tokenizer.special_tokens == theirs.tokenizer.special_tokens
-    assert ours.stop_ids == theirs.stop_ids == {theirs.tokenizer.special_tokens["<|im_end|>"]}
+    assert ours.stop_ids == theirs.stop_ids == frozenset([theirs.tokenizer.special_tokens["<|im_end|>"]])
     assert main(["--weights", str(copy), "--chat", "Why?", "--max-new-tokens", "1"]) == 0
     assert "dialogs are formatted by the chat template" in capsys.readouterr().err
 
