@@ -26,7 +26,7 @@ from ..ops import Ops
 from ..system.machine import set_threads
 from ..system.process_groups import Ranks
 from ..system.processes import local_rank, world_size
-from ..tokenizer import Tokenizer
+from ..tokenizer import SPECIAL_TOKENS, Tokenizer
 from ..weights import Model, Weights, dtype_name
 from .memory_plan import MemoryPlan, RunShape, check_memory, memory_for_weights
 from .options import DEFAULT_MODEL, DTYPES_BY_NAME, parse_ids
@@ -164,6 +164,9 @@ def load_model(
     if max_ram is not None:
         ops = _limited(ops, weights, weight_bytes, max_ram, checkpoint.source)
     which = f"{folder.path} ({folder.why}) on {_where(chosen, ranks)}"
+    begin_of_text = SPECIAL_TOKENS[0]
+    if tokenizer is not None and tokenizer.bos_id is None and begin_of_text in tokenizer.special_tokens:
+        which += f"; its tokenizer begins no text with {begin_of_text}"
     return Model(weights, chosen.checkpoint.params, tokenizer, checkpoint.stop_ids), ops, which
 
 

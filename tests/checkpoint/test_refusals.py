@@ -258,7 +258,7 @@ PARAMS_AND_TOKENIZER = {
     "tokenizer: an HTML page": Case(("tokenizer.model", "this is an HTML page"), write("tokenizer.model", HTML)),
     "tokenizer: a git-lfs pointer": Case(("tokenizer.model", "git lfs pull"), write("tokenizer.model", LFS)),
     "tokenizer: of Hugging Face": Case(
-        ("tokenizer.model", "a JSON file; use the repository's original/tokenizer.model"),
+        ("tokenizer.model: model should be a dict, is None", AGAIN),
         write("tokenizer.model", "{}"),
     ),
     "tokenizer: of Llama 2": Case(

