@@ -72,6 +72,8 @@ class Params:
         for key, value in content.items():
             if (key.startswith("vision_") or key in ("quantization_args", "lora_args")) and not _is_off(value):
                 raise UserError(f"{key} = {value!r} changes the computation and is not supported")
+        if "hidden_dim" in content:  # with other defaults than Meta's
+            raise UserError("hidden_dim is a key of Mistral's params.json, which is not supported; use config.json")
         fields = _Fields(content)
         dim = fields.integer("dim")
         n_layers = fields.integer("n_layers")

@@ -178,6 +178,7 @@ WRONG_META = [
     ({"n_kv_heads": 3}, "4 heads cannot share 3 kv heads"),
     ({"n_kv_heads": 8}, "4 heads cannot share 8 kv heads"),
     ({"n_heads": 64}, "head of 1 values"),
+    ({"hidden_dim": 128, "head_dim": 16}, "a key of Mistral's params.json"),
     ({"vision_chunk_size": 448}, "vision_chunk_size = 448 changes the computation"),
     ({"quantization_args": {"group_size": 256}}, "quantization_args .* changes the computation"),
     ({"lora_args": {"rank": 16, "scale": 2.0}}, "lora_args .* changes the computation"),

@@ -97,8 +97,8 @@ def open_checkpoint(path: Path, file_format: FileFormat | None = None) -> Checkp
     params = Params.from_file(params_file)
     by_name = _map_files(weight_files, are_shards=params_file.name == "params.json")
     is_hf = _is_hf(by_name)
-    # without an output matrix the embeddings are used for it, unless config.json denies it; params.json never says
-    if is_hf and "lm_head.weight" not in by_name and read_json(params_file).get("tie_word_embeddings") is False:
+    # without an output matrix the embeddings are used for it, if config.json says so; params.json never does
+    if is_hf and "lm_head.weight" not in by_name and not read_json(params_file).get("tie_word_embeddings"):
         raise UserError(
             f"{path}: tensor lm_head.weight is missing, and {params_file.name} does not tie it; download the rest"
         )

@@ -110,15 +110,18 @@ def _check_numbers(checkpoints: Sequence[Path]) -> None:
 
 
 def _indexed_files(folder: Path, stem: str, ending: str) -> list[Path]:
-    """Return the weight files of save_pretrained that the index names; without one, the single file, or else all.
+    """Return the weight files of save_pretrained: the single file, or those that the index names, or else all.
 
-    Others are no part of the model: an adapter, the state of an optimizer, a variant in another dtype.
+    Others are no part of the model: an adapter, the state of an optimizer, a variant in another dtype. (The order of
+    _get_resolved_checkpoint_files in transformers' modeling_utils.py)
     """
     is_bin = ending == "bin"  # other programs use that ending too
     files = sorted(set(folder.glob(f"{stem}*.bin" if is_bin else f"*.{ending}")) - {folder / _META_SAFETENSORS})
     index, single = folder / f"{stem}.{ending}.index.json", folder / f"{stem}.{ending}"
+    if single in files:
+        return [single]
     if not index.exists():
-        return [single] if single in files else [file for file in files if not file.name.startswith("adapter_")]
+        return [file for file in files if not file.name.startswith("adapter_")]
     try:
         named = set(json.loads(read_small_file(index))["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

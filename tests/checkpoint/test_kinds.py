@@ -179,6 +179,12 @@ def among_others(folder: Path, model: Any) -> None:
     save_file({"x.lora_A.weight": torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
 
 
+def beside_a_stale_index(folder: Path, model: Any) -> None:
+    """A merge saved in one file into a folder that had several."""
+    network(initializer_range=0.3).save_pretrained(folder, max_shard_size="100kB")
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+
+
 def resized(n_rows: int, multiple_of: int | None = None) -> Callable[[Path, Any], None]:
     def save(folder: Path, model: Any) -> None:
         model.resize_token_embeddings(n_rows, pad_to_multiple_of=multiple_of)
@@ -274,6 +280,7 @@ KINDS: dict[str, Kind] = {
         beside_a_base, line="model.safetensors, not original/consolidated.00.pth"
     ),
     "model.safetensors among other files": Kind(among_others),
+    "model.safetensors beside the index of others": Kind(beside_a_stale_index),
     "Mistral without a sliding window": Kind(pretrained, {"sliding_window": None}, "MistralForCausalLM"),
     # what tools add to names
     "names of torch.compile, _orig_mod.": Kind(compiled),
