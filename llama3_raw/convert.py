@@ -21,11 +21,13 @@ from tqdm import tqdm
 
 from .chat.dialog import FORMAT_TOKENS, is_base_model
 from .checkpoint.checkpoint import Checkpoint, interleave_pairs, open_checkpoint, split_pairs
-from .checkpoint.files import SMALL_FILES, FileFormat, find_tokenizer
+from .checkpoint.files import SMALL_FILES, FileFormat
 from .checkpoint.gguf import Q8_0, TYPE_NAMES, GgufTensor, gguf_tensor, has_rows, rope_divisors, write_gguf_file
 from .checkpoint.gguf_header import read_header
-from .checkpoint.gguf_reading import read_gguf
+from .checkpoint.gguf_reading import is_gguf, read_gguf
+from .checkpoint.gguf_vocabulary import as_tokenizer_json, read_vocabulary
 from .checkpoint.sharding import SHARDED_DIMENSION, join, take
+from .checkpoint.text import end_tokens, find_tokenizer
 from .checkpoint.tokenizer_files import (
     LLAMA3_TEMPLATE,
     gguf_vocabulary,
@@ -96,7 +98,7 @@ def convert(
     """
     layout = _hf_files(checkpoint) if to == "hf" else _meta_files(checkpoint, shards)
     copies = _files_to_copy(source, to)
-    texts = _hf_texts(source, checkpoint, layout) if to == "hf" else _meta_texts(source, checkpoint)
+    texts = _hf_texts(source, checkpoint, layout) if to == "hf" else _meta_texts(checkpoint)
     write_empty = write_empty_safetensors if to == "hf" else write_empty_checkpoint
     n_bytes = sum(block.nbytes for blocks in layout.values() for block in blocks.values())
     with atomic_folder(folder, n_bytes) as unfinished, contextlib.ExitStack() as stack:
@@ -273,7 +275,7 @@ def _files_to_copy(source: Path, to: Format) -> list[Path]:
     return files
 
 
-def _meta_texts(source: Path, checkpoint: Checkpoint) -> dict[str, str]:
+def _meta_texts(checkpoint: Checkpoint) -> dict[str, str]:
     """Return params.json, that of the source if it has one, and a tokenizer.model that is made."""
     params_file = checkpoint.params_file
     try:
@@ -281,28 +283,46 @@ def _meta_texts(source: Path, checkpoint: Checkpoint) -> dict[str, str]:
         texts = {"params.json": params_file.read_text() if same else _json(checkpoint.params.to_meta())}
     except UserError as error:
         raise UserError(f"{params_file}: {error}; the model cannot be converted to Meta's format") from error
-    tokenizer = _tokenizer(source, checkpoint)
+    tokenizer = _tokenizer(checkpoint)
     if tokenizer is not None and has_llama3_tokens(tokenizer):
         texts["tokenizer.model"] = tokenizer_model(tokenizer)
-    return texts
+    return texts | _texts_of_gguf(checkpoint, tokenizer)
 
 
 def _hf_texts(source: Path, checkpoint: Checkpoint, files: dict[str, Blocks]) -> dict[str, str]:
     """Return config.json, an index of several files, and what of the tokenizer's files is made."""
-    tokenizer = _tokenizer(source, checkpoint)
+    tokenizer = _tokenizer(checkpoint)
     texts = {"config.json": _own_config(source, checkpoint) or _json(_config(checkpoint, tokenizer))}
     if len(files) > 1:
         total = sum(block.nbytes for blocks in files.values() for block in blocks.values())
         weight_map = {name: file for file, blocks in files.items() for name in blocks}
         texts["model.safetensors.index.json"] = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
-    if tokenizer is None:
-        return texts
+    if tokenizer is None or is_gguf(checkpoint.params_file):
+        return texts | _texts_of_gguf(checkpoint, tokenizer)
     texts["generation_config.json"] = _json(_ends(checkpoint, tokenizer))
     if has_llama3_tokens(tokenizer) and not (source / "tokenizer.json").exists():
         template = None if (source / "chat_template.jinja").exists() else _chat_template(checkpoint, tokenizer)
         made = tokenizer_files(tokenizer, checkpoint.params.max_seq_len, template)
         texts |= {name: _json(content) for name, content in made.items()}
     return texts
+
+
+def _texts_of_gguf(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> dict[str, str]:
+    """Return the tokenizer of a GGUF file as Hugging Face's files, with its chat template and end tokens; else {}."""
+    vocabulary = read_vocabulary(checkpoint.params_file, checkpoint.metadata) if checkpoint.metadata else None
+    if vocabulary is None or tokenizer is None:
+        return {}
+    names = vocabulary.special_names
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "clean_up_tokenization_spaces": False}
+    if vocabulary.chat_template is not None:
+        config["chat_template"] = vocabulary.chat_template
+    contents = {
+        "tokenizer.json": as_tokenizer_json(vocabulary),
+        "tokenizer_config.json": config,
+        "special_tokens_map.json": names,
+        "generation_config.json": _ends(checkpoint, tokenizer),
+    }
+    return {name: _json(content) for name, content in contents.items()}
 
 
 def _config(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -322,8 +342,8 @@ def _config(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> dict[str, An
 
 def _ends(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return the tokens that begin and end a text, as config.json and generation_config.json have them."""
-    stop_ids = checkpoint.stop_ids or (tokenizer.stop_ids if tokenizer else None)
-    return {"bos_token_id": tokenizer and tokenizer.bos_id, "eos_token_id": stop_ids and sorted(stop_ids)}
+    stop_ids = sorted(end_tokens(checkpoint, tokenizer))
+    return {"bos_token_id": tokenizer and tokenizer.bos_id, "eos_token_id": stop_ids or None}
 
 
 def _own_config(source: Path, checkpoint: Checkpoint) -> str | None:
@@ -342,10 +362,10 @@ def _own_config(source: Path, checkpoint: Checkpoint) -> str | None:
     return file.read_text(encoding="utf-8") if changed == content else _json(changed)
 
 
-def _tokenizer(source: Path, checkpoint: Checkpoint) -> Tokenizer | None:
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     """Return the source's tokenizer; None if there is none, or one that only other programs can use."""
     try:
-        return find_tokenizer(source, None, checkpoint.params)
+        return find_tokenizer(checkpoint)
     except UserError:
         return None
 
@@ -377,13 +397,17 @@ def convert_to_gguf(
     UserError if the file cannot be written, if the values do not fit into the type, and without a tokenizer.
     """
     try:
-        tokenizer = find_tokenizer(source, None, checkpoint.params)
+        tokenizer = find_tokenizer(checkpoint)
     except UserError as error:
         raise UserError(error.naming(f"tokenizer.json or tokenizer.model in {source}")) from error
     if tokenizer is None:
         raise UserError(f"{source}: there is no tokenizer, which belongs into a GGUF file; add tokenizer.model")
     template = _chat_template(checkpoint, tokenizer)
     vocabulary = gguf_vocabulary(tokenizer, checkpoint.params.vocab_size, template, checkpoint.stop_ids)
+    lost = end_tokens(checkpoint, tokenizer) - vocabulary.stop_ids
+    if lost:
+        names = ", ".join(tokenizer.name(token) for token in sorted(lost))
+        print(f"llama3_raw: warning: {file}: a GGUF file cannot say that {names} end a text, too", file=sys.stderr)
     name = source.resolve().name
     write_gguf_file(file, checkpoint.params, _gguf_tensors(checkpoint, kind), vocabulary, name, progress)
 
@@ -528,10 +552,11 @@ def _run(source: Path, checkpoint: Checkpoint, folder: Path, to: Format, options
     if not (exists and options.verify):
         convert(source, checkpoint, folder, to, options.shards or 1, progress=True)
         print(f"llama3_raw: wrote {folder}, {wanted}; run it with --weights {folder}", file=sys.stderr)
-        if to == "hf" and not (folder / "tokenizer.json").exists():
+        needed = ("tokenizer.json",) if to == "hf" else ("tokenizer.json", "tokenizer.model")
+        if not any((folder / name).exists() for name in needed):
             print(
-                f"llama3_raw: warning: {folder} has no tokenizer.json, which transformers needs, because {source} has "
-                "no tokenizer of Llama 3's kind that fits the model",
+                f"llama3_raw: warning: {folder} has no {' or '.join(needed)}, because {source} has no tokenizer of "
+                "Llama 3's kind that fits the model",
                 file=sys.stderr,
             )
     if options.verify:

@@ -64,7 +64,7 @@ class Params:
         try:
             return Params.from_hf(content) if "hidden_size" in content else Params.from_meta(content)
         except UserError as error:
-            raise UserError(f"{path}: {in_short(error)}") from error
+            raise UserError(f"{path}: {error.naming('{argument}')}", argument=error.argument) from error
 
     @staticmethod
     def from_meta(content: Mapping[str, Any]) -> Params:
@@ -73,7 +73,11 @@ class Params:
             if (key.startswith("vision_") or key in ("quantization_args", "lora_args")) and not _is_off(value):
                 raise UserError(f"{key} = {value!r} changes the computation and is not supported")
         if "hidden_dim" in content:  # with other defaults than Meta's
-            raise UserError("hidden_dim is a key of Mistral's params.json, which is not supported; use config.json")
+            raise UserError(
+                "hidden_dim is a key of Mistral's params.json, which is not supported; with the model's config.json, "
+                "give {argument} safetensors",
+                argument="format",
+            )
         fields = _Fields(content)
         dim = fields.integer("dim")
         n_layers = fields.integer("n_layers")

@@ -79,7 +79,7 @@ class Tokenizer:
     """Byte-pair encoding with the ranks of a tokenizer.model, followed by the 256 special tokens; or of another file.
 
     n_words: the highest id + 1. bos_id, eos_id, eot_id, eom_id: the ids of the common special tokens, or None where
-    there is none. stop_ids: the ids at which a text or an answer ends. chat_template: in Jinja, or None. The other
+    there is none. stop_ids: the ids at which a text or an answer ends. chat_templates: by name, in Jinja. The other
     attributes: see `Vocabulary`.
     """
 
@@ -96,7 +96,12 @@ class Tokenizer:
         self.eot_id, self.eom_id = names.get("<|eot_id|>"), names.get("<|eom_id|>")
         self.stop_ids = frozenset(token for token in (self.eos_id, self.eot_id, self.eom_id) if token is not None)
         self.n_words = max([*self.ranks.values(), *names.values()]) + 1
-        self.chat_template: str | None = None
+        self.chat_templates: Mapping[str, str] = {}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template called "default", if there is one."""
+        return self.chat_templates.get("default")
 
     def padded(self, vocab_size: int) -> Tokenizer:
         """Return the same tokenizer for a model of `vocab_size` rows; ids without a token are never encoded."""

@@ -166,10 +166,18 @@ class _Progress:
 def _digest_of(tokenizer: Tokenizer) -> str:
     """Return a hash of everything that the tokens of a text or a dialog depend on."""
     digest = hashlib.sha256(repr((tokenizer.special_tokens, tokenizer.added_tokens, tokenizer.bos_id)).encode())
-    digest.update(repr((tokenizer.chat_template, sorted(tokenizer.template_variables.items()))).encode())
+    for texts in (tokenizer.chat_templates, tokenizer.template_variables):
+        digest.update(repr(sorted(texts.items())).encode())
     for token in tokenizer.ranks:
         digest.update(token + b"\n")
     return digest.hexdigest()
+
+
+def _digest_of_file(name: str | None) -> str | None:
+    """Return a name, with a hash of the file's content if there is such a file."""
+    if name is None or not Path(name).is_file():
+        return name
+    return f"{name} {hashlib.sha256(Path(name).read_bytes()).hexdigest()}"
 
 
 def describe_run(
@@ -182,14 +190,17 @@ def describe_run(
         for shard in shards:  # the first values of each, so that not all is read
             first_values = shard.reshape(-1)[:1024].contiguous().view(torch.uint8).numpy().tobytes()
             model.update(f"{spec.meta_name} {list(shard.shape)} {shard.dtype}".encode() + first_values)
+    for change in checkpoint.adapter.values():
+        model.update(change.a.reshape(-1)[:1024].float().numpy().tobytes())
+        model.update(change.b.reshape(-1)[:1024].float().numpy().tobytes())
     return {
         "prompts": hashlib.sha256(content).hexdigest(),
         "weights": model.hexdigest(),
         "tokenizer": _digest_of(tokenizer) if tokenizer else None,
         "stop_ids": sorted(chosen.stop_ids),
-        "--adapter": options.adapter,
+        "adapter": repr([(spec.meta_name, change.scale) for spec, change in checkpoint.adapter.items()]),
         "--stop-token": options.stop_token,
-        "--template": options.template,
+        "--template": _digest_of_file(options.template),
         "--device": chosen.device.type,
         "--tp": ranks.tensor.size if ranks else 1,
         "--gpu-layers": chosen.gpu_layers,

@@ -136,9 +136,11 @@ def is_base_model(model: Model) -> bool:
     if any(name not in model.tokenizer.special_tokens for name in FORMAT_TOKENS):
         return False
     embeddings, special = model.weights.tok_embeddings, model.tokenizer.special_tokens
-    last = tensors_of(embeddings)[0]
-    rows = torch.arange(len(last), device=last.device)
-    unused = embed(rows[-100:], embeddings).float()  # [100, dim]: reserved tokens in every Llama 3
+    reserved = sorted(token for name, token in special.items() if name.startswith("<|reserved_special_token_"))
+    if len(reserved) < 100:
+        return False
+    rows = torch.arange(embeddings.shape[0], device=tensors_of(embeddings)[0].device)
+    unused = embed(rows[reserved[-100:]], embeddings).float()  # [100, dim]
     format_ids = [special[name] for name in FORMAT_TOKENS]
     centre = unused.mean(dim=0)
     farthest_unused = (unused - centre).norm(dim=-1).max()

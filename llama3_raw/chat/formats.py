@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from ..cli.options import read_text
 from ..errors import UserError
+from ..system.files import read_small_file
 from ..tokenizer import Tokenizer
 from .dialog import DialogFormat, Llama3Format, Message
 from .template import ChatTemplate
@@ -16,15 +17,23 @@ LLAMA3 = "llama3"
 def format_of(tokenizer: Tokenizer, template: str | None = None) -> DialogFormat:
     """Return Llama 3's dialog format, or the chat template of the model.
 
-    template: "llama3", or a file with a Jinja template; None takes the tokenizer's, unless it is Llama 3's. Raises
-    UserError if it cannot be used, and if the tokenizer has neither a template nor the tokens of Llama 3's format.
+    template: "llama3", the name of one of the tokenizer's templates, or a file with a Jinja template; None takes the
+    tokenizer's, unless it is Llama 3's. Raises UserError if it cannot be used, and if the tokenizer has neither a
+    template nor the tokens of Llama 3's format.
     """
-    if template == LLAMA3 or (template is None and tokenizer.chat_template is None):
+    named = tokenizer.chat_templates
+    if template == LLAMA3 or (template is None and not named):
         return Llama3Format(tokenizer)
-    if template is not None:
-        return ChatTemplate(read_text(template), tokenizer, template)
-    assert tokenizer.chat_template is not None
-    own = ChatTemplate(tokenizer.chat_template, tokenizer, f"the chat template of {tokenizer.path}")
+    if template is None and "default" not in named:
+        raise UserError(
+            f"{tokenizer.path}: its chat templates are {', '.join(named)}; name one as {{argument}}",
+            argument="template",
+        )
+    name = template or "default"
+    if name not in named:
+        return ChatTemplate(read_small_file(Path(name)).decode("utf-8", errors="replace"), tokenizer, name)
+    called = "" if name == "default" else f" {name}"
+    own = ChatTemplate(named[name], tokenizer, f"the chat template{called} of {tokenizer.path}")
     return Llama3Format(tokenizer) if _is_llama3(own, tokenizer) else own
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -18,7 +18,8 @@ _NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # that Unicode leaves t
 class ChatTemplate:
     """A chat template, rendered as transformers' `apply_chat_template` does, in a sandbox.
 
-    The names of special tokens in the template become these tokens; in a message they stay text.
+    The names of special tokens in the template become these tokens; in a message they stay text. So do, in what is not
+    an answer of the model, other added tokens that the template uses, as some delimiters are not marked as special.
     """
 
     def __init__(self, text: str, tokenizer: Tokenizer, source: str = "the chat template"):
@@ -27,8 +28,9 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._text = text
         self._template = self._compiled(text)
-        names = sorted(tokenizer.special_tokens, key=len, reverse=True)  # the longest match, as in tokenizers
-        self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        delimiters = [name for name in tokenizer.added_tokens if name in text]
+        self._special = _any_of(tokenizer.special_tokens)
+        self._in_questions = _any_of([*tokenizer.special_tokens, *delimiters])
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -57,10 +59,12 @@ class ChatTemplate:
         if mark is None:
             raise UserError("a message holds all of Unicode's noncharacters U+FDD0 to U+FDEF; leave one of them out")
         # a mark inside the name of a special token keeps it apart from those of the template
-        marked = [
-            {"role": role, "content": self._special.sub(lambda name: name[0][0] + mark + name[0][1:], content)}
-            for role, content in messages
-        ]
+        marked = []
+        for role, content in messages:
+            names = self._special if role == "assistant" else self._in_questions
+            marked.append(
+                {"role": role, "content": names.sub(lambda name: f"{name[0][0]}{mark}{name[0][1:]}", content)}
+            )
         rendered = self._rendered(marked, with_header)
         ids: list[int] = []
         end = 0
@@ -68,7 +72,10 @@ class ChatTemplate:
             ids += self._tokenizer.encode(rendered[end : name.start()].replace(mark, ""))
             ids.append(self._tokenizer.special_tokens[name[0]])
             end = name.end()
-        return ids + self._tokenizer.encode(rendered[end:].replace(mark, ""))
+        ids += self._tokenizer.encode(rendered[end:].replace(mark, ""))
+        if not ids:
+            raise UserError(f"{self.source} makes nothing of these messages; give {{argument}}", argument="template")
+        return ids
 
     def _rendered(self, messages: list[dict[str, str]], with_header: bool) -> str:
         variables = {**self._tokenizer.template_variables, "add_generation_prompt": with_header}
@@ -107,6 +114,11 @@ class ChatTemplate:
                 f"{self.source}: not a Jinja template ({in_short(error)}); give another as {{argument}}",
                 argument="template",
             ) from error
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern for any of these names, the longest first, as in tokenizers."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:

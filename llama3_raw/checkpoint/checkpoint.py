@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..system.madvise import drop_pages
 from ..weights import DTYPES, MATRICES, SCALE_ENDINGS, TensorSpec, tensor_specs
 from .files import FileFormat, find_models, stop_ids_of
 from .gguf_reading import GgufFile, is_gguf, read_gguf
+from .gguf_vocabulary import stop_ids_in
 from .lora import LowRank, merged, read_adapter
 from .mapping import UNSUPPORTED_DTYPE, map_checkpoint, map_safetensors
 from .sharding import SHARDED_DIMENSION, Shard, join, take
@@ -41,6 +42,8 @@ class Checkpoint(NamedTuple):
     blocks: Mapping[TensorSpec, BlockType] = MappingProxyType({})  # of matrices in GGML's blocks, in rows of uint8
     adapter: Mapping[TensorSpec, LowRank] = MappingProxyType({})  # what is added to a matrix when it is loaded
     stop_ids: frozenset[int] | None = None  # the tokens that end a text; None: the files do not say
+    metadata: Mapping[str, Any] = MappingProxyType({})  # of a GGUF file
+    folder: Path = Path()  # what `open_checkpoint` was given
     params_file: Path = Path()  # params.json, config.json or a GGUF file
     first_file: Path = Path()  # of the weights, in the folder
     others: tuple[Path, ...] = ()  # first weight files of other models in the folder
@@ -93,7 +96,7 @@ def open_checkpoint(path: Path, file_format: FileFormat | None = None) -> Checkp
     """
     (params_file, weight_files), *others = find_models(path, file_format)
     if is_gguf(params_file):
-        return _from_gguf(read_gguf(params_file))
+        return _from_gguf(read_gguf(params_file))._replace(folder=path)
     params = Params.from_file(params_file)
     by_name = _map_files(weight_files, are_shards=params_file.name == "params.json")
     is_hf = _is_hf(by_name)
@@ -106,6 +109,7 @@ def open_checkpoint(path: Path, file_format: FileFormat | None = None) -> Checkp
     return check_tensors(source, params, by_name)._replace(
         mapped=True,
         stop_ids=stop_ids_of(path),
+        folder=path,
         params_file=params_file,
         first_file=weight_files[0].relative_to(path),
         others=tuple(files[0].relative_to(path) for _, files in others),
@@ -123,6 +127,8 @@ def _from_gguf(gguf: GgufFile) -> Checkpoint:
         scales={},
         mapped=True,
         blocks={spec: gguf.kinds[spec.meta_name] for spec in specs if spec.meta_name in gguf.kinds},
+        stop_ids=stop_ids_in(gguf.metadata),
+        metadata=gguf.metadata,
         params_file=gguf.file,
     )
 

@@ -1,4 +1,4 @@
-"""Finding the files of a model: its params, weights and tokenizer, and which tokens end a text."""
+"""Finding the files of a model: its params and weights, and which tokens end a text."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError, in_short
-from ..params import Params
 from ..system.files import read_json, read_small_file
-from ..tokenizer import Tokenizer
-from .gguf_reading import is_gguf, read_gguf
-from .gguf_vocabulary import tokenizer_of_gguf
-from .tokenizer_json import read_tokenizer
+from .gguf_reading import is_gguf
 
 FileFormat = Literal["original", "safetensors"]
 """Meta's files (params.json), or Hugging Face's (config.json)."""
@@ -47,6 +43,8 @@ def find_models(path: Path, file_format: FileFormat | None = None) -> list[Files
     A damaged one after the first is left out.
     """
     if is_gguf(path):
+        if file_format is not None:
+            raise UserError(f"{path}: is a single file; leave {{argument}} out", argument="format")
         return [(path, [path])]
     if not path.is_dir():
         reason = "not a folder, nor a GGUF file" if path.exists() else "there is no such folder or file"
@@ -171,57 +169,3 @@ def stop_ids_of(folder: Path) -> frozenset[int] | None:
         if any(token is not None for token in ids):
             return frozenset(token for token in ids if token is not None)
     return None
-
-
-def find_tokenizer(path: Path, given: str | Path | None, params: Params) -> Tokenizer | None:
-    """Return the tokenizer `given`, or else that of the folder or GGUF file, or else None.
-
-    In Hugging Face's format tokenizer.json comes before tokenizer.model, which may be that of the base. Rows of the
-    embeddings without a token have one that is never encoded. Raises UserError if the model has fewer rows than tokens.
-    """
-    if given:
-        tokenizer = read_tokenizer(Path(given))
-    elif is_gguf(path):
-        gguf = read_gguf(path)
-        found = tokenizer_of_gguf(gguf.file, gguf.metadata)
-        if found is None:
-            return None
-        tokenizer = found
-    else:
-        names = ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
-        if (path / "params.json").exists():
-            names.insert(0, names.pop(1))
-        file = next((path / name for name in names if (path / name).exists()), None)
-        if file is None:
-            return None
-        tokenizer = read_tokenizer(file)
-    if path.is_dir():
-        tokenizer.chat_template = tokenizer.chat_template or chat_template_of(path)
-    if not tokenizer.n_words <= params.vocab_size <= 2 * tokenizer.n_words:  # far more rows: of another model
-        raise UserError(
-            f"{tokenizer.path}: has {tokenizer.n_words} tokens, but the model has {params.vocab_size}; "
-            "give the model's tokenizer as {argument}",
-            argument="tokenizer",
-        )
-    return tokenizer if tokenizer.n_words == params.vocab_size else tokenizer.padded(params.vocab_size)
-
-
-def chat_template_of(folder: Path) -> str | None:
-    """Return the chat template of a folder, in Jinja: chat_template.jinja's or tokenizer_config.json's; or None.
-
-    Of several named ones it is "default". (apply_chat_template in transformers' tokenization_utils_base.py)
-    """
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return read_small_file(file).decode("utf-8", errors="replace")
-    file = folder / "tokenizer_config.json"
-    template = read_json(file).get("chat_template") if file.exists() else None
-    if isinstance(template, list):
-        try:
-            named = {entry["name"]: entry["template"] for entry in template}
-        except (TypeError, KeyError) as error:
-            raise UserError(f"{file}: chat_template should be named templates, is {in_short(template)}") from error
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise UserError(f"{file}: chat_template should be text, is {in_short(template)}")
-    return template

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ..errors import UserError, in_short
 from ..tokenizer import SPLIT_PATTERN, Tokenizer
 from .gguf_header import StringArray
-from .tokenizer_json import tokenizer_from_json
+from .tokenizer_json import bos_processor, tokenizer_from_json
 
 _KEY = "tokenizer.ggml."
 
@@ -34,6 +34,12 @@ class GgufVocabulary(NamedTuple):
     eom_id: int | None
     add_bos: bool | None  # whether a text begins with bos_id; None: the file does not say
     chat_template: str | None
+
+    @property
+    def special_names(self) -> dict[str, str]:
+        """bos_token and eos_token, as tokenizer_config.json has them."""
+        special = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        return {name: self.tokens[token] for name, token in special.items() if token is not None}
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -71,6 +77,12 @@ def read_vocabulary(file: Path, metadata: Mapping[str, Any]) -> GgufVocabulary |
         add_bos=add_bos if isinstance(add_bos, bool) else None,
         chat_template=template if isinstance(template, str) else None,
     )
+
+
+def stop_ids_in(metadata: Mapping[str, Any]) -> frozenset[int] | None:
+    """Return the tokens that end a text by the metadata of a file; None if it names none."""
+    ids = (metadata.get(f"{_KEY}{name}_token_id") for name in ("eos", "eot", "eom"))
+    return frozenset(token for token in ids if isinstance(token, int)) or None
 
 
 def _strings(file: Path, metadata: Mapping[str, Any], name: str) -> list[str]:
@@ -115,13 +127,8 @@ def tokenizer_of_gguf(file: Path, metadata: Mapping[str, Any]) -> Tokenizer | No
             "tokenizer.json as {argument}",
             argument="tokenizer",
         )
-    special = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id}
-    names = {name: vocabulary.tokens[token] for name, token in special.items() if token is not None}
-    tokenizer = tokenizer_from_json(file, as_tokenizer_json(vocabulary), names)
-    adds_bos = vocabulary.pre in _LLAMA3_NAMES if vocabulary.add_bos is None else vocabulary.add_bos
-    tokenizer.bos_id = vocabulary.bos_id if adds_bos else None
+    tokenizer = tokenizer_from_json(file, as_tokenizer_json(vocabulary), vocabulary.special_names)
     tokenizer.stop_ids = vocabulary.stop_ids
-    tokenizer.chat_template = vocabulary.chat_template
     return tokenizer
 
 
@@ -132,7 +139,12 @@ def as_tokenizer_json(vocabulary: GgufVocabulary) -> dict[str, Any]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     entries = list(enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)))
+    adds_bos = vocabulary.pre in _LLAMA3_NAMES if vocabulary.add_bos is None else vocabulary.add_bos
+    bos_id = vocabulary.bos_id if adds_bos else None
     return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
         "added_tokens": [
             {"id": token, "content": text, **added, "special": kind == CONTROL}
             for token, (text, kind) in entries
@@ -143,7 +155,7 @@ def as_tokenizer_json(vocabulary: GgufVocabulary) -> dict[str, Any]:
             "type": "Sequence",
             "pretokenizers": [*({**split, "pattern": {"Regex": pattern}} for pattern in patterns), byte_level],
         },
-        "post_processor": None,
+        "post_processor": None if bos_id is None else bos_processor(vocabulary.tokens[bos_id], bos_id),
         "decoder": byte_level,
         "model": {
             "type": "BPE",

@@ -29,9 +29,11 @@ from ..weights import (
     tensor_specs,
 )
 from .checkpoint import Checkpoint, check_tensors, first_layers, open_checkpoint, shard_of, whole_tensor, with_adapter
-from .files import FileFormat, find_tokenizer
+from .files import FileFormat
+from .gguf_reading import is_gguf
 from .sharding import Shard
 from .staging import Move, staging
+from .text import end_tokens, find_tokenizer
 
 
 def from_state_dict(params: Params, tensors: Mapping[str, Tensor]) -> Weights:
@@ -118,8 +120,8 @@ def load(  # noqa: PLR0913  # what a caller may set
     if shard is not None:
         checkpoint = shard_of(checkpoint, shard)
     weights = build_weights(checkpoint, device, dtype, progress, quantized, gpu_layers)
-    found = None if tokenizer is False else find_tokenizer(folder, tokenizer, params)
-    return Model(weights, params, found, checkpoint.stop_ids)
+    found = None if tokenizer is False else find_tokenizer(checkpoint, tokenizer)
+    return Model(weights, params, found, end_tokens(checkpoint, found))
 
 
 def check_gpu_layers(gpu_layers: int | None, device: torch.device, params: Params) -> None:
@@ -218,7 +220,7 @@ def _common_dtype(checkpoint: Checkpoint) -> torch.dtype:
                     "all",
                     argument="dtype",
                 )
-    for other, name in others.items() if not checkpoint.blocks else ():  # in GGUF files that is the rule
+    for other, name in () if is_gguf(checkpoint.params_file) else others.items():  # in GGUF files that is the rule
         print(
             f"llama3_raw: {source}: {name} is in {dtype_name(other)}; converted to {dtype_name(common)} like the rest",
             file=sys.stderr,

@@ -113,7 +113,7 @@ def _read_structure(file: Path, memory: mmap.mmap) -> tuple[dict[int, int], dict
 def _unwrapped(structure: dict[Any, Any]) -> dict[Any, Any]:
     """Return the weights of a file that a training program saved, with the state of its optimizer or the like."""
     inner = [structure[name] for name in _WRAPPERS if isinstance(structure.get(name), dict)]
-    if len(inner) == 1 and not any(isinstance(value, Tensor) for value in structure.values()):
+    if len(inner) == 1 and not any(str(name).endswith(".weight") for name in structure):
         return _unwrapped(inner[0])
     return structure
 

@@ -15,7 +15,7 @@ import tiktoken
 from ..errors import UserError
 from ..tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from .gguf_vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, GgufVocabulary
-from .tokenizer_json import BYTE_CHARACTERS
+from .tokenizer_json import BYTE_CHARACTERS, bos_processor
 
 LLAMA3_TEMPLATE = (
     "{{ bos_token }}"
@@ -62,18 +62,8 @@ def is_llama3(tokenizer: Tokenizer) -> bool:
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the content of a tokenizer.json that gives the same tokens, for one of which `has_llama3_tokens` holds."""
     bos = tokenizer.special_tokens["<|begin_of_text|>"]
-    beginning = {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
-    template = {
-        "type": "TemplateProcessing",
-        "single": [beginning, first],
-        "pair": [beginning, first, {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 1}}, second],
-        "special_tokens": {
-            "<|begin_of_text|>": {"id": "<|begin_of_text|>", "ids": [bos], "tokens": ["<|begin_of_text|>"]}
-        },
-    }
     return {
         "version": "1.0",
         "truncation": None,
@@ -89,7 +79,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         ],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": {"type": "Sequence", "processors": [byte_level, template]},
+        "post_processor": {"type": "Sequence", "processors": [byte_level, bos_processor("<|begin_of_text|>", bos)]},
         "decoder": byte_level,
         "model": {
             "type": "BPE",

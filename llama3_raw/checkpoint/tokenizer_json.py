@@ -75,28 +75,40 @@ def read_tokenizer_json(path: str | Path) -> Tokenizer:
     Raises UserError if it is damaged or not byte-level BPE, or if it needs the tokenizers library and that is missing.
     """
     path = Path(path)
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second one counts more
-        file = path.with_name(name)
-        given = read_json(file) if file.exists() else {}
-        settings |= {key: value for key, value in given.items() if value is not None}
-    return tokenizer_from_json(path, read_json(path), settings)
+    return tokenizer_from_json(path, read_json(path), special_names(path.parent))
 
 
-def tokenizer_from_json(path: Path, content: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> Tokenizer:
+def special_names(folder: Path) -> dict[str, str]:
+    """Return bos_token, eos_token and other names of tokens in the files beside a tokenizer."""
+    names = {}
+    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):  # the second one counts more
+        for key, value in read_json(file).items() if file.exists() else ():
+            text = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(text, str):
+                names[key] = text
+    return names
+
+
+def bos_processor(name: str, token: int) -> dict[str, Any]:
+    """Return the post-processor of a tokenizer.json that begins each text with a token."""
+    text, other = ({"Sequence": {"id": sequence, "type_id": i}} for i, sequence in enumerate("AB"))
+    begin, begin_other = ({"SpecialToken": {"id": name, "type_id": i}} for i in range(2))
+    return {
+        "type": "TemplateProcessing",
+        "single": [begin, text],
+        "pair": [begin, text, begin_other, other],
+        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]}},
+    }
+
+
+def tokenizer_from_json(path: Path, content: Mapping[str, Any], names: Mapping[str, str]) -> Tokenizer:
     """Return the tokenizer that the content of a tokenizer.json describes.
 
-    path: what errors name. settings: tokenizer_config.json's bos_token, eos_token and other names of tokens.
+    path: what errors name. names: bos_token, eos_token and others, as `special_names` returns them.
 
     A text begins with the token that the post-processor puts there, as in transformers, which ignores add_bos_token
     beside a tokenizer.json. An end-of-text that it would add is left out: a model shall continue the text.
     """
-    names = {
-        key: text
-        for key, value in (settings or {}).items()
-        if key.endswith("_token")
-        and isinstance(text := value.get("content") if isinstance(value, dict) else value, str)
-    }
     bpe = _read_bpe(path, content, {names[key] for key in ("bos_token", "eos_token") if key in names})
     special = {name: token.id for name, token in bpe.added.items() if token.special}
     eos = names.get("eos_token", "<|end_of_text|>")
@@ -110,7 +122,7 @@ def tokenizer_from_json(path: Path, content: Mapping[str, Any], settings: Mappin
         added_tokens={name: token.id for name, token in bpe.added.items() if not token.special},
         bos_id=_first_token(path, content, special),
         eos_id=special.get(eos),
-        template_variables=names,
+        template_variables=dict(names),
     )
     return Tokenizer(path, vocabulary)
 
@@ -336,18 +348,21 @@ class _LibraryEncoding:
         Raises UserError for a byte that has no token, which the library would leave out.
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
+        ids: list[int] = []
+        begin = 0
+        for name, start, stop in _find_added(text, {name: self._added[name] for name in allowed_special}):
+            ids += self._merged(text[begin:start])
+            ids.append(self._added[name].id)
+            begin = stop
+        return ids + self._merged(text[begin:])
+
+    def _merged(self, text: str) -> list[int]:
         missing = self._missing.intersection(text.encode()) if self._missing else ()
         if missing:
             raise UserError(
                 f"{self._path}: has no token for byte 0x{min(missing):02x}, which is in the text; leave it out"
             )
-        ids: list[int] = []
-        begin = 0
-        for name, start, stop in _find_added(text, {name: self._added[name] for name in allowed_special}):
-            ids += self._library.encode(text[begin:start], add_special_tokens=False).ids
-            ids.append(self._added[name].id)
-            begin = stop
-        return ids + list(self._library.encode(text[begin:], add_special_tokens=False).ids)
+        return list(self._library.encode(text, add_special_tokens=False).ids)
 
     def decode_single_token_bytes(self, token: int) -> bytes:
         """Return the bytes of a token. Raises KeyError for another id."""
@@ -365,7 +380,7 @@ def _find_added(text: str, added: Mapping[str, AddedToken]) -> Iterator[tuple[st
         token, (start, stop) = added[match[0]], match.span()
         if start < end:  # the space of the token before it
             continue
-        if token.single_word and re.fullmatch(r"\w.*|.*\w", text[max(0, start - 1) : start] + text[stop : stop + 1]):
+        if token.single_word and any(re.match(r"\w", text[at : at + 1]) for at in (start - 1, stop) if at >= 0):
             continue
         if token.lstrip:
             start = end + len(text[end:start].rstrip())

@@ -203,6 +203,8 @@ def _check_mapped(plan: MemoryPlan) -> None:
             )
         if dtype not in (None, parts[0].dtype) and place not in checkpoint.scales and place not in checkpoint.blocks:
             raise UserError(f"--max-ram leaves the weights in their file, as {parts[0].dtype}; leave --dtype out")
+        if place in checkpoint.adapter:
+            raise UserError("--max-ram leaves the weights in their file, and an adapter changes them; leave one out")
         if checkpoint.needs_copy(place):
             name, how = (
                 (place.hf_name, "in another order") if checkpoint.hf else (place.meta_name, "joined from shards")

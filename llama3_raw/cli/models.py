@@ -17,10 +17,10 @@ from ..backends.choose import ops_for
 from ..backends.streaming import least_memory, read_ahead
 from ..backends.tensor_parallel import parallel_ops
 from ..checkpoint.checkpoint import Checkpoint, first_layers, open_checkpoint, shard_of, with_adapter
-from ..checkpoint.files import find_tokenizer
 from ..checkpoint.gguf_reading import is_gguf
 from ..checkpoint.loading import build_weights, check_gpu_layers
 from ..checkpoint.sharding import Shard
+from ..checkpoint.text import end_tokens, find_tokenizer
 from ..errors import UserError
 from ..ops import Ops
 from ..system.machine import set_threads
@@ -61,10 +61,8 @@ class ChosenModel(NamedTuple):
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """The tokens that end a text: those of the model's files, or else of the tokenizer."""
-        if self.checkpoint.stop_ids is not None:
-            return self.checkpoint.stop_ids
-        return self.tokenizer.stop_ids if self.tokenizer else frozenset()
+        """The tokens that end a text."""
+        return end_tokens(self.checkpoint, self.tokenizer)
 
 
 def chosen_ids(chosen: ChosenModel, prompt: str, *, are_ids: bool = False, special: bool = False) -> list[int]:
@@ -112,7 +110,7 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
         checkpoint = first_layers(checkpoint, options.layers)
     check_gpu_layers(options.gpu_layers, device, checkpoint.params)
     try:
-        tokenizer = find_tokenizer(folder.path, options.tokenizer, checkpoint.params)
+        tokenizer = find_tokenizer(checkpoint, options.tokenizer)
     except UserError:
         if needs_tokenizer or options.tokenizer:
             raise
@@ -167,7 +165,7 @@ def load_model(
     begin_of_text = SPECIAL_TOKENS[0]
     if tokenizer is not None and tokenizer.bos_id is None and begin_of_text in tokenizer.special_tokens:
         which += f"; its tokenizer begins no text with {begin_of_text}"
-    return Model(weights, chosen.checkpoint.params, tokenizer, checkpoint.stop_ids), ops, which
+    return Model(weights, chosen.checkpoint.params, tokenizer, chosen.stop_ids), ops, which
 
 
 def _own_shard(chosen: ChosenModel, ranks: Ranks) -> Checkpoint:
@@ -298,5 +296,5 @@ def _find_in_cache(name: str, option: str) -> Path:
         )
     raise UserError(
         f"{option} {name}: neither a folder here nor in the Hugging Face cache; "
-        f"fetch it with python -m llama3_raw.download --model {repo}"
+        f"fetch it with python -m llama3_raw.download --model {repo}{f' --revision {revision}' if revision else ''}"
     )

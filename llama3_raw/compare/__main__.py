@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checkpoint.gguf_reading import is_gguf
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from ..cli.memory_plan import RunShape
 from ..cli.models import ChosenModel, choose_model, chosen_ids, load_model
@@ -44,7 +45,7 @@ def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) ->
     """Return the other run that --with names, checked without reading its weights. Raises UserError."""
     name: str = options.other
     file = Path(name)
-    if file.is_file() or file.suffix == ".safetensors":
+    if (file.is_file() and not is_gguf(file)) or file.suffix == ".safetensors":
         loaded = load_trace(file)
         shared_tensors(loaded, named_tensors(chosen.checkpoint.params))
         return Other(name, lambda: loaded, loaded.origin, loaded.origin.params if loaded.origin else None)
@@ -57,7 +58,7 @@ def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) ->
     elif name == "int8":
         changes |= {"quantize": "int8"}
     elif name != "fast":
-        changes |= {"weights": name}
+        changes |= {"weights": name, "adapter": None, "format": None}
     with_changes = Namespace(**{**vars(options), **changes})
     others = choose_model(with_changes, needs_tokenizer=False, named_by="--with")
     unlike = shape_difference(others.checkpoint.params, chosen.checkpoint.params)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from llama3_raw import Model, Params, Tokenizer, UserError
+from llama3_raw import Model, Tokenizer, UserError
 from llama3_raw.chat.conversation import Conversation
 from llama3_raw.chat.dialog import Llama3Format, Message, encode_dialog
 from llama3_raw.chat.formats import format_of
 from llama3_raw.chat.template import ChatTemplate
-from llama3_raw.checkpoint.files import find_tokenizer
+from llama3_raw.checkpoint.checkpoint import open_checkpoint
+from llama3_raw.checkpoint.text import find_tokenizer
 from llama3_raw.decoding import runner
 from tests.chat.fakes import Fake, ask
 from tests.paths import TINY
@@ -97,8 +98,9 @@ def saved(folder: Path, name: str, place: str = "tokenizer_config.json") -> Any:
 
 
 def read(folder: Path, n_words: int) -> Tokenizer:
-    params = replace(Params.from_file(TINY / "params.json"), vocab_size=n_words)
-    tokenizer = find_tokenizer(folder, None, params)
+    checkpoint = open_checkpoint(TINY)
+    params = replace(checkpoint.params, vocab_size=n_words)
+    tokenizer = find_tokenizer(checkpoint._replace(params=params, folder=folder))
     assert tokenizer is not None
     return tokenizer
 
@@ -176,7 +178,7 @@ def test_templates_that_cannot_be_used(template: str, message: str, tmp_path: Pa
 def test_a_tokenizer_without_a_template_and_without_headers(tmp_path: Path) -> None:
     theirs = saved(tmp_path, "ChatML")
     tokenizer = read(tmp_path, len(theirs))
-    tokenizer.chat_template = None
+    tokenizer.chat_templates = {}
     del tokenizer.special_tokens["<|start_header_id|>"]
     with pytest.raises(UserError, match=r"has no <\|start_header_id\|>.* and no chat template"):
         format_of(tokenizer)

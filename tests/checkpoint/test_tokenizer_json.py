@@ -196,7 +196,7 @@ def test_merges_of_one_token_may_be_in_any_order(tokens: list[str], random: Any,
     merges.sort(key=lambda split: vocab["".join(split)])
     content = json.loads(converted_frame())
     content["model"] |= {"vocab": vocab, "merges": merges}
-    tokenizer = tokenizer_from_json(Path("tokenizer.json"), content)
+    tokenizer = tokenizer_from_json(Path("tokenizer.json"), content, {})
     assert isinstance(tokenizer.encoding, tiktoken.Encoding)
     assert tokenizer.encode(text) == Library.from_str(json.dumps(content)).encode(text).ids
 
@@ -466,7 +466,7 @@ def test_a_wrong_value_gives_one_line_or_another_tokenizer(path: tuple[str, ...]
         change(*path, to=value)(changed)
         errors = []
         try:
-            tokenizer = tokenizer_from_json(Path("tokenizer.json"), changed)
+            tokenizer = tokenizer_from_json(Path("tokenizer.json"), changed, {})
             assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
         except UserError as error:
             errors.append(str(error))
