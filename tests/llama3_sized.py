@@ -22,11 +22,11 @@ WITH_SPECIAL_NAMES = "<|begin_of_text|> a<|eot_id|><|reserved_special_token_7|>b
 
 
 def write_llama3_sized(folder: Path, tokenizer_file: Path, *, trained: bool, vocab_size: int = N_TOKENS) -> Path:
-    """Write a model in Meta's format. trained: on the tokens of dialogs, unlike on the last 100 tokens."""
+    """Write a model in Meta's format. trained: on the tokens of dialogs, unlike on the last 100 reserved tokens."""
     params = Params.from_meta({**CONTENT, "vocab_size": vocab_size})
     weights = random_weights(params, torch.bfloat16, seed=0)
     if trained:
-        dense(weights.tok_embeddings)[-100:] *= 0.01
+        dense(weights.tok_embeddings)[N_TOKENS - 100 :] *= 0.01
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(params.to_meta()))
     torch.save(to_state_dict(params, weights), folder / "consolidated.00.pth")

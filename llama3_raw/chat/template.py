@@ -28,9 +28,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._text = text
         self._template = self._compiled(text)
-        delimiters = [name for name in tokenizer.added_tokens if name in text]
         self._special = _any_of(tokenizer.special_tokens)
-        self._in_questions = _any_of([*tokenizer.special_tokens, *delimiters])
+        self._delimiters = _any_of(name for name in tokenizer.added_tokens if name in text)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -54,25 +53,26 @@ class ChatTemplate:
 
         Raises UserError if the template refuses the messages.
         """
-        contents = "".join(message.content for message in messages)
-        mark = next((character for character in _NONCHARACTERS if character not in contents + self._text), None)
-        if mark is None:
-            raise UserError("a message holds all of Unicode's noncharacters U+FDD0 to U+FDEF; leave one of them out")
-        # a mark inside the name of a special token keeps it apart from those of the template
+        used = {*self._text, *"".join(message.content for message in messages)}
+        mark, cut, *_ = (*(character for character in _NONCHARACTERS if character not in used), None, None)
+        if mark is None or cut is None:
+            raise UserError("a message holds Unicode's noncharacters U+FDD0 to U+FDEF; leave them out")
+        # a character inside the name of a token keeps it apart from those of the template
         marked = []
         for role, content in messages:
-            names = self._special if role == "assistant" else self._in_questions
-            marked.append(
-                {"role": role, "content": names.sub(lambda name: f"{name[0][0]}{mark}{name[0][1:]}", content)}
-            )
+            content = self._special.sub(lambda name: f"{name[0][0]}{mark}{name[0][1:]}", content)
+            if role != "assistant":
+                content = self._delimiters.sub(lambda name: f"{name[0][0]}{cut}{name[0][1:]}", content)
+            marked.append({"role": role, "content": content})
         rendered = self._rendered(marked, with_header)
         ids: list[int] = []
         end = 0
-        for name in self._special.finditer(rendered):
-            ids += self._tokenizer.encode(rendered[end : name.start()].replace(mark, ""))
-            ids.append(self._tokenizer.special_tokens[name[0]])
-            end = name.end()
-        ids += self._tokenizer.encode(rendered[end:].replace(mark, ""))
+        for name in (*self._special.finditer(rendered), None):
+            for text in rendered[end : name.start() if name else None].replace(mark, "").split(cut):
+                ids += self._tokenizer.encode(text)
+            if name is not None:
+                ids.append(self._tokenizer.special_tokens[name[0]])
+                end = name.end()
         if not ids:
             raise UserError(f"{self.source} makes nothing of these messages; give {{argument}}", argument="template")
         return ids

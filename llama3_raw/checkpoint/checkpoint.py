@@ -154,11 +154,17 @@ def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     adapter = read_adapter(folder, {spec.hf_name: spec for spec in checkpoint.shards})
     shards, changes = dict(checkpoint.shards), dict(adapter.changes)
     for spec, tensor in adapter.replaced.items():
-        if spec.field not in ("tok_embeddings", "norm", "output") or (checkpoint.tied and spec.field != "norm"):
+        is_tied = checkpoint.tied and adapter.replaces_modules and spec.field == "tok_embeddings"
+        if spec.field not in ("tok_embeddings", "norm", "output") or is_tied:
             raise UserError(
                 f"{folder}: replaces {spec.hf_name}, which is not supported; merge it with PEFT's merge_and_unload"
             )
         shards[spec] = [tensor]
+    embeddings = next(iter(shards.values()))[0]
+    if adapter.output is not None and not torch.equal(adapter.output, embeddings):
+        raise UserError(
+            f"{folder}: replaces lm_head, which the model ties to the embeddings; merge it with PEFT's merge_and_unload"
+        )
     for spec, change in adapter.changes.items():
         if spec in checkpoint.scales or spec in checkpoint.blocks:
             raise UserError(

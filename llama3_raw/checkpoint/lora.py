@@ -56,7 +56,9 @@ class Adapter(NamedTuple):
     """What an adapter changes."""
 
     changes: dict[TensorSpec, LowRank]  # with the rows of `b` in Hugging Face's order
-    replaced: dict[TensorSpec, Tensor]  # whole tensors (modules_to_save)
+    replaced: dict[TensorSpec, Tensor]  # whole tensors (modules_to_save, save_embedding_layers)
+    output: Tensor | None  # lm_head.weight for a model that ties it
+    replaces_modules: bool  # whether some of them were trained (modules_to_save)
 
 
 def read_adapter(folder: Path, specs: Mapping[str, TensorSpec]) -> Adapter:
@@ -65,35 +67,29 @@ def read_adapter(folder: Path, specs: Mapping[str, TensorSpec]) -> Adapter:
     specs: the tensors of the model by Hugging Face's names. Raises UserError for another kind of adapter, and for a
     tensor that the model does not have.
     """
-    config_file = folder / "adapter_config.json"
-    if not config_file.exists():
-        raise UserError(
-            f"{folder}: {'there is no adapter_config.json' if folder.is_dir() else 'is no folder'}; {{argument}} "
-            "should be what PEFT's save_pretrained wrote",
-            argument="adapter",
-        )
-    config = read_json(config_file)
-    for key, allowed in _SETTINGS.items():
-        value = config.get(key, allowed[0])
-        if not any(value == other and type(value) is type(other) for other in (*allowed, None)):
-            raise UserError(
-                f"{config_file}: {key} = {in_short(value)} is not supported, only LoRA that is added to the weights; "
-                "merge it with PEFT's merge_and_unload"
-            )
-    file = next(
-        (folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).exists()), None
-    )
+    config = _checked_config(folder)
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    file = next((folder / name for name in names if (folder / name).exists()), None)
     if file is None:
         raise UserError(f"{folder}: there is no adapter_model.safetensors; download it")
     tensors = (map_safetensors if file.suffix == ".safetensors" else map_checkpoint)(file)
     pairs: dict[TensorSpec, dict[str, Tensor]] = {}
     replaced: dict[TensorSpec, Tensor] = {}
+    output = None
     for name, tensor in tensors.items():
         low_rank = _LOW_RANK.fullmatch(name)
-        spec = _spec_of(low_rank[1] + ".weight" if low_rank else name, specs)
+        whole_name = low_rank[1] + ".weight" if low_rank else name.replace(".base_layer.", ".")
+        spec = _spec_of(whole_name, specs)
+        if spec is None and not low_rank and whole_name.endswith("lm_head.weight"):
+            output = tensor
+            continue
         if spec is None or (low_rank and tensor.dim() != 2):
+            reason = (
+                "is of a layer that the model ties to another" if "lm_head" in name else "is not one of the model's"
+            )
             raise UserError(
-                f"{file}: tensor {in_short(name)} does not belong to the model; give the adapter's own model"
+                f"{file}: tensor {in_short(name)} {reason}, or of a kind that is not supported; give the adapter's own "
+                "model, or merge it with PEFT's merge_and_unload"
             )
         if low_rank is None:
             replaced[spec] = tensor
@@ -107,7 +103,27 @@ def read_adapter(folder: Path, specs: Mapping[str, TensorSpec]) -> Adapter:
                 f"{file}: {spec.hf_name} is {list(tensor.shape)}, the model's is {list(spec.shape)}; give the model "
                 "that the adapter was trained on, or merge it with PEFT's merge_and_unload"
             )
-    return Adapter(changes, replaced)
+    return Adapter(changes, replaced, output, bool(config.get("modules_to_save")))
+
+
+def _checked_config(folder: Path) -> dict[str, Any]:
+    """Return the content of adapter_config.json. Raises UserError for another kind of adapter than LoRA."""
+    file = folder / "adapter_config.json"
+    if not file.exists():
+        raise UserError(
+            f"{folder}: {'there is no adapter_config.json' if folder.is_dir() else 'is no folder'}; {{argument}} "
+            "should be what PEFT's save_pretrained wrote",
+            argument="adapter",
+        )
+    config = read_json(file)
+    for key, allowed in _SETTINGS.items():
+        value = config.get(key, allowed[0])
+        if not any(value == other and type(value) is type(other) for other in (*allowed, None)):
+            raise UserError(
+                f"{file}: {key} = {in_short(value)} is not supported, only LoRA that is added to the weights; "
+                "merge it with PEFT's merge_and_unload"
+            )
+    return config
 
 
 def _spec_of(name: str, specs: Mapping[str, TensorSpec]) -> TensorSpec | None:

@@ -110,8 +110,8 @@ def add_template_option(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--template",
         type=not_empty,
-        metavar="llama3|FILE",
-        help="the dialog format, or a Jinja template (default: the model's own)",
+        metavar="NAME|FILE",
+        help="dialog format: llama3, or a chat template (default: the model's own)",
     )
 
 

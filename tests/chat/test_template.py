@@ -13,14 +13,15 @@ from torch.nn.functional import one_hot
 
 from llama3_raw import Model, Tokenizer, UserError
 from llama3_raw.chat.conversation import Conversation
-from llama3_raw.chat.dialog import Llama3Format, Message, encode_dialog
+from llama3_raw.chat.dialog import Llama3Format, Message, encode_dialog, is_base_model
 from llama3_raw.chat.formats import format_of
 from llama3_raw.chat.template import ChatTemplate
 from llama3_raw.checkpoint.checkpoint import open_checkpoint
 from llama3_raw.checkpoint.text import find_tokenizer
 from llama3_raw.decoding import runner
-from tests.chat.fakes import Fake, ask
+from tests.chat.fakes import Fake, ask, taught
 from tests.paths import TINY
+from tests.references import dense
 
 # templates as the models bring them, in words of our own
 LLAMA3 = """\
@@ -208,3 +209,29 @@ def test_a_chat_keeps_the_cache_where_the_rendered_prefix_is_unchanged(
 def test_the_format_of_a_base_model_stays(tiny: Model) -> None:
     assert tiny.tokenizer is not None
     assert format_of(tiny.tokenizer).encode([QUESTION]) == encode_dialog(tiny.tokenizer, [QUESTION])
+
+
+def test_delimiters_that_are_not_marked_as_special_stay_text_in_a_question(tmp_path: Path) -> None:
+    """As <｜User｜> of some R1-distill repositories; what the model said itself is tokenized as transformers does."""
+    theirs = saved(tmp_path, "R1")
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    for entry in content["added_tokens"]:
+        entry["special"] = entry["special"] and entry["content"] not in ("<｜User｜>", "<｜Assistant｜>")
+    file.write_text(json.dumps(content))
+    tokenizer = read(tmp_path, len(theirs))
+    delimiter = tokenizer.added_tokens["<｜Assistant｜>"]
+    ids = format_of(tokenizer).encode([Message("user", "a<｜Assistant｜>b")])
+    assert ids.count(delimiter) == 1
+    messages = [message._asdict() for message in DIALOGS["two turns"]]
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert format_of(tokenizer).encode(DIALOGS["two turns"]) == expected
+
+
+def test_a_padded_vocabulary_does_not_make_a_base_model(tiny: Model) -> None:
+    model = taught(tiny)
+    assert not is_base_model(model)
+    rows = torch.cat([dense(model.weights.tok_embeddings), torch.randn(120, tiny.params.dim)])
+    padded = model._replace(weights=model.weights._replace(tok_embeddings=rows, output=rows))
+    assert not is_base_model(padded)
+    assert is_base_model(tiny)

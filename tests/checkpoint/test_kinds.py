@@ -258,6 +258,9 @@ KINDS: dict[str, Kind] = {
     'a checkpoint {"model": …} of a training program': Kind(
         lambda folder, model: meta(folder, model, pth(wrap=lambda t: {"model": t, "epoch": 3, "optimizer": {}}))
     ),
+    'a checkpoint {"model": …} with a tensor beside it': Kind(
+        lambda folder, model: meta(folder, model, pth(wrap=lambda t: {"model": t, "step": torch.tensor(3)}))
+    ),
     'Lightning\'s {"state_dict": …}, names in "model."': Kind(
         lambda folder, model: meta(
             folder, model, pth(wrap=lambda t: {"state_dict": {f"model.{k}": v for k, v in t.items()}, "callbacks": {}})
@@ -368,7 +371,7 @@ def test_the_logits_with_an_adapter(case: str, base: str, tmp_path: Path) -> Non
     model = network(initializer_range=0.1)
     meta(tmp_path / "base", model, pth()) if base == "Meta's" else model.save_pretrained(tmp_path / "base")
     tuned = with_lora(model, LORA[case])
-    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    tuned.save_pretrained(tmp_path / "adapter")
     plain = llama3_raw.load(tmp_path / "base")
     loaded = llama3_raw.load(tmp_path / "base", adapter=tmp_path / "adapter")
     ours = llama3_raw.forward(loaded.weights, loaded.params, torch.tensor(IDS))
@@ -390,6 +393,26 @@ def test_a_shard_of_a_model_with_an_adapter(tmp_path: Path) -> None:
     for field, dimension in (("wq", 0), ("wk", 0), ("w3", 0), ("wo", 1), ("w2", 1)):
         joined = torch.cat([getattr(shard, field) for shard in shards], dim=dimension)
         torch.testing.assert_close(joined, getattr(whole, field))
+
+
+def test_an_adapter_of_a_tied_model(tmp_path: Path) -> None:
+    """PEFT may save the embeddings, and the output matrix that they are; a change of that alone is refused."""
+    model = network(initializer_range=0.1, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    tuned = with_lora(model, {"target_modules": "all-linear"})
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    loaded = llama3_raw.load(tmp_path / "base", adapter=tmp_path / "adapter")
+    ours = llama3_raw.forward(loaded.weights, loaded.params, torch.tensor(IDS))
+    torch.testing.assert_close(ours, logits_of(tuned.merge_and_unload()), rtol=0, atol=1e-5)
+    for settings, message in (
+        ({"target_modules": ["lm_head"]}, "a layer that the model ties"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "replaces lm_head, which the model ties"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "replaces model.embed_tokens.weight"),
+    ):
+        with_lora(network(tie_word_embeddings=True), settings).save_pretrained(tmp_path / "other")
+        with pytest.raises(llama3_raw.UserError, match=message):
+            llama3_raw.load(tmp_path / "base", adapter=tmp_path / "other")
 
 
 REFUSED_ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {

@@ -34,6 +34,7 @@ from tests.paths import ROOT, TINY
 CASES = (ROOT / "tests" / "llama-bpe.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
 DEEPSEEK_BOS = "<｜begin▁of▁sentence｜>"  # with U+FF5C and U+2581
 TEXTS = [
+    "é tool\n1 tool\nx\ntool",  # a line end beside a token that is a single word
     *CASES,
     "<|begin_of_text|>hi <|eot_id|>",
     f"{DEEPSEEK_BOS}a<|im_start|>user\nhello  <|im_end|> \n<|im_end|>",

@@ -17,9 +17,12 @@ from llama3_raw import Tokenizer
 from llama3_raw.__main__ import main
 from llama3_raw.batch.__main__ import main as batch
 from llama3_raw.chat.__main__ import main as chat
+from llama3_raw.chat.dialog import Message
+from llama3_raw.chat.formats import format_of
+from llama3_raw.compare.__main__ import main as compare
 from llama3_raw.convert import main as convert
 from tests.chat.test_template import saved
-from tests.checkpoint.test_kinds import beside_a_base, network
+from tests.checkpoint.test_kinds import beside_a_base, network, with_lora
 from tests.paths import CACHE, TINY
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -157,3 +160,114 @@ def test_one_gguf_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert "dialogs are formatted by the chat template of" in captured.err
     assert main([*run, "a\x04b"]) == 2
     assert "has no token for byte 0x04" in capsys.readouterr().err
+
+
+@pytest.fixture
+def as_gguf(fine_tune: Path, tmp_path: Path) -> Path:
+    """The fine-tune as a GGUF file alone in a folder."""
+    (tmp_path / "gguf").mkdir()
+    assert convert([str(fine_tune), str(tmp_path / "gguf" / "model.gguf")]) == 0
+    return tmp_path / "gguf"
+
+
+def text_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main([*arguments, "--max-new-tokens", "4"]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_folder_with_a_gguf_file(fine_tune: Path, as_gguf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tokenizer, chat template and end tokens are found there, and stay when another tokenizer is given."""
+    expected = text_of(capsys, "--weights", str(fine_tune), "Once")
+    answer = text_of(capsys, "--weights", str(fine_tune), "--chat", "Why?")
+    for weights in (as_gguf, as_gguf / "model.gguf"):
+        for more in ([], ["--tokenizer", str(fine_tune / "tokenizer.json")], ["--tokenizer", str(fine_tune)]):
+            run = ["--weights", str(weights), *more]
+            assert text_of(capsys, *run, "Once") == expected
+            assert text_of(capsys, *run, "--chat", "Why?") == answer
+    assert text_of(capsys, "--weights", str(fine_tune), "--tokenizer", str(as_gguf / "model.gguf"), "Once") == expected
+    assert main(["--weights", str(as_gguf / "model.gguf"), "--format", "original", "x"]) == 2
+    assert "is a single file; leave --format out" in capsys.readouterr().err
+
+
+def test_a_gguf_file_without_a_tokenizer_for_us_ends_where_it_says(
+    as_gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = (as_gguf / "model.gguf").read_bytes()
+    other = tmp_path / "other.gguf"
+    other.write_bytes(content.replace(b"llama-bpe", b"llama-xyz"))
+    end = llama3_raw.load(as_gguf).tokenizer.special_tokens["<|im_end|>"]
+    assert main(["--weights", str(other), "Once"]) == 2
+    assert "tokenizer.ggml.pre = 'llama-xyz' is not supported" in capsys.readouterr().err
+    assert end in (llama3_raw.load(other, tokenizer=False).stop_ids or ())
+
+
+def test_conversions_of_a_gguf_file_keep_its_text(
+    fine_tune: Path, as_gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    expected = text_of(capsys, "--weights", str(fine_tune), "--chat", "Why?")
+    for to in ("meta", "hf"):
+        assert convert([str(as_gguf / "model.gguf"), str(tmp_path / to), "--to", to]) == 0
+        assert text_of(capsys, "--weights", str(tmp_path / to), "--chat", "Why?") == expected
+        assert llama3_raw.load(tmp_path / to).stop_ids == llama3_raw.load(as_gguf).stop_ids
+    theirs, original = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "hf", fine_tune))
+    messages = [{"role": "user", "content": "Why <think>?"}]
+    ids = [tokenizer.apply_chat_template(messages, return_dict=False) for tokenizer in (theirs, original)]
+    assert ids[0] == ids[1]
+
+
+def test_end_tokens_that_a_gguf_file_cannot_hold(
+    fine_tune: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = fine_tune / "generation_config.json"
+    content = json.loads(file.read_text())
+    content["eos_token_id"] = [content["eos_token_id"], 300]
+    file.write_text(json.dumps(content))
+    assert convert([str(fine_tune), str(tmp_path / "model.gguf")]) == 0
+    name = llama3_raw.load(fine_tune).tokenizer.name(300)
+    assert f"a GGUF file cannot say that {name} end a text, too" in capsys.readouterr().err
+
+
+def test_names_of_tokens_beside_a_tokenizer_model(tmp_path: Path) -> None:
+    """A template's {{ eos_token }} is that of tokenizer_config.json, not Meta's <|end_of_text|>."""
+    shutil.copytree(TINY, tmp_path / "tiny")
+    config = {"eos_token": "<|eot_id|>", "chat_template": "{{ messages[0]['content'] }}{{ eos_token }}"}
+    (tmp_path / "tiny" / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = llama3_raw.load(tmp_path / "tiny").tokenizer
+    assert tokenizer is not None
+    ids = format_of(tokenizer).encode([Message("user", "a")])
+    assert ids == [*tokenizer.encode("a"), tokenizer.special_tokens["<|eot_id|>"]]
+
+
+def test_named_templates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(TINY, tmp_path / "tiny")
+    templates = [{"name": "rag", "template": "Rag: {{ messages[0]['content'] }}"}, {"name": "chat", "template": "x"}]
+    (tmp_path / "tiny" / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    run = ["--weights", str(tmp_path / "tiny"), "--chat", "Why?", "--max-new-tokens", "1"]
+    assert main(run) == 2
+    assert "its chat templates are rag, chat; name one as --template" in capsys.readouterr().err
+    assert main([*run, "--template", "rag"]) == 0
+    assert "dialogs are formatted by the chat template rag of" in capsys.readouterr().err
+
+
+def test_another_template_is_another_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template, prompts = tmp_path / "mine.jinja", tmp_path / "in.jsonl"
+    prompts.write_text('{"messages": [{"role": "user", "content": "Why?"}]}\n')
+    run = [str(prompts), "-o", str(tmp_path / "out.jsonl"), "--max-new-tokens", "1", "--template", str(template)]
+    for text, status in (("A {{ messages[0]['content'] }}", 0), ("B {{ messages[0]['content'] }}", 2)):
+        template.write_text(text)
+        assert batch(run) == status
+    assert "finished already" not in capsys.readouterr().err
+
+
+def test_compare_with_a_gguf_file_and_with_a_merged_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = network(max_position_embeddings=512)
+    model.save_pretrained(tmp_path / "base")
+    tuned = with_lora(model, {"target_modules": "all-linear"})
+    tuned.save_pretrained(tmp_path / "adapter")
+    tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
+    run = ["--weights", str(tmp_path / "base"), "--ids", "3 17 5", "--tolerance", "1e-3"]
+    assert compare([*run, "--adapter", str(tmp_path / "adapter"), "--with", str(tmp_path / "merged")]) == 0
+    assert compare([*run, "--with", str(tmp_path / "merged")]) == 1
