@@ -64,7 +64,7 @@ class Params:
         try:
             return Params.from_hf(content) if "hidden_size" in content else Params.from_meta(content)
         except UserError as error:
-            raise UserError(f"{path}: {error.naming('{argument}')}", argument=error.argument) from error
+            raise UserError(f"{path}: {in_short(error.naming('{argument}'))}", argument=error.argument) from error
 
     @staticmethod
     def from_meta(content: Mapping[str, Any]) -> Params:
