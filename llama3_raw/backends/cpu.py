@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..ops import Ops, Tap
-from ..quantization.blocks import Blocks
+from ..quantization.blocks import BLOCK_TYPES, Blocks
 from ..quantization.int8 import Int8
 from ..quantization.matrix import Matrix, embed, linear
 from ..system.files import atomic_write
@@ -164,10 +164,15 @@ class _Kernels:
 
     def linear(self, x: Tensor, weight: Matrix) -> Tensor:
         """x [..., in], weight [out, in] -> [..., out]; few rows of bf16 at the speed of the memory."""
-        if isinstance(weight, Blocks):
-            return linear_by_torch(x, weight)
         outputs, length = weight.shape
         rows = x.numel() // length
+        if isinstance(weight, Blocks):
+            is_plain = (
+                rows > 0 and _is_plain_bf16(x) and weight.data.is_contiguous() and weight.data.device.type == "cpu"
+            )
+            if is_plain and rows <= self._max_rows(is_int8=False, by_tiles=False):
+                return self._product_with_blocks(x.contiguous(), weight)
+            return linear_by_torch(x, weight)
         is_int8 = isinstance(weight, Int8)
         by_tiles = (
             self._has_tiles and outputs % 32 == 0 and length % (64 if is_int8 else 32) == 0 and length <= _MAX_LENGTH
@@ -207,6 +212,16 @@ class _Kernels:
             multiply = self._kernels.linear_tiles
         if multiply(_pointer(x), *matrices, _pointer(y), *map(ctypes.c_int64, (rows, outputs, length))):
             raise MemoryError(f"out of memory in the product of {rows} tokens with a matrix {list(weight.shape)}")
+        return y
+
+    def _product_with_blocks(self, x: Tensor, weight: Blocks) -> Tensor:
+        """x [..., in] contiguous, weight [out, in] -> [..., out]"""
+        outputs, length = weight.shape
+        y = x.new_empty((*x.shape[:-1], outputs))
+        kind = ctypes.c_int(list(BLOCK_TYPES).index(weight.kind.name))
+        sizes = map(ctypes.c_int64, (x.numel() // length, outputs, length))
+        if self._kernels.linear_blocks(_pointer(x), _pointer(weight.data), kind, _pointer(y), *sizes):
+            raise MemoryError(f"out of memory in the product with a matrix {list(weight.shape)}")
         return y
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor:

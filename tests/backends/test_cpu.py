@@ -19,7 +19,9 @@ from torch import Tensor
 from llama3_raw import REFERENCE, KVCache, Model, Params, forward, generate
 from llama3_raw.backends import cpu
 from llama3_raw.ops import Ops, no_tap
+from llama3_raw.quantization.blocks import BLOCK_TYPES, Blocks, BlockType, dequantize_blocks
 from llama3_raw.quantization.int8 import Int8, dequantize, quantize
+from tests.blocks import random_blocks
 from tests.paths import ROOT
 from tests.references import cast, random_weights
 
@@ -245,6 +247,28 @@ def test_products_with_a_converted_matrix(monkeypatch: pytest.MonkeyPatch, in_fp
         assert (y.dtype, y.shape) == (torch.bfloat16, exact.shape)
         assert rms_error(y, exact) <= 1.01 * rms_error(REFERENCE.linear(x, matrix), exact)
         assert rms_error(cpu.linear_by_torch(x.float(), matrix if matrix is int8 else w.float()), exact) < 1e-4
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES.values(), ids=BLOCK_TYPES)
+def test_products_with_blocks_have_the_bits_of_those_with_bf16(ops: Ops, kind: BlockType) -> None:
+    """For any number of rows and outputs, so that a token has the same bits alone and among others."""
+    for outputs, length in ((40, 512), (13, 256), (1, 1024)):  # no multiples of 32, which tiles would take
+        data = random_blocks(kind, outputs, length // kind.n_values, seed=outputs)
+        data[0, : kind.n_bytes] = 0
+        blocks = Blocks(data, kind, torch.bfloat16)
+        dense_matrix = dequantize_blocks(blocks, torch.bfloat16)
+        for rows in (1, 2, 3, 4, 7, 16):
+            x = torch.randn(rows, length, generator=torch.Generator().manual_seed(rows)).bfloat16()
+            ours, expected = ops.linear(x, blocks), ops.linear(x, dense_matrix)
+            assert torch.equal(ours.view(torch.int16), expected.view(torch.int16))
+
+
+def test_products_with_blocks_that_torch_computes(ops: Ops) -> None:
+    kind = BLOCK_TYPES["Q4_K"]
+    blocks = Blocks(random_blocks(kind, 8, 2, seed=0, largest=0.01), kind, torch.bfloat16)
+    for x in (torch.randn(2, 512), torch.randn(300, 512).bfloat16(), torch.randn(0, 512).bfloat16()):
+        expected = torch.nn.functional.linear(x, dequantize_blocks(blocks, x.dtype))
+        torch.testing.assert_close(ops.linear(x, blocks), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("case", ["float32", "odd length", "many rows", "not contiguous", "with gradient"])
