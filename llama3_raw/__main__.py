@@ -44,13 +44,12 @@ from .decoding.loop import StopReason, generate
 from .decoding.prompt_lookup import LookupPolicy
 from .errors import UserError
 from .ops import Tap
-from .quantization.matrix import format_name
 from .system.machine import peak_memory
 from .system.process_groups import Ranks, init
 from .tokenizer import Tokenizer
 from .tracing.debugger import break_at
 from .tracing.taps import chain, check_names
-from .weights import Model, dtype_name
+from .weights import Model, dtype_name, format_name
 
 FIRST_STEPS = """\
   python -m llama3_raw "Once upon a time"                  continue a text with the built-in model

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .params import Params
 from .quantization.blocks import Blocks
+from .quantization.int8 import Int8
 from .quantization.matrix import Matrix, tensors_of
 from .tokenizer import Tokenizer
 
@@ -81,6 +82,13 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name without "torch.", such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def format_name(matrix: Matrix) -> str:
+    """Return the name of a matrix's format, such as "bfloat16", "int8" or "Q4_K"."""
+    if isinstance(matrix, Blocks):
+        return matrix.kind.name
+    return "int8" if isinstance(matrix, Int8) else dtype_name(matrix.dtype)
 
 
 class TensorSpec(NamedTuple):

@@ -23,7 +23,7 @@ from filelock import FileLock
 from stories15m import Stories15M, load_stories15m  # from examples/
 
 import llama3_raw
-from llama3_raw import Model, Params
+from llama3_raw import Model, Params, Tokenizer
 from llama3_raw.checkpoint.loading import from_state_dict
 
 # pytest-xdist's processes share the cores: one thread per core in each of them would oversubscribe the cores
@@ -69,6 +69,12 @@ def meta_tokenizer_file() -> Path:
     import llama_models.llama3
 
     return Path(llama_models.llama3.__file__).parent / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def llama3(meta_tokenizer_file: Path) -> Tokenizer:
+    """Llama 3's tokenizer."""
+    return Tokenizer(meta_tokenizer_file)
 
 
 @pytest.fixture(scope="session")

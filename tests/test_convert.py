@@ -305,11 +305,6 @@ def test_an_unreadable_tokenizer_model_is_copied(tmp_path: Path, to: str, capsys
 
 
 @pytest.fixture(scope="module")
-def llama3(meta_tokenizer_file: Path) -> Tokenizer:
-    return Tokenizer(meta_tokenizer_file)
-
-
-@pytest.fixture(scope="module")
 def llama3_in_hf(tmp_path_factory: pytest.TempPathFactory, meta_tokenizer_file: Path) -> Path:
     """A model with Llama 3's tokenizer.model that was trained on dialogs, converted to Hugging Face's format."""
     folder = tmp_path_factory.mktemp("llama3")

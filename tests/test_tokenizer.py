@@ -21,11 +21,6 @@ PROMPT_IDS = [128000, 1820, 4320, 311, 279, 17139, 3488, 315, 2324, 11, 279, 158
 
 
 @pytest.fixture(scope="module")
-def llama3(meta_tokenizer_file: Path) -> Tokenizer:
-    return Tokenizer(meta_tokenizer_file)
-
-
-@pytest.fixture(scope="module")
 def meta_tokenizer(meta_tokenizer_file: Path):  # type: ignore[no-untyped-def]
     from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 

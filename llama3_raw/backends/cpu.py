@@ -40,6 +40,7 @@ _MAX_ROWS_INT8 = 64  # the same for int8 without tiles; with tiles there is no l
 _MAX_KEYS = 256  # for more than MAX_DECODE_ROWS tokens; with more keys, torch is faster
 _MAX_LENGTH = 2**17  # values of a row; above that, a sum of int8 products may overflow 32 bits
 QUERIES = 128  # tokens that torch attends for at a time
+_BLOCK_KINDS = {name: number for number, name in enumerate(BLOCK_TYPES)}  # the enum in cpu_kernels.c
 _SOURCE = Path(__file__).with_name("cpu_kernels.c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma")
 _FLAGS = ("-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC")
@@ -218,7 +219,7 @@ class _Kernels:
         """x [..., in] contiguous, weight [out, in] -> [..., out]"""
         outputs, length = weight.shape
         y = x.new_empty((*x.shape[:-1], outputs))
-        kind = ctypes.c_int(list(BLOCK_TYPES).index(weight.kind.name))
+        kind = ctypes.c_int(_BLOCK_KINDS[weight.kind.name])
         sizes = map(ctypes.c_int64, (x.numel() // length, outputs, length))
         if self._kernels.linear_blocks(_pointer(x), _pointer(weight.data), kind, _pointer(y), *sizes):
             raise MemoryError(f"out of memory in the product with a matrix {list(weight.shape)}")

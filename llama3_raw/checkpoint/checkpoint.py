@@ -91,8 +91,8 @@ class Checkpoint(NamedTuple):
 def open_checkpoint(path: Path, file_format: FileFormat | None = None) -> Checkpoint:
     """Map the weights of a folder or a GGUF file and check them against its params, without reading them.
 
-    file_format: as in `find_files`. Raises UserError if a file is missing or damaged, or if a tensor does not match the
-    params.
+    file_format: as in `find_models`. Raises UserError if a file is missing or damaged, or if a tensor does not match
+    the params.
     """
     (params_file, weight_files), *others = find_models(path, file_format)
     if is_gguf(params_file):

@@ -28,19 +28,12 @@ _TORCHTUNE = "meta_model_*.pt"
 _LATER_PART = re.compile(r"-(?!00001-)[0-9]{5}-of-[0-9]{5}\.gguf$")  # of a split GGUF file
 
 
-def find_files(path: Path, file_format: FileFormat | None = None) -> Files:
-    """Return the params file and the weight files of a model folder, or of a GGUF file.
-
-    Weights in the folder itself come before those in original/, which are the base of a fine-tune. file_format: take
-    only Meta's or only Hugging Face's files. Raises UserError if they are missing.
-    """
-    return find_models(path, file_format)[0]
-
-
 def find_models(path: Path, file_format: FileFormat | None = None) -> list[Files]:
-    """Return the models in a folder, the one to prefer first. Raises UserError if there is none.
+    """Return the models in a folder, the one to prefer first, or the one in a GGUF file.
 
-    A damaged one after the first is left out.
+    Weights in the folder itself come before those in original/, which are the base of a fine-tune. A damaged model
+    after the first is left out. file_format: take only Meta's or only Hugging Face's files. Raises UserError if there
+    is none.
     """
     if is_gguf(path):
         if file_format is not None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..model import rope_frequencies
 from ..params import Params
+from ..quantization.blocks import BLOCK_TYPES
 from ..system.files import atomic_write, check_disk
 from ..weights import DTYPES, Model, TensorSpec, tensor_specs
 from .gguf_header import read_header
@@ -26,7 +27,7 @@ _GGUF_NAMES = {
     **{"ffn_norm": "ffn_norm", "w1": "ffn_gate", "w2": "ffn_down", "w3": "ffn_up"},
 }
 Q8_0 = "Q8_0"
-_BLOCK, _BLOCK_BYTES = 32, 34  # values in a block of Q8_0, and its bytes: an int8 for each, and their scale in fp16
+_BLOCK, _BLOCK_BYTES = BLOCK_TYPES[Q8_0].n_values, BLOCK_TYPES[Q8_0].n_bytes
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", Q8_0: "MOSTLY_Q8_0"}
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, in_short
+from ..quantization.int8 import ROWS_AT_ONCE
 from ..system.files import read_json
 from ..weights import TensorSpec
 from .mapping import map_checkpoint, map_safetensors
-
-_ROWS_AT_ONCE = 1024  # of a merged matrix in fp32
 
 _LOW_RANK = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 
@@ -47,7 +46,7 @@ def merged(matrix: Tensor, change: LowRank) -> Tensor:
     """Return the changed matrix [out, in] in its dtype. The sum is computed in fp32 and rounded once."""
     result = torch.empty_like(matrix, memory_format=torch.contiguous_format)
     a = change.a.float()
-    for rows, b, out in zip(*(t.split(_ROWS_AT_ONCE) for t in (matrix, change.b, result)), strict=True):
+    for rows, b, out in zip(*(t.split(ROWS_AT_ONCE) for t in (matrix, change.b, result)), strict=True):
         out.copy_(rows.float() + change.scale * (b.float() @ a))
     return result
 

@@ -36,7 +36,9 @@ def find_tokenizer(checkpoint: Checkpoint, given: str | Path | None = None) -> T
     if tokenizer.n_words < vocab_size:
         tokenizer = tokenizer.padded(vocab_size)
     templates = _gguf_templates(checkpoint) if is_gguf(checkpoint.params_file) else templates_of(checkpoint.folder)
-    tokenizer.chat_templates = templates or templates_of(tokenizer.path.parent)
+    if given and not templates:
+        templates = templates_of(tokenizer.path.parent)
+    tokenizer.chat_templates = templates
     return tokenizer
 
 

@@ -38,11 +38,10 @@ from ..errors import UserError
 from ..model import REFERENCE, attend, attention, feed_forward, forward, layer, rms_norm, rope, rope_frequencies
 from ..ops import Ops
 from ..params import Params
-from ..quantization.matrix import format_name
 from ..tokenizer import SPLIT_PATTERN, Tokenizer
 from ..tracing import plots, record
 from ..tracing.record import Trace
-from ..weights import Model, dtype_name, tensor_specs
+from ..weights import Model, dtype_name, format_name, tensor_specs
 
 MAX_TOKENS = 128  # longer tables are unreadable
 MAX_HEAD_BYTES = 5_000_000  # scores and probabilities in base64; the remaining layers have thumbnails only

@@ -19,13 +19,6 @@ def tensors_of(matrix: Matrix) -> tuple[Tensor, ...]:
     return tuple(matrix) if isinstance(matrix, Int8) else (matrix,)
 
 
-def format_name(matrix: Matrix) -> str:
-    """Return the name of a matrix's format, such as "bfloat16", "int8" or "Q4_K"."""
-    if isinstance(matrix, Blocks):
-        return matrix.kind.name
-    return "int8" if isinstance(matrix, Int8) else str(matrix.dtype).removeprefix("torch.")
-
-
 def embed(tokens: Tensor, table: Tensor | Blocks) -> Tensor:
     """tokens [..., T], table [vocab, dim] -> [..., T, dim] in the table's dtype; only these rows are dequantized."""
     if isinstance(table, Blocks):

@@ -13,18 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama3_raw import Model, Tokenizer
+from llama3_raw import Model
 from llama3_raw.chat.__main__ import main
 from llama3_raw.decoding import runner
 from tests.chat.fakes import PARAMS, Fake, taught
 from tests.conftest import fetch
 from tests.paths import TINY
 from tests.references import random_weights
-
-
-@pytest.fixture(scope="session")
-def llama3(meta_tokenizer_file: Path) -> Tokenizer:
-    return Tokenizer(meta_tokenizer_file)
 
 
 @pytest.fixture(scope="session")

@@ -84,11 +84,6 @@ class LlamaCpp:
 
 
 @pytest.fixture(scope="module")
-def llama3(meta_tokenizer_file: Path) -> Tokenizer:
-    return Tokenizer(meta_tokenizer_file)
-
-
-@pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory, meta_tokenizer_file: Path) -> Path:
     """A GGUF file with Llama 3's vocabulary, trained on dialogs, with rows in the embeddings that have no token."""
     folder = tmp_path_factory.mktemp("large")

@@ -190,6 +190,13 @@ def test_a_folder_with_a_gguf_file(fine_tune: Path, as_gguf: Path, capsys: pytes
     assert "is a single file; leave --format out" in capsys.readouterr().err
 
 
+def test_a_template_beside_a_gguf_file_is_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert([str(TINY), str(tmp_path / "model.gguf")]) == 0  # a base model: without a template
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0]['content'] }}"}))
+    assert main(["--weights", str(tmp_path / "model.gguf"), "--chat", "Why?", "--max-new-tokens", "1"]) == 0
+    assert "dialogs are formatted" not in capsys.readouterr().err
+
+
 def test_a_gguf_file_without_a_tokenizer_for_us_ends_where_it_says(
     as_gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
