@@ -1,7 +1,7 @@
 """Fast operations for the CPU: few tokens at the speed of the memory, many at the speed of the matrix units.
 
-The C source, cpu_kernels.c, is compiled for this processor when it is first needed, in some seconds, and kept in the
-user's cache folder. It is called with ctypes, which costs 2 µs per call and no start-up time;
+The C sources in kernels/ are compiled for this processor when they are first needed, in some seconds, and kept in the
+user's cache folder. They are called with ctypes, which costs 2 µs per call and no start-up time;
 torch.utils.cpp_extension would compile for half a minute, and torch.compile anew in every process.
 """
 
@@ -30,6 +30,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..ops import Ops, Tap
 from ..quantization.blocks import BLOCK_TYPES, Blocks
+from ..quantization.int4 import Int4
 from ..quantization.int8 import Int8
 from ..quantization.matrix import Matrix, embed, linear
 from ..system.files import atomic_write
@@ -40,8 +41,8 @@ _MAX_ROWS_INT8 = 64  # the same for int8 without tiles; with tiles there is no l
 _MAX_KEYS = 256  # for more than MAX_DECODE_ROWS tokens; with more keys, torch is faster
 _MAX_LENGTH = 2**17  # values of a row; above that, a sum of int8 products may overflow 32 bits
 QUERIES = 128  # tokens that torch attends for at a time
-_BLOCK_KINDS = {name: number for number, name in enumerate(BLOCK_TYPES)}  # the enum in cpu_kernels.c
-_SOURCE = Path(__file__).with_name("cpu_kernels.c")
+_BLOCK_KINDS = {name: number for number, name in enumerate(BLOCK_TYPES)}  # the enum in blocks.c
+_SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.[ch]"))
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma")
 _FLAGS = ("-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC")
 # compiler flags for each kind of processor; native: this one
@@ -60,7 +61,7 @@ class CannotBuild(Exception):
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [  # the layout of Shape in cpu_kernels.c
+    _fields_ = [  # the layout of Shape in attention.c
         (name, ctypes.c_int64)
         for name in (
             *("n_tokens", "n_heads", "n_kv_heads", "head_dim", "start", "use_tiles"),
@@ -81,7 +82,9 @@ def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
     flags = [*_FLAGS, *INSTRUCTION_SETS[instruction_set]]
     # the predefined macros identify the compiler's version and the processor that it compiles for
     defined = _run([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull])
-    key = hashlib.sha256(b"\0".join((_SOURCE.read_bytes(), " ".join(flags).encode(), defined))).hexdigest()[:20]
+    key = hashlib.sha256(
+        b"\0".join((*(file.read_bytes() for file in _SOURCES), " ".join(flags).encode(), defined))
+    ).hexdigest()[:20]
     folder = _cache_folder()
     library = next(filter(_is_complete, folder.glob(f"cpu_kernels-{key}-*.so")), None) or _build(
         compiler, flags, folder, f"cpu_kernels-{key}"
@@ -99,11 +102,13 @@ def _build(compiler: Sequence[str], flags: Sequence[str], folder: Path, name: st
     """Compile the kernels. Return the library in `folder`; its name ends with the digest of its content."""
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            objects, built = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
-            _run([*compiler, *flags, "-c", str(_SOURCE), "-o", str(objects)])
+            objects, built = [], Path(scratch, "kernels.so")
+            for source in (file for file in _SOURCES if file.suffix == ".c"):
+                objects.append(str(Path(scratch, f"{source.stem}.o")))
+                _run([*compiler, *flags, "-c", str(source), "-o", objects[-1]])
             # without -fopenmp, so that it uses torch's OpenMP: two thread pools would compete for the processors
             undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-            _run([*compiler, "-shared", *undefined, str(objects), "-o", str(built), "-lm"])
+            _run([*compiler, "-shared", *undefined, *objects, "-o", str(built), "-lm"])
             content = built.read_bytes()
     except OSError as error:  # of the temporary folder
         raise CannotBuild(f"the kernels cannot be compiled ({error})") from error
@@ -178,7 +183,7 @@ class _Kernels:
         by_tiles = (
             self._has_tiles and outputs % 32 == 0 and length % (64 if is_int8 else 32) == 0 and length <= _MAX_LENGTH
         )
-        if not (rows > 0 and length % 32 == 0 and _is_plain_bf16(x)):
+        if isinstance(weight, Int4) or not (rows > 0 and length % 32 == 0 and _is_plain_bf16(x)):
             return linear_by_torch(x, weight)
         if not (isinstance(weight, Int8) or (_is_plain_bf16(weight) and weight.is_contiguous())):
             return linear_by_torch(x, weight)

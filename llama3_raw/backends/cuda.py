@@ -18,6 +18,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from ..errors import in_short
 from ..ops import Ops, Tap
 from ..quantization.blocks import Blocks
+from ..quantization.int4 import Int4
 from ..quantization.int8 import Int8
 from ..quantization.matrix import Matrix, embed, linear
 from .cpu import MAX_DECODE_ROWS, attend_by_torch
@@ -108,7 +109,7 @@ def _(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor) -> Tensor:
 
 def fast_linear(x: Tensor, weight: Matrix) -> Tensor:
     """x [..., in], weight [out, in] -> [..., out]; few rows at the speed of the memory."""
-    if isinstance(weight, Blocks):
+    if isinstance(weight, Int4 | Blocks):
         return linear(x, weight)
     rows = x.numel() // x.shape[-1]
     values, *scales = weight if isinstance(weight, Int8) else (weight,)

@@ -17,7 +17,7 @@ from ..checkpoint.loading import build_weights
 from ..checkpoint.writing import write_at, write_empty_checkpoint
 from ..errors import UserError
 from ..params import Params
-from ..quantization.int8 import quantize
+from ..quantization.int8 import Int8
 from ..system.files import atomic_write, check_disk
 from ..tokenizer import Tokenizer
 from ..weights import MATRICES, TensorSpec, Weights, tensor_specs
@@ -89,7 +89,7 @@ def random_weights(
         if tensor.dim() > 1:
             tensor.normal_(0, _STD, generator=generator)
         if quantized and spec.field in MATRICES:
-            rounded = quantize(tensor)
+            rounded = Int8.quantize(tensor)
             tensor, scales[spec] = rounded.values, rounded[1:]
         tensors[spec] = [tensor]
     # copies nothing, except for an output in int8 if the embeddings are tied

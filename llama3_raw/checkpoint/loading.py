@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..params import Params
-from ..quantization.blocks import Blocks, dequantize_blocks
-from ..quantization.int8 import Int8, quantize
+from ..quantization.blocks import Blocks
+from ..quantization.int8 import Int8
 from ..quantization.matrix import Matrix, tensors_of
 from ..system.madvise import prefetch_pages
 from ..weights import (
@@ -60,7 +60,7 @@ def by_stored_name(name: str, matrix: Matrix) -> dict[str, Tensor]:
     Of blocks they are the values that these stand for.
     """
     if isinstance(matrix, Blocks):
-        return {name: dequantize_blocks(matrix, matrix.dtype)}
+        return {name: matrix.dequantize(matrix.dtype)}
     endings = ("", *SCALE_ENDINGS) if isinstance(matrix, Int8) else ("",)
     return {name + ending: tensor for ending, tensor in zip(endings, tensors_of(matrix), strict=True)}
 
@@ -236,7 +236,7 @@ def _build(checkpoint: Checkpoint, spec: TensorSpec, move: Move, dtype: torch.dt
         return Blocks(moved, block_type, dtype or checkpoint.dtype)
     if scales:
         return Int8(moved, *(move(scale, None) for scale in scales))
-    return quantize(moved) if quantized and spec.field in MATRICES else moved
+    return Int8.quantize(moved) if quantized and spec.field in MATRICES else moved
 
 
 def _to_weights(built: Mapping[TensorSpec, Matrix], n_layers: int, quantized: bool) -> Weights:
@@ -246,7 +246,7 @@ def _to_weights(built: Mapping[TensorSpec, Matrix], n_layers: int, quantized: bo
     for spec, matrix in built.items():
         (top if spec.layer is None else layers[spec.layer])[spec.field] = matrix
     if "output" not in top:
-        top["output"] = quantize(top["tok_embeddings"]) if quantized else top["tok_embeddings"]
+        top["output"] = Int8.quantize(top["tok_embeddings"]) if quantized else top["tok_embeddings"]
     return Weights(layers=tuple(LayerWeights(**fields) for fields in layers), **top)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError, in_short
-from ..quantization.int8 import quantize
+from ..quantization.int8 import Int8
 from ..system.files import atomic_folder
 from ..weights import DTYPES, MATRICES, tensor_specs
 from .checkpoint import Checkpoint, whole_tensor
@@ -108,7 +108,7 @@ def save_quantized(
                 if spec.layer != (number if number < n_layers else None):
                     continue
                 tensor = whole_tensor(checkpoint, spec if spec in checkpoint.shards else embeddings)  # if tied
-                matrix = quantize(tensor) if spec.field in MATRICES else tensor.to(dtype).contiguous()
+                matrix = Int8.quantize(tensor) if spec.field in MATRICES else tensor.to(dtype).contiguous()
                 tensors |= by_stored_name(spec.meta_name, matrix)
             file = part / f"int8.{number:03}.safetensors"
             try:

@@ -48,14 +48,13 @@ class Blocks(NamedTuple):
         for data in self.data.split(n_rows):
             yield self._replace(data=data)
 
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix [out, in] that the blocks stand for; computed in fp32, then rounded to `dtype`.
 
-def dequantize_blocks(matrix: Blocks, dtype: torch.dtype) -> Tensor:
-    """Return the matrix [out, in] that the blocks stand for; computed in fp32, then rounded to `dtype`.
-
-    The data may have any leading dimensions, such as the rows [..., T, bytes per row] of some tokens.
-    """
-    blocks = matrix.data.unflatten(-1, (-1, matrix.kind.n_bytes))
-    return matrix.kind.unpack(blocks).flatten(-2).to(dtype)
+        The data may have any leading dimensions, such as the rows [..., T, bytes per row] of some tokens.
+        """
+        blocks = self.data.unflatten(-1, (-1, self.kind.n_bytes))
+        return self.kind.unpack(blocks).flatten(-2).to(dtype)
 
 
 def _halves(field: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Tensor
 from llama3_raw import REFERENCE, KVCache, Model, Params, forward, generate
 from llama3_raw.backends import cpu
 from llama3_raw.ops import Ops, no_tap
-from llama3_raw.quantization.blocks import BLOCK_TYPES, Blocks, BlockType, dequantize_blocks
-from llama3_raw.quantization.int8 import Int8, dequantize, quantize
+from llama3_raw.quantization.blocks import BLOCK_TYPES, Blocks, BlockType
+from llama3_raw.quantization.int8 import Int8
 from tests.blocks import random_blocks
 from tests.paths import ROOT
 from tests.references import cast, random_weights
@@ -118,7 +118,7 @@ def random_int8(outputs: int, length: int, generator: torch.Generator) -> Int8:
     """Return a matrix whose rows and columns have values of different sizes."""
     sizes = torch.rand(length, generator=generator) + 0.1
     matrix = torch.randn(outputs, length, generator=generator) * sizes
-    return quantize((matrix * (torch.rand(outputs, 1, generator=generator) + 0.1)).bfloat16())
+    return Int8.quantize((matrix * (torch.rand(outputs, 1, generator=generator) + 0.1)).bfloat16())
 
 
 @pytest.mark.parametrize(("outputs", "length"), [*MANY, (1, 32), (7, 4096), (32, 14336)])
@@ -127,7 +127,7 @@ def test_int8_products(ops: Ops, outputs: int, length: int) -> None:
     generator = torch.Generator().manual_seed(7)
     w = random_int8(outputs, length, generator)
     x = torch.randn(300, length, generator=generator).bfloat16()
-    exact = x.double() @ dequantize(w, torch.float64).T
+    exact = x.double() @ w.dequantize(torch.float64).T
     together = ops.linear(x[:16], w)
     for rows in (1, 2, 3, 15, 16, 17, 33, 256, 257, 300):
         y = ops.linear(x[:rows], w)
@@ -148,7 +148,7 @@ def test_int8_with_tiles() -> None:
         w = random_int8(outputs, length, generator)
         x = torch.randn(300, length, generator=generator).bfloat16()
         together = ops.linear(x, w)
-        exact = x.double() @ dequantize(w, torch.float64).T
+        exact = x.double() @ w.dequantize(torch.float64).T
         assert rms_error(together, exact) <= 1.01 * rms_error(exact.bfloat16(), exact)
         for rows in (1, 2, 15, 16, 17, 31, 33, 129, 256, 257):
             assert torch.equal(ops.linear(x[-rows:], w), together[-rows:])
@@ -179,7 +179,7 @@ def test_int8_products_of_special_values(ops: Ops) -> None:
     y = ops.linear(x, w)
     assert torch.equal(y[[0, 7]], before[[0, 7]])
     assert not y[1:3].any()
-    outlier = 1e6 * dequantize(w, torch.float64)[:, 77]
+    outlier = 1e6 * w.dequantize(torch.float64)[:, 77]
     assert ((y[3] - outlier).abs() <= 2**-8 * outlier.abs() + 4 * 1e6 / 32384 * float(w.row_scales.max())).all()
     assert y[4:7].isnan().all()
     for row in (4, 5, 6):
@@ -188,7 +188,7 @@ def test_int8_products_of_special_values(ops: Ops) -> None:
 
 def test_the_largest_sums_of_an_int8_product(ops: Ops) -> None:
     """All values are the largest possible: the sum has 36 bits."""
-    w = quantize(torch.ones(32, 14336))
+    w = Int8.quantize(torch.ones(32, 14336))
     y = ops.linear(torch.ones(2, 14336).bfloat16(), w)
     assert torch.equal(y, torch.full((2, 32), 14336.0).bfloat16())
 
@@ -241,7 +241,7 @@ def test_products_with_a_converted_matrix(monkeypatch: pytest.MonkeyPatch, in_fp
     generator = torch.Generator().manual_seed(12)
     x = torch.randn(2, 20, 96, generator=generator).bfloat16()
     w = torch.randn(70, 96, generator=generator).bfloat16()
-    for matrix, in_fp64 in ((w, w.double()), (int8 := quantize(w), dequantize(int8, torch.float64))):
+    for matrix, in_fp64 in ((w, w.double()), (int8 := Int8.quantize(w), int8.dequantize(torch.float64))):
         exact = x.double() @ in_fp64.T
         y = cpu.linear_by_torch(x, matrix)
         assert (y.dtype, y.shape) == (torch.bfloat16, exact.shape)
@@ -256,7 +256,7 @@ def test_products_with_blocks_have_the_bits_of_those_with_bf16(ops: Ops, kind: B
         data = random_blocks(kind, outputs, length // kind.n_values, seed=outputs)
         data[0, : kind.n_bytes] = 0
         blocks = Blocks(data, kind, torch.bfloat16)
-        dense_matrix = dequantize_blocks(blocks, torch.bfloat16)
+        dense_matrix = blocks.dequantize(torch.bfloat16)
         for rows in (1, 2, 3, 4, 7, 16):
             x = torch.randn(rows, length, generator=torch.Generator().manual_seed(rows)).bfloat16()
             ours, expected = ops.linear(x, blocks), ops.linear(x, dense_matrix)
@@ -267,7 +267,7 @@ def test_products_with_blocks_that_torch_computes(ops: Ops) -> None:
     kind = BLOCK_TYPES["Q4_K"]
     blocks = Blocks(random_blocks(kind, 8, 2, seed=0, largest=0.01), kind, torch.bfloat16)
     for x in (torch.randn(2, 512), torch.randn(300, 512).bfloat16(), torch.randn(0, 512).bfloat16()):
-        expected = torch.nn.functional.linear(x, dequantize_blocks(blocks, x.dtype))
+        expected = torch.nn.functional.linear(x, blocks.dequantize(x.dtype))
         torch.testing.assert_close(ops.linear(x, blocks), expected, rtol=1e-2, atol=1e-2)
 
 
@@ -352,7 +352,7 @@ def test_attention_with_extreme_scores(ops: Ops) -> None:
 
 def test_the_number_of_threads_does_not_change_the_bits(ops: Ops) -> None:
     x, w = torch.randn(5, 512).bfloat16(), torch.randn(992, 512).bfloat16()
-    int8 = quantize(w)
+    int8 = Int8.quantize(w)
     q, keys, values = (torch.randn(length, 4, 64).bfloat16() for length in (5, 900, 900))
     before = torch.get_num_threads()
     results = []

@@ -15,7 +15,7 @@ from llama3_raw.backends import cuda
 from llama3_raw.backends.cpu import attend_by_torch
 from llama3_raw.model import attend
 from llama3_raw.ops import Ops, no_tap
-from llama3_raw.quantization.int8 import Int8, dequantize, quantize
+from llama3_raw.quantization.int8 import Int8
 from tests.references import cast, converted, dense
 
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
@@ -43,8 +43,8 @@ def test_few_rows_times_a_matrix(rows: int, outputs: int, length: int) -> None:
 
 def test_int8_times_few_rows() -> None:
     x, matrix = random(4, 200), random(50, 200, seed=1) * torch.rand(200).to(ON, DTYPE)
-    rounded = quantize(matrix)
-    exact = x.double() @ dequantize(rounded, torch.float64).T
+    rounded = Int8.quantize(matrix)
+    exact = x.double() @ rounded.dequantize(torch.float64).T
     assert error(cuda.fast_linear(x, rounded), exact) <= 1.5 * error(REFERENCE.linear(x, rounded), exact)
 
 
@@ -52,8 +52,8 @@ def test_int8_times_few_rows() -> None:
 def test_int8_times_many_rows(monkeypatch: pytest.MonkeyPatch, max_bytes: int, pieces: int) -> None:
     """The whole matrix in one product, though it has more rows than the CPU dequantizes; or in pieces of max_bytes."""
     x, matrix = random(20, 200), random(3000, 200, seed=1) * torch.rand(200).to(ON, DTYPE)
-    rounded, dtypes = quantize(matrix), []
-    exact = x.double() @ dequantize(rounded, torch.float64).T
+    rounded, dtypes = Int8.quantize(matrix), []
+    exact = x.double() @ rounded.dequantize(torch.float64).T
     reference = error(REFERENCE.linear(x, rounded), exact)
     monkeypatch.setattr(cuda, "DEQUANTIZED_BYTES", max_bytes)
     product = torch.nn.functional.linear
@@ -67,7 +67,7 @@ def test_int8_times_many_rows(monkeypatch: pytest.MonkeyPatch, max_bytes: int, p
 def test_the_bits_of_a_row_do_not_depend_on_the_others() -> None:
     """So that tokens are the same with and without prompt lookup."""
     x, matrix = random(16, 300), random(40, 300, seed=1)
-    for weight in (matrix, quantize(matrix)):
+    for weight in (matrix, Int8.quantize(matrix)):
         together = cuda.fast_linear(x, weight)
         alone = torch.cat([cuda.fast_linear(row, weight) for row in x.split(1)])
         assert torch.equal(together, alone)
@@ -79,7 +79,7 @@ def test_other_products_are_computed_by_torch(rows: int, monkeypatch: pytest.Mon
     x, matrix = random(rows, 32), random(8, 32, seed=1)
     assert torch.equal(cuda.fast_linear(x, matrix), REFERENCE.linear(x, matrix))
     assert torch.equal(cuda.fast_linear(x[:1].float(), matrix.float()), REFERENCE.linear(x[:1].float(), matrix.float()))
-    assert cuda.fast_linear(x, Int8(*quantize(matrix))).shape == (rows, 8)
+    assert cuda.fast_linear(x, Int8.quantize(matrix)).shape == (rows, 8)
 
 
 @pytest.mark.slow

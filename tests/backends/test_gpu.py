@@ -13,7 +13,7 @@ from llama3_raw import REFERENCE, KVCache, Model, Weights, forward, generate
 from llama3_raw.backends.choose import suitable_ops
 from llama3_raw.backends.cuda_graphs import CudaGraphs
 from llama3_raw.decoding.prompt_lookup import LookupPolicy
-from llama3_raw.quantization.int8 import quantize
+from llama3_raw.quantization.int8 import Int8
 from llama3_raw.weights import MATRICES
 from tests.references import cast, converted, dense
 
@@ -105,10 +105,10 @@ def test_int8(model: Model, exact: Model, smollm2_text: list[int]) -> None:
 
 def quantized(weights: Weights) -> Weights:
     layers = tuple(
-        layer._replace(**{name: quantize(getattr(layer, name)) for name in MATRICES if name != "output"})  # type: ignore[arg-type]
+        layer._replace(**{name: Int8.quantize(getattr(layer, name)) for name in MATRICES if name != "output"})  # type: ignore[arg-type]
         for layer in weights.layers
     )
-    return weights._replace(layers=layers, output=quantize(dense(weights.tok_embeddings)))
+    return weights._replace(layers=layers, output=Int8.quantize(dense(weights.tok_embeddings)))
 
 
 def test_a_long_prompt(model: Model, exact: Model, smollm2_text: list[int]) -> None:

@@ -23,7 +23,7 @@ from llama3_raw.bench.engines import ThisEngine
 from llama3_raw.bench.synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint
 from llama3_raw.cli.memory_plan import MemoryPlan, RunShape, check_memory, needed
 from llama3_raw.params import Params
-from llama3_raw.quantization.int8 import Int8, dequantize, quantize
+from llama3_raw.quantization.int8 import Int8
 from llama3_raw.weights import MATRICES, tensor_specs
 from tests.references import dense
 
@@ -112,7 +112,7 @@ def test_weights_created_in_int8(tied: bool, monkeypatch: pytest.MonkeyPatch) ->
     def watched(matrix: torch.Tensor) -> Int8:
         assert all(other() is None for other in unrounded)
         unrounded.append(weakref.ref(matrix))
-        return quantize(dense(matrix))
+        return Int8.quantize(dense(matrix))
 
     monkeypatch.setattr(synthetic, "quantize", watched)
     weights = random_weights(checkpoint, CPU, random_seed=1, quantized=True)
@@ -124,7 +124,7 @@ def test_weights_created_in_int8(tied: bool, monkeypatch: pytest.MonkeyPatch) ->
         pairs += [(getattr(ours, field), getattr(theirs, field)) for field in MATRICES if field != "output"]
     for rounded, matrix in pairs:
         assert isinstance(rounded, Int8)
-        assert all(torch.equal(*both) for both in zip(rounded, quantize(dense(matrix)), strict=True))
+        assert all(torch.equal(*both) for both in zip(rounded, Int8.quantize(dense(matrix)), strict=True))
 
 
 @pytest.mark.usefixtures("small")
@@ -147,7 +147,7 @@ def test_int8_compared_with_the_same_weights_in_bf16(
     assert figures["vs"]["stored"]["decode_ratio"]["5"] > 0
     stored, ours = (cast(Any, model.weights.layers[1].w2) for model in models)
     assert torch.equal(stored, dense(random_weights(synthetic_checkpoint("small"), CPU, random_seed=3).layers[1].w2))
-    assert torch.equal(ours.values, quantize(stored).values)
+    assert torch.equal(ours.values, Int8.quantize(stored).values)
 
 
 @pytest.mark.usefixtures("small")
@@ -225,7 +225,7 @@ def test_weights_created_on_a_gpu(quantized: bool) -> None:
         n_bytes += 2 * 128256 * (128 + 2) + 3_000_000
     assert weights.norm.is_cuda
     assert torch.cuda.max_memory_allocated() - before <= n_bytes + 1_000_000
-    output = dequantize(weights.output, torch.float32) if isinstance(weights.output, Int8) else weights.output
+    output = weights.output.dequantize(torch.float32) if isinstance(weights.output, Int8) else weights.output
     assert float(output.float().std()) == pytest.approx(0.02, rel=0.02)
 
 

@@ -18,7 +18,7 @@ from llama3_raw.checkpoint.loading import to_state_dict
 from llama3_raw.checkpoint.sharding import SHARDED_DIMENSION, Shard, cannot_split
 from llama3_raw.checkpoint.writing import save_quantized
 from llama3_raw.cli.memory_plan import MemoryPlan, RunShape, needed
-from llama3_raw.quantization.int8 import Int8, dequantize
+from llama3_raw.quantization.int8 import Int8
 from llama3_raw.weights import tensor_specs
 from tests.references import flat, hf_model, random_weights
 
@@ -112,8 +112,8 @@ def test_a_shard_in_int8_has_its_scales(weights: Weights, tmp_path: Path) -> Non
     for field in ("wq", "w2"):
         matrices = [getattr(shard.layers[1], field) for shard in shards]
         assert all(isinstance(matrix, Int8) for matrix in matrices)
-        joined = torch.cat([dequantize(matrix, torch.float32) for matrix in matrices], dim=SHARDED_DIMENSION[field])
-        assert torch.equal(joined, dequantize(getattr(whole.layers[1], field), torch.float32))
+        joined = torch.cat([matrix.dequantize(torch.float32) for matrix in matrices], dim=SHARDED_DIMENSION[field])
+        assert torch.equal(joined, getattr(whole.layers[1], field).dequantize(torch.float32))
 
 
 def test_impossible_splits_are_refused(folders: dict[str, Path]) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llama3_raw.quantization.blocks import BLOCK_TYPES, Blocks, BlockType, dequantize_blocks
+from llama3_raw.quantization.blocks import BLOCK_TYPES, Blocks, BlockType
 from llama3_raw.quantization.int8 import ROWS_AT_ONCE
 from llama3_raw.quantization.matrix import embed, linear, tensors_of
 from tests.blocks import random_blocks
@@ -30,17 +30,17 @@ def test_the_values_are_those_of_gguf_bit_for_bit(kind: BlockType) -> None:
     matrix = Blocks(random_blocks(kind, 40, 4, seed=1), kind, torch.bfloat16)
     scales = matrix.data.unflatten(-1, (-1, kind.n_bytes))[..., -2:] if kind.name == "Q6_K" else matrix.data[:, :2]
     assert (scales.contiguous().view(torch.float16).abs() < 2**-14).any(), "there should be subnormal scales"
-    ours = dequantize_blocks(matrix, torch.float32)
+    ours = matrix.dequantize(torch.float32)
     assert ours.shape == matrix.shape == (40, 4 * kind.n_values)
     assert torch.equal(ours.view(torch.int32), by_gguf(matrix).view(torch.int32))
-    assert torch.equal(dequantize_blocks(matrix, torch.bfloat16), by_gguf(matrix).to(torch.bfloat16))
+    assert torch.equal(matrix.dequantize(torch.bfloat16), by_gguf(matrix).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_a_matrix_that_gguf_quantized_comes_back_with_a_small_error(name: str) -> None:
     matrix = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
     data = torch.from_numpy(gguf.quantize(matrix.numpy(), gguf.GGMLQuantizationType[name]))
-    back = dequantize_blocks(Blocks(data, BLOCK_TYPES[name], torch.float32), torch.float32)
+    back = Blocks(data, BLOCK_TYPES[name], torch.float32).dequantize(torch.float32)
     bits = int(name[1])
     assert (back - matrix).abs().max() < 2 * matrix.abs().max() / 2**bits
 

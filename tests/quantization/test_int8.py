@@ -23,7 +23,7 @@ from llama3_raw.checkpoint.checkpoint import open_checkpoint
 from llama3_raw.checkpoint.loading import from_state_dict, to_state_dict
 from llama3_raw.checkpoint.writing import save_quantized
 from llama3_raw.cli.memory_plan import MemoryPlan, RunShape, needed
-from llama3_raw.quantization.int8 import Int8, dequantize, quantize
+from llama3_raw.quantization.int8 import Int8
 from llama3_raw.quantization.matrix import Matrix, linear, tensors_of
 from llama3_raw.weights import MATRICES
 from tests.checkpoint.files import SMALL, file_of, write_meta
@@ -37,10 +37,10 @@ WQ = "layers.0.attention.wq.weight"
 def quantized(weights: Weights) -> Weights:
     """Return the weights with their matrices in int8."""
     layers = (
-        layer._replace(**{field: quantize(getattr(layer, field)) for field in MATRICES if field != "output"})  # type: ignore[arg-type]
+        layer._replace(**{field: Int8.quantize(getattr(layer, field)) for field in MATRICES if field != "output"})  # type: ignore[arg-type]
         for layer in weights.layers
     )
-    return weights._replace(layers=tuple(layers), output=quantize(weights.output))  # type: ignore[arg-type]
+    return weights._replace(layers=tuple(layers), output=Int8.quantize(weights.output))  # type: ignore[arg-type]
 
 
 def all_tensors(weights: Weights) -> list[Tensor]:
@@ -55,7 +55,7 @@ def assert_same(ours: Weights, theirs: Weights) -> None:
 
 
 def error(matrix: Int8, exact: Tensor) -> Tensor:
-    return (dequantize(matrix, torch.float64) - exact.double()).abs()
+    return (matrix.dequantize(torch.float64) - exact.double()).abs()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -63,7 +63,7 @@ def test_each_value_is_within_half_a_step(dtype: torch.dtype) -> None:
     """More rows than are quantized at a time."""
     matrix = torch.randn(1030, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = matrix.clone()
-    int8 = quantize(matrix)
+    int8 = Int8.quantize(matrix)
     assert torch.equal(matrix, before)
     assert [tensor.dtype for tensor in int8] == [torch.int8, torch.float32, torch.float32]
     assert int8.shape == matrix.shape
@@ -77,11 +77,11 @@ def test_rows_and_columns_of_zeros() -> None:
     matrix = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
     matrix[3] = 0
     matrix[:, 7] = 0
-    dequantized = dequantize(quantize(matrix), torch.float32)
+    dequantized = Int8.quantize(matrix).dequantize(torch.float32)
     assert not dequantized[3].any()
     assert not dequantized[:, 7].any()
     assert (dequantized - matrix).abs().max() < 0.02
-    assert not dequantize(quantize(torch.zeros(4, 32)), torch.float32).any()
+    assert not Int8.quantize(torch.zeros(4, 32)).dequantize(torch.float32).any()
 
 
 def test_columns_of_large_weights_do_not_coarsen_the_others() -> None:
@@ -91,13 +91,13 @@ def test_columns_of_large_weights_do_not_coarsen_the_others() -> None:
     step = matrix.abs().amax(dim=-1, keepdim=True) / 127
     by_rows = (matrix / step).round() * step
     assert ((by_rows - matrix) / sizes).square().mean() > 0.1
-    assert (error(quantize(matrix), matrix) / sizes).square().mean() < 0.003
+    assert (error(Int8.quantize(matrix), matrix) / sizes).square().mean() < 0.003
 
 
 def test_linear_equals_that_of_the_dequantized_matrix() -> None:
     matrix, x = torch.randn(64, 32), torch.randn(2, 3, 32)
-    int8 = quantize(matrix)
-    assert torch.equal(linear(x, int8), F.linear(x, dequantize(int8, torch.float32)))
+    int8 = Int8.quantize(matrix)
+    assert torch.equal(linear(x, int8), F.linear(x, int8.dequantize(torch.float32)))
     assert torch.equal(linear(x, matrix), F.linear(x, matrix))
     assert linear(x.bfloat16(), int8).dtype == torch.bfloat16
 
@@ -173,7 +173,7 @@ def dequantized_weights(weights: Weights) -> Weights:
     """Return the dequantized weights, in fp32."""
 
     def convert(matrix: Matrix) -> Tensor:
-        return dequantize(matrix, torch.float32) if isinstance(matrix, Int8) else matrix.float()
+        return matrix.dequantize(torch.float32) if isinstance(matrix, Int8) else matrix.float()
 
     layers = tuple(type(layer)(*map(convert, layer)) for layer in weights.layers)
     return Weights(convert(weights.tok_embeddings), layers, convert(weights.norm), convert(weights.output))
@@ -281,7 +281,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
                 {
                     EMBEDDINGS + ending: tensor
                     for ending, tensor in zip(
-                        ("", ".row_scales", ".column_scales"), quantize(t[EMBEDDINGS]), strict=True
+                        ("", ".row_scales", ".column_scales"), Int8.quantize(t[EMBEDDINGS]), strict=True
                     )
                 }
             ),
@@ -315,7 +315,7 @@ from pathlib import Path
 import llama3_raw
 def anonymous():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
-from llama3_raw.quantization.int8 import quantize
+from llama3_raw.quantization.int8 import Int8
 quantize(torch.ones(64, 64))
 before = anonymous()
 weights = llama3_raw.load(sys.argv[1], quantized=sys.argv[2] == "quantized").weights

@@ -1,0 +1,92 @@
+/* What the kernels share: numbers, vectors of the processor's width, and products of bf16. cpu.py compiles the files of
+   this folder on first use, for the processor that it runs on.
+
+   A token's result has the same bits alone and among other tokens: every sum adds its terms in one fixed order, in
+   pieces that do not depend on the number of tokens or threads. */
+
+#pragma once
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint16_t bf16; /* the upper half of a float */
+
+#if defined(__AVX512F__)
+#define WIDTH 16
+#elif defined(__AVX2__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+#define SERIAL (1 << 18) /* products, or bytes: up to this many are done before another thread has woken up */
+#define ROWS 4     /* tokens at a time */
+#define OUTPUTS 8  /* rows of the matrix at a time: that many streams from memory, and independent sums */
+
+typedef float floats __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t words __attribute__((vector_size(4 * WIDTH)));
+
+static inline float to_float(bf16 x) {
+    union { uint32_t bits; float value; } both = {(uint32_t)x << 16};
+    return both.value;
+}
+
+static inline bf16 to_bf16(float x) { /* rounds to nearest, ties to even, as torch does; not for NaN */
+    union { float value; uint32_t bits; } both = {x};
+    return (both.bits + 0x7fff + ((both.bits >> 16) & 1)) >> 16;
+}
+
+typedef float four_floats __attribute__((vector_size(16)));
+typedef float eight_floats __attribute__((vector_size(32)));
+
+static inline float total(floats sums) {
+    four_floats four;
+#if WIDTH == 4
+    four = sums;
+#else
+    eight_floats eight;
+#if WIDTH == 16
+    eight_floats halves[2];
+    memcpy(halves, &sums, sizeof halves);
+    eight = halves[0] + halves[1];
+#else
+    eight = sums;
+#endif
+    four_floats quarters[2];
+    memcpy(quarters, &eight, sizeof quarters);
+    four = quarters[0] + quarters[1];
+#endif
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+/* sums += x . w for 2 * WIDTH values x and w, two bf16 per lane. */
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+typedef __m512bh pairs;
+static inline pairs load_pairs(const bf16 *from) { return (pairs)_mm512_loadu_si512(from); }
+static inline floats add_products(floats sums, pairs x, pairs w) { return (floats)_mm512_dpbf16_ps((__m512)sums, x, w); }
+#else
+typedef words pairs;
+static inline pairs load_pairs(const bf16 *from) {
+    pairs loaded;
+    memcpy(&loaded, from, sizeof loaded);
+    return loaded;
+}
+static inline floats add_products(floats sums, pairs x, pairs w) {
+    sums += (floats)(x << 16) * (floats)(w << 16); /* compiled to a fused multiply-add */
+    return sums + (floats)(x & 0xffff0000u) * (floats)(w & 0xffff0000u);
+}
+#endif
+
+static inline floats load_floats(const float *from) {
+    floats loaded;
+    memcpy(&loaded, from, sizeof loaded);
+    return loaded;
+}
+
+static inline words load_words(const void *from) {
+    words loaded;
+    memcpy(&loaded, from, sizeof loaded);
+    return loaded;
+}

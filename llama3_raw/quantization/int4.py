@@ -1,0 +1,142 @@
+"""Matrices in 4 bits: 4.5 bits per weight with their scales, and thus 3.5 times fewer bytes to read than in bf16.
+
+The 32 inputs of a group share a scale and a minimum of 8 bits for each output, in units that the output has for all of
+its groups: weight = value * scale - minimum. That is the grid of GGML's Q4_K, whose scales and minimums have 6 bits, in
+units for 256 inputs. The values of 16 outputs lie together: one vector of a processor has the same inputs of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+GROUP = 32  # inputs that share a scale
+OUTPUTS = 16  # whose values lie together
+_LEVELS = 15  # the largest value
+_CANDIDATES = 20  # scales that are tried for a group
+_BLOCKS_AT_ONCE = 64  # of 16 outputs: what is needed in fp32 at a time
+
+
+class Int4(NamedTuple):
+    """A matrix [out, in] in groups of 32 inputs; the last block of 16 outputs may be padded with zeros.
+
+    Byte [j, o, i] of `values` has the values of inputs 4 * j + i (low four bits) and 16 + 4 * j + i (high) of output o.
+    """
+
+    values: Tensor  # [out / 16, in / 32, 4, 16, 4] uint8
+    scales: Tensor  # [out / 16, in / 32, 2, 16] uint8: the scales, then the minimums
+    row_scales: Tensor  # [out, 2] fp32: the units of the scales and of the minimums
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in]."""
+        return torch.Size((self.row_scales.shape[0], self.values.shape[1] * GROUP))
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes of the three tensors."""
+        return sum(tensor.nbytes for tensor in self)
+
+    def split(self, n_rows: int) -> Iterator[Int4]:
+        """Yield the matrix in pieces of `n_rows` rows, a multiple of 16, as views."""
+        n_blocks = n_rows // OUTPUTS
+        pieces = (self.values.split(n_blocks), self.scales.split(n_blocks), self.row_scales.split(n_rows))
+        yield from map(Int4, *pieces)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix [out, in] that this stands for; computed in fp32, then rounded to `dtype`."""
+        scale, minimum = scales_of(self).unbind(-2)  # [blocks, groups, 16]
+        values = unpack(self.values)  # [blocks, groups, 16, 32]
+        groups = (values * scale.unsqueeze(-1)).sub_(minimum.unsqueeze(-1))
+        return groups.transpose(1, 2).reshape(-1, self.shape[1])[: self.shape[0]].to(dtype)
+
+    @classmethod
+    def quantize(cls, matrix: Tensor) -> Int4:
+        """Quantize a matrix [out, in] of any floating dtype: round to the nearest values of a good grid for each group.
+
+        Raises UserError if `in` is not a multiple of 32.
+        """
+        if matrix.shape[1] % GROUP:
+            raise UserError(f"a matrix {list(matrix.shape)} has no int4 format: its inputs are no multiple of {GROUP}")
+        pieces = [cls._quantize_rows(rows.float()) for rows in matrix.split(_BLOCKS_AT_ONCE * OUTPUTS)]
+        return cls(*(torch.cat(tensors) for tensors in zip(*pieces, strict=True)))
+
+    @classmethod
+    def _quantize_rows(cls, rows: Tensor) -> Int4:
+        groups = rows.unflatten(-1, (-1, GROUP))  # [rows, groups, 32]
+        scale, minimum, units = rounded_grid(*best_grid(groups))
+        step, offset = (scale * units[:, :1]).unsqueeze(-1), (minimum * units[:, 1:]).unsqueeze(-1)
+        return pack(nearest(groups, step, offset), scale, minimum, units)
+
+
+def nearest(x: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    """Return the values from 0 to 15, in x's dtype, with which value * scale - minimum is nearest to x."""
+    return ((x + minimum) / scale).round_().clamp_(0, _LEVELS)
+
+
+def best_grid(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """groups [..., 32] fp32 -> scale and minimum [...] fp32, not negative, with the least squared error found.
+
+    Rounding with a scale gives values, for which the best scale and minimum are a linear regression. Tried are scales
+    from that of the whole range to a seventh less or more, as in GGML's make_qkx2_quants (ggml-quants.c).
+    """
+    lowest, highest = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
+    sum_x = groups.sum(-1)
+    least = torch.full_like(lowest, torch.inf)
+    scale, minimum = torch.zeros_like(lowest), torch.zeros_like(lowest)
+    for levels in torch.linspace(0.9 * _LEVELS, 1.1 * _LEVELS, _CANDIDATES).tolist():
+        step = ((highest - lowest) / levels).clamp_(min=1e-12)
+        values = nearest(groups, step.unsqueeze(-1), -lowest.unsqueeze(-1))
+        sum_v, sum_vv, sum_vx = values.sum(-1), values.square().sum(-1), (values * groups).sum(-1)
+        slope = (GROUP * sum_vx - sum_v * sum_x) / (GROUP * sum_vv - sum_v.square()).clamp_(min=1e-9)
+        offset = (slope * sum_v - sum_x) / GROUP
+        without = sum_vx / sum_vv.clamp_(min=1e-9)  # the best scale if the minimum is to be 0
+        slope, offset = torch.where(offset < 0, without, slope), offset.clamp_(min=0)
+        errors = (values * slope.unsqueeze(-1)).sub_(offset.unsqueeze(-1)).sub_(groups).square_().sum(-1)
+        better = errors < least
+        least = torch.where(better, errors, least)
+        scale, minimum = torch.where(better, slope, scale), torch.where(better, offset, minimum)
+    return scale, minimum
+
+
+def rounded_grid(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """scale and minimum [rows, groups] -> both as numbers of 8 bits, in fp32, and their units [rows, 2] fp32.
+
+    A scale is at least 1, so that no value of its group is lost.
+    """
+    units = torch.stack((scale.amax(-1), minimum.amax(-1)), dim=-1) / 255
+    units = torch.where(units == 0, 1.0, units)  # of zeros, any unit is right
+    return (
+        (scale / units[:, :1]).round_().clamp_(1, 255),
+        (minimum / units[:, 1:]).round_().clamp_(0, 255),
+        units,
+    )
+
+
+def pack(values: Tensor, scale: Tensor, minimum: Tensor, units: Tensor) -> Int4:
+    """values [out, groups, 32], scale and minimum [out, groups], whole numbers, and units [out, 2] -> the matrix."""
+    padding = -len(values) % OUTPUTS
+    values, scale, minimum = (
+        torch.cat((x, x.new_zeros(padding, *x.shape[1:]))).to(torch.uint8).unflatten(0, (-1, OUTPUTS)).transpose(1, 2)
+        for x in (values, scale, minimum)
+    )  # [blocks, groups, 16, 32] and [blocks, groups, 16]
+    low, high = values.unflatten(-1, (2, 4, 4)).unbind(-3)  # [blocks, groups, 16, 4, 4]
+    return Int4((low | high << 4).transpose(-3, -2).contiguous(), torch.stack((scale, minimum), dim=-2), units)
+
+
+def unpack(values: Tensor) -> Tensor:
+    """[blocks, groups, 4, 16, 4] uint8 -> [blocks, groups, 16, 32] uint8."""
+    both = torch.stack((values & 15, values >> 4), dim=-4)  # [blocks, groups, 2, 4, 16, 4]
+    return both.movedim(-2, -4).flatten(-3)
+
+
+def scales_of(matrix: Int4) -> Tensor:
+    """Return the scales and the minimums of all groups, [blocks, groups, 2, 16] fp32."""
+    n_blocks = len(matrix.values)
+    units = torch.nn.functional.pad(matrix.row_scales, (0, 0, 0, n_blocks * OUTPUTS - len(matrix.row_scales)))
+    return matrix.scales * units.view(n_blocks, 1, OUTPUTS, 2).transpose(-1, -2)
