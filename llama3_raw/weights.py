@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .params import Params
 from .quantization.blocks import Blocks
-from .quantization.int8 import Int8
 from .quantization.matrix import Matrix, tensors_of
 from .tokenizer import Tokenizer
 
@@ -86,9 +85,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def format_name(matrix: Matrix) -> str:
     """Return the name of a matrix's format, such as "bfloat16", "int8" or "Q4_K"."""
-    if isinstance(matrix, Blocks):
-        return matrix.kind.name
-    return "int8" if isinstance(matrix, Int8) else dtype_name(matrix.dtype)
+    return dtype_name(matrix.dtype) if isinstance(matrix, Tensor) else matrix.format
 
 
 class TensorSpec(NamedTuple):

@@ -82,9 +82,8 @@ def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
     flags = [*_FLAGS, *INSTRUCTION_SETS[instruction_set]]
     # the predefined macros identify the compiler's version and the processor that it compiles for
     defined = _run([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull])
-    key = hashlib.sha256(
-        b"\0".join((*(file.read_bytes() for file in _SOURCES), " ".join(flags).encode(), defined))
-    ).hexdigest()[:20]
+    sources = [file.read_bytes() for file in _SOURCES]
+    key = _digest(b"\0".join((*sources, " ".join(flags).encode(), defined)))
     folder = _cache_folder()
     library = next(filter(_is_complete, folder.glob(f"cpu_kernels-{key}-*.so")), None) or _build(
         compiler, flags, folder, f"cpu_kernels-{key}"

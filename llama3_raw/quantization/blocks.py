@@ -34,6 +34,11 @@ class Blocks(NamedTuple):
     dtype: torch.dtype  # of the computation: `embed` returns rows in it
 
     @property
+    def format(self) -> str:
+        """The name of the format, such as "Q4_K"."""
+        return self.kind.name
+
+    @property
     def shape(self) -> torch.Size:
         """[out, in]."""
         return torch.Size((self.data.shape[0], self.data.shape[1] // self.kind.n_bytes * self.kind.n_values))

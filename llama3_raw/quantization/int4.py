@@ -33,6 +33,11 @@ class Int4(NamedTuple):
     row_scales: Tensor  # [out, 2] fp32: the units of the scales and of the minimums
 
     @property
+    def format(self) -> str:
+        """The name of the format."""
+        return "int4"
+
+    @property
     def shape(self) -> torch.Size:
         """[out, in]."""
         return torch.Size((self.row_scales.shape[0], self.values.shape[1] * GROUP))
@@ -119,7 +124,7 @@ def rounded_grid(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def pack(values: Tensor, scale: Tensor, minimum: Tensor, units: Tensor) -> Int4:
-    """values [out, groups, 32], scale and minimum [out, groups], whole numbers, and units [out, 2] -> the matrix."""
+    """values [out, groups, 32], scale and minimum [out, groups], integers, and units [out, 2] -> the matrix."""
     padding = -len(values) % OUTPUTS
     values, scale, minimum = (
         torch.cat((x, x.new_zeros(padding, *x.shape[1:]))).to(torch.uint8).unflatten(0, (-1, OUTPUTS)).transpose(1, 2)

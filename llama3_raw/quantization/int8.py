@@ -24,6 +24,11 @@ class Int8(NamedTuple):
     column_scales: Tensor  # [in] fp32
 
     @property
+    def format(self) -> str:
+        """The name of the format."""
+        return "int8"
+
+    @property
     def shape(self) -> torch.Size:
         """[out, in]."""
         return self.values.shape

@@ -109,14 +109,16 @@ def test_weights_created_in_int8(tied: bool, monkeypatch: pytest.MonkeyPatch) ->
     plain = random_weights(checkpoint, CPU, random_seed=1)
     unrounded: list[weakref.ref[torch.Tensor]] = []
 
+    quantize = Int8.quantize
+
     def watched(matrix: torch.Tensor) -> Int8:
         assert all(other() is None for other in unrounded)
         unrounded.append(weakref.ref(matrix))
-        return Int8.quantize(dense(matrix))
+        return quantize(dense(matrix))
 
-    monkeypatch.setattr(synthetic, "quantize", watched)
+    monkeypatch.setattr(Int8, "quantize", watched)
     weights = random_weights(checkpoint, CPU, random_seed=1, quantized=True)
-    assert len(unrounded) == (14 if tied else 15)
+    assert len(unrounded) == 15  # if tied, the last are the embeddings
     assert torch.equal(dense(weights.tok_embeddings), dense(plain.tok_embeddings))
     pairs = [(weights.output, plain.output)]
     for ours, theirs in zip(weights.layers, plain.layers, strict=True):
@@ -124,7 +126,7 @@ def test_weights_created_in_int8(tied: bool, monkeypatch: pytest.MonkeyPatch) ->
         pairs += [(getattr(ours, field), getattr(theirs, field)) for field in MATRICES if field != "output"]
     for rounded, matrix in pairs:
         assert isinstance(rounded, Int8)
-        assert all(torch.equal(*both) for both in zip(rounded, Int8.quantize(dense(matrix)), strict=True))
+        assert all(torch.equal(*both) for both in zip(rounded, quantize(dense(matrix)), strict=True))
 
 
 @pytest.mark.usefixtures("small")
