@@ -51,8 +51,11 @@ def open_model(about: str | None, draws: bool = False) -> Opened:
         if picture:
             check_output("--picture", picture)
         chosen = choose_model(options)
-        if chosen.quantized or chosen.checkpoint.scales:
-            raise UserError("the lessons need the original matrices, not int8; use the model without quantization")
+        if chosen.quantize or chosen.checkpoint.format:
+            raise UserError(
+                f"the lessons need the original matrices, not {chosen.quantize or chosen.checkpoint.format}; use the "
+                "model without quantization"
+            )
         if chosen.gpu_layers is not None:
             raise UserError("the lessons run on one device; leave --gpu-layers out")
         model, _, which = load_model(chosen, _SHAPE, reference=True)

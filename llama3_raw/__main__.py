@@ -9,7 +9,8 @@ import secrets
 import sys
 import time
 from bdb import BdbQuit
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +23,13 @@ from .chat.dialog import DialogFormat, warn_of_base_model
 from .chat.formats import format_of, note_format
 from .checkpoint.writing import save_quantized
 from .cli.commands import COMMANDS
+from .cli.drafts import choose_draft, load_draft
 from .cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
 from .cli.memory_plan import RunShape
-from .cli.models import choose_device, choose_model, load_model
+from .cli.models import ChosenModel, choose_device, choose_model, load_model
 from .cli.options import (
     add_compile_option,
+    add_draft_option,
     add_lookup_option,
     add_model_options,
     add_sampling_options,
@@ -39,11 +42,15 @@ from .cli.options import (
     parse_ids,
     positive_int,
     read_prompt,
+    read_text,
 )
+from .decoding.calibration import calibrated_layers
+from .decoding.draft_model import DraftModelPolicy
 from .decoding.loop import StopReason, generate
 from .decoding.prompt_lookup import LookupPolicy
 from .errors import UserError
 from .ops import Tap
+from .quantization.matrix import Quantized
 from .system.machine import peak_memory
 from .system.process_groups import Ranks, init
 from .tokenizer import Tokenizer
@@ -57,9 +64,8 @@ FIRST_STEPS = """\
   python -m llama3_raw.download --list                     the models that can be downloaded"""
 
 EXAMPLES = """\
-  python -m llama3_raw "Once upon a time" --temperature 0.8 --top-p 0.9 --seed 1
   python -m llama3_raw --weights Meta-Llama-3-8B --stats "The capital of France is"
-  cat prompt.txt | python -m llama3_raw -"""
+  python -m llama3_raw "Once upon a time" --temperature 0.8 --top-p 0.9 --seed 1"""
 
 
 def build_parser() -> ArgumentParser:
@@ -86,10 +92,21 @@ def build_parser() -> ArgumentParser:
     add_stop_token_option(group)
     group.add_argument("--context", type=positive_int, metavar="N", help="at most N tokens, prompt included")
     add_lookup_option(group)
+    add_draft_option(group)
     add_sampling_options(parser)
     add_compile_option(add_model_options(parser))
     parser.add_argument(
-        "--save-quantized", type=not_empty, metavar="FOLDER", help="write the model in int8 to FOLDER, and exit"
+        "--save-quantized",
+        type=not_empty,
+        metavar="FOLDER",
+        help="write the model to FOLDER, in int8 or as --quantize says",
+    )
+    parser.add_argument(
+        "--calibrate",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="with it: round int4 for this text (default: the model's own)",
     )
     group = parser.add_argument_group("inspection")
     group.add_argument("--reference", action="store_true", help="use the exact operations: Meta's bits, but slower")
@@ -100,7 +117,7 @@ def build_parser() -> ArgumentParser:
         default=[],
         type=not_empty,
         metavar="NAME",
-        help="stop in pdb after a tensor, e.g. 'layers.0.*' (repeatable; exact operations)",
+        help="stop in pdb after a tensor, e.g. 'layers.0.*' (repeatable)",
     )
     group.add_argument("--top", type=positive_int, metavar="N", help="show the N most likely tokens at each step")
     group.add_argument("--stats", choices=("text", "json"), metavar="json", help="report speed and memory on stderr")
@@ -127,6 +144,8 @@ def main(arguments: Sequence[str]) -> int:
     options = build_parser().parse_args(_with_plain_stats(arguments))
     if options.save_quantized:
         return _save_quantized(options)
+    if options.calibrate is not None:
+        raise UserError("--calibrate belongs to --save-quantized FOLDER; give that with it")
     with init(lambda: choose_device(options.device)) as ranks:
         return _continue(options, ranks)
 
@@ -148,10 +167,12 @@ def _continue(options: argparse.Namespace, ranks: Ranks | None) -> int:
     stop_ids = chosen.stop_ids | chosen_stop_ids(options, chosen.tokenizer, chosen.checkpoint.params.vocab_size)
     text_length = min(options.context or longest, len(ids) + options.max_new_tokens)
     shape = RunShape(prompt=len(ids), text=text_length, least=len(ids) + 1)
+    chosen_draft = choose_draft(options, chosen, shape)
     model, ops, which = load_model(chosen, shape, options.reference or bool(options.break_at), ranks)
+    draft = load_draft(chosen_draft, model, shape, captured=not options.no_compile)
     load_seconds = time.perf_counter() - load_start
 
-    watch = _Watch(options.top, chosen.tokenizer, lookup)
+    watch = _Watch(options.top, chosen.tokenizer, draft.policy if draft else lookup)
     tokens = generate(
         model,
         ids,
@@ -161,6 +182,7 @@ def _continue(options: argparse.Namespace, ranks: Ranks | None) -> int:
         stop_ids=stop_ids | (dialog_format.stop_ids if dialog_format else frozenset()),
         context=options.context,
         lookup=lookup,
+        draft=draft,
         ops=ops._replace(can_capture=ops.can_capture and not options.no_compile),
         tap=_chosen_tap(options, watch),
     )
@@ -182,7 +204,7 @@ def _continue(options: argparse.Namespace, ranks: Ranks | None) -> int:
 
 def _check_options(options: argparse.Namespace, ranks: Ranks | None) -> None:
     """Raise UserError for options that contradict each other."""
-    for option in ("break_at", "lookup") if ranks else ():
+    for option in ("break_at", "lookup", "draft") if ranks else ():
         if getattr(options, option):
             raise UserError(f"--{option.removesuffix('_at')} is for one process; leave it out, or run without torchrun")
     if options.break_at and (options.prompt == "-" or sys.stdin is None):
@@ -234,11 +256,17 @@ def _save_quantized(options: argparse.Namespace) -> int:
         raise UserError("--save-quantized only writes the model; leave the prompt and --max-ram out")
     if options.layers is not None:
         raise UserError("--save-quantized writes the whole model; leave --layers out")
-    options.quantize = "int8"
+    options.quantize = options.quantize or "int8"
     chosen = choose_model(options, needs_tokenizer=False)
     tokenizer_file = chosen.tokenizer.path if chosen.tokenizer else None
     folder = Path(options.save_quantized)
-    save_quantized(chosen.folder.path, chosen.checkpoint, folder, tokenizer_file, chosen.dtype, progress=True)
+    with _calibration(options, chosen, folder) as layers:
+        save_quantized(
+            *(chosen.folder.path, chosen.checkpoint, folder, tokenizer_file, chosen.dtype),
+            progress=True,
+            quantize=options.quantize,
+            layers=layers,
+        )
     print(
         f"llama3_raw: wrote {options.save_quantized}; run it with --weights {options.save_quantized}",
         file=sys.stderr,
@@ -246,13 +274,37 @@ def _save_quantized(options: argparse.Namespace) -> int:
     return 0
 
 
+def _calibration(
+    options: argparse.Namespace, chosen: ChosenModel, folder: Path
+) -> AbstractContextManager[Iterator[Mapping[str, Quantized]]]:
+    """Return a context with the layers' matrices, rounded as --calibrate says; without it there are none."""
+    if options.calibrate is None:
+        return nullcontext(iter(()))
+    if options.quantize != "int4":
+        raise UserError("--calibrate is for --quantize int4; give that, or leave --calibrate out")
+    ids = None
+    if options.calibrate:
+        if chosen.tokenizer is None:
+            raise UserError("--calibrate: the model has no tokenizer for the file; leave FILE out, or give --tokenizer")
+        ids = chosen.tokenizer.encode(read_text(options.calibrate), bos=True)
+    return calibrated_layers(
+        *(chosen.checkpoint, folder),
+        text=ids,
+        bos=chosen.tokenizer.bos_id if chosen.tokenizer else None,
+        seed=options.seed or 0,
+        device=chosen.device,
+        dtype=chosen.dtype,
+        progress=True,
+    )
+
+
 class _Watch:
     """Watches tokens while they are generated: keeps their times and why they end, and shows --top."""
 
-    def __init__(self, top: int | None, tokenizer: Tokenizer | None, lookup: LookupPolicy):
+    def __init__(self, top: int | None, tokenizer: Tokenizer | None, policy: LookupPolicy | DraftModelPolicy):
         self.top = top
         self.tokenizer = tokenizer
-        self.lookup = lookup
+        self.policy = policy
         self.start = time.perf_counter()
         self.times: list[float] = []  # seconds from the start to each token
         self.reason: StopReason | None = None  # None: not stopped by `generate`
@@ -276,7 +328,7 @@ class _Watch:
                     self._show_top(None)
                 return
             self.times.append(time.perf_counter() - self.start)
-            self.passes = self.lookup.passes
+            self.passes = self.policy.passes
             self._show_top(token)
             yield token
 
@@ -350,8 +402,8 @@ def _stats(model: Model, prompt_tokens: int, load_seconds: float, watch: _Watch,
         "seconds_to_first_token": round(times[0], 3) if times else None,
         "tokens_per_second": tokens_per_second and round(tokens_per_second, 3),
         "passes": watch.passes,
-        "tokens_proposed": watch.lookup.proposed,
-        "tokens_accepted": watch.lookup.accepted,
+        "tokens_proposed": watch.policy.proposed,
+        "tokens_accepted": watch.policy.accepted,
         "weights_gb_per_second": seconds and round(watch.passes * per_pass / seconds / 1e9, 3),
         "peak_ram_bytes": peak_memory(),
         "device": str(weights.norm.device),

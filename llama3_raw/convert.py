@@ -452,8 +452,10 @@ def open_source(folder: Path, file_format: FileFormat | None = None) -> Checkpoi
     checkpoint = open_checkpoint(folder, file_format)
     if checkpoint.blocks:
         raise UserError(f"{folder}: is in blocks, which no other format has; get the model in bf16")
-    if checkpoint.scales:
-        raise UserError(f"{folder}: is in int8, which no other format has; convert the model before quantization")
+    if checkpoint.format:
+        raise UserError(
+            f"{folder}: is in {checkpoint.format}, which no other format has; convert the model before quantization"
+        )
     for spec, shards in checkpoint.shards.items():
         if any(shard.dtype != shards[0].dtype for shard in shards):
             raise UserError(f"{folder}: the shards have {spec.meta_name} in several dtypes; keep those of one model")

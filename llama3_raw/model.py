@@ -162,12 +162,12 @@ class Pass(NamedTuple):
 
 def attention(x: Tensor, weights: LayerWeights, cache: LayerCache | None, at: Pass, tap: Tap) -> Tensor:
     """[..., T, dim] -> [..., T, dim]: grouped-query attention with rotary positions."""
-    linear, by_head = at.ops.linear, (-1, at.params.head_dim)
+    linear, rotate, by_head = at.ops.linear, at.ops.rope or rope, (-1, at.params.head_dim)
     q = tap("q", linear(x, weights.wq).unflatten(-1, by_head))  # [..., T, n_heads, head_dim]
     k = tap("k", linear(x, weights.wk).unflatten(-1, by_head))  # [..., T, n_kv_heads, head_dim]
     v = tap("v", linear(x, weights.wv).unflatten(-1, by_head))  # [..., T, n_kv_heads, head_dim]
-    q = tap("q_rope", rope(q, at.cos, at.sin))
-    k = tap("k_rope", rope(k, at.cos, at.sin))
+    q = tap("q_rope", rotate(q, at.cos, at.sin))
+    k = tap("k_rope", rotate(k, at.cos, at.sin))
     if cache is not None:
         k, v = cache.update(k, v, at.start)  # [..., S, n_kv_heads, head_dim]
     heads = tap("heads", at.ops.attend(q, k, v, at.start, tap))  # [..., T, n_heads, head_dim]
@@ -184,9 +184,10 @@ def feed_forward(x: Tensor, weights: LayerWeights, ops: Ops, tap: Tap) -> Tensor
 
 def layer(x: Tensor, weights: LayerWeights, cache: LayerCache | None, at: Pass, tap: Tap) -> Tensor:
     """[..., T, dim] -> [..., T, dim]: attention, then feed-forward, each added to the residual stream."""
-    normed = tap("attention_norm", rms_norm(x, weights.attention_norm, at.params.norm_eps))
+    norm = at.ops.rms_norm or rms_norm
+    normed = tap("attention_norm", norm(x, weights.attention_norm, at.params.norm_eps))
     x = tap("attention.residual", x + attention(normed, weights, cache, at, scoped(tap, "attention.")))
-    normed = tap("ffn_norm", rms_norm(x, weights.ffn_norm, at.params.norm_eps))
+    normed = tap("ffn_norm", norm(x, weights.ffn_norm, at.params.norm_eps))
     return tap("residual", x + feed_forward(normed, weights, at.ops, scoped(tap, "feed_forward.")))
 
 
@@ -222,7 +223,7 @@ def forward(
     for i, layer_weights in enumerate(weights.layers):
         layer_cache = None if cache is None else LayerCache(cache.keys[i], cache.values[i])
         x = layer(x, layer_weights, layer_cache, at, scoped(tap, f"layers.{i}."))
-    x = tap("norm", rms_norm(x, weights.norm, params.norm_eps))
+    x = tap("norm", (ops.rms_norm or rms_norm)(x, weights.norm, params.norm_eps))
     return tap("logits", ops.linear(select(x, logits_at), weights.output).float())
 
 

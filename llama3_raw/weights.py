@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .params import Params
 from .quantization.blocks import Blocks
-from .quantization.matrix import Matrix, tensors_of
+from .quantization.matrix import FORMATS, Matrix, tensors_of
 from .tokenizer import Tokenizer
 
 
@@ -71,11 +71,11 @@ _TOP_NAMES = {
 # read whole for each token, and what quantization applies to
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")
 
-# names of a quantized matrix's scales: its own name and one of these
-SCALE_ENDINGS = (".row_scales", ".column_scales")
-
 # dtypes of stored weights and of the computation, by their names in safetensors
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+# dtypes of the tensors of quantized matrices, besides these
+INTEGER_DTYPES = {"I8": torch.int8, "U8": torch.uint8}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -86,6 +86,22 @@ def dtype_name(dtype: torch.dtype) -> str:
 def format_name(matrix: Matrix) -> str:
     """Return the name of a matrix's format, such as "bfloat16", "int8" or "Q4_K"."""
     return dtype_name(matrix.dtype) if isinstance(matrix, Tensor) else matrix.format
+
+
+def format_of(field: str, quantize: str | None) -> str | None:
+    """Return the name of the format that `quantize`, the name of one for a model, gives to a field; None: none.
+
+    The output matrix is in int8 in either.
+    """
+    if quantize is None or field not in MATRICES:
+        return None
+    return "int8" if field == "output" else quantize
+
+
+def quantized(tensor: Tensor, field: str, quantize: str | None) -> Matrix:
+    """Return a tensor in the format that its field gets in a model in the format `quantize`."""
+    name = format_of(field, quantize)
+    return tensor if name is None else FORMATS[name].quantize(tensor)
 
 
 class TensorSpec(NamedTuple):

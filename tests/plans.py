@@ -21,4 +21,4 @@ def checkpoint(
     tensors = {
         spec: [torch.empty(spec.shape, dtype=dtype, device="meta")] * shards for spec in tensor_specs(params, tied)
     }
-    return Checkpoint(size, params, tensors, hf, {})
+    return Checkpoint(size, params, tensors, hf)

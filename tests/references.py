@@ -17,7 +17,8 @@ from llama3_raw import LayerWeights, Model, Params, Weights, forward
 from llama3_raw.checkpoint.loading import from_state_dict, to_state_dict
 from llama3_raw.decoding.loop import StopReason
 from llama3_raw.params import RopeScaling
-from llama3_raw.quantization.matrix import Matrix
+from llama3_raw.quantization.int8 import Int8
+from llama3_raw.quantization.matrix import FORMATS, Matrix
 from llama3_raw.weights import tensor_specs
 
 
@@ -56,6 +57,26 @@ def converted(weights: Weights, convert: Callable[[Any], Any]) -> Weights:
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
     """Return the weights in another dtype."""
     return converted(weights, lambda tensor: tensor.to(dtype))
+
+
+def quantized_weights(weights: Weights, quantize: str) -> Weights:
+    """Return the weights with the matrices of the layers in the format of this name, and the output in int8."""
+    fields = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+    layers = (
+        layer._replace(**{field: FORMATS[quantize].quantize(dense(getattr(layer, field))) for field in fields})  # type: ignore[arg-type]
+        for layer in weights.layers
+    )
+    return weights._replace(layers=tuple(layers), output=Int8.quantize(dense(weights.output)))
+
+
+def dequantized_weights(weights: Weights) -> Weights:
+    """Return the dequantized weights, in fp32."""
+
+    def convert(matrix: Matrix) -> Tensor:
+        return matrix.float() if isinstance(matrix, Tensor) else matrix.dequantize(torch.float32)
+
+    layers = tuple(LayerWeights(*map(convert, layer)) for layer in weights.layers)
+    return Weights(convert(weights.tok_embeddings), layers, convert(weights.norm), convert(weights.output))
 
 
 def seen_by_hand(model: Model, ids: list[int]) -> dict[str, Tensor]:

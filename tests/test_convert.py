@@ -590,6 +590,11 @@ def in_int8(folder: Path) -> Path:
     return folder
 
 
+def in_int4(folder: Path) -> Path:
+    save_quantized(TINY, open_checkpoint(TINY), folder, quantize="int4")
+    return folder
+
+
 def mixed(folder: Path) -> Path:
     write_shards(folder, state_dict(), 2)
     shard = torch.load(folder / "consolidated.01.pth", weights_only=True)
@@ -615,6 +620,7 @@ REFUSED: list[tuple[Callable[[Path], Path], str, str]] = [
     (meta, "--to ggml", "argument --to: invalid choice: 'ggml'"),
     (in_hf, "--to hf", "--to hf: SOURCE is in Hugging Face's format already"),
     (in_int8, "--to hf", "SOURCE: is in int8, which no other format has"),
+    (in_int4, "--to gguf", "SOURCE: is in int4, which no other format has"),
     (mixed, "", f"SOURCE: the shards have {WQ} in several dtypes"),
     (scaling, "", "SOURCE/config.json: RopeScaling(factor=8.0, low_freq_factor=2.0"),
 ]

@@ -11,7 +11,6 @@ import ctypes
 import functools
 import hashlib
 import itertools
-import math
 import os
 import re
 import shlex
@@ -28,30 +27,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
+from ..model import rms_norm, rope
 from ..ops import Ops, Tap
 from ..quantization.blocks import BLOCK_TYPES, Blocks
 from ..quantization.int4 import Int4
 from ..quantization.int8 import Int8
-from ..quantization.matrix import Matrix, embed, linear
+from ..quantization.matrix import Matrix, embed, linear, tensors_of
 from ..system.files import atomic_write
 
 MAX_DECODE_ROWS = 16  # tokens that the kernels compute on every processor, each with the same bits as alone
-_MAX_ROWS = 128  # tokens; with more, torch is faster, as it first reorders or upcasts the matrix
-_MAX_ROWS_INT8 = 64  # the same for int8 without tiles; with tiles there is no limit
+_MAX_ROWS = 128  # tokens in bf16; with more, torch is faster, as it first reorders or upcasts the matrix
+_MAX_ROWS_BF16 = 64  # the same where torch has instructions for bf16, and this processor no tiles
 _MAX_KEYS = 256  # for more than MAX_DECODE_ROWS tokens; with more keys, torch is faster
 _MAX_LENGTH = 2**17  # values of a row; above that, a sum of int8 products may overflow 32 bits
 QUERIES = 128  # tokens that torch attends for at a time
-_BLOCK_KINDS = {name: number for number, name in enumerate(BLOCK_TYPES)}  # the enum in blocks.c
+_KINDS = {name: number for number, name in enumerate((*BLOCK_TYPES, "int4"))}  # the enum in blocks.c
 _SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.[ch]"))
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _FLAGS = ("-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC")
 # compiler flags for each kind of processor; native: this one
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "native": ("-march=native",),
-    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
-    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+    "amx": (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+    "avx512_vnni": (*_AVX512, "-mavx512vnni"),
     "avx512": _AVX512,
-    "avx2": ("-mavx2", "-mfma"),
+    "avx_vnni": (*_AVX2, "-mavxvnni"),
+    "avx2": _AVX2,
     "baseline": (),  # SSE2 on x86, NEON on ARM
 }
 
@@ -70,8 +73,21 @@ class _Shape(ctypes.Structure):
     ]
 
 
+class _Rotation(ctypes.Structure):
+    _fields_ = [  # the layout of Rotation in pointwise.c
+        (name, ctypes.c_int64) for name in ("n_rows", "n_heads", "head_dim", "n_angles", "angle_stride", "pair_stride")
+    ]
+
+
 class _CInt8(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in Int8._fields]
+
+
+class _CMatrix(ctypes.Structure):
+    _fields_ = [  # the layout of Matrix in blocks.c
+        *((name, ctypes.c_int64) for name in ("kind", "n_outputs", "length")),
+        *((name, ctypes.c_void_p) for name in Int4._fields),
+    ]
 
 
 def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
@@ -156,7 +172,14 @@ def _run(command: Sequence[str]) -> bytes:
 def make_ops(kernels: ctypes.CDLL) -> Ops:
     """Return the operations with these kernels. What they do not support, such as fp32, torch computes."""
     wrapper = _Kernels(kernels)
-    return Ops(embed=embed, linear=wrapper.linear, attend=wrapper.attend, max_packed=wrapper.max_packed())
+    return Ops(
+        embed=embed,
+        linear=wrapper.linear,
+        attend=wrapper.attend,
+        rms_norm=wrapper.rms_norm,
+        rope=wrapper.rope,
+        max_packed=wrapper.max_packed(),
+    )
 
 
 class _Kernels:
@@ -168,39 +191,31 @@ class _Kernels:
         self._is_x86 = kernels.width() >= 8  # NEON is not measured against Apple's matrix units
 
     def linear(self, x: Tensor, weight: Matrix) -> Tensor:
-        """x [..., in], weight [out, in] -> [..., out]; few rows of bf16 at the speed of the memory."""
+        """x [..., in], weight [out, in] -> [..., out]; few rows at the speed of the memory."""
         outputs, length = weight.shape
         rows = x.numel() // length
-        if isinstance(weight, Blocks):
-            is_plain = (
-                rows > 0 and _is_plain_bf16(x) and weight.data.is_contiguous() and weight.data.device.type == "cpu"
-            )
-            if is_plain and rows <= self._max_rows(is_int8=False, by_tiles=False):
-                return self._product_with_blocks(x.contiguous(), weight)
+        if not (rows > 0 and length % 32 == 0 and _is_plain_bf16(x) and _is_plain(weight)):
             return linear_by_torch(x, weight)
+        if isinstance(weight, Int4 | Blocks):
+            fits = isinstance(weight, Int4) or outputs >= self._kernels.width()
+            return self._product_of_few_bits(x.contiguous(), weight) if fits else linear_by_torch(x, weight)
         is_int8 = isinstance(weight, Int8)
         by_tiles = (
             self._has_tiles and outputs % 32 == 0 and length % (64 if is_int8 else 32) == 0 and length <= _MAX_LENGTH
         )
-        if isinstance(weight, Int4) or not (rows > 0 and length % 32 == 0 and _is_plain_bf16(x)):
-            return linear_by_torch(x, weight)
-        if not (isinstance(weight, Int8) or (_is_plain_bf16(weight) and weight.is_contiguous())):
-            return linear_by_torch(x, weight)
-        if rows > MAX_DECODE_ROWS and rows > self._max_rows(is_int8, by_tiles):
-            return linear_by_torch(x, weight)
-        return self._product(x.contiguous(), weight, by_tiles)
+        if is_int8 or rows <= self._max_rows(by_tiles):
+            return self._product(x.contiguous(), weight, by_tiles)
+        return linear_by_torch(x, weight)
 
-    def _max_rows(self, is_int8: bool, by_tiles: bool) -> float:
-        """Return the number of rows above which torch is faster."""
-        if by_tiles:
-            return math.inf if is_int8 else _MAX_ROWS
-        if not self._is_x86 or not fp32_is_faster():
+    def _max_rows(self, by_tiles: bool) -> int:
+        """Return the number of rows in bf16 above which torch is faster."""
+        if not self._is_x86:
             return MAX_DECODE_ROWS
-        return _MAX_ROWS_INT8 if is_int8 else _MAX_ROWS
+        return _MAX_ROWS if by_tiles or fp32_is_faster() else _MAX_ROWS_BF16
 
     def max_packed(self) -> int:
-        """Return how many tokens of several prompts get the same bits together as alone, in bf16 and in int8."""
-        return int(min(self._max_rows(is_int8, self._has_tiles) for is_int8 in (False, True)))
+        """Return how many tokens of several prompts get the same bits together as alone, however they are stored."""
+        return self._max_rows(self._has_tiles)
 
     def _product(self, x: Tensor, weight: Tensor | Int8, by_tiles: bool) -> Tensor:
         """x [..., in] contiguous, weight [out, in] -> [..., out]"""
@@ -219,14 +234,38 @@ class _Kernels:
             raise MemoryError(f"out of memory in the product of {rows} tokens with a matrix {list(weight.shape)}")
         return y
 
-    def _product_with_blocks(self, x: Tensor, weight: Blocks) -> Tensor:
+    def _product_of_few_bits(self, x: Tensor, weight: Int4 | Blocks) -> Tensor:
         """x [..., in] contiguous, weight [out, in] -> [..., out]"""
         outputs, length = weight.shape
         y = x.new_empty((*x.shape[:-1], outputs))
-        kind = ctypes.c_int(_BLOCK_KINDS[weight.kind.name])
-        sizes = map(ctypes.c_int64, (x.numel() // length, outputs, length))
-        if self._kernels.linear_blocks(_pointer(x), _pointer(weight.data), kind, _pointer(y), *sizes):
-            raise MemoryError(f"out of memory in the product with a matrix {list(weight.shape)}")
+        matrix = _CMatrix(_KINDS[weight.format], outputs, length, *map(_pointer, tensors_of(weight)))
+        rows = ctypes.c_int64(x.numel() // length)
+        if self._kernels.linear_quantized(_pointer(x), ctypes.byref(matrix), _pointer(y), rows):
+            raise MemoryError(f"out of memory in the product of {rows.value} tokens with a matrix {list(weight.shape)}")
+        return y
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Like model.rms_norm, in one pass."""
+        dim = x.shape[-1]
+        if not (_is_plain_bf16(x) and _is_plain_bf16(weight) and weight.is_contiguous() and dim % 32 == 0):
+            return rms_norm(x, weight, eps)
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        sizes = map(ctypes.c_int64, (x.numel() // dim, dim))
+        self._kernels.rms_norm(*map(_pointer, (x, weight, y)), *sizes, ctypes.c_float(eps))
+        return y
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Like model.rope, in one pass."""
+        n_heads, head_dim = x.shape[-2:]
+        angles = cos.flatten(0, -2)  # a view, as all positions are equally far apart
+        is_same = cos.stride() == sin.stride() and angles.data_ptr() == cos.data_ptr()
+        if not (_is_plain_bf16(x) and is_same and x.numel()):
+            return rope(x, cos, sin)
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        shape = _Rotation(x.numel() // (n_heads * head_dim), n_heads, head_dim, *angles.shape[:1], *angles.stride())
+        self._kernels.rope(*map(_pointer, (x, cos, sin, y)), ctypes.byref(shape))
         return y
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor:
@@ -313,6 +352,13 @@ def attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor
 
 def _is_plain_bf16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not x.requires_grad
+
+
+def _is_plain(weight: Matrix) -> bool:
+    """Whether the tensors of a matrix are on the CPU without gaps, in bf16 unless it is quantized."""
+    if isinstance(weight, Tensor) and not _is_plain_bf16(weight):
+        return False
+    return all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors_of(weight))
 
 
 def _pointer(x: Tensor) -> ctypes.c_void_p:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,9 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from ..errors import in_short
 from ..ops import Ops, Tap
-from ..quantization.blocks import Blocks
-from ..quantization.int4 import Int4
+from ..quantization.int4 import OUTPUTS, Int4, scales_of
 from ..quantization.int8 import Int8
-from ..quantization.matrix import Matrix, embed, linear
+from ..quantization.matrix import Matrix, embed, linear, tensors_of
 from .cpu import MAX_DECODE_ROWS, attend_by_torch
 
 try:
@@ -30,8 +30,10 @@ except ImportError:  # torch installs Triton only for GPUs on Linux
 
 _OUTPUTS = 16  # matrix rows per program: the fewest that the matrix units accept, for as many programs as possible
 _INPUTS = 256  # values of each row at a time, 512 bytes
+_GROUPS = 32  # of an int4 matrix at a time, 9 KB with their scales
+_OFFSETS = {torch.bfloat16: (128, 0x4300), torch.float16: (1024, 0x6400)}  # numbers and their bits, for linear_few_int4
 _KEYS = 64  # at a time
-DEQUANTIZED_BYTES = 1 << 28  # of an int8 matrix at a time: all of it in a layer of 8B; its output matrix in four pieces
+DEQUANTIZED_BYTES = 1 << 28  # of a matrix at a time: all of it in a layer of 8B; its output matrix in four pieces
 _SPLITS = 16  # programs that split the keys of a kv head: with Llama 3's 8, one for nearly every multiprocessor
 
 
@@ -62,6 +64,39 @@ def linear_few(x: Tensor, values: Tensor, row_scales: Tensor | None, column_scal
 @linear_few.register_fake
 def _(x: Tensor, values: Tensor, row_scales: Tensor | None, column_scales: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], values.shape[0])
+
+
+@torch.library.custom_op(
+    "llama3_raw::linear_few_int4",
+    mutates_args=(),
+    schema="(Tensor x, Tensor values, Tensor scales, Tensor row_scales) -> Tensor",
+)
+def linear_few_int4(x: Tensor, values: Tensor, scales: Tensor, row_scales: Tensor) -> Tensor:
+    """x [rows <= MAX_DECODE_ROWS, in] in fp16 or bf16, and the tensors of an Int4 [out, in] -> [rows, out].
+
+    The last bit of the mantissa of 128 in bf16, and of 1024 in fp16, counts ones. So with a value of four bits in its
+    last bits, that is 128 or 1024 more than the value: no conversion from integers is needed.
+    """
+    (rows, _), (n_blocks, groups) = x.shape, values.shape[:2]
+    offset, bits = _OFFSETS[x.dtype]
+    x = x.contiguous()
+    y = x.new_empty(rows, len(row_scales))
+    with torch.cuda.device_of(x):  # Triton uses the current one
+        cuda_kernels.linear_int4_kernel[(n_blocks,)](
+            *(x, values, scales, row_scales, y),
+            *(rows, len(row_scales), groups),
+            OFFSET=offset,
+            OFFSET_BITS=bits,
+            ROWS=8 if rows <= 8 else MAX_DECODE_ROWS,  # 8 are the fewest that the matrix units multiply
+            GROUPS=_GROUPS,
+            STAGES=3,
+        )
+    return y
+
+
+@linear_few_int4.register_fake
+def _(x: Tensor, values: Tensor, scales: Tensor, row_scales: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], row_scales.shape[0])
 
 
 @torch.library.custom_op(
@@ -109,32 +144,55 @@ def _(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor) -> Tensor:
 
 def fast_linear(x: Tensor, weight: Matrix) -> Tensor:
     """x [..., in], weight [out, in] -> [..., out]; few rows at the speed of the memory."""
-    if isinstance(weight, Int4 | Blocks):
-        return linear(x, weight)
     rows = x.numel() // x.shape[-1]
-    values, *scales = weight if isinstance(weight, Int8) else (weight,)
-    is_plain = values.is_contiguous() and (scales or values.dtype == x.dtype) and not x.requires_grad
-    if not (0 < rows <= MAX_DECODE_ROWS and x.dtype.itemsize == 2 and is_plain):
+    is_few = 0 < rows <= MAX_DECODE_ROWS and x.dtype.itemsize == 2 and not x.requires_grad
+    if not (is_few and all(tensor.is_contiguous() for tensor in tensors_of(weight))):
         return linear_many(x, weight)
-    y: Tensor = linear_few(x.reshape(rows, -1), values, *(scales or (None, None)))
+    y: Tensor
+    if isinstance(weight, Int4):
+        y = linear_few_int4(x.reshape(rows, -1), *weight)
+    elif isinstance(weight, Int8):
+        y = linear_few(x.reshape(rows, -1), *weight)
+    elif isinstance(weight, Tensor) and weight.dtype == x.dtype:
+        y = linear_few(x.reshape(rows, -1), weight, None, None)
+    else:
+        return linear(x, weight)
     return y.view(*x.shape[:-1], -1)
 
 
 def linear_many(x: Tensor, weight: Matrix) -> Tensor:
     """x [..., in], weight [out, in] -> [..., out]; many rows, with torch's product.
 
-    As in the kernel, x is multiplied by the column scales. The int8 values times the row scales are then computed in
-    one pass, which reads a byte per value and writes x's dtype, and multiplied, DEQUANTIZED_BYTES of them at a time.
+    A matrix in int8 or int4 is dequantized and multiplied DEQUANTIZED_BYTES at a time. As in the kernel, x and not the
+    matrix is multiplied by the column scales of int8.
     """
-    if not isinstance(weight, Int8):
+    if isinstance(weight, Int8):
+        x, panels = (x * weight.column_scales).to(x.dtype), _panels_of_int8(weight, x.dtype)
+    elif isinstance(weight, Int4):
+        panels = _panels_of_int4(weight, x.dtype)
+    else:
         return linear(x, weight)
-    scaled = (x * weight.column_scales).to(x.dtype)  # [..., in]
-    at_once = max(1, DEQUANTIZED_BYTES // (x.shape[-1] * x.dtype.itemsize))  # rows
-    products = []
-    for values, scales in zip(weight.values.split(at_once), weight.row_scales.split(at_once), strict=True):
-        dequantized = torch.empty(values.shape, dtype=x.dtype, device=x.device)
-        products.append(F.linear(scaled, torch.mul(values, scales.unsqueeze(-1), out=dequantized)))
+    products = [F.linear(x, panel) for panel in panels]
     return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+
+def _panels_of_int8(weight: Int8, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield rows of the matrix without its column scales: one pass reads a byte per weight and writes `dtype`."""
+    for rows in weight.split(max(1, DEQUANTIZED_BYTES // (weight.shape[1] * dtype.itemsize))):
+        panel = torch.empty(rows.shape, dtype=dtype, device=rows.values.device)
+        yield torch.mul(rows.values, rows.row_scales.unsqueeze(-1), out=panel)
+
+
+def _panels_of_int4(weight: Int4, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield rows of the matrix: after the four bits are taken apart, one pass computes in fp32 and writes `dtype`."""
+    n_blocks = max(1, DEQUANTIZED_BYTES // (weight.shape[1] * dtype.itemsize * OUTPUTS))
+    for rows in weight.split(n_blocks * OUTPUTS):
+        scale, minimum = scales_of(rows)[:, :, :, None, :, None].unbind(2)  # each [blocks, groups, 1, 16, 1]
+        panel = torch.empty(len(rows.values), OUTPUTS, scale.shape[1], 2, 4, 4, dtype=dtype, device=scale.device)
+        low, high = panel.permute(3, 0, 2, 4, 1, 5)  # each [blocks, groups, 4, 16, 4], like the values
+        torch.addcmul(-minimum, rows.values & 15, scale, out=low)
+        torch.addcmul(-minimum, rows.values >> 4, scale, out=high)
+        yield panel.view(-1, weight.shape[1])[: rows.shape[0]]
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor:

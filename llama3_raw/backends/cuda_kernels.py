@@ -55,6 +55,63 @@ def linear_kernel(
 
 
 @triton.jit
+def linear_int4_kernel(
+    x,  # [rows, groups * 32]
+    values,  # [blocks, groups, 4, 16, 4] uint8: these three are the tensors of an Int4
+    scales,  # [blocks, groups, 2, 16] uint8
+    row_scales,  # [outputs, 2] fp32
+    y,  # [rows, outputs]
+    rows,
+    outputs,
+    groups,
+    OFFSET: tl.constexpr,  # a number whose last bit counts ones in x's dtype
+    OFFSET_BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Compute a block of 16 outputs for all rows: scale * (values @ x) - minimum * (ones @ x), summed over the groups.
+
+    The block's values are read in their order, without gaps. All factors of the products are integers that x's dtype
+    holds exactly; sums are in fp32. The bits do not depend on the rows.
+    """
+    block = tl.program_id(0)
+    row = tl.arange(0, ROWS)
+    sixteen = tl.arange(0, 16)  # outputs, or half the inputs of a group
+    dtype = x.dtype.element_ty
+    values += block.to(tl.int64) * groups * 256
+    scales += block.to(tl.int64) * groups * 32
+    x += row[None, None, :] * groups * 32 + sixteen[None, :, None]
+    scaled = tl.zeros((GROUPS, 16, ROWS), tl.float32)
+    lowered = tl.zeros((GROUPS, 16, ROWS), tl.float32)
+    for begin in tl.range(0, groups, GROUPS, num_stages=STAGES):  # STAGES of them are loaded at a time
+        group = begin + tl.arange(0, GROUPS)
+        byte = begin * 256 + tl.arange(0, GROUPS * 256)
+        both = tl.load(values + byte, mask=byte < groups * 256, other=0, eviction_policy="evict_first")
+        both = both.reshape(GROUPS, 4, 16, 4).permute(0, 2, 1, 3).reshape(GROUPS, 16, 16).to(tl.int16)
+        low = (both & 15 | OFFSET_BITS).to(dtype, bitcast=True) - OFFSET  # 0 to 15, exactly
+        high = (both >> 4 | OFFSET_BITS).to(dtype, bitcast=True) - OFFSET
+        is_input = (group < groups)[:, None, None] & (row < rows)[None, None, :]
+        low_x = tl.load(x + group[:, None, None] * 32, mask=is_input, other=0)  # [GROUPS, 16, ROWS]
+        high_x = tl.load(x + group[:, None, None] * 32 + 16, mask=is_input, other=0)
+        scale_at = scales + group[:, None] * 32 + sixteen[None, :]
+        scale = tl.load(scale_at, mask=(group < groups)[:, None], other=0)
+        minimum = tl.load(scale_at + 16, mask=(group < groups)[:, None], other=0)
+        scaled += scale.to(tl.float32)[:, :, None] * tl.dot(high, high_x, tl.dot(low, low_x))
+        minimums = minimum.to(dtype)[:, :, None].broadcast_to(GROUPS, 16, 16)
+        lowered = tl.dot(minimums, high_x, tl.dot(minimums, low_x, lowered))
+    output = block * 16 + sixteen
+    unit = tl.load(row_scales + output * 2, mask=output < outputs, other=0)[:, None]
+    unit_of_minimums = tl.load(row_scales + output * 2 + 1, mask=output < outputs, other=0)[:, None]
+    total = tl.sum(scaled, axis=0) * unit - tl.sum(lowered, axis=0) * unit_of_minimums
+    tl.store(
+        y + row[None, :] * outputs + output[:, None],
+        total.to(dtype),
+        mask=(row < rows)[None, :] & (output < outputs)[:, None],
+    )
+
+
+@triton.jit
 def attend_kernel(
     q,  # [B, T, n_heads, head_dim]
     keys,  # [B, S, n_kv_heads, head_dim], with strides

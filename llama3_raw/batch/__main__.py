@@ -205,7 +205,7 @@ def describe_run(
         "--tp": ranks.tensor.size if ranks else 1,
         "--gpu-layers": chosen.gpu_layers,
         "--dtype": dtype_name(chosen.dtype or checkpoint.dtype),
-        "--quantize": chosen.quantized,
+        "--quantize": chosen.quantize,
         "--reference": options.reference,
         "--batch-size": options.batch_size,
         "--context": options.context,

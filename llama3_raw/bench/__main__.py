@@ -8,12 +8,14 @@ not have.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,16 +25,17 @@ from ..backends.choose import suitable_ops
 from ..checkpoint.checkpoint import first_layers
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from ..cli.memory_plan import MemoryPlan, RunShape, check_memory
-from ..cli.models import ChosenModel, ModelFolder, check_int8, choose_device, choose_model, load_model
+from ..cli.models import ChosenModel, ModelFolder, check_fast, choose_device, choose_model, load_model
 from ..cli.options import DTYPES_BY_NAME, add_model_options, positive_int, seed
 from ..errors import UserError, in_short, needed_package
 from ..ops import Ops
 from ..system.files import atomic_write
 from ..system.machine import set_threads
 from ..weights import Model, dtype_name
-from .baselines import BASELINES, LLAMA_CPP, check_baselines, open_baselines
+from .baselines import BASELINES, baseline_name, check_baselines, open_baselines
 from .engines import Batch
 from .estimate import run_estimate
+from .llama_cpp import LLAMA_CPP, is_llama_cpp
 from .measure import Figures, longest_text, measure
 from .synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint
 from .tap_overhead import LENGTH, TapFigures, measure_taps
@@ -60,8 +63,8 @@ def time_startup(chosen: ChosenModel, prompt_length: int) -> Startup:
     command = [sys.executable, "-m", "llama3_raw", "--ids", "--max-new-tokens=1", "--stats=json"]
     command += [f"--weights={chosen.folder.path}", f"--device={chosen.device}", f"--layers={params.n_layers}"]
     command += [f"--threads={torch.get_num_threads()}"]
-    if chosen.quantized:
-        command += ["--quantize=int8"]
+    if chosen.quantize is not None:
+        command += [f"--quantize={chosen.quantize}"]
     if chosen.gpu_layers is not None:
         command += [f"--gpu-layers={chosen.gpu_layers}"]
     if chosen.max_ram is not None:
@@ -102,6 +105,9 @@ def show(figures: Figures, startup: Startup | None) -> None:
         _line("peak memory", f"{startup.peak_ram_bytes / 1e9:10.2f} GB")
     for baseline in figures.vs.values():
         print(f"\ncompared with {baseline.version}; ratio of llama3_raw to it: median (each round)")
+        if baseline.weights_bytes_per_token:
+            read = f"{baseline.weights_bytes_per_token / 1e9:10.2f} GB a token, llama3_raw"
+            _line("weights", f"{read} {figures.weights_bytes_per_token / 1e9:.2f} GB")
         for length, speed in baseline.prefill_tokens_per_second.items():
             ratios = _ratios_text(baseline.prefill_ratio[length], baseline.prefill_ratios[length])
             _line(f"prefill {length:>5} tokens", f"{speed:10.1f} tokens/s   {ratios}")
@@ -229,10 +235,11 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--vs",
         nargs="+",
-        choices=BASELINES,
+        type=baseline_name,
         default=[],
         metavar="NAME",
-        help=f"also measure these engines on the same weights, interleaved with this one: {', '.join(BASELINES)}",
+        help="also measure these engines on the same weights, interleaved with this one: "
+        f"{', '.join(BASELINES)}; TYPE is one of llama-quantize's, such as Q4_K_M",
     )
     parser.add_argument(
         "--batch",
@@ -244,7 +251,8 @@ def build_parser() -> ArgumentParser:
         "--gguf",
         type=not_empty,
         metavar="FILE",
-        help=f"for {LLAMA_CPP}: the weights in its format, written if missing (default: a temporary file)",
+        help=f"for {LLAMA_CPP}: the weights in its format, written if missing; those of a TYPE are kept beside it "
+        "(default: the model's own file, or else temporary files)",
     )
     parser.add_argument(
         "--taps",
@@ -294,6 +302,32 @@ def main(arguments: Sequence[str]) -> int:
             return 0
     if options.taps:
         return _measure_taps(options)
+    with _ended_by_sigterm():
+        return _measure(options)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM stop the block as Ctrl-C does, so that it shows what it has and removes its files; then end by it."""
+    received = False
+
+    def stop(*_: object) -> None:
+        nonlocal received
+        received = True
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        if received:
+            sys.stdout.flush()
+            signal.raise_signal(signal.SIGTERM)
+
+
+def _measure(options: argparse.Namespace) -> int:
+    """Measure the model and its baselines. Raises KeyboardInterrupt after showing what a stopped run has measured."""
     if options.plot:
         check_plot_file(Path(options.plot))
     chosen = _choose(options)
@@ -311,13 +345,19 @@ def main(arguments: Sequence[str]) -> int:
         if options.batch:
             baselines.append(Batch(model, options.batch, longest, ops))
         figures = measure(model, prefill, contexts, new_tokens, options.rounds, baselines, ops, options.max_ram is None)
-    show(figures, time_startup(chosen, prefill[0]) if chosen.random_seed is None else None)
+    stopped = figures.rounds < options.rounds
+    if stopped:
+        print(f"llama3_raw: stopped; {figures.rounds} of {options.rounds} rounds are complete", file=sys.stderr)
+    has_files = chosen.random_seed is None
+    show(figures, time_startup(chosen, prefill[0]) if has_files and not stopped else None)
     if options.plot:
         dtype = dtype_name(model.weights.norm.dtype)
         where = f"{figures.threads} threads" if figures.device == "cpu" else figures.device
         plot(
             figures, Path(options.plot), f"{chosen.folder.path.name}, {model.params.n_layers} layers, {dtype}, {where}"
         )
+    if stopped:
+        raise KeyboardInterrupt
     return 0
 
 
@@ -329,18 +369,16 @@ def _choose(options: argparse.Namespace) -> ChosenModel:
     for option in ("weights", "tokenizer", "gpu_layers", "max_ram", "gguf"):
         if getattr(options, option):
             raise UserError(_needs_files(size, f"--{option.replace('_', '-')}"))
-    if LLAMA_CPP in options.vs:
-        raise UserError(_needs_files(size, f"--vs {LLAMA_CPP}"))
+    for name in filter(is_llama_cpp, options.vs):
+        raise UserError(_needs_files(size, f"--vs {name}"))
     set_threads(options.threads)
     checkpoint = synthetic_checkpoint(size)
     if options.layers is not None:
         checkpoint = first_layers(checkpoint, options.layers)
     folder = ModelFolder(Path(size), "random weights")  # not a folder, but a name to print
     device, dtype = choose_device(options.device), DTYPES_BY_NAME.get(options.dtype)
-    quantized = options.quantize is not None
-    if quantized:
-        check_int8(quantized, device, dtype or checkpoint.dtype)
-    return ChosenModel(folder, checkpoint, None, device, dtype, None, quantized, random_seed=options.seed)
+    check_fast(checkpoint, options.quantize, device, dtype)
+    return ChosenModel(folder, checkpoint, None, device, dtype, None, options.quantize, random_seed=options.seed)
 
 
 def _needs_files(size: str, option: str) -> str:
@@ -352,11 +390,11 @@ def _needs_files(size: str, option: str) -> str:
 
 def _load(chosen: ChosenModel, shape: RunShape) -> tuple[Model, Ops, str]:
     """Do what `load_model` does; a model without files is created instead. Raises UserError if it does not fit."""
-    checkpoint, device, dtype, quantized = chosen.checkpoint, chosen.device, chosen.dtype, chosen.quantized
+    checkpoint, device, dtype, quantize = chosen.checkpoint, chosen.device, chosen.dtype, chosen.quantize
     if chosen.random_seed is None:
         return load_model(chosen, shape)
-    check_memory(MemoryPlan(checkpoint, device, dtype, shape, quantized=quantized, made=True))
-    weights = random_weights(checkpoint, device, dtype, chosen.random_seed, quantized)
+    check_memory(MemoryPlan(checkpoint, device, dtype, shape, quantize=quantize, made=True))
+    weights = random_weights(checkpoint, device, dtype, chosen.random_seed, quantize)
     description = f"{checkpoint.source} ({chosen.folder.why}) on {device}"
     return Model(weights, checkpoint.params, None), suitable_ops(device), description
 

@@ -6,21 +6,16 @@ uses; transformers also runs on a GPU. Each is asked for the next token only.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import json
 import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.checkpoint import first_layers
-from ..checkpoint.gguf import is_gguf_of, write_gguf
 from ..checkpoint.loading import build_weights
 from ..cli.memory_plan import MemoryPlan, RunShape, needed
 from ..cli.models import ChosenModel
@@ -28,12 +23,13 @@ from ..compare.references import hf_model
 from ..errors import UserError, in_short, needed_package
 from ..system.machine import free_memory
 from ..weights import Model, Weights
-from .engines import TWO_PROCESSES, Engine, ThisEngine, random_ids, two_processes
+from .engines import TWO_PROCESSES, Engine, ThisEngine, bytes_per_token, random_ids, two_processes
+from .llama_cpp import LLAMA_CPP, check_types, gguf_files, is_llama_cpp, open_llama_cpp, own_gguf, relative_size
 from .roofline import seconds_of
 from .synthetic import random_weights
 
-TRANSFORMERS, TRANSFORMERS_COMPILED, LLAMA_CPP, STORED = "transformers", "transformers-compiled", "llama.cpp", "stored"
-BASELINES = (TRANSFORMERS, TRANSFORMERS_COMPILED, LLAMA_CPP, STORED, TWO_PROCESSES)
+TRANSFORMERS, TRANSFORMERS_COMPILED, STORED = "transformers", "transformers-compiled", "stored"
+BASELINES = (TRANSFORMERS, TRANSFORMERS_COMPILED, LLAMA_CPP, f"{LLAMA_CPP}:TYPE", STORED, TWO_PROCESSES)
 _ON_GPU = (TRANSFORMERS, TRANSFORMERS_COMPILED, STORED)
 
 
@@ -50,6 +46,7 @@ class Transformers:
     def __init__(self, model: Model, longest: int):
         self._transformers: Any = needed_package(TRANSFORMERS, "--vs transformers")
         self.version = f"transformers {self._transformers.__version__}"
+        self.weights_bytes: int | None = bytes_per_token(model.weights)
         self._params, norm = model.params, model.weights.norm
         self._dtype, self._device = norm.dtype, norm.device
         self._ids = random_ids(model, longest)
@@ -146,84 +143,13 @@ class CompiledTransformers(Transformers):
             ) from error
 
 
-class LlamaBench:
-    """llama-bench, llama.cpp's own benchmark, from the PATH.
-
-    Each measurement starts a process, whose loading and warm-up are not timed. Its defaults are kept: batches of 2,048
-    tokens in micro-batches of 512, keys and values in fp16, prompts of random tokens. `decode` computes the context
-    first.
-    """
-
-    name = LLAMA_CPP
-
-    def __init__(self, program: str, gguf: Path, threads: int):
-        self._command = [program, "-m", str(gguf), "-t", str(threads), "-ngl", "0", "-r", "1", "-o", "json"]
-        self.version = f"{program} (version unknown before it has run)"
-
-    def prefill(self, length: int) -> float:
-        return self._seconds("-p", length, "-n", 0)
-
-    def decode(self, context: int, count: int) -> float:
-        return self._seconds("-p", 0, "-n", count, "-d", context)
-
-    def _seconds(self, *arguments: str | int) -> float:
-        command = [*self._command, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        try:
-            (result,) = json.loads(done.stdout)
-            self.version = f"llama-bench, build {result['build_number']} ({result['build_commit']})"
-            return float(result["samples_ns"][0]) / 1e9
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            output = in_short((done.stderr or done.stdout)[-200:])
-            raise UserError(f"{' '.join(command)}: failed with status {done.returncode}: {output}") from error
-
-
-class Xllamacpp:
-    """llama.cpp from the package xllamacpp: its server, which accepts token ids and reports the time.
-
-    Its defaults are kept: batches of 2,048 tokens in micro-batches of 512, keys and values in fp16. `decode` computes
-    the context first.
-    """
-
-    name = LLAMA_CPP
-
-    def __init__(self, model: Model, gguf: Path, threads: int, longest: int):
-        xllamacpp: Any = needed_package("xllamacpp", "--vs llama.cpp without a llama-bench on the PATH")
-        features = re.findall(r"(\w+) = 1", xllamacpp.get_system_info())
-        self.version = f"xllamacpp {xllamacpp.__version__} ({' '.join(features)})"
-        self._ids = random_ids(model, longest)
-        params = xllamacpp.CommonParams()
-        params.model.path = str(gguf)
-        params.n_ctx = longest + 1
-        params.n_parallel = 1
-        params.n_gpu_layers = 0
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.fit_params = params.use_jinja = params.enable_chat_template = False
-        params.cache_ram_mib = 0  # otherwise it keeps copies of old prompts
-        params.verbosity = 0
-        try:
-            self._server = xllamacpp.Server(params)
-        except Exception as error:  # its C++ may throw anything
-            raise UserError(f"{gguf}: llama.cpp cannot run this model: {in_short(error)}") from error
-
-    def prefill(self, length: int) -> float:
-        return float(self._complete(self._ids[:length], 1)["timings"]["prompt_ms"]) / 1e3
-
-    def decode(self, context: int, count: int) -> float:
-        # the first token comes from prefill, and so does its time
-        return float(self._complete(self._ids[:context], count + 1)["timings"]["predicted_ms"]) / 1e3
-
-    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
-        """Return the tokens that follow the prompt, to check that it is the same model."""
-        text = self._complete(ids, count)["choices"][0]["text"]
-        return [int(token) for token in re.findall(r"t(\d+)", text)]  # as write_gguf named them
-
-    def _complete(self, ids: Sequence[int], count: int) -> dict[str, Any]:
-        request = {"prompt": list(ids), "n_predict": count, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
-        answer: dict[str, Any] = self._server.handle_completions(request)
-        if answer.get("timings", {}).get("predicted_n") != count:
-            raise UserError(f"--vs llama.cpp: llama.cpp did not generate {count} tokens: {in_short(answer)}")
-        return answer
+def baseline_name(text: str) -> str:
+    """Return the name of a baseline; the type of --vs."""
+    if is_llama_cpp(text) and re.fullmatch(r":\w+", text.removeprefix(LLAMA_CPP)):
+        return LLAMA_CPP + text.removeprefix(LLAMA_CPP).upper()
+    if text in BASELINES:
+        return text
+    raise argparse.ArgumentTypeError(f"there is no baseline {text}; choose from {', '.join(BASELINES)}")
 
 
 def memory_with_baselines(plan: MemoryPlan, baselines: Sequence[str]) -> int:
@@ -232,41 +158,59 @@ def memory_with_baselines(plan: MemoryPlan, baselines: Sequence[str]) -> int:
     weights = need.mapped + need.copied
     itemsize = (plan.dtype or plan.checkpoint.dtype).itemsize
     wq_and_wk = params.n_layers * (params.n_heads + params.n_kv_heads) * params.head_dim * params.dim * itemsize
-    stored = sum(needed(plan._replace(quantized=False))[:2])
+    stored = sum(needed(plan._replace(quantize=None))[:2])
     wo_and_w2 = params.n_layers * (params.n_heads * params.head_dim + params.hidden_dim) * params.dim * itemsize
-    copied = {TRANSFORMERS: wq_and_wk, TRANSFORMERS_COMPILED: wq_and_wk, LLAMA_CPP: stored, STORED: 0}
+    copied: dict[str, float] = {TRANSFORMERS: wq_and_wk, TRANSFORMERS_COMPILED: wq_and_wk, STORED: 0}
     copied[TWO_PROCESSES] = wo_and_w2  # each process copies its columns of them
-    if plan.quantized and any(name != LLAMA_CPP for name in baselines):
+    dtype = plan.dtype or plan.checkpoint.dtype
+    copied |= {name: stored * relative_size(name, dtype) for name in baselines if is_llama_cpp(name)}
+    if plan.quantize and not all(map(is_llama_cpp, baselines)):
         weights += stored
-    return weights + sum(copied[name] for name in baselines) + (1 + len(baselines)) * (need.cache + need.work)
+    return weights + int(sum(copied[name] for name in baselines)) + (1 + len(baselines)) * (need.cache + need.work)
 
 
 def check_baselines(chosen: ChosenModel, shape: RunShape, names: Sequence[str]) -> None:
-    """Raise UserError if the baselines cannot run on the device, or do not fit into the memory together."""
-    if not names:
-        return
+    """Raise UserError if the baselines cannot run the model on its device, or do not fit into the memory together."""
     for name in names:
         if chosen.device.type != "cpu" and not (chosen.device.type == "cuda" and name in _ON_GPU):
             raise UserError(f"--vs {name} runs on the CPU only, but the device is {chosen.device}; give --device cpu")
+    if names:
+        _check_weights(chosen, names)
+        check_types(names)
+        _check_memory(chosen, shape, list(dict.fromkeys(names)))
+
+
+def _check_weights(chosen: ChosenModel, names: Sequence[str]) -> None:
+    """Raise UserError if the baselines cannot get the weights that they need."""
     checkpoint = chosen.checkpoint
-    if checkpoint.is_quantized:
-        raise UserError("--vs needs weights that are not quantized yet; give the original folder, with --quantize int8")
+    if checkpoint.blocks and (set(names) != {LLAMA_CPP} or own_gguf(chosen) is None):
+        raise UserError(
+            f"--vs {' '.join(names)}: a quantized GGUF file is compared with {LLAMA_CPP} on the same file; give --vs "
+            f"{LLAMA_CPP} alone, all layers and no adapter"
+        )
+    if checkpoint.is_quantized and not checkpoint.blocks:
+        raise UserError("--vs needs weights that are not quantized yet; give the original folder, and --quantize")
     if chosen.max_ram is not None:
         raise UserError("--vs needs all weights in memory for the other engines; leave --max-ram out")
-    if TWO_PROCESSES in names and (chosen.quantized or chosen.random_seed is not None):
+    if TWO_PROCESSES in names and (chosen.quantize or chosen.random_seed is not None):
         raise UserError(
             f"--vs {TWO_PROCESSES} needs a model in files that is not quantized on loading; leave --quantize out, and "
             "give --weights FOLDER"
         )
-    if STORED in names and not chosen.quantized:
-        raise UserError("--vs stored compares --quantize int8 with the weights as they are stored; add --quantize int8")
+    if STORED in names and not chosen.quantize:
+        raise UserError(f"--vs {STORED} compares the weights as they are stored with those of --quantize; add it")
+
+
+def _check_memory(chosen: ChosenModel, shape: RunShape, names: Sequence[str]) -> None:
+    """Raise UserError if the engines do not fit into the memory together."""
+    checkpoint = chosen.checkpoint
     free = free_memory(chosen.device) * 9 // 10  # the rest is for other programs, or pages would be evicted
 
     def memory_of(layers: int) -> int:
         fewer = first_layers(checkpoint, layers)
         made = chosen.random_seed is not None
-        plan = MemoryPlan(fewer, chosen.device, chosen.dtype, shape, quantized=chosen.quantized, made=made)
-        return memory_with_baselines(plan, list(dict.fromkeys(names)))
+        plan = MemoryPlan(fewer, chosen.device, chosen.dtype, shape, quantize=chosen.quantize, made=made)
+        return memory_with_baselines(plan, names)
 
     n_layers = checkpoint.params.n_layers
     if memory_of(n_layers) <= free:
@@ -294,33 +238,25 @@ def open_baselines(
 ) -> Iterator[list[Engine]]:
     """Return the baselines of these names, ready to run the model. If it is quantized, they get the stored weights.
 
-    gguf: the file for llama.cpp; None writes a temporary one, removed at the end of the block. Raises UserError if the
-    package of a baseline is missing, or if the GGUF file is of another model or cannot be written.
+    gguf: as for `gguf_files`. Raises UserError if the package of a baseline is missing, and what `gguf_files` raises.
     """
+    names = list(dict.fromkeys(names))
     with contextlib.ExitStack() as stack:
-        engines: list[Engine] = []
-        if names and chosen.quantized:
+        if names and chosen.quantize:
             model = model._replace(weights=_stored(chosen))
-        for name in dict.fromkeys(names):
-            if name in (TRANSFORMERS, TRANSFORMERS_COMPILED):
-                engines.append((Transformers if name == TRANSFORMERS else CompiledTransformers)(model, longest))
-                continue
+        in_llama_cpp = list(filter(is_llama_cpp, names))
+        files = stack.enter_context(gguf_files(in_llama_cpp, chosen, model, gguf)) if in_llama_cpp else {}
+
+        def opened(name: str) -> Engine:
+            if name == TRANSFORMERS:
+                return Transformers(model, longest)
+            if name == TRANSFORMERS_COMPILED:
+                return CompiledTransformers(model, longest)
+            if name == STORED:
+                return ThisEngine(model, longest, name=STORED, version="the weights as they are stored")
             if name == TWO_PROCESSES:
                 shared = (chosen.folder.path, model.params.n_layers, chosen.dtype, longest)
-                engines.append(stack.enter_context(two_processes(*shared)))
-                continue
-            if name == STORED:
-                engines.append(ThisEngine(model, longest, name=STORED, version="the weights as they are stored"))
-                continue
-            folder = None if gguf else stack.enter_context(tempfile.TemporaryDirectory(prefix="llama3_raw-"))
-            file = Path(gguf or f"{folder}/model.gguf")
-            if not file.exists():
-                write_gguf(model, file)
-            elif not is_gguf_of(file, model):
-                raise UserError(
-                    f"--gguf {file}: is of another model (or other --layers); name another file, or remove it"
-                )
-            # a llama-bench on the PATH may be built for this processor
-            program, threads = shutil.which("llama-bench"), torch.get_num_threads()
-            engines.append(LlamaBench(program, file, threads) if program else Xllamacpp(model, file, threads, longest))
-        yield engines
+                return stack.enter_context(two_processes(*shared))
+            return open_llama_cpp(name, model, files[name], longest)
+
+        yield [opened(name) for name in names]

@@ -27,8 +27,9 @@ from ..decoding.loop import StopReason, generate
 from ..errors import UserError
 from ..model import KVCache
 from ..ops import Ops
+from ..quantization.matrix import Matrix
 from ..system.process_groups import init
-from ..weights import Model
+from ..weights import Model, Weights
 from .roofline import seconds_of, wait_for
 
 TWO_PROCESSES = "two-processes"
@@ -41,6 +42,7 @@ class Engine(Protocol):
 
     name: str
     version: str  # what exactly runs, as text
+    weights_bytes: int | None  # that it reads for each token; None: not known, or not comparable
 
     def prefill(self, length: int) -> float:
         """Return the seconds from a prompt of `length` tokens to the next token."""
@@ -54,12 +56,23 @@ def random_ids(model: Model, length: int) -> list[int]:
     return torch.randint(model.params.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
+def matrices_of(weights: Weights) -> list[Matrix]:
+    """Return the matrices that every token is multiplied by."""
+    return [matrix for layer in weights.layers for matrix in layer if len(matrix.shape) == 2] + [weights.output]
+
+
+def bytes_per_token(weights: Weights) -> int:
+    """Return the bytes of the matrices that every token is multiplied by."""
+    return sum(matrix.nbytes for matrix in matrices_of(weights))
+
+
 class ThisEngine:
     """This engine. `decode` runs on a cache of random numbers."""
 
     def __init__(self, model: Model, longest: int, ops: Ops | None = None, name: str = "llama3_raw", version: str = ""):
         self.name = name
         self.version = version
+        self.weights_bytes: int | None = bytes_per_token(model.weights)
         self._model = model
         self._ops = ops
         self._ids = random_ids(model, longest)
@@ -107,6 +120,7 @@ class Batch:
     def __init__(self, model: Model, rows: int, longest: int, ops: Ops | None = None):
         self.name = f"batch of {rows}"
         self.version = f"{rows} texts at a time, counting the tokens of all"
+        self.weights_bytes: int | None = None  # the texts share what is read
         self._model = model
         self._rows = rows
         self._ids = random_ids(model, longest)
@@ -137,6 +151,7 @@ class TwoProcesses:
 
     def __init__(self, pipes: list[Connection], threads: int):
         self.version = f"{_PROCESSES} processes with {threads} thread{'s' if threads > 1 else ''} each"
+        self.weights_bytes: int | None = None
         self._pipes = pipes
 
     def prefill(self, length: int) -> float:

@@ -161,10 +161,7 @@ def _weights_on(checkpoint: Checkpoint, gpus: int) -> tuple[int, int, int]:
     weights = read = products = 0
     for spec, shards in checkpoint.shards.items():
         values = shard_numel(spec, checkpoint.params, gpus)
-        scales = checkpoint.scales.get(spec, ())  # so small that they are counted as if not split
-        n_bytes = values * shards[0].itemsize + sum(tensor.nbytes for tensor in scales)
-        if spec in checkpoint.blocks:
-            n_bytes = shards[0].nbytes * values // torch.Size(spec.shape).numel()
+        n_bytes = sum(shard.nbytes for shard in shards) * values // torch.Size(spec.shape).numel()
         weights += n_bytes
         if spec.field != "tok_embeddings" or checkpoint.tied:
             read += n_bytes
@@ -220,7 +217,7 @@ def estimate(checkpoint: Checkpoint, cluster: Cluster, context: int, batches: Se
 
     return Estimate(
         model=checkpoint.source,
-        dtype="int8" if checkpoint.scales else dtype_name(checkpoint.dtype),
+        dtype=checkpoint.format or dtype_name(checkpoint.dtype),
         gpu=cluster.name,
         gpus=gpus,
         nodes=cluster.nodes,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -12,9 +14,9 @@ from tqdm import tqdm
 
 from ..backends import cpu
 from ..ops import Ops
-from ..quantization.matrix import Matrix, tensors_of
+from ..quantization.matrix import tensors_of
 from ..weights import Model, Weights
-from .engines import Engine, ThisEngine
+from .engines import Engine, ThisEngine, bytes_per_token, matrices_of
 from .roofline import copy_speed, multiply_speed, seconds_of
 
 LONG = 1000  # tokens; on a CPU 8B takes half a minute for them, so longer tasks run only once there
@@ -31,7 +33,8 @@ class Task(NamedTuple):
         return self.tokens > LONG and device.type == "cpu"
 
 
-Rates = dict[Task, dict[int, float]]  # tokens/s of each task, by the number of the round
+Turn = tuple[int, int]  # the round, and the group of engines in it: up to two baselines, this engine between them
+Rates = dict[Task, dict[Turn, float]]  # tokens/s of each task
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,12 @@ class EngineFigures:
 
 @dataclass(frozen=True)
 class BaselineFigures(EngineFigures):
-    """The speed of a baseline, and the ratios of this engine's speed to it within each round, with their medians."""
+    """The speed of a baseline, and the ratios of this engine's speed to it within each round, with their medians.
 
+    In a ratio this engine's turn is the one right before or after the baseline's.
+    """
+
+    weights_bytes_per_token: int | None  # that decode reads; None: not known, or not comparable
     prefill_ratios: dict[int, list[float]]
     prefill_ratio: dict[int, float]
     decode_ratios: dict[int, list[float]]
@@ -71,6 +78,7 @@ class Figures:
     cache_bytes_per_token: int  # for each token of the context
     device: str  # "cpu", or the name of the GPU
     threads: int
+    rounds: int  # those that were completed
     vs: dict[str, BaselineFigures]  # by the name of the baseline
 
 
@@ -107,11 +115,6 @@ def probes_of(weights: Weights, read_loop: bool) -> Probes:
     return Probes(read=lambda: sum(tensor.nbytes for tensor in tensors) / seconds_of(read_all, device))
 
 
-def matrices_of(weights: Weights) -> list[Matrix]:
-    """Return the matrices that every token is multiplied by."""
-    return [matrix for layer in weights.layers for matrix in layer if len(matrix.shape) == 2] + [weights.output]
-
-
 def products(weights: Weights, length: int) -> int:
     """Return the number of multiplications and additions with weights for a prompt of `length` tokens.
 
@@ -133,8 +136,9 @@ def measure(
 ) -> Figures:
     """Measure the model on its device. Each round runs every task once, so that a disturbance affects all alike.
 
-    On the CPU, prompts of more than 1,000 tokens run in the last round only. So does decoding by a baseline at such a
-    context, because some baselines compute the context first.
+    This engine's turn is next to each baseline's: it runs again for every second one. On the CPU, prompts of more than
+    1,000 tokens run in the last round only. So does decoding by a baseline at such a context, because some baselines
+    compute the context first. Ctrl-C ends it with the figures of the rounds that are complete, if there is one.
 
     Args:
         model: what `load` returned.
@@ -147,20 +151,20 @@ def measure(
         read_loop: whether to measure a loop that reads all weights; False if the memory must not hold them all.
     """
     weights, device = model.weights, model.weights.norm.device
-    n_bytes = sum(matrix.nbytes for matrix in matrices_of(weights))
+    n_bytes = bytes_per_token(weights)
     probes = probes_of(weights, read_loop)
     this_engine = ThisEngine(model, longest_text(prefill, contexts, new_tokens), ops)
-    engines: list[Engine] = [this_engine, *baselines]
     tasks = [Task("prefill", length) for length in sorted(prefill, reverse=True)]
     tasks += [Task("decode", context) for context in sorted(contexts)]
     shortest = Task("decode", min(contexts))
-    rates, roofline = _run_rounds(engines, tasks, shortest, new_tokens, rounds, probes, device)
+    plan = _Plan(this_engine, baselines, tasks, shortest, new_tokens, probes, device)
+    rates, roofline, complete = _run_rounds(plan, rounds)
     ours = rates[this_engine.name]
     decode = medians(ours, "decode")
 
     def share(task: Task, cost: float, name: str) -> float:
         """Return the share of the roofline that a task reaches. cost: bytes or operations per token."""
-        limit = {number: speed / cost for number, speed in roofline[name].items()}
+        limit = {turn: speed / cost for turn, speed in roofline[name].items()}
         return statistics.median(ratios_by_round(ours[task], limit))
 
     read, copy, multiply = (statistics.median(speeds.values()) if speeds else None for speeds in roofline.values())
@@ -185,66 +189,122 @@ def measure(
         cache_bytes_per_token=sum(t[0].nbytes for t in (*this_engine.cache.keys, *this_engine.cache.values)),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         threads=torch.get_num_threads(),
+        rounds=complete,
         vs={baseline.name: compare(baseline, ours, rates[baseline.name]) for baseline in baselines},
     )
 
 
-def _run_rounds(
-    engines: Sequence[Engine],
-    tasks: Sequence[Task],
-    shortest: Task,
-    new_tokens: int,
-    rounds: int,
-    probes: Probes,
-    device: torch.device,
-) -> tuple[dict[str, Rates], dict[str, dict[int, float]]]:
-    """Return the rates of each engine, of which this one is the first, and the results of each probe by round."""
-    this_engine = engines[0]
-    rates: dict[str, Rates] = {engine.name: {task: {} for task in tasks} for engine in engines}
-    roofline: dict[str, dict[int, float]] = {name: {} for name in Probes._fields}
-    steps = [
-        (number, task, engine)
-        for number in range(rounds + 1)
-        for task in tasks
-        for engine in [*engines[number % len(engines) :], *engines[: number % len(engines)]]  # each comes first once
-        if number == rounds or not task.is_long(device) or (task.kind == "decode" and engine is this_engine)
+class _Plan(NamedTuple):
+    """What a round measures."""
+
+    this_engine: Engine
+    baselines: Sequence[Engine]
+    tasks: Sequence[Task]
+    shortest: Task  # the probes run right before it
+    new_tokens: int
+    probes: Probes
+    device: torch.device
+
+
+class _Measured(NamedTuple):
+    """The rates of each engine, by its name, the results of each probe, and the number of complete rounds."""
+
+    rates: dict[str, Rates]
+    roofline: dict[str, dict[Turn, float]]
+    rounds: int
+
+
+def _run_rounds(plan: _Plan, rounds: int) -> _Measured:
+    """Run a round to warm up, which loads pages and starts threads, and then those that count.
+
+    Ctrl-C ends it early; then the round that it interrupts is left out. Before the first complete round it is raised.
+    """
+    names = [engine.name for engine in (plan.this_engine, *plan.baselines)]
+    measured = _Measured(
+        {name: {task: {} for task in plan.tasks} for name in names}, {n: {} for n in Probes._fields}, 0
+    )
+    complete = 0
+    bar_format = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+    with tqdm(total=rounds + 1, bar_format=bar_format, leave=False, disable=None) as bar:
+        try:
+            for number in range(rounds + 1):
+                name = f"round {number} of {rounds}" if number else "warm-up"
+                bar.set_description_str(name)
+                start_time = time.perf_counter()
+                steps = _steps(plan, number, is_last=number == rounds)
+                for turn, task, engine in steps:
+                    _run_step(plan, turn, task, engine, measured)
+                    bar.update(1 / len(steps))
+                complete = number
+                if bar.disable:  # stderr is a file: a line for each round
+                    print(f"llama3_raw: {name} took {time.perf_counter() - start_time:.1f} s", file=sys.stderr)
+        except KeyboardInterrupt:
+            if complete == 0:
+                raise
+
+    def counts(by_turn: Mapping[Turn, float]) -> dict[Turn, float]:
+        return {turn: value for turn, value in by_turn.items() if 0 < turn[0] <= complete}
+
+    return _Measured(
+        {name: {task: counts(by_turn) for task, by_turn in rates.items()} for name, rates in measured.rates.items()},
+        {name: counts(by_turn) for name, by_turn in measured.roofline.items()},
+        complete,
+    )
+
+
+def _steps(plan: _Plan, number: int, is_last: bool) -> list[tuple[Turn, Task, Engine]]:
+    """Return what a round runs, in order: for each task all groups, every second round backwards."""
+    baselines = plan.baselines
+    pairs = [baselines[begin : begin + 2] for begin in range(0, len(baselines), 2)] or [[]]
+    groups = [(group, [*pair[:1], plan.this_engine, *pair[1:]]) for group, pair in enumerate(pairs)]
+    if number % 2:
+        groups = [(group, engines[::-1]) for group, engines in reversed(groups)]
+    return [
+        ((number, group), task, engine)
+        for task in plan.tasks
+        for group, engines in groups
+        for engine in engines
+        if is_last or not task.is_long(plan.device) or (task.kind == "decode" and engine is plan.this_engine)
     ]
-    for number, task, engine in tqdm(steps, desc="measuring", leave=False):
-        if engine is this_engine and task == shortest:
-            for name, probe in probes._asdict().items():
-                speed = probe() if probe else None
-                if speed is not None and number > 0:
-                    roofline[name][number] = speed
-        if task.kind == "prefill":
-            rate = task.tokens / engine.prefill(task.tokens)
-        else:
-            rate = new_tokens / engine.decode(task.tokens, new_tokens)
-        if number > 0:  # the first round is a warm-up: it loads pages and starts threads
-            rates[engine.name][task][number] = rate
-    return rates, roofline
 
 
-def ratios_by_round(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
-    """Return ours / theirs for every round that has both."""
-    return [ours[number] / theirs[number] for number in sorted(ours.keys() & theirs.keys())]
+def _run_step(plan: _Plan, turn: Turn, task: Task, engine: Engine, measured: _Measured) -> None:
+    """Measure an engine's turn, and the probes if they belong to it."""
+    if engine is plan.this_engine and task == plan.shortest:
+        for name, probe in plan.probes._asdict().items():
+            if probe:
+                measured.roofline[name][turn] = probe()
+    if task.kind == "prefill":
+        rate = task.tokens / engine.prefill(task.tokens)
+    else:
+        rate = plan.new_tokens / engine.decode(task.tokens, plan.new_tokens)
+    measured.rates[engine.name][task][turn] = rate
+
+
+def ratios_by_round(ours: Mapping[Turn, float], theirs: Mapping[Turn, float]) -> list[float]:
+    """Return ours / theirs for every turn that has both: of a baseline, one in each round."""
+    return [ours[turn] / theirs[turn] for turn in sorted(ours.keys() & theirs.keys())]
 
 
 def medians(rates: Rates, kind: str) -> dict[int, float]:
-    """Return the median over rounds of every task of a kind, by its tokens in ascending order."""
-    return {task.tokens: statistics.median(rates[task].values()) for task in sorted(rates) if task.kind == kind}
+    """Return the median over rounds of every task of a kind that was measured, by its tokens in ascending order."""
+    measured = (task for task in sorted(rates) if task.kind == kind and rates[task])
+    return {task.tokens: statistics.median(rates[task].values()) for task in measured}
 
 
 def compare(baseline: Engine, ours: Rates, theirs: Rates) -> BaselineFigures:
     """Return the figures of a baseline, from its rates and this engine's."""
 
     def ratios(kind: str) -> dict[int, list[float]]:
-        return {task.tokens: ratios_by_round(ours[task], theirs[task]) for task in sorted(theirs) if task.kind == kind}
+        measured = (task for task in sorted(theirs) if task.kind == kind and theirs[task])
+        return {task.tokens: ratios_by_round(ours[task], theirs[task]) for task in measured}
 
     prefill, decode = ratios("prefill"), ratios("decode")
     return BaselineFigures(
         version=baseline.version,
         prefill_tokens_per_second=medians(theirs, "prefill"),
         decode_tokens_per_second=medians(theirs, "decode"),
+        weights_bytes_per_token=baseline.weights_bytes,
         prefill_ratios=prefill,
         prefill_ratio={tokens: statistics.median(each) for tokens, each in prefill.items()},
         decode_ratios=decode,

@@ -17,10 +17,10 @@ from ..checkpoint.loading import build_weights
 from ..checkpoint.writing import write_at, write_empty_checkpoint
 from ..errors import UserError
 from ..params import Params
-from ..quantization.int8 import Int8
+from ..quantization.matrix import tensors_of
 from ..system.files import atomic_write, check_disk
 from ..tokenizer import Tokenizer
-from ..weights import MATRICES, TensorSpec, Weights, tensor_specs
+from ..weights import TensorSpec, Weights, format_of, quantized, tensor_specs
 
 _LLAMA_3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-05, "rope_theta": 500000.0}
 _70B = {"dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_dim_multiplier": 1.3, "multiple_of": 4096, **_LLAMA_3}
@@ -59,7 +59,7 @@ def synthetic_checkpoint(size: str) -> Checkpoint:
     tensors = {
         spec: [torch.empty(spec.shape, dtype=torch.bfloat16, device="meta")] for spec in tensor_specs(params, tied)
     }
-    return Checkpoint(size, params, tensors, hf=False, scales={})
+    return Checkpoint(size, params, tensors, hf=False)
 
 
 def random_weights(
@@ -67,7 +67,7 @@ def random_weights(
     device: torch.device,
     dtype: torch.dtype | None = None,
     random_seed: int = 0,
-    quantized: bool = False,
+    quantize: str | None = None,
 ) -> Weights:
     """Create the tensors of `synthetic_checkpoint` on the device, one by one, without any other memory.
 
@@ -79,21 +79,28 @@ def random_weights(
         device: where to create the tensors.
         dtype: None keeps bf16.
         random_seed: seed of the values.
-        quantized: round each matrix to int8 before creating the next one.
+        quantize: round each matrix to this format before creating the next one.
     """
     generator = torch.Generator(device).manual_seed(random_seed)
     tensors: dict[TensorSpec, list[Tensor]] = {}
-    scales: dict[TensorSpec, tuple[Tensor, ...]] = {}
+    formats: dict[TensorSpec, str] = {}
+
+    def keep(spec: TensorSpec, tensor: Tensor) -> None:
+        name = format_of(spec.field, quantize)
+        tensors[spec] = list(tensors_of(quantized(tensor, spec.field, quantize)))
+        if name is not None:
+            formats[spec] = name
+
     for spec in tqdm(checkpoint.shards, desc=f"creating {checkpoint.source}", unit="tensor", leave=False):
         tensor = torch.ones(spec.shape, dtype=dtype or checkpoint.dtype, device=device)
         if tensor.dim() > 1:
             tensor.normal_(0, _STD, generator=generator)
-        if quantized and spec.field in MATRICES:
-            rounded = Int8.quantize(tensor)
-            tensor, scales[spec] = rounded.values, rounded[1:]
-        tensors[spec] = [tensor]
-    # copies nothing, except for an output in int8 if the embeddings are tied
-    return build_weights(checkpoint._replace(shards=tensors, scales=scales), device, quantized=quantized)
+        keep(spec, tensor)
+        del tensor  # before the next is created
+    if quantize and checkpoint.tied:
+        *_, output = tensor_specs(checkpoint.params)
+        keep(output, next(iter(tensors.values()))[0])
+    return build_weights(checkpoint._replace(shards=tensors, formats=formats), device)  # copies nothing
 
 
 def make_synthetic(size: str, folder: Path, tokenizer: Path | None = None, random_seed: int = 0) -> None:

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from ..cli.drafts import choose_draft, load_draft
 from ..cli.entry_point import ArgumentParser, command_line_tool, describe
 from ..cli.memory_plan import RunShape
 from ..cli.models import choose_model, load_model
 from ..cli.options import (
     add_compile_option,
+    add_draft_option,
     add_lookup_option,
     add_model_options,
     add_sampling_options,
@@ -77,15 +79,15 @@ def run_command(conversation: Conversation, line: str) -> None:
 
 
 def _print_stats(conversation: Conversation) -> None:
-    turn, lookup, peak = conversation.turn, conversation.lookup, peak_memory()
+    turn, policy, peak = conversation.turn, conversation.policy, peak_memory()
     seconds = turn.times[-1] - turn.times[0] if turn.times else 0
     for name, value in {
         "tokens in the window": f"{conversation.length():,} of {conversation.context:,}",
         "tokens computed": f"{turn.computed:,}",
         "tokens of the answer": f"{len(turn.new):,}",
         "tokens per second": f"{(len(turn.times) - 1) / seconds:.2f}" if seconds else "-",
-        "passes, in all answers": f"{lookup.passes:,}",
-        "tokens proposed, accepted": f"{lookup.proposed:,}, {lookup.accepted:,}",
+        "passes, in all answers": f"{policy.passes:,}",
+        "tokens proposed, accepted": f"{policy.proposed:,}, {policy.accepted:,}",
         "peak memory": f"{peak / 1e9:.2f} GB" if peak else "-",
     }.items():
         print(f"  {name:<26}{value}", file=sys.stderr)
@@ -190,6 +192,7 @@ def build_parser() -> ArgumentParser:
     add_template_option(group)
     add_stop_token_option(group)
     add_lookup_option(group)
+    add_draft_option(group)
     add_compile_option(group)
     add_sampling_options(parser)
     parser.set_defaults(temperature=0.6, top_p=0.9)  # as in Meta's example_chat_completion.py
@@ -213,6 +216,7 @@ def main(arguments: Sequence[str]) -> int:
     dialog_format = format_of(chosen.tokenizer, options.template)
     more_stop_ids = chosen_stop_ids(options, chosen.tokenizer, chosen.checkpoint.params.vocab_size)
     shape = RunShape(prompt=window, text=window, least=1)  # a question may fill the window
+    chosen_draft = choose_draft(options, chosen, shape)
     model, ops, which = load_model(chosen, shape)
     conversation = Conversation(
         model,
@@ -222,6 +226,7 @@ def main(arguments: Sequence[str]) -> int:
         sampling=sampling,
         seed=options.seed,
         lookup=options.lookup,
+        draft=load_draft(chosen_draft, model, shape, captured=not options.no_compile),
         ops=ops._replace(can_capture=ops.can_capture and not options.no_compile),
         dialog_format=dialog_format,
         stop_ids=chosen.stop_ids | dialog_format.stop_ids | more_stop_ids,

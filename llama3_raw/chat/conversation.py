@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from ..backends.choose import ops_for
 from ..backends.cuda_graphs import CudaGraphs
+from ..decoding.draft_model import DraftModel, DraftModelPolicy, common_length
 from ..decoding.loop import StopReason, generate, tokens_to_stop_at
 from ..decoding.prompt_lookup import LookupPolicy
 from ..decoding.sampling import Sampling
@@ -46,7 +47,8 @@ class Conversation:
 
     system: the system message; "" is none. context: tokens in the window; None takes the model's context, at most
     8,192. max_new_tokens: the most tokens of an answer; None lets it fill the window. sampling, seed: as in `generate`;
-    the repetition penalty covers the whole dialog. lookup, ops: as in `generate`; proposals come from the whole dialog.
+    the repetition penalty covers the whole dialog. lookup, draft, ops: as in `generate`; proposals of lookup come from
+    the whole dialog.
     dialog_format: None takes the model's own. stop_ids: None takes those of the model and of the format.
 
     `system` and `exchanges` may be changed between turns. In any case a turn computes only the tokens after the longest
@@ -65,6 +67,7 @@ class Conversation:
         sampling: Sampling = Sampling(),
         seed: int | None = None,
         lookup: int = 0,
+        draft: DraftModel | None = None,
         ops: Ops | None = None,
         dialog_format: DialogFormat | None = None,
         stop_ids: Collection[int] | None = None,
@@ -84,6 +87,7 @@ class Conversation:
         self.exchanges: list[Exchange] = []
         self.turn = Turn()
         self.lookup = LookupPolicy(lookup)
+        self.draft = draft
         self._max_new_tokens = max_new_tokens
         self._sampling = sampling
         self._ops = ops_for(model.weights) if ops is None else ops
@@ -91,6 +95,11 @@ class Conversation:
         self._cache = KVCache.allocate(model.params, max_seq_len=self.context, like=model.weights)
         self._captured = CudaGraphs.where_possible(model, self._cache, self._ops)
         self._cached: list[int] = []  # the tokens in the cache
+
+    @property
+    def policy(self) -> LookupPolicy | DraftModelPolicy:
+        """What counts the passes, and the proposed and accepted tokens, of all answers."""
+        return self.draft.policy if self.draft else self.lookup
 
     @property
     def messages(self) -> list[Message]:
@@ -139,7 +148,7 @@ class Conversation:
     def _generate(self, question: str, turn: Turn) -> Iterator[int]:
         """Yield the tokens of the answer to a question."""
         while ids := self._fitting(question, turn):
-            start = _common_length(self._cached, ids[:-1])  # the last token is always computed, for its logits
+            start = common_length(self._cached, ids[:-1])  # the last token is always computed, for its logits
             # _cached changes before and after a forward pass, never during one, so that it is right after any Ctrl-C
             del self._cached[start:]
             computing = ids[start:]
@@ -156,6 +165,7 @@ class Conversation:
                 cache=self._cache,
                 start=start,
                 lookup=self.lookup,
+                draft=self.draft,
                 earlier=ids[:start],
                 ops=self._ops,
                 captured=self._captured,
@@ -202,9 +212,3 @@ class Conversation:
                 turn.dropped += 1
                 ids = ids_with(self.exchanges)
         return ids
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return the length of the common prefix."""
-    length = min(len(first), len(second))
-    return next((i for i in range(length) if first[i] != second[i]), length)

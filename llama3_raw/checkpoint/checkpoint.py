@@ -15,9 +15,12 @@ from torch import Tensor
 from ..errors import UserError, in_short
 from ..params import Params
 from ..quantization.blocks import BlockType
+from ..quantization.int4 import Int4
+from ..quantization.int8 import Int8
+from ..quantization.matrix import FORMATS, stored_names
 from ..system.files import read_json
 from ..system.madvise import drop_pages
-from ..weights import DTYPES, MATRICES, SCALE_ENDINGS, TensorSpec, tensor_specs
+from ..weights import DTYPES, MATRICES, TensorSpec, format_of, tensor_specs
 from .files import FileFormat, find_models, stop_ids_of
 from .gguf_reading import GgufFile, is_gguf, read_gguf
 from .gguf_vocabulary import stop_ids_in
@@ -34,9 +37,9 @@ class Checkpoint(NamedTuple):
 
     source: str  # the file, or the folder if there are several
     params: Params
-    shards: dict[TensorSpec, list[Tensor]]  # the whole tensor, or Meta's shards of it
+    shards: dict[TensorSpec, list[Tensor]]  # the whole tensor, Meta's shards of it, or those of a quantized matrix
     hf: bool  # whether the rows of wq and wk are in Hugging Face's order
-    scales: dict[TensorSpec, tuple[Tensor, ...]]  # of the rows and of the columns of int8 matrices
+    formats: Mapping[TensorSpec, str] = MappingProxyType({})  # of matrices in int8 or int4
     mapped: bool = False  # whether the tensors are views of mapped files and have not been written to
     of_shard: bool = False  # whether this is one process's shard of the files
     blocks: Mapping[TensorSpec, BlockType] = MappingProxyType({})  # of matrices in GGML's blocks, in rows of uint8
@@ -60,30 +63,35 @@ class Checkpoint(NamedTuple):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether matrices are in int8 or in blocks."""
-        return bool(self.scales or self.blocks)
+        """Whether matrices are in int8, in int4 or in blocks."""
+        return bool(self.formats or self.blocks)
+
+    @property
+    def format(self) -> str | None:
+        """The format of the layers' matrices, if they are in int8 or int4."""
+        return next(iter(self.formats.values()), None)  # `output` is the last
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype to compute in: the stored one of most matrices of the layers; of blocks it is bfloat16.
 
-        In an int8 model it is that of the embeddings.
+        In an int8 or int4 model it is that of the embeddings.
         """
         in_layers = Counter(
             torch.bfloat16 if spec in self.blocks else shards[0].dtype
             for spec, shards in self.shards.items()
-            if spec.layer is not None and spec.field in MATRICES and spec not in self.scales
+            if spec.layer is not None and spec.field in MATRICES and spec not in self.formats
         )
         return next((dtype for dtype, _ in in_layers.most_common(1)), next(iter(self.shards.values()))[0].dtype)
 
     def needs_copy(self, spec: TensorSpec) -> bool:
         """Whether a tensor differs from its bytes in the file, so that it needs its own memory."""
         shards = self.shards[spec]
-        is_joined = len(shards) > 1 and spec.field in SHARDED_DIMENSION
+        is_joined = len(shards) > 1 and spec.field in SHARDED_DIMENSION and spec not in self.formats
         return (
             spec in self.adapter
             or is_joined
-            or not shards[0].is_contiguous()
+            or not all(shard.is_contiguous() for shard in shards)
             or (self.hf and spec.field in ("wq", "wk"))
         )
 
@@ -124,7 +132,6 @@ def _from_gguf(gguf: GgufFile) -> Checkpoint:
         params=gguf.params,
         shards={spec: [gguf.tensors[spec.meta_name]] for spec in specs},
         hf=False,
-        scales={},
         mapped=True,
         blocks={spec: gguf.kinds[spec.meta_name] for spec in specs if spec.meta_name in gguf.kinds},
         stop_ids=stop_ids_in(gguf.metadata),
@@ -166,7 +173,7 @@ def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
             f"{folder}: replaces lm_head, which the model ties to the embeddings; merge it with PEFT's merge_and_unload"
         )
     for spec, change in adapter.changes.items():
-        if spec in checkpoint.scales or spec in checkpoint.blocks:
+        if spec in checkpoint.formats or spec in checkpoint.blocks:
             raise UserError(
                 f"{checkpoint.source}: is quantized, which an adapter cannot be added to; give the original"
             )
@@ -199,7 +206,7 @@ def shard_of(checkpoint: Checkpoint, shard: Shard) -> Checkpoint:
         return checkpoint
     if checkpoint.blocks:
         raise UserError(f"{checkpoint.source}: is quantized, and only one process can run it; use the original weights")
-    slices, scales, adapter = {}, {}, {}
+    slices, formats, adapter = {}, {}, {}
     for spec, whole in checkpoint.shards.items():
         dimension = SHARDED_DIMENSION.get(spec.field)
         if dimension is None:
@@ -208,19 +215,59 @@ def shard_of(checkpoint: Checkpoint, shard: Shard) -> Checkpoint:
         wanted = shard.of_dimension(spec.field, spec.shape[dimension], checkpoint.params)
         shape = tuple(len(wanted) if i == dimension else length for i, length in enumerate(spec.shape))
         new_spec = spec._replace(shape=shape)
-        slices[new_spec] = take(whole, dimension, wanted)
-        if spec in checkpoint.scales:
-            scales[new_spec] = tuple(
-                scale[wanted.start : wanted.stop] if i == dimension else scale
-                for i, scale in enumerate(checkpoint.scales[spec])
-            )
+        if spec in checkpoint.formats:
+            formats[new_spec] = checkpoint.formats[spec]
+            slices[new_spec] = _part_of_quantized(checkpoint, spec, dimension, wanted)
+        else:
+            slices[new_spec] = take(whole, dimension, wanted)
         if spec in checkpoint.adapter:
             adapter[new_spec] = checkpoint.adapter[spec].part(dimension, wanted)
-    return checkpoint._replace(params=params, shards=slices, scales=scales, adapter=adapter, of_shard=checkpoint.mapped)
+    return checkpoint._replace(
+        params=params, shards=slices, formats=formats, adapter=adapter, of_shard=checkpoint.mapped
+    )
+
+
+def _part_of_quantized(checkpoint: Checkpoint, spec: TensorSpec, dimension: int, wanted: range) -> list[Tensor]:
+    """Return the tensors of some rows or columns of a quantized matrix. Raises UserError if a group would be split."""
+    name = checkpoint.formats[spec]
+    matrix = FORMATS[name](*checkpoint.shards[spec])
+    unit, length = matrix.units()[dimension], spec.shape[dimension]
+    if wanted.start % unit or (wanted.stop % unit and wanted.stop != length):
+        raise UserError(
+            f"{checkpoint.source}: tensor {spec.meta_name} cannot be split among these processes: {name} has "
+            f"{'columns' if dimension else 'rows'} in groups of {unit}, and theirs are {len(wanted)} of {length}; use "
+            "fewer processes, or --save-quantized FOLDER --quantize int8"
+        )
+    return list(matrix.part(dimension, wanted))
+
+
+def check_quantize(checkpoint: Checkpoint, quantize: str | None) -> None:
+    """Raise UserError unless the matrices of a checkpoint can be rounded to the format of this name. None: to none."""
+    if quantize is None:
+        return
+    if quantize not in FORMATS:
+        raise UserError(f"should be {' or '.join(FORMATS)}, is {in_short(quantize)}", argument="quantize")
+    if checkpoint.is_quantized:
+        raise UserError(
+            f"{quantize}: {checkpoint.source} is quantized already; leave it out, or give the original weights",
+            argument="quantize",
+        )
+    for spec in checkpoint.shards:
+        name = format_of(spec.field, quantize)
+        if name and spec.shape[1] % FORMATS[name].units()[1]:
+            unit, full_name = FORMATS[name].units()[1], spec.hf_name if checkpoint.hf else spec.meta_name
+            raise UserError(
+                f"{quantize}: {checkpoint.source}: tensor {full_name} is {list(spec.shape)}, and {name} needs inputs "
+                f"in groups of {unit}; use int8 instead",
+                argument="quantize",
+            )
 
 
 def whole_tensor(checkpoint: Checkpoint, spec: TensorSpec) -> Tensor:
-    """Return a tensor as in Meta's unsharded format: shards joined, the rows of wq and wk in interleaved pairs."""
+    """Return a tensor as in Meta's unsharded format: shards joined, the rows of wq and wk in interleaved pairs.
+
+    Not for a matrix in int8 or int4, see `whole_quantized`.
+    """
     shards = checkpoint.shards[spec]
     dimension = SHARDED_DIMENSION.get(spec.field)
     tensor = shards[0] if dimension is None else join(shards, dimension).contiguous()
@@ -232,6 +279,16 @@ def whole_tensor(checkpoint: Checkpoint, spec: TensorSpec) -> Tensor:
         for shard in shards:
             drop_pages(shard)  # only the copy is used from now on
     return tensor
+
+
+def whole_quantized(checkpoint: Checkpoint, spec: TensorSpec) -> Int8 | Int4:
+    """Return a matrix that is stored in int8 or int4. What is not contiguous in the file, columns, is copied."""
+    stored = checkpoint.shards[spec]
+    tensors = [tensor.contiguous() for tensor in stored]
+    for tensor, its_copy in zip(stored, tensors, strict=True):
+        if checkpoint.mapped and its_copy is not tensor:
+            drop_pages(tensor)
+    return FORMATS[checkpoint.formats[spec]](*tensors)
 
 
 def _is_hf(names: Iterable[str]) -> bool:
@@ -264,40 +321,67 @@ def check_tensors(source: str, params: Params, by_name: Mapping[str, list[Tensor
     Raises UserError naming the first tensor that is unexpected, missing, or of the wrong shape or dtype.
     """
     hf = _is_hf(by_name)
-    in_int8 = {name for name, shards in by_name.items() if shards[0].dtype == torch.int8}
-    scales = {name: [by_name.get(name + end, [None])[0] for end in SCALE_ENDINGS] for name in in_int8}
-    scale_names = {name + end for name in in_int8 for end in SCALE_ENDINGS}
-    by_name = {name: shards for name, shards in by_name.items() if name not in scale_names}
     tied = ("lm_head.weight" if hf else "output.weight") not in by_name
     wanted = {spec.hf_name if hf else spec.meta_name: spec for spec in tensor_specs(params, tied)}
+    formats = {} if hf else _stored_formats(wanted, by_name)
+    of_matrices = {part for name, format_name in formats.items() for part in stored_names(name, format_name)}
     for name in by_name:
-        if name not in wanted:
+        if name not in wanted and name not in of_matrices:
             raise UserError(
                 f"{source}: unexpected tensor {in_short(name)}; the params describe a model without it{_ONE_MODEL}"
             )
     for name, spec in wanted.items():
         if name not in by_name:
             raise UserError(f"{source}: tensor {name} is missing; it should be {list(spec.shape)}{_ONE_MODEL}")
-        _check_tensor(source, name, spec, by_name[name], scales.get(name))
-    shards_of = {spec: by_name[name] for name, spec in wanted.items()}
-    scales_of = {wanted[name]: tuple(scale for scale in scales[name] if scale is not None) for name in in_int8}
-    return Checkpoint(source, params, shards_of, hf, scales_of)
+        if name in formats:
+            _check_quantized(source, spec, formats[name], by_name)
+        else:
+            _check_tensor(source, name, spec, by_name[name])
+    shards_of = {
+        spec: [tensor for part in stored_names(name, formats[name]) for tensor in by_name[part]]
+        if name in formats
+        else by_name[name]
+        for name, spec in wanted.items()
+    }
+    return Checkpoint(
+        source, params, shards_of, hf, {wanted[name]: formats[name] for name in wanted if name in formats}
+    )
 
 
-def _check_tensor(
-    source: str, name: str, spec: TensorSpec, shards: Sequence[Tensor], scales: Sequence[Tensor | None] | None
-) -> None:
-    """Raise UserError unless the shards of a tensor, and its scales if it is in int8, match the spec."""
+def _stored_formats(names: Iterable[str], by_name: Mapping[str, list[Tensor]]) -> dict[str, str]:
+    """Return the names of the formats of matrices, by the dtypes of their values; those of plain tensors have none."""
+    dtypes = {kind.meta(kind.units()).values.dtype: format_name for format_name, kind in FORMATS.items()}
+    return {
+        name: dtypes[by_name[name][0].dtype] for name in names if name in by_name and by_name[name][0].dtype in dtypes
+    }
+
+
+def _check_quantized(source: str, spec: TensorSpec, format_name: str, by_name: Mapping[str, list[Tensor]]) -> None:
+    """Raise UserError unless the tensors of a matrix in int8 or int4 are those that the spec needs."""
+    what = f"{source}: tensor {spec.meta_name} is in {format_name}"
+    kind = FORMATS[format_name]
+    if spec.field not in MATRICES or spec.shape[1] % kind.units()[1]:
+        raise UserError(f"{what}, which its {list(spec.shape)} values cannot be{_ONE_MODEL}")
+    for name, wanted in zip(stored_names(spec.meta_name, format_name), kind.meta(spec.shape), strict=True):
+        stored = by_name.get(name, [])
+        if len(stored) != 1 or stored[0].dtype != wanted.dtype:
+            raise UserError(f"{what}, without the scales that belong to it{_ONE_MODEL}")
+        if stored[0].shape != wanted.shape:
+            actual = list(stored[0].shape)
+            raise UserError(
+                f"{source}: tensor {name} is {actual}, should be {list(wanted.shape)} by the params{_ONE_MODEL}"
+            )
+
+
+def _check_tensor(source: str, name: str, spec: TensorSpec, shards: Sequence[Tensor]) -> None:
+    """Raise UserError unless the shards of a tensor match the spec."""
     what = f"{source}: tensor {name}"
     shape = _joined_shape(spec, shards)
     if shape != spec.shape:
         actual = list(shape) if shape else " and ".join(str(list(shard.shape)) for shard in shards)
         raise UserError(f"{what} is {actual}, should be {list(spec.shape)} by the params{_ONE_MODEL}")
-    for scale, size in zip(scales or (), spec.shape, strict=False):
-        if scale is None or scale.shape != (size,) or scale.dtype != torch.float32 or spec.field not in MATRICES:
-            raise UserError(f"{what} is in int8, without the scales that belong to it{_ONE_MODEL}")
     for shard in shards:
-        if shard.dtype not in (DTYPES.values() if scales is None else (torch.int8,)):
+        if shard.dtype not in DTYPES.values():
             raise UserError(f"{what} is {shard.dtype}; {UNSUPPORTED_DTYPE}")
     if spec.field not in SHARDED_DIMENSION and any(not torch.equal(shard, shards[0]) for shard in shards[1:]):
         raise UserError(f"{source}: the shards differ in {name}; keep the shards of one model only")

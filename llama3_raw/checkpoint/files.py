@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError, in_short
+from ..quantization.matrix import FORMATS
 from ..system.files import read_json, read_small_file
 from .gguf_reading import is_gguf
 
@@ -73,7 +74,7 @@ def _models_in(folder: Path) -> Iterator[Files]:
 
 
 def _meta_files(folder: Path) -> Iterator[Files]:
-    """Yield the models with a params.json: Meta's format as .pth or .safetensors, torchtune's, and int8."""
+    """Yield the models with a params.json: Meta's format as .pth or .safetensors, torchtune's, int8 and int4."""
     if not (folder / "params.json").exists():
         return
     checkpoints = sorted(folder.glob("consolidated.[0-9][0-9].pth"))
@@ -84,7 +85,7 @@ def _meta_files(folder: Path) -> Iterator[Files]:
     for files in (
         checkpoints,
         sorted(folder.glob(_META_SAFETENSORS)),
-        sorted(folder.glob("int8.*.safetensors")),
+        *(sorted(folder.glob(f"{name}.*.safetensors")) for name in FORMATS),
         tuned,
     ):
         if files:

@@ -137,8 +137,8 @@ def write_gguf_file(
 ) -> None:
     """Write a GGUF file, some rows of a tensor at a time.
 
-    name: of the model. progress: show a bar on stderr. Raises UserError if the disk is too small or cannot be written,
-    and what the tensors raise.
+    name: of the model. progress: show a bar on stderr, if that is a terminal. Raises UserError if the disk is too
+    small or cannot be written, and what the tensors raise.
     """
     import gguf
 
@@ -160,8 +160,9 @@ def write_gguf_file(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         out = writer.fout[0]  # its write_tensor_data wants a whole tensor
+        hidden = None if progress else True  # None: where stderr is no terminal
         bar = stack.enter_context(
-            tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"writing {file}", disable=not progress, leave=False)
+            tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"writing {file}", disable=hidden, leave=False)
         )
         for tensor in tensors:
             writer.write_padding(out, out.tell())

@@ -14,21 +14,30 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..params import Params
 from ..quantization.blocks import Blocks
-from ..quantization.int8 import Int8
-from ..quantization.matrix import Matrix, tensors_of
+from ..quantization.matrix import Matrix, stored_names, tensors_of
 from ..system.madvise import prefetch_pages
 from ..weights import (
     DTYPES,
     MATRICES,
-    SCALE_ENDINGS,
     LayerWeights,
     Model,
     TensorSpec,
     Weights,
     dtype_name,
+    quantized,
     tensor_specs,
 )
-from .checkpoint import Checkpoint, check_tensors, first_layers, open_checkpoint, shard_of, whole_tensor, with_adapter
+from .checkpoint import (
+    Checkpoint,
+    check_quantize,
+    check_tensors,
+    first_layers,
+    open_checkpoint,
+    shard_of,
+    whole_quantized,
+    whole_tensor,
+    with_adapter,
+)
 from .files import FileFormat
 from .gguf_reading import is_gguf
 from .sharding import Shard
@@ -45,7 +54,7 @@ def from_state_dict(params: Params, tensors: Mapping[str, Tensor]) -> Weights:
 def to_state_dict(params: Params, weights: Weights) -> dict[str, Tensor]:
     """Return the tensors of a model by Meta's names, ready for torch.save to consolidated.00.pth.
 
-    A matrix in int8 is three tensors, with the names that `save_quantized` uses.
+    A matrix in int8 or int4 is three tensors, with the names that `save_quantized` uses.
     """
     tensors: dict[str, Tensor] = {}
     for spec in tensor_specs(params, tied=weights.output is weights.tok_embeddings):
@@ -55,14 +64,14 @@ def to_state_dict(params: Params, weights: Weights) -> dict[str, Tensor]:
 
 
 def by_stored_name(name: str, matrix: Matrix) -> dict[str, Tensor]:
-    """Return the tensors of a matrix by their names in files: itself and, if it is in int8, its scales.
+    """Return the tensors of a matrix by their names in files: itself and, if it is in int8 or int4, its scales.
 
     Of blocks they are the values that these stand for.
     """
     if isinstance(matrix, Blocks):
         return {name: matrix.dequantize(matrix.dtype)}
-    endings = ("", *SCALE_ENDINGS) if isinstance(matrix, Int8) else ("",)
-    return {name + ending: tensor for ending, tensor in zip(endings, tensors_of(matrix), strict=True)}
+    names = [name] if isinstance(matrix, Tensor) else stored_names(name, matrix.format)
+    return dict(zip(names, tensors_of(matrix), strict=True))
 
 
 def load(  # noqa: PLR0913  # what a caller may set
@@ -72,7 +81,7 @@ def load(  # noqa: PLR0913  # what a caller may set
     dtype: torch.dtype | None = None,
     layers: int | None = None,
     tokenizer: str | Path | Literal[False] | None = None,
-    quantized: bool = False,
+    quantize: str | None = None,
     progress: bool = False,
     gpu_layers: int | None = None,
     shard: Shard | None = None,
@@ -90,7 +99,8 @@ def load(  # noqa: PLR0913  # what a caller may set
         layers: load only the first `layers` layers.
         tokenizer: a tokenizer.model or tokenizer.json elsewhere; None loads the folder's, if there is one; False
             loads none.
-        quantized: round the matrices to int8, in allocated memory. (What `save_quantized` wrote is mapped.)
+        quantize: round the matrices to "int8" or "int4", in allocated memory. In an int4 model the output matrix is in
+            int8. (What `save_quantized` wrote is mapped.)
         progress: read the weights into memory now, with a bar on stderr. Otherwise the pages of a CPU model are read
             when the first forward pass uses them.
         gpu_layers: for a model larger than a CUDA GPU's memory: only the matrices of the first `gpu_layers` layers are
@@ -103,7 +113,7 @@ def load(  # noqa: PLR0913  # what a caller may set
 
     Raises:
         UserError: a file is missing or damaged, a tensor does not match the params, the model has fewer layers, or it
-            cannot be split into that many shards.
+            cannot be split into that many shards, or quantized.
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise UserError(f"dtype should be torch.bfloat16, float16 or float32, is {dtype}")
@@ -111,15 +121,13 @@ def load(  # noqa: PLR0913  # what a caller may set
     checkpoint = open_checkpoint(folder, format)
     if adapter is not None:
         checkpoint = with_adapter(checkpoint, Path(adapter))
-    if quantized and checkpoint.is_quantized:
-        raise UserError(f"{folder}: is quantized already; leave {{argument}} out", argument="quantized")
     if layers is not None:
         checkpoint = first_layers(checkpoint, layers)
     device, params = torch.device(device), checkpoint.params
     check_gpu_layers(gpu_layers, device, params)
     if shard is not None:
         checkpoint = shard_of(checkpoint, shard)
-    weights = build_weights(checkpoint, device, dtype, progress, quantized, gpu_layers)
+    weights = build_weights(checkpoint, device, dtype, progress, quantize, gpu_layers)
     found = None if tokenizer is False else find_tokenizer(checkpoint, tokenizer)
     return Model(weights, params, found, end_tokens(checkpoint, found))
 
@@ -159,13 +167,15 @@ def build_weights(
     device: torch.device = torch.device("cpu"),
     dtype: torch.dtype | None = None,
     progress: bool = False,
-    quantized: bool = False,
+    quantize: str | None = None,
     gpu_layers: int | None = None,
 ) -> Weights:
     """Return the tensors of a checkpoint in one dtype, moved to `device` one by one; arguments as in `load`.
 
-    Raises UserError if the stored dtypes differ and none is given, or if the tensors do not fit into memory.
+    Raises UserError if the stored dtypes differ and none is given, if the matrices cannot be quantized, or if the
+    tensors do not fit into memory.
     """
+    check_quantize(checkpoint, quantize)
     if dtype is None:
         dtype = _common_dtype(checkpoint)
     source, sizes = checkpoint.source, [shard.nbytes for shards in checkpoint.shards.values() for shard in shards]
@@ -180,12 +190,12 @@ def build_weights(
         for spec, shards in checkpoint.shards.items():
             on_gpu = goes_to_gpu(spec, checkpoint.tied, gpu_layers)
             # a prompt uses only a few rows of the embeddings
-            rows_only = spec.field == "tok_embeddings" and (quantized or not checkpoint.tied)
+            rows_only = spec.field == "tok_embeddings" and (quantize or not checkpoint.tied)
             if checkpoint.of_shard and not rows_only:
                 for shard in shards:
                     prefetch_pages(shard)
             try:
-                built[spec] = matrix = _build(checkpoint, spec, to_device if on_gpu else _on_cpu, dtype, quantized)
+                built[spec] = matrix = _build(checkpoint, spec, to_device if on_gpu else _on_cpu, dtype, quantize)
             except RuntimeError as error:  # torch raises nothing more specific if the CPU's memory is too small
                 home = device if on_gpu else torch.device("cpu")
                 raise UserError(
@@ -193,12 +203,13 @@ def build_weights(
                     f"{'use' if home.type == 'cpu' else 'compute on the CPU, or use'} fewer {{argument}}",
                     argument="layers",
                 ) from error
-            values = tensors_of(matrix)[0]
-            if progress and values is shards[0] and values.is_contiguous() and not rows_only:
-                _read_pages(values, bar)
+            tensors = tensors_of(matrix)
+            if progress and tensors[0] is shards[0] and tensors[0].is_contiguous() and not rows_only:
+                for tensor in tensors:
+                    _read_pages(tensor, bar)
             else:
                 bar.update(sum(shard.nbytes for shard in shards))
-    return _to_weights(built, checkpoint.params.n_layers, quantized)
+    return _to_weights(built, checkpoint.params.n_layers, quantize)
 
 
 def _common_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -209,7 +220,7 @@ def _common_dtype(checkpoint: Checkpoint) -> torch.dtype:
     source, common = checkpoint.source, checkpoint.dtype
     others: dict[torch.dtype, str] = {}  # and the name of the first such tensor
     for spec, shards in checkpoint.shards.items():
-        if spec in checkpoint.scales or spec in checkpoint.blocks:
+        if spec in checkpoint.formats or spec in checkpoint.blocks:
             continue
         for other in {shard.dtype for shard in shards} - {common}:
             name = spec.hf_name if checkpoint.hf else spec.meta_name
@@ -228,25 +239,28 @@ def _common_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return common
 
 
-def _build(checkpoint: Checkpoint, spec: TensorSpec, move: Move, dtype: torch.dtype | None, quantized: bool) -> Matrix:
-    """Return a tensor of the checkpoint, joined, moved by `move`, and in int8 if it is stored so or `quantized`."""
-    scales, block_type = checkpoint.scales.get(spec), checkpoint.blocks.get(spec)
-    moved = move(whole_tensor(checkpoint, spec), None if scales or block_type else dtype)
+def _build(
+    checkpoint: Checkpoint, spec: TensorSpec, move: Move, dtype: torch.dtype | None, quantize: str | None
+) -> Matrix:
+    """Return a tensor of the checkpoint, joined, moved by `move`; quantized if it is stored so, or by `quantize`."""
+    if spec in checkpoint.formats:
+        matrix = whole_quantized(checkpoint, spec)
+        return type(matrix)(*(move(tensor, None) for tensor in matrix))
+    block_type = checkpoint.blocks.get(spec)
+    moved = move(whole_tensor(checkpoint, spec), None if block_type else dtype)
     if block_type:
         return Blocks(moved, block_type, dtype or checkpoint.dtype)
-    if scales:
-        return Int8(moved, *(move(scale, None) for scale in scales))
-    return Int8.quantize(moved) if quantized and spec.field in MATRICES else moved
+    return quantized(moved, spec.field, quantize)
 
 
-def _to_weights(built: Mapping[TensorSpec, Matrix], n_layers: int, quantized: bool) -> Weights:
+def _to_weights(built: Mapping[TensorSpec, Matrix], n_layers: int, quantize: str | None) -> Weights:
     """Return the tensors as `Weights`. Without an `output`, the embeddings are used for it."""
     top: dict[str, Any] = {}
     layers: list[dict[str, Any]] = [{} for _ in range(n_layers)]
     for spec, matrix in built.items():
         (top if spec.layer is None else layers[spec.layer])[spec.field] = matrix
     if "output" not in top:
-        top["output"] = Int8.quantize(top["tok_embeddings"]) if quantized else top["tok_embeddings"]
+        top["output"] = quantized(top["tok_embeddings"], "output", quantize)
     return Weights(layers=tuple(LayerWeights(**fields) for fields in layers), **top)
 
 

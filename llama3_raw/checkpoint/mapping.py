@@ -16,7 +16,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError, in_short
+from ..quantization.matrix import FORMATS, stored_names
 from ..system.files import read_beginning
-from ..weights import DTYPES, SCALE_ENDINGS
+from ..weights import DTYPES, INTEGER_DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -197,10 +198,11 @@ def map_safetensors(file: Path) -> dict[str, Tensor]:
     header_end = 8 + int.from_bytes(memory[:8], "little")
     header = json.loads(memory[8:header_end])
     header.pop("__metadata__", None)
+    of_matrices = _names_of_quantized(header)
     tensors = {}
     for name, entry in header.items():
-        has_scales = all(name + ending in header for ending in SCALE_ENDINGS)
-        dtype = torch.int8 if entry["dtype"] == "I8" and has_scales else DTYPES.get(entry["dtype"])
+        dtypes = DTYPES | INTEGER_DTYPES if name in of_matrices else DTYPES
+        dtype = dtypes.get(entry["dtype"])
         begin, end = entry["data_offsets"]
         if _is_ignored(file, name):
             continue
@@ -209,3 +211,10 @@ def map_safetensors(file: Path) -> dict[str, Tensor]:
         flat = torch.frombuffer(memory, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=header_end + begin)
         tensors[name] = flat.view(entry["shape"])
     return tensors
+
+
+def _names_of_quantized(names: Iterable[str]) -> set[str]:
+    """Return the names of the tensors of quantized matrices, of which all tensors are there."""
+    known = set(names)
+    matrices = (stored_names(name, format_name) for name in known for format_name in FORMATS)
+    return {name for matrix in matrices if known.issuperset(matrix) for name in matrix}

@@ -17,14 +17,15 @@ import torch
 
 from ..backends.cpu import QUERIES
 from ..backends.cuda import DEQUANTIZED_BYTES
-from ..checkpoint.checkpoint import Checkpoint, first_layers
+from ..checkpoint.checkpoint import Checkpoint, check_quantize, first_layers
 from ..checkpoint.loading import goes_to_gpu
 from ..errors import UserError
 from ..model import REFERENCE
 from ..ops import PREFILL_CHUNK, score_bytes
 from ..quantization.int8 import ROWS_AT_ONCE
+from ..quantization.matrix import FORMATS, nbytes_of
 from ..system.machine import free_memory
-from ..weights import MATRICES, dtype_name
+from ..weights import TensorSpec, dtype_name, format_of
 
 _CPU = torch.device("cpu")
 
@@ -56,7 +57,7 @@ class MemoryPlan(NamedTuple):
     dtype: torch.dtype | None  # None: as stored
     shape: RunShape
     max_ram: int | None = None  # limit for the whole process, in bytes; None: what is free
-    quantized: bool = False  # round matrices to int8 while loading
+    quantize: str | None = None  # round matrices to this format while loading; None: leave them
     gpu_layers: int | None = None  # the first n layers have their matrices on the GPU; None: all
     made: bool = False  # random weights, not mapped from a file
     exact: bool = False  # the exact operations, which need more on a GPU; on the CPU both are counted alike
@@ -79,22 +80,15 @@ class MemoryUse(NamedTuple):
 
 def needed(plan: MemoryPlan) -> MemoryUse:
     """Return the memory that a run needs."""
-    checkpoint, device, dtype, shape, _, quantized, gpu_layers, made, exact = plan
+    checkpoint, device, dtype, shape, _, quantize, gpu_layers, made, exact = plan
     params = checkpoint.params
     itemsize = (dtype or checkpoint.dtype).itemsize
     mapped = copied = in_ram = 0
-    if quantized and checkpoint.tied:  # an int8 output matrix as well as the embeddings
-        copied += sum(torch.Size(place.shape).numel() for place in checkpoint.shards if place.field == "tok_embeddings")
-    for place, parts in checkpoint.shards.items():
-        stored = parts[0].dtype
-        wanted = dtype or checkpoint.dtype
-        in_blocks = place in checkpoint.blocks
-        to_int8 = quantized and place.field in MATRICES
-        is_int8 = to_int8 or place in checkpoint.scales
-        n_bytes = torch.Size(place.shape).numel() * (1 if is_int8 else wanted.itemsize)
-        if in_blocks:
-            n_bytes = parts[0].nbytes
-        changed = to_int8 or not (is_int8 or in_blocks or wanted == stored) or checkpoint.needs_copy(place)
+    output = format_of("output", quantize)
+    if output and checkpoint.tied:  # an output matrix as well as the embeddings
+        copied += sum(nbytes_of(output, place.shape) for place in checkpoint.shards if place.field == "tok_embeddings")
+    for place in checkpoint.shards:
+        n_bytes, changed = _loaded(plan, place)
         home = device if goes_to_gpu(place, checkpoint.tied, gpu_layers) else _CPU
         if home.type != "cpu" or (changed and home == device) or made:
             copied += n_bytes
@@ -110,19 +104,32 @@ def needed(plan: MemoryPlan) -> MemoryUse:
         n_rep = params.n_heads // params.n_kv_heads  # a block's mask, as bool and in dtype; flash attention has none
         attention = min(QUERIES, shape.prompt) * n_rep * rows * shape.text * (1 + 2 * itemsize)
         longest = max(params.hidden_dim, params.vocab_size)
-        is_rounded = quantized or checkpoint.is_quantized
+        is_rounded = quantize or checkpoint.is_quantized
         dequantized = min(DEQUANTIZED_BYTES, longest * params.dim * itemsize) if is_rounded else 0
     else:
         scores = max(chunk * shape.prompt, rows * shape.text) * params.n_heads * score_bytes(itemsize)
         # keys and values repeated for every query head, before and after the transpose
         repeated = 4 * rows * shape.text * params.n_heads * per_position
         attention = scores + repeated
-        dequantized = ROWS_AT_ONCE * max(params.hidden_dim, params.dim) * (8 + itemsize) if checkpoint.blocks else 0
+        by_torch = checkpoint.blocks or "int4" in (quantize, checkpoint.format)
+        dequantized = ROWS_AT_ONCE * max(params.hidden_dim, params.dim) * (8 + itemsize) if by_torch else 0
     hidden = 3 * min(PREFILL_CHUNK, rows * shape.prompt) * params.hidden_dim * itemsize
     with_logits = rows if rows > 1 else min(chunk, shape.scored)
     logits = with_logits * params.vocab_size * (itemsize + 4 + 4)  # as computed, in fp32, as log-probabilities
     work = attention + dequantized + hidden + logits + (0 if device.type == "cpu" else _GPU_LIBRARIES)
     return MemoryUse(mapped, copied, cache, work, in_ram)
+
+
+def _loaded(plan: MemoryPlan, place: TensorSpec) -> tuple[int, bool]:
+    """Return the bytes of a tensor when it is loaded, and whether they need other memory than the mapped file."""
+    checkpoint, parts = plan.checkpoint, plan.checkpoint.shards[place]
+    to_format = format_of(place.field, plan.quantize)
+    if to_format:
+        return nbytes_of(to_format, place.shape), True
+    if place in checkpoint.formats or place in checkpoint.blocks:
+        return sum(part.nbytes for part in parts), checkpoint.needs_copy(place)
+    dtype = plan.dtype or checkpoint.dtype
+    return torch.Size(place.shape).numel() * dtype.itemsize, dtype != parts[0].dtype or checkpoint.needs_copy(place)
 
 
 def available(plan: MemoryPlan, free: Callable[[torch.device], int] = free_memory) -> int:
@@ -157,7 +164,7 @@ def check_memory(plan: MemoryPlan, free: Callable[[torch.device], int] = free_me
     need = needed(plan)
     source = plan.checkpoint.source
     if not fits(plan):
-        dtype = "int8" if plan.quantized else dtype_name(plan.dtype or plan.checkpoint.dtype)
+        dtype = plan.quantize or plan.checkpoint.format or dtype_name(plan.dtype or plan.checkpoint.dtype)
         parts, device = f"weights in {dtype} {_gb(need.copied)}", plan.device
         texts = f"{plan.shape.rows} texts of " if plan.shape.rows > 1 else ""
         parts += f", a cache for {texts}{plan.shape.text} tokens {_gb(need.cache)}, activations {_gb(need.work)}"
@@ -193,15 +200,16 @@ def _ram(plan: MemoryPlan, free: Callable[[torch.device], int]) -> tuple[int, in
 
 def _check_mapped(plan: MemoryPlan) -> None:
     """Raise UserError if a weight would be copied, because a copy cannot be dropped and read again."""
-    checkpoint, device, dtype, _, _, quantized, *_ = plan
+    checkpoint, device, dtype, _, _, quantize, *_ = plan
     if device.type != "cpu":
         raise UserError(f"--max-ram is for weights on the CPU; leave it out, or give --device cpu, not {device}")
     for place, parts in checkpoint.shards.items():
-        if quantized and place.field in MATRICES:
+        if quantize:
             raise UserError(
-                "--max-ram leaves the weights in their file; write them in int8 first with --save-quantized"
+                f"--max-ram leaves the weights in their file; write them in {quantize} first, with --save-quantized "
+                f"FOLDER --quantize {quantize}"
             )
-        if dtype not in (None, parts[0].dtype) and place not in checkpoint.scales and place not in checkpoint.blocks:
+        if dtype not in (None, parts[0].dtype) and place not in checkpoint.formats and place not in checkpoint.blocks:
             raise UserError(f"--max-ram leaves the weights in their file, as {parts[0].dtype}; leave --dtype out")
         if place in checkpoint.adapter:
             raise UserError("--max-ram leaves the weights in their file, and an adapter changes them; leave one out")
@@ -220,10 +228,11 @@ def _suggestions(plan: MemoryPlan, fits: Callable[[MemoryPlan], bool]) -> list[s
     checkpoint, shape = plan.checkpoint, plan.shape
     suggestions = []
     in_bf16 = (plan.dtype or checkpoint.dtype) == torch.bfloat16
-    is_rounded = plan.quantized or checkpoint.is_quantized
-    can_quantize = plan.device.type != "mps" and in_bf16 and not is_rounded
-    if can_quantize and fits(plan._replace(quantized=True)):
-        suggestions.append("--quantize int8")
+    can_quantize = plan.device.type != "mps" and in_bf16
+    names = (name for name in FORMATS if can_quantize and name != plan.quantize and _can_be(checkpoint, name))
+    quantize = next((name for name in names if fits(plan._replace(quantize=name))), None)
+    if quantize:
+        suggestions.append(f"--quantize {quantize}")
     if plan.dtype and fits(plan._replace(dtype=None)):
         suggestions.append("no --dtype")
     elif fits(plan._replace(dtype=torch.bfloat16)):
@@ -255,6 +264,14 @@ def _suggestions(plan: MemoryPlan, fits: Callable[[MemoryPlan], bool]) -> list[s
     if layers and layers >= (plan.gpu_layers or 0):  # no more layers on the GPU than there are
         suggestions.append(f"--layers {layers}")
     return suggestions
+
+
+def _can_be(checkpoint: Checkpoint, quantize: str) -> bool:
+    try:
+        check_quantize(checkpoint, quantize)
+    except UserError:
+        return False
+    return True
 
 
 def _gb(n_bytes: int) -> str:

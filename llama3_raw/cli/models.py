@@ -16,7 +16,14 @@ import torch
 from ..backends.choose import ops_for
 from ..backends.streaming import least_memory, read_ahead
 from ..backends.tensor_parallel import parallel_ops
-from ..checkpoint.checkpoint import Checkpoint, first_layers, open_checkpoint, shard_of, with_adapter
+from ..checkpoint.checkpoint import (
+    Checkpoint,
+    check_quantize,
+    first_layers,
+    open_checkpoint,
+    shard_of,
+    with_adapter,
+)
 from ..checkpoint.gguf_reading import is_gguf
 from ..checkpoint.loading import build_weights, check_gpu_layers
 from ..checkpoint.sharding import Shard
@@ -55,7 +62,7 @@ class ChosenModel(NamedTuple):
     device: torch.device
     dtype: torch.dtype | None  # None: as stored
     max_ram: int | None  # bytes; None: what is free
-    quantized: bool  # round matrices to int8 while loading
+    quantize: str | None  # round matrices to this format while loading; None: leave them
     gpu_layers: int | None = None  # the first n layers have their matrices on the GPU; None: all
     random_seed: int | None = None  # make random weights; None: the folder's
 
@@ -93,7 +100,6 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
         logging.basicConfig(format="llama3_raw: %(message)s")
         logging.getLogger("llama3_raw").setLevel(logging.DEBUG)
     device = choose_device(options.device)
-    quantized = options.quantize is not None
     folder = find_model(options.weights, named_by)
     checkpoint = open_checkpoint(folder.path, options.format)
     if checkpoint.choice and not options.format:
@@ -101,11 +107,9 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
     if options.adapter:
         checkpoint = with_adapter(checkpoint, Path(options.adapter))
         folder = folder._replace(why=f"{folder.why}; with the adapter {options.adapter}")
-    if quantized and checkpoint.is_quantized:
-        raise UserError(f"--quantize int8: {folder.path} is quantized already; leave it out")
+    check_quantize(checkpoint, options.quantize)
     dtype = DTYPES_BY_NAME.get(options.dtype)
-    if quantized or checkpoint.scales:
-        check_int8(quantized, device, dtype or checkpoint.dtype)
+    check_fast(checkpoint, options.quantize, device, dtype)
     if options.layers is not None:
         checkpoint = first_layers(checkpoint, options.layers)
     check_gpu_layers(options.gpu_layers, device, checkpoint.params)
@@ -120,17 +124,20 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
             f"{folder.path}: there is no tokenizer.model or tokenizer.json; give --tokenizer FILE, or the text as "
             "token ids"
         )
-    return ChosenModel(folder, checkpoint, tokenizer, device, dtype, options.max_ram, quantized, options.gpu_layers)
+    return ChosenModel(
+        folder, checkpoint, tokenizer, device, dtype, options.max_ram, options.quantize, options.gpu_layers
+    )
 
 
-def check_int8(quantized: bool, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise UserError where int8 matrices would be slow. quantized: they come from --quantize, not from the folder."""
-    if quantized and device.type == "mps":
+def check_fast(checkpoint: Checkpoint, quantize: str | None, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Raise UserError where matrices in int8 or int4, by --quantize or by the folder, would be slow."""
+    name, dtype = quantize or checkpoint.format, dtype or checkpoint.dtype
+    if quantize and device.type == "mps":
         raise UserError(
-            f"--quantize int8 is for CPUs and NVIDIA GPUs; leave it out, or give --device cpu, not {device}"
+            f"--quantize {quantize} is for CPUs and NVIDIA GPUs; leave it out, or give --device cpu, not {device}"
         )
-    if dtype != torch.bfloat16:
-        raise UserError(f"int8 matrices are fast in bfloat16 only, not in {dtype_name(dtype)}; give --dtype bfloat16")
+    if name and dtype != torch.bfloat16:
+        raise UserError(f"{name} matrices are fast in bfloat16 only, not in {dtype_name(dtype)}; give --dtype bfloat16")
 
 
 def load_model(
@@ -142,10 +149,10 @@ def load_model(
     one loads its shard. The command prints the line after all checks, so that an error stays one line. Prints a
     warning if the model is larger than the memory. Raises UserError if the run does not fit.
     """
-    folder, checkpoint, tokenizer, device, dtype, max_ram, quantized, gpu_layers, _ = chosen
+    folder, checkpoint, tokenizer, device, dtype, max_ram, quantize, gpu_layers, _ = chosen
     if ranks is not None:
         checkpoint = _own_shard(chosen, ranks)
-    plan = MemoryPlan(checkpoint, device, dtype, shape, max_ram, quantized, gpu_layers, exact=reference)
+    plan = MemoryPlan(checkpoint, device, dtype, shape, max_ram, quantize, gpu_layers, exact=reference)
     warning = check_memory(plan)
     if ranks is not None:
         ranks.everyone.barrier()  # loading takes memory: every rank must have checked what is free
@@ -154,8 +161,8 @@ def load_model(
     weight_bytes = memory_for_weights(plan)  # asked before they are read
     size = sum(part.nbytes for parts in checkpoint.shards.values() for part in parts)
     # weights larger than the memory are not read in advance: they would not stay
-    with_bar = size >= PROGRESS_BAR_FROM and not warning
-    weights = build_weights(checkpoint, device, dtype, with_bar, quantized, gpu_layers)
+    with_bar = size >= PROGRESS_BAR_FROM and (quantize is not None or not warning)
+    weights = build_weights(checkpoint, device, dtype, with_bar, quantize, gpu_layers)
     ops = ops_for(weights, exact=reference)
     if ranks is not None and ranks.tensor.size > 1:
         ops = parallel_ops(ops, weights, ranks.tensor)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import get_args
 
 from ..checkpoint.files import FileFormat
-from ..decoding.prompt_lookup import MAX_DRAFT_TOKENS
+from ..decoding.drafts import MAX_DRAFT_TOKENS
 from ..decoding.sampling import Sampling
 from ..errors import UserError, in_short
+from ..quantization.matrix import FORMATS
 from ..tokenizer import Tokenizer
 from ..weights import DTYPES, dtype_name
 from .entry_point import not_empty
@@ -49,7 +50,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     group.add_argument(
         "--dtype", choices=DTYPES_BY_NAME, metavar="DTYPE", help=f"{', '.join(DTYPES_BY_NAME)} (default: as stored)"
     )
-    group.add_argument("--quantize", choices=("int8",), metavar="int8", help="round matrices to int8 while loading")
+    group.add_argument(
+        "--quantize", choices=FORMATS, metavar="FORMAT", help=f"round matrices to {' or '.join(FORMATS)} while loading"
+    )
     group.add_argument("--layers", type=int, metavar="N", help="run only the first N layers")
     group = parser.add_argument_group("hardware")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
@@ -139,6 +142,16 @@ def add_lookup_option(group: argparse._ArgumentGroup) -> None:
         default=0,
         metavar="N",
         help=f"draft up to N tokens (at most {MAX_DRAFT_TOKENS}) from earlier text (default: 0, off)",
+    )
+
+
+def add_draft_option(group: argparse._ArgumentGroup) -> None:
+    """Add --draft. `cli.drafts` reads it."""
+    group.add_argument(
+        "--draft",
+        type=not_empty,
+        metavar="MODEL",
+        help="draft with a smaller model, int4 (a copy) or layers:N (the first N)",
     )
 
 

@@ -23,6 +23,7 @@ from ..cli.models import ChosenModel, choose_model, chosen_ids, load_model
 from ..cli.options import DTYPES_BY_NAME, add_model_options, add_prompt_options, read_prompt
 from ..errors import UserError, in_short
 from ..params import Params
+from ..quantization.matrix import FORMATS
 from ..tracing.names import FIRST, named_tensors
 from ..tracing.record import Origin, Trace, load_trace, shape_difference, trace
 from ..tracing.taps import Patterns, check_names
@@ -39,6 +40,7 @@ class Other(NamedTuple):
     run: Callable[[], Trace]
     origin: Origin | None = None  # of a file, which may be of other weights or another prompt by mistake
     params: Params | None = None  # if they may differ from the model's
+    format: str | None = None  # of its matrices, if they are quantized
 
 
 def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) -> Other:
@@ -55,8 +57,8 @@ def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) ->
     changes: dict[str, Any] = {"tokenizer": None}
     if name in DTYPES_BY_NAME:
         changes |= {"dtype": name, "quantize": None}
-    elif name == "int8":
-        changes |= {"quantize": "int8"}
+    elif name in FORMATS:
+        changes |= {"quantize": name}
     elif name != "fast":
         changes |= {"weights": name, "adapter": None, "format": None}
     with_changes = Namespace(**{**vars(options), **changes})
@@ -64,13 +66,21 @@ def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) ->
     unlike = shape_difference(others.checkpoint.params, chosen.checkpoint.params)
     if unlike:
         raise UserError(f"--with {name}: is another model, with {unlike}; compare models of the same shape")
-    return Other(name, lambda: _run_own(others, ids, reference=name != "fast"), params=others.checkpoint.params)
+    return Other(
+        name,
+        lambda: _run_own(others, ids, reference=name != "fast"),
+        params=others.checkpoint.params,
+        format=others.quantize or others.checkpoint.format,
+    )
 
 
 def _check_reference(name: str, chosen: ChosenModel) -> None:
     """Raise UserError if transformers' or Meta's code cannot run the model as it was chosen."""
-    if chosen.checkpoint.scales:
-        raise UserError(f"--with {name}: does not support this int8 format; give the folder with the original weights")
+    if chosen.checkpoint.format:
+        raise UserError(
+            f"--with {name}: does not support this {chosen.checkpoint.format} format; give the folder with the "
+            "original weights"
+        )
     if chosen.max_ram is not None:
         raise UserError(f"--with {name}: needs all weights in memory; leave --max-ram out")
     if chosen.gpu_layers is not None:
@@ -87,7 +97,7 @@ def _run_own(chosen: ChosenModel, ids: Sequence[int], reference: bool) -> Trace:
 
 
 def _run_implementation(trace_it: Callable[..., Trace], chosen: ChosenModel, ids: Sequence[int]) -> Trace:
-    model, _, _ = load_model(chosen._replace(quantized=False), RunShape.of_one_pass(len(ids)), reference=True)
+    model, _, _ = load_model(chosen._replace(quantize=None), RunShape.of_one_pass(len(ids)), reference=True)
     return trace_it(model, ids, progress=True)
 
 
@@ -142,13 +152,18 @@ def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
 
 
 def _other_numbers(model: Model, other: Other) -> Iterator[str]:
-    """Yield a line for each of the params that differ although all shapes are equal."""
+    """Yield a line for each of the params that differ although all shapes are equal, and for weights of 4 bits."""
     for field in ("norm_eps", "rope_theta", "rope_scaling"):
         ours, theirs = getattr(model.params, field), getattr(other.params or model.params, field)
         if ours != theirs:
             hidden = " (16 bits may hide the effect; --dtype float32 shows it)"
             in_16_bits = model.weights.norm.dtype.itemsize == 2
             yield f"{other.name} has {field} {theirs}, not {ours}{hidden if in_16_bits else ''}"
+    if other.format == "int4":
+        yield (
+            f"{other.name} has weights of 4 bits, which differ by more than the rounding of a computation; judge it by "
+            "the KL divergence, or give --tolerance"
+        )
 
 
 def _left_out(comparison: Comparison, other: str) -> Iterator[str]:
@@ -180,8 +195,8 @@ def build_parser() -> ArgumentParser:
         type=not_empty,
         metavar="B",
         help="a folder or name as for --weights; a trace (FILE.safetensors); or the same weights in another dtype "
-        f"({', '.join(DTYPES_BY_NAME)}), with the fast operations (fast), quantized (int8), in transformers (hf) or in "
-        "Meta's code (meta)",
+        f"({', '.join(DTYPES_BY_NAME)}), with the fast operations (fast), quantized ({', '.join(FORMATS)}), in "
+        "transformers (hf) or in Meta's code (meta)",
     )
     group.add_argument(
         "--tolerance",

@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..model import KVCache
 from ..ops import Ops, Tap, no_tap
 from ..weights import Model
+from .draft_model import DraftModel
 from .drafts import Draft, NoDraft
 from .prompt_lookup import LookupPolicy, PromptLookup
 from .runner import Runner, SingleRunner
@@ -111,7 +112,9 @@ def decode(texts: Sequence[Text], runner: Runner) -> Iterator[Event]:
     running = list(texts)
     logits = runner.prefill([text.prompt for text in running])  # [texts, 1, vocab]
     proposed: list[int] = []
-    started: float | None = None  # start of the pass; None for prefill, whose time does not predict that of decode
+    started: float | None = (
+        None  # start of the pass and its draft; None for prefill, whose time does not predict that of decode
+    )
     while True:
         for row, expected in zip(logits.unbind(1), [*proposed, None], strict=True):  # [texts, vocab]
             tokens, are_sound, ahead = _next_tokens(row, running, runner)
@@ -126,9 +129,9 @@ def decode(texts: Sequence[Text], runner: Runner) -> Iterator[Event]:
         _remove_ended(running, runner)
         if not running:
             return
+        started = time.perf_counter()
         if len(running) == 1:
             proposed = running[0].draft.propose(running[0].budget - len(running[0].new) - 1)
-        started = time.perf_counter()
         if ahead is None:
             last = torch.tensor([[text.new[-1], *proposed] for text in running], device=runner.device)
             ahead = runner.step(last, [text.position for text in running])
@@ -189,6 +192,7 @@ def generate(  # noqa: PLR0913  # what a caller may set
     cache: KVCache | None = None,
     start: int = 0,
     lookup: int | LookupPolicy = 0,
+    draft: DraftModel | None = None,
     earlier: Sequence[int] = (),
     ops: Ops | None = None,
     tap: Tap | None = None,
@@ -213,11 +217,13 @@ def generate(  # noqa: PLR0913  # what a caller may set
             and among others: with the CPU's fast operations in bf16. Elsewhere rounding differs, and may decide
             between two tokens that are about equally likely. Rejected tokens are left in the cache after the accepted
             ones.
+        draft: a model that proposes tokens, instead of lookup; what is said of its tokens holds here too. Its policy
+            limits what it costs if it does not pay. It keeps what it learned for the next call.
         earlier: the text before `ids`, such as what the cache holds. The repetition penalty covers it as well as `ids`
             and the new tokens, and lookup proposes from it.
         ops: None chooses the set for the weights.
-        tap: as in `forward`. With lookup it also sees a row for each proposed token, and the rows after the first
-            wrong one are not used.
+        tap: as in `forward`. With lookup or a draft it also sees a row for each proposed token, and the rows after the
+            first wrong one are not used. It does not see the passes of the draft.
         captured: on a GPU, replay passes over few tokens from a CUDA graph, which needs the fast operations and no
             tap. The pass over one token is also compiled first, but only if there may be 4,096 new tokens, because
             compiling takes as long as thousands of them. Pass the `CudaGraphs` of a cache to keep both for the next
@@ -230,6 +236,8 @@ def generate(  # noqa: PLR0913  # what a caller may set
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     policy = lookup if isinstance(lookup, LookupPolicy) else LookupPolicy(lookup)
+    if policy.most and draft is not None:
+        raise UserError("and draft both propose tokens; leave one of them out", argument="lookup")
     limit = model.params.max_seq_len if context is None else context
     if cache is not None:
         limit = min(limit, cache.max_seq_len)
@@ -249,17 +257,21 @@ def generate(  # noqa: PLR0913  # what a caller may set
         graphs = None
     elif graphs is True:
         graphs = CudaGraphs.where_possible(model, cache, ops, compiled=budget >= COMPILED_FROM)
+    generator = seeded_generator(model, seed)
+    known = [*earlier, *prompt]
     text = Text(
         0,
         prompt=prompt,
         budget=budget,
         when_spent=StopReason.MAX_NEW_TOKENS if budget == max_new_tokens else StopReason.CONTEXT,
         sampling=sampling,
-        generator=seeded_generator(model, seed),
+        generator=generator,
         stop_ids=tokens_to_stop_at(model, stop_ids),
         start=start,
         earlier=earlier,
-        draft=PromptLookup(policy, [*earlier, *prompt]),
+        draft=PromptLookup(policy, known)
+        if draft is None
+        else draft.of_text(known, start + len(prompt) - 1, cache, sampling, generator),
     )
     runner = SingleRunner(model, cache, start, ops, no_tap if tap is None else tap, graphs)
     return _tokens_of(text, runner)

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..backends.cpu import MAX_DECODE_ROWS
 from ..errors import UserError
+from .drafts import ALONE_EVERY, MAX_DRAFT_TOKENS, best_count
 
-# with the token before them, the most rows that the CPU kernels compute with the same bits
-MAX_DRAFT_TOKENS = MAX_DECODE_ROWS - 1
 LONGEST = 16  # tokens that a match may have; of several matches this long, the latest is used
 _MAX_CANDIDATES = 16  # latest places to compare, so that a search takes microseconds in any text
 _ASSUMED_COST = 0.1  # of a proposed token, relative to a pass without any: about that of 8B on a CPU
-_ALONE_EVERY = 16  # one pass in this many has no proposals, because the machine may have become slower or faster
 
 
 class EarlierText:
@@ -74,21 +71,15 @@ class LookupPolicy:
         self._right = [length / (length + 3) for length in range(LONGEST + 1)]  # about what code and prose showed
         self._cost = _ASSUMED_COST
         self._seconds_alone = 0.0  # of a pass without proposals
-        self._since_alone = _ALONE_EVERY  # passes since the last one without proposals
+        self._since_alone = ALONE_EVERY  # passes since the last one without proposals
 
     def how_many(self, match: int, limit: int) -> int:
         """Return how many tokens to propose, at most `limit`, after a match of this length; 0 if that is fastest."""
-        best, best_speed = 0, 1.0  # tokens per time of a pass without proposals
-        if match == 0 or self._since_alone >= _ALONE_EVERY:
-            return best
-        expected = chance = 1.0  # tokens from the pass; probability that all proposed so far are right
-        for count in range(1, min(self.most, limit) + 1):
-            chance *= self._right[min(match + count - 1, LONGEST)]  # each right token makes the match longer
-            expected += chance
-            speed = expected / (1 + self._cost * count)
-            if speed > best_speed:
-                best, best_speed = count, speed
-        return best
+        if match == 0 or self._since_alone >= ALONE_EVERY:
+            return 0
+        # each right token makes the match longer
+        chances = (self._right[min(match + i, LONGEST)] for i in range(min(self.most, limit)))
+        return best_count(chances, self._cost)
 
     def learn_cost(self, proposed: int, seconds: float) -> None:
         """Record how long a pass with `proposed` draft tokens took."""

@@ -7,7 +7,7 @@ weights alone. Norms and embeddings are not quantized.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,9 +43,31 @@ class Int8(NamedTuple):
         for values, row_scales in zip(self.values.split(n_rows), self.row_scales.split(n_rows), strict=True):
             yield Int8(values, row_scales, self.column_scales)
 
+    def part(self, dimension: int, wanted: range) -> Int8:
+        """Return some rows (dimension 0) or columns (1), as views."""
+        piece = slice(wanted.start, wanted.stop)
+        if dimension == 0:
+            return Int8(self.values[piece], self.row_scales[piece], self.column_scales)
+        return Int8(self.values[:, piece], self.row_scales, self.column_scales[piece])
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix [out, in] that the int8 values and scales stand for."""
         return (self.values * self.row_scales.unsqueeze(-1) * self.column_scales).to(dtype)
+
+    @staticmethod
+    def units() -> tuple[int, int]:
+        """Return the numbers of outputs and of inputs that lie together and cannot be split."""
+        return 1, 1
+
+    @classmethod
+    def meta(cls, shape: Sequence[int]) -> Int8:
+        """Return a matrix of this shape on the meta device, for the shapes, dtypes and bytes of its tensors."""
+        outputs, inputs = shape
+        return cls(
+            torch.empty(outputs, inputs, dtype=torch.int8, device="meta"),
+            torch.empty(outputs, dtype=torch.float32, device="meta"),
+            torch.empty(inputs, dtype=torch.float32, device="meta"),
+        )
 
     @classmethod
     def quantize(cls, matrix: Tensor) -> Int8:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,17 @@ Quantized = Int8 | Int4 | Blocks
 Matrix = Tensor | Quantized
 
 FORMATS: dict[str, type[Int8] | type[Int4]] = {"int8": Int8, "int4": Int4}  # that `quantize` makes of a matrix
+
+
+@functools.cache
+def nbytes_of(name: str, shape: tuple[int, ...]) -> int:
+    """Return the number of bytes of a matrix [out, in] in the format of this name."""
+    return FORMATS[name].meta(shape).nbytes
+
+
+def stored_names(name: str, format_name: str) -> list[str]:
+    """Return the names in files of the tensors of a matrix, in their order: its own name is that of the values."""
+    return [name, *(f"{name}.{field}" for field in FORMATS[format_name]._fields[1:])]
 
 
 def tensors_of(matrix: Matrix) -> tuple[Tensor, ...]:

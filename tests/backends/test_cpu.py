@@ -19,7 +19,8 @@ from torch import Tensor
 from llama3_raw import REFERENCE, KVCache, Model, Params, forward, generate
 from llama3_raw.backends import cpu
 from llama3_raw.ops import Ops, no_tap
-from llama3_raw.quantization.blocks import BLOCK_TYPES, Blocks, BlockType
+from llama3_raw.quantization.blocks import BLOCK_TYPES, Blocks
+from llama3_raw.quantization.int4 import Int4
 from llama3_raw.quantization.int8 import Int8
 from tests.blocks import random_blocks
 from tests.paths import ROOT
@@ -28,10 +29,20 @@ from tests.references import cast, random_weights
 
 def runs_here(instruction_set: str) -> bool:
     """Whether this processor has the instructions, by /proc/cpuinfo."""
-    needed = {"amx": "amx_bf16 amx_int8", "avx512_bf16": "avx512_bf16", "avx512": "avx512bw", "avx2": "avx2"}
+    needed = {
+        "amx": "amx_bf16 amx_int8",
+        "avx512_bf16": "avx512_bf16",
+        "avx512_vnni": "avx512_vnni",
+        "avx512": "avx512bw",
+        "avx_vnni": "avx_vnni",
+        "avx2": "avx2 f16c",
+    }
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     return set(needed.get(instruction_set, "").split()) <= flags
+
+
+THREADS = torch.get_num_threads()
 
 
 def built_for(instruction_set: str) -> Ops:
@@ -249,26 +260,97 @@ def test_products_with_a_converted_matrix(monkeypatch: pytest.MonkeyPatch, in_fp
         assert rms_error(cpu.linear_by_torch(x.float(), matrix if matrix is int8 else w.float()), exact) < 1e-4
 
 
-@pytest.mark.parametrize("kind", BLOCK_TYPES.values(), ids=BLOCK_TYPES)
-def test_products_with_blocks_have_the_bits_of_those_with_bf16(ops: Ops, kind: BlockType) -> None:
-    """For any number of rows and outputs, so that a token has the same bits alone and among others."""
-    for outputs, length in ((40, 512), (13, 256), (1, 1024)):  # no multiples of 32, which tiles would take
-        data = random_blocks(kind, outputs, length // kind.n_values, seed=outputs)
-        data[0, : kind.n_bytes] = 0
-        blocks = Blocks(data, kind, torch.bfloat16)
-        dense_matrix = blocks.dequantize(torch.bfloat16)
-        for rows in (1, 2, 3, 4, 7, 16):
-            x = torch.randn(rows, length, generator=torch.Generator().manual_seed(rows)).bfloat16()
-            ours, expected = ops.linear(x, blocks), ops.linear(x, dense_matrix)
-            assert torch.equal(ours.view(torch.int16), expected.view(torch.int16))
+FEW_BITS = (*BLOCK_TYPES, "int4")
 
 
-def test_products_with_blocks_that_torch_computes(ops: Ops) -> None:
-    kind = BLOCK_TYPES["Q4_K"]
-    blocks = Blocks(random_blocks(kind, 8, 2, seed=0, largest=0.01), kind, torch.bfloat16)
-    for x in (torch.randn(2, 512), torch.randn(300, 512).bfloat16(), torch.randn(0, 512).bfloat16()):
-        expected = torch.nn.functional.linear(x, blocks.dequantize(x.dtype))
-        torch.testing.assert_close(ops.linear(x, blocks), expected, rtol=1e-2, atol=1e-2)
+def few_bits(name: str, outputs: int, length: int, fill: int | None = None) -> Blocks | Int4:
+    """A matrix of a format with random values, or with all their bits as in the byte `fill`, and scales about 0.01."""
+    if name == "int4":
+        generator = torch.Generator().manual_seed(outputs)
+        matrix = Int4.quantize(0.1 * torch.randn(outputs, length, generator=generator))
+        if fill is not None:
+            matrix.values.fill_(fill)
+        return matrix
+    kind = BLOCK_TYPES[name]
+    data = random_blocks(kind, outputs, length // kind.n_values, seed=outputs, largest=0.01)
+    if fill is not None:
+        scales, blocks = data.clone().unflatten(1, (-1, kind.n_bytes)), data.unflatten(1, (-1, kind.n_bytes))
+        blocks.fill_(fill)
+        fields = {"Q6_K": slice(192, 210), "Q4_K": slice(0, 16), "Q5_K": slice(0, 16)}
+        kept = fields.get(name, slice(0, 4 if name in ("Q4_1", "Q5_1") else 2))
+        blocks[..., kept] = scales[..., kept]
+    return Blocks(data, kind, torch.bfloat16)
+
+
+def tokens_in_8_bits(rows: int, length: int) -> Tensor:
+    """Tokens [rows, length] that need no rounding: each 32 inputs are integers up to 127 times a power of two."""
+    generator = torch.Generator().manual_seed(length)
+    integers = torch.randint(-127, 128, (rows, length // 32, 32), generator=generator)
+    integers[..., 5] = 127
+    return (integers * 2.0 ** torch.randint(-9, 0, (rows, length // 32, 1), generator=generator)).flatten(1).bfloat16()
+
+
+@pytest.mark.parametrize("name", FEW_BITS)
+def test_products_with_few_bits(ops: Ops, name: str) -> None:
+    """As those of the same numbers in fp64, but for the rounding to bf16; the same bits alone and among others."""
+    is_long = name.endswith("_K")
+    for outputs, length in ((64, 512), (50, 256 if is_long else 288), (17, 256 if is_long else 32)):
+        w = few_bits(name, outputs, length)
+        in_fp64 = w.dequantize(torch.float32).double()
+        x = tokens_in_8_bits(300, length)
+        x[3, :32], x[5] = 0, 0  # a group and a token of zeros
+        y, exact = ops.linear(x, w), x.double() @ in_fp64.T
+        sizes = x.double().abs() @ in_fp64.abs().T  # of the terms
+        assert ((y.double() - exact).abs() <= 2**-8 * exact.abs() + 2e-6 * sizes).all()
+        for first, last in ((0, 1), (1, 3), (3, 6), (6, 10), (10, 27), (27, 300)):
+            assert torch.equal(ops.linear(x[first:last], w), y[first:last])
+        torch.set_num_threads(1)
+        assert torch.equal(ops.linear(x, w), y)
+        torch.set_num_threads(THREADS)
+
+
+@pytest.mark.parametrize("name", FEW_BITS)
+def test_tokens_are_rounded_to_8_bits(ops: Ops, name: str) -> None:
+    """By at most half of a 127th of the largest of 32 inputs."""
+    w = few_bits(name, 32, 256)
+    in_fp64 = w.dequantize(torch.float32).double()
+    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    groups = x.double().unflatten(-1, (-1, 32))
+    steps = (groups.abs().amax(-1, keepdim=True) / 127).expand_as(groups).flatten(1)
+    exact = x.double() @ in_fp64.T
+    error = (ops.linear(x, w).double() - exact).abs()
+    assert (error <= 2**-8 * exact.abs() + 0.5001 * steps @ in_fp64.abs().T).all()
+    assert error.square().mean() > 2 * (exact.bfloat16().double() - exact).square().mean()  # it is the rounding
+
+
+@pytest.mark.parametrize("fill", [0x00, 0x7F, 0x80, 0xFF])
+@pytest.mark.parametrize("name", FEW_BITS)
+def test_sums_of_few_bits_do_not_overflow(ops: Ops, name: str, fill: int) -> None:
+    """With the largest values of both signs, which sums of 16 bits just hold."""
+    w = few_bits(name, 32, 256, fill)
+    for x in (torch.ones(2, 256), -torch.ones(2, 256), torch.tensor([1.0, -1.0]).repeat(2, 128)):
+        exact = x.double() @ w.dequantize(torch.float32).double().T
+        sizes = x.double().abs() @ w.dequantize(torch.float32).double().abs().T
+        y = ops.linear(x.bfloat16(), w).double()
+        assert ((y - exact).abs() <= 2**-8 * exact.abs() + 2e-6 * sizes).all()
+
+
+@pytest.mark.parametrize("name", FEW_BITS)
+def test_a_token_that_is_not_finite_spoils_only_itself(ops: Ops, name: str) -> None:
+    w = few_bits(name, 32, 256)
+    x = torch.randn(7, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = ops.linear(x, w)
+    x[2, 70], x[4, 0] = torch.nan, torch.inf
+    y = ops.linear(x, w)
+    assert y[[2, 4]].isnan().all()
+    assert torch.equal(y[[0, 1, 3, 5, 6]], expected[[0, 1, 3, 5, 6]])
+
+
+def test_products_with_few_bits_that_torch_computes(ops: Ops) -> None:
+    for w in (few_bits("Q4_K", 3, 512), few_bits("int4", 3, 512)):
+        for x in (torch.randn(2, 512), torch.randn(0, 512).bfloat16(), torch.randn(2, 512).bfloat16()):
+            expected = torch.nn.functional.linear(x, w.dequantize(x.dtype))
+            torch.testing.assert_close(ops.linear(x, w), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("case", ["float32", "odd length", "many rows", "not contiguous", "with gradient"])
@@ -279,7 +361,7 @@ def test_products_computed_by_torch(ops: Ops, case: str) -> None:
     elif case == "odd length":
         x, w = x[:, :33], w[:, :33]
     elif case == "many rows":  # and few outputs, which tiles do not support
-        x = torch.randn(17, 64).bfloat16()
+        x = torch.randn(129, 64).bfloat16()
     elif case == "not contiguous":
         w = torch.randn(64, 64).bfloat16().t()
     else:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,9 @@ from llama3_raw.backends import cuda
 from llama3_raw.backends.cpu import attend_by_torch
 from llama3_raw.model import attend
 from llama3_raw.ops import Ops, no_tap
+from llama3_raw.quantization.int4 import Int4
 from llama3_raw.quantization.int8 import Int8
+from llama3_raw.quantization.matrix import FORMATS
 from tests.references import cast, converted, dense
 
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
@@ -48,11 +52,91 @@ def test_int8_times_few_rows() -> None:
     assert error(cuda.fast_linear(x, rounded), exact) <= 1.5 * error(REFERENCE.linear(x, rounded), exact)
 
 
-@pytest.mark.parametrize(("max_bytes", "pieces"), [(1 << 28, 1), (2 * 200 * 2000, 2), (1, 3000)])
-def test_int8_times_many_rows(monkeypatch: pytest.MonkeyPatch, max_bytes: int, pieces: int) -> None:
-    """The whole matrix in one product, though it has more rows than the CPU dequantizes; or in pieces of max_bytes."""
-    x, matrix = random(20, 200), random(3000, 200, seed=1) * torch.rand(200).to(ON, DTYPE)
-    rounded, dtypes = Int8.quantize(matrix), []
+@pytest.fixture
+def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter compute in bfloat16, which it holds as uint16: multiply, subtract, and round to it."""
+    if ON.type == "cuda":
+        return
+    from triton.language import bfloat16
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    names = ("create_dot", "create_fsub", "create_ui_to_fp", "create_fp_trunc")
+    plain_dot, plain_sub, plain_cast, plain_round = (getattr(InterpreterBuilder, name) for name in names)
+
+    def in_fp32(handle: Any) -> Any:
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+
+    def rounded(data: Any) -> Any:
+        bits = torch.from_numpy(data.astype(np.float32)).bfloat16().view(torch.int16)
+        return TensorHandle(bits.numpy().view(np.uint16), bfloat16)
+
+    def dot(self: Any, a: Any, b: Any, d: Any, *settings: Any) -> Any:
+        if a.dtype.scalar != bfloat16:
+            return plain_dot(self, a, b, d, *settings)
+        return TensorHandle(np.matmul(in_fp32(a), in_fp32(b)) + d.data, d.dtype.scalar)
+
+    def sub(self: Any, a: Any, b: Any) -> Any:
+        is_bfloat16 = a.dtype.scalar == bfloat16
+        return rounded(in_fp32(a) - in_fp32(b)) if is_bfloat16 else plain_sub(self, a, b)
+
+    def to(plain: Any) -> Any:
+        return lambda self, x, dtype: rounded(x.data) if dtype.scalar == bfloat16 else plain(self, x, dtype)
+
+    for name, function in zip(names, (dot, sub, to(plain_cast), to(plain_round)), strict=True):
+        monkeypatch.setattr(InterpreterBuilder, name, function)
+
+
+@pytest.mark.usefixtures("_bfloat16")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "outputs", "length"), [(1, 70, 32), (3, 64, 1056), (16, 33, 320)])
+def test_int4_times_few_rows(rows: int, outputs: int, length: int, dtype: torch.dtype) -> None:
+    """Padded blocks, one group, and more than the kernel takes at a time; only the result is rounded to 16 bits."""
+    x, matrix = random(rows, length).to(dtype), Int4.quantize(random(outputs, length, seed=1).float())
+    y = cuda.fast_linear(x.view(1, rows, length), matrix)
+    exact = x.double() @ matrix.dequantize(torch.float64).T
+    assert (y.shape, y.dtype) == ((1, rows, outputs), dtype)
+    assert error(y[0], exact) <= 1.02 * error(exact.to(dtype), exact)
+
+
+def test_int4_without_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, and columns of a larger matrix, which have gaps; in fp32 torch's products are nearly exact."""
+    monkeypatch.setattr(cuda, "linear_few_int4", None)
+    matrix = Int4.quantize(random(40, 96, seed=1).float())
+    some = Int4(matrix.values[:, 1:], matrix.scales[:, 1:], matrix.row_scales)
+    x = random(3, 64)
+    expected = x.double() @ some.dequantize(torch.float64).T
+    assert error(cuda.fast_linear(x, some), expected) <= 1.5 * error(REFERENCE.linear(x, some), expected)
+    assert error(cuda.fast_linear(x.float(), some), expected) <= 1e-6
+    x = random(3, 96).requires_grad_()
+    cuda.fast_linear(x, matrix).sum().backward()
+    assert x.grad is not None
+    assert error(x.grad, matrix.dequantize(torch.float64).sum(0).expand(3, -1)) <= 1e-3
+
+
+def test_int4_is_compiled_as_one_operator() -> None:
+    """torch.compile knows the shape and dtype of the result without running the kernel."""
+    x, matrix = random(3, 64), Int4.quantize(random(20, 64, seed=1).float())
+    torch.library.opcheck(cuda.linear_few_int4, (x, *matrix), test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(cuda.fast_linear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, matrix), cuda.fast_linear(x, matrix))
+
+
+@pytest.mark.parametrize(
+    ("name", "max_bytes", "pieces"),
+    [
+        *(("int8", 1 << 28, 1), ("int8", 2 * 192 * 2000, 2), ("int8", 1, 3000)),
+        *(("int4", 1 << 28, 1), ("int4", 2 * 192 * 2000, 2), ("int4", 1, 188)),
+    ],
+)
+def test_many_rows_times_a_quantized_matrix(
+    monkeypatch: pytest.MonkeyPatch, name: str, max_bytes: int, pieces: int
+) -> None:
+    """The whole matrix in one product, though it has more rows than the CPU dequantizes; or in pieces of max_bytes.
+
+    Blocks of 16 outputs in int4 stay together.
+    """
+    x, matrix = random(20, 192), random(3000, 192, seed=1) * torch.rand(192).to(ON, DTYPE)
+    rounded, dtypes = FORMATS[name].quantize(matrix), []
     exact = x.double() @ rounded.dequantize(torch.float64).T
     reference = error(REFERENCE.linear(x, rounded), exact)
     monkeypatch.setattr(cuda, "DEQUANTIZED_BYTES", max_bytes)
@@ -66,8 +150,8 @@ def test_int8_times_many_rows(monkeypatch: pytest.MonkeyPatch, max_bytes: int, p
 
 def test_the_bits_of_a_row_do_not_depend_on_the_others() -> None:
     """So that tokens are the same with and without prompt lookup."""
-    x, matrix = random(16, 300), random(40, 300, seed=1)
-    for weight in (matrix, Int8.quantize(matrix)):
+    x, matrix = random(16, 320), random(40, 320, seed=1)
+    for weight in (matrix, Int8.quantize(matrix), Int4.quantize(matrix)):
         together = cuda.fast_linear(x, weight)
         alone = torch.cat([cuda.fast_linear(row, weight) for row in x.split(1)])
         assert torch.equal(together, alone)
@@ -161,6 +245,8 @@ CASES = [
     (cuda_kernels.linear_kernel, [BF16, matrix, F32, F32, BF16, I32, I32, I32, is_int8, 16, 16, 256], 4)
     for matrix, is_int8 in ((BF16, False), ("*i8", True))
 ] + [
+    (cuda_kernels.linear_int4_kernel, [BF16, "*u8", "*u8", F32, BF16] + [I32] * 3 + [128, 0x4300, 16, 32, 3], 3)
+] + [
     (cuda_kernels.attend_kernel, [BF16] * 3 + ["*i64"] + [F32] * 3 + [I32] * 4 + ["fp32", 4, rows, 128, 64, 16], 3)
     for rows in (16, 64)
 ] + [(cuda_kernels.join_kernel, [F32] * 3 + [BF16, I32, I32, 4, 64, 128, 16], 3)]
@@ -183,4 +269,4 @@ def test_the_kernels_compile_for_gpus() -> None:
     command = [sys.executable, "-c", COMPILED]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 10
+    assert len(done.stdout.splitlines()) == 12

@@ -13,9 +13,8 @@ from llama3_raw import REFERENCE, KVCache, Model, Weights, forward, generate
 from llama3_raw.backends.choose import suitable_ops
 from llama3_raw.backends.cuda_graphs import CudaGraphs
 from llama3_raw.decoding.prompt_lookup import LookupPolicy
-from llama3_raw.quantization.int8 import Int8
-from llama3_raw.weights import MATRICES
-from tests.references import cast, converted, dense
+from llama3_raw.weights import MATRICES, quantized
+from tests.references import cast, converted
 
 ON = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
@@ -93,22 +92,30 @@ def test_lookup_gives_the_same_tokens(model: Model, smollm2_text: list[int]) -> 
     assert with_lookup[:20] == without[:20]
 
 
-def test_int8(model: Model, exact: Model, smollm2_text: list[int]) -> None:
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_quantized(model: Model, exact: Model, smollm2_text: list[int], name: str) -> None:
     """The kernel and torch's product with the dequantized matrix are equal, up to rounding."""
-    weights = quantized(model.weights)
+    weights = all_quantized(model.weights, name)
     ids = torch.tensor(smollm2_text[:60], device=ON)
-    truth = in_pieces(exact._replace(weights=quantized(exact.weights)), ids, [60], REFERENCE)
+    truth = in_pieces(exact._replace(weights=all_quantized(exact.weights, name)), ids, [60], REFERENCE)
     fast = rms(in_pieces(model._replace(weights=weights), ids, [40, 10], suitable_ops(ON)) - truth)
     reference = rms(in_pieces(model._replace(weights=weights), ids, [40, 10], REFERENCE) - truth)
     assert fast <= 1.5 * reference
 
 
-def quantized(weights: Weights) -> Weights:
-    layers = tuple(
-        layer._replace(**{name: Int8.quantize(getattr(layer, name)) for name in MATRICES if name != "output"})  # type: ignore[arg-type]
-        for layer in weights.layers
-    )
-    return weights._replace(layers=layers, output=Int8.quantize(dense(weights.tok_embeddings)))
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_the_graph_of_a_quantized_model(model: Model, smollm2_text: list[int], name: str) -> None:
+    of_few_bits = model._replace(weights=all_quantized(model.weights, name))
+    assert by_graph_and_by_step(of_few_bits, smollm2_text[:40], 40, compiled=True) >= 10
+
+
+def all_quantized(weights: Weights, name: str) -> Weights:
+    def of(matrices: Any, field: str) -> Any:
+        return quantized(getattr(matrices, field), field, name)
+
+    fields = [field for field in MATRICES if field != "output"]
+    layers = tuple(layer._replace(**{field: of(layer, field) for field in fields}) for layer in weights.layers)
+    return weights._replace(layers=layers, output=of(weights, "output"))
 
 
 def test_a_long_prompt(model: Model, exact: Model, smollm2_text: list[int]) -> None:

@@ -54,7 +54,7 @@ def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def checkpoint(tied: bool = False) -> Checkpoint:
     tensors = to_state_dict(PARAMS, random_weights(PARAMS, torch.bfloat16, seed=0, tied=tied))
     shards = {spec: [tensors[spec.meta_name]] for spec in tensor_specs(PARAMS, tied)}
-    return Checkpoint("a model", PARAMS, shards, hf=False, scales={})
+    return Checkpoint("a model", PARAMS, shards, hf=False)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -83,13 +83,13 @@ def test_the_matrices_on_the_cpu_stay_mapped() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_gpu")
-@pytest.mark.parametrize("quantized", [False, True], ids=["bf16", "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("gpu_layers", [1, 2, 3])
-def test_the_bits_are_those_of_one_device(gpu_layers: int, tied: bool, quantized: bool) -> None:
+def test_the_bits_are_those_of_one_device(gpu_layers: int, tied: bool, quantize: str | None) -> None:
     """A prompt, then a token with a cache; everything that a tap sees, which is all on the GPU."""
-    on_one = build_weights(checkpoint(tied), quantized=quantized)
-    on_two = build_weights(checkpoint(tied), GPU, quantized=quantized, gpu_layers=gpu_layers)
+    on_one = build_weights(checkpoint(tied), quantize=quantize)
+    on_two = build_weights(checkpoint(tied), GPU, quantize=quantize, gpu_layers=gpu_layers)
     kept: list[dict[str, Tensor]] = []
     for weights, device in ((on_one, torch.device("cpu")), (on_two, GPU)):
         ops = ops_for(weights, exact=True)

@@ -23,10 +23,13 @@ from llama3_raw.backends import streaming
 from llama3_raw.backends.cpu import fast_ops
 from llama3_raw.backends.streaming import least_memory
 from llama3_raw.bench.synthetic import SYNTHETIC, make_synthetic
+from llama3_raw.checkpoint.checkpoint import open_checkpoint
+from llama3_raw.checkpoint.writing import save_quantized
 from llama3_raw.cli.memory_plan import MemoryPlan, RunShape, check_memory
 from llama3_raw.cli.options import byte_size
 from llama3_raw.ops import Ops
 from llama3_raw.quantization.matrix import Matrix
+from llama3_raw.weights import MATRICES
 from tests.plans import CPU, GPU, checkpoint
 from tests.references import dense
 
@@ -75,11 +78,11 @@ def logits_of(model: Model, ops: Ops) -> torch.Tensor:
 
 
 def resident(folder: Path) -> int:
-    """Return how many bytes of the checkpoint are in this process's memory. (proc_pid_smaps.5)"""
+    """Return how many bytes of the weights in a folder are in this process's memory. (proc_pid_smaps.5)"""
     total, counting = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-", line):
-            counting = line.endswith(str(folder / "consolidated.00.pth"))
+            counting = f" {folder}/" in line
         elif counting and line.startswith("Rss:"):
             total += int(line.split()[1]) * 1024
     return total
@@ -105,6 +108,25 @@ def test_the_same_bits_in_less_memory(folder: Path, model: Model, ops: str, shar
     limited = streaming.read_ahead(watched(plain, lambda: sizes.append(resident(folder))), model.weights, max_bytes)
     assert torch.equal(logits_of(model, limited), exact)
     assert 0.8 * max_bytes < max(sizes) <= max_bytes + EDGES
+
+
+def test_int4(folder: Path, tmp_path: Path) -> None:
+    """All tensors of a matrix are counted, read ahead and dropped."""
+    save_quantized(folder, open_checkpoint(folder), tmp_path / "int4", quantize="int4")
+    for file in (tmp_path / "int4").iterdir():
+        with open(file, "rb+") as opened:
+            os.fsync(opened)
+    model = llama3_raw.load(tmp_path / "int4")
+    matrices = [getattr(layer, field) for layer in model.weights.layers for field in MATRICES if field != "output"]
+    assert {matrix.format for matrix in matrices} == {"int4"}
+    n_bytes = sum(matrix.nbytes for matrix in [*matrices, model.weights.output])
+    assert streaming.read_ahead(REFERENCE, model.weights, n_bytes + EDGES) is REFERENCE
+    max_bytes = int(0.7 * n_bytes)
+    sizes: list[int] = []
+    ops = watched(REFERENCE, lambda: sizes.append(resident(tmp_path / "int4")))
+    limited = streaming.read_ahead(ops, model.weights, max_bytes)
+    assert torch.equal(logits_of(model, limited), logits_of(llama3_raw.load(tmp_path / "int4"), REFERENCE))
+    assert 0.9 * max_bytes < max(sizes) <= max_bytes + EDGES // 4
 
 
 def test_nothing_is_read_twice_in_a_pass(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

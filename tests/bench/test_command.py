@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
+import signal
 import stat
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,24 +25,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llama3_raw
 from llama3_raw import Model, Params, UserError
 from llama3_raw.bench import __main__ as bench
-from llama3_raw.bench import baselines, engines, roofline
+from llama3_raw.bench import baselines, engines, llama_cpp, roofline
 from llama3_raw.bench import measure as measuring
 from llama3_raw.bench.__main__ import build_parser, main
-from llama3_raw.bench.baselines import (
-    CompiledTransformers,
-    LlamaBench,
-    Transformers,
-    Xllamacpp,
-    check_baselines,
-    open_baselines,
-)
-from llama3_raw.bench.engines import ThisEngine
+from llama3_raw.bench.baselines import CompiledTransformers, Transformers, check_baselines, open_baselines
+from llama3_raw.bench.engines import ThisEngine, bytes_per_token
+from llama3_raw.bench.llama_cpp import LlamaBench, Xllamacpp
 from llama3_raw.bench.measure import Probes, Task, compare, measure, probes_of, ratios_by_round
 from llama3_raw.bench.roofline import copy_speed, multiply_speed, seconds_of
 from llama3_raw.checkpoint.gguf import is_gguf_of, write_gguf
 from llama3_raw.cli import memory_plan, models
 from llama3_raw.cli.memory_plan import MemoryPlan, RunShape
 from llama3_raw.cli.models import choose_model
+from llama3_raw.convert import main as convert
 from llama3_raw.params import RopeScaling
 from llama3_raw.system.machine import processors
 from tests.paths import TINY
@@ -70,6 +69,7 @@ class Clock:
 
     def __init__(self, name: str = "clock", done: list[tuple[str, str, int]] | None = None):
         self.name = self.version = name
+        self.weights_bytes: int | None = None
         self.done = [] if done is None else done
 
     def prefill(self, length: int) -> float:
@@ -84,7 +84,7 @@ class Clock:
 @pytest.fixture
 def no_llama_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide any llama-bench on the PATH."""
-    monkeypatch.setattr(baselines, "shutil", SimpleNamespace(which=lambda _: None))
+    monkeypatch.setattr(llama_cpp, "shutil", SimpleNamespace(which=lambda _: None))
 
 
 def output_of(capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
@@ -161,10 +161,10 @@ def test_transformers_and_llama_cpp_as_baselines(tmp_path: Path, capsys: pytest.
 
 
 def test_ratios_compare_within_a_round() -> None:
-    assert ratios_by_round({1: 10.0, 2: 6.0, 3: 9.0}, {2: 3.0, 1: 20.0}) == [0.5, 2.0]
+    assert ratios_by_round({(1, 0): 10.0, (2, 1): 6.0, (2, 0): 9.0}, {(2, 1): 3.0, (1, 0): 20.0}) == [0.5, 2.0]
     prefill, decode = Task("prefill", 17), Task("decode", 17)
-    ours = {prefill: {1: 10.0, 2: 20.0, 3: 80.0}, decode: {1: 1.0, 2: 2.0, 3: 6.0}}
-    theirs = {prefill: {1: 20.0, 2: 10.0, 3: 20.0}, decode: {3: 2.0}}
+    ours = {prefill: {(1, 0): 10.0, (2, 0): 20.0, (3, 0): 80.0}, decode: {(1, 0): 1.0, (2, 0): 2.0, (3, 0): 6.0}}
+    theirs = {prefill: {(1, 0): 20.0, (2, 0): 10.0, (3, 0): 20.0}, decode: {(3, 0): 2.0}}
     figures = compare(Clock(), ours, theirs)
     assert figures.prefill_ratios == {17: [0.5, 2.0, 4.0]}
     assert figures.prefill_ratio == {17: 2.0}  # the ratio of the medians is 1
@@ -172,20 +172,123 @@ def test_ratios_compare_within_a_round() -> None:
     assert figures.decode_ratios == {17: [3.0]}
 
 
-def test_engines_alternate_and_long_tasks_run_once(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+    """Make this engine a clock called "us", and return the list that all clocks record their calls in."""
     done: list[tuple[str, str, int]] = []
-    clocks = [Clock("a", done), Clock("b", done)]
-    figures = measure(tiny, prefill=(3, 5), contexts=(3, 8), new_tokens=4, rounds=2, baselines=clocks)
+    monkeypatch.setattr(ThisEngine, "prefill", lambda self, length: Clock("us", done).prefill(length))
+    monkeypatch.setattr(ThisEngine, "decode", lambda self, *numbers: Clock("us", done).decode(*numbers))
+    return done
+
+
+@pytest.mark.parametrize(
+    ("names", "orders"),
+    [
+        ("", ["us"]),
+        ("a", ["a us", "us a"]),
+        ("ab", ["a us b", "b us a"]),
+        ("abc", ["a us b c us", "us c b us a"]),
+    ],
+)
+def test_this_engine_is_next_to_each_baseline(
+    tiny: Model, turns: list[tuple[str, str, int]], names: str, orders: list[str]
+) -> None:
+    baselines = [Clock(name, turns) for name in names]
+    figures = measure(tiny, prefill=(3, 5), contexts=(3, 8), new_tokens=4, rounds=2, baselines=baselines)
     a_round = [("prefill", 5), ("prefill", 3), ("decode", 3), ("decode", 8)]
-    # this engine is the third; the first one changes from round to round
-    assert done == [(name, *task) for names in ("ab", "ab", "ba") for task in a_round for name in names]
-    assert figures.vs["b"].prefill_tokens_per_second == {3: 3.0, 5: 5.0}
-    assert figures.vs["b"].decode_tokens_per_second == {3: 2.0, 8: 2.0}
-    done.clear()
+    assert turns == [
+        (name, *task) for number in range(3) for task in a_round for name in orders[number % len(orders)].split()
+    ]
+    assert figures.decode_tokens_per_second_by_context == {3: 2.0, 8: 2.0}
+    assert figures.prefill_tokens_per_second == {3: 3.0, 5: 5.0}
+    for baseline in figures.vs.values():
+        assert baseline.prefill_tokens_per_second == {3: 3.0, 5: 5.0}
+        assert baseline.decode_ratios == {3: [1.0, 1.0], 8: [1.0, 1.0]}  # one in each round, however often we run
+
+
+def test_ratios_are_those_of_neighbours(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine gets slower all the time. Our speed is the median over all turns."""
+    seconds = iter(range(1, 1000))
+    monkeypatch.setattr(ThisEngine, "prefill", lambda *_: 1.0)
+    monkeypatch.setattr(ThisEngine, "decode", lambda *_: float(next(seconds)))
+    clocks = [Clock(name) for name in "abc"]
+    for clock in clocks:
+        monkeypatch.setattr(clock, "decode", lambda *_: float(next(seconds)))
+    figures = measure(tiny, prefill=(3,), contexts=(3,), new_tokens=1, rounds=2, baselines=clocks)
+    # the warm-up takes 1 to 5; then us 6, c 7, b 8, us 9, a 10, and a 11, us 12, b 13, c 14, us 15
+    assert figures.vs["a"].decode_ratios[3] == pytest.approx([10 / 9, 11 / 12])
+    assert figures.vs["b"].decode_ratios[3] == pytest.approx([8 / 9, 13 / 12])
+    assert figures.vs["c"].decode_ratios[3] == pytest.approx([7 / 6, 14 / 15])
+    assert figures.decode_tokens_per_second == pytest.approx((1 / 9 + 1 / 12) / 2)
+
+
+def test_long_tasks_run_once(tiny: Model, turns: list[tuple[str, str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "LONG", 4)
-    figures = measure(tiny, prefill=(3, 5), contexts=(3, 8), new_tokens=4, rounds=2, baselines=clocks)
-    assert done.count(("a", "prefill", 5)) == done.count(("a", "decode", 8)) == 1
+    figures = measure(tiny, (3, 5), contexts=(3, 8), new_tokens=4, rounds=2, baselines=[Clock("a", turns)])
+    assert turns.count(("a", "prefill", 5)) == turns.count(("a", "decode", 8)) == 1
+    assert turns.count(("us", "prefill", 5)) == 1
+    assert turns.count(("us", "decode", 8)) == 3  # on its cache of random numbers
     assert len(figures.vs["a"].decode_ratios[8]) == 1
+
+
+def test_ctrl_c_keeps_the_complete_rounds(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What only the last round measures is missing. Nothing is kept of the warm-up and of the round that it stops."""
+    monkeypatch.setattr(measuring, "LONG", 4)
+    clock = Clock("a")
+    calls = 0
+
+    def decode(context: int, count: int) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            raise KeyboardInterrupt
+        return float(calls)
+
+    monkeypatch.setattr(clock, "decode", decode)
+    stop_at = 4
+    figures = measure(tiny, prefill=(3, 5), contexts=(3, 8), new_tokens=1, rounds=5, baselines=[clock])
+    assert figures.rounds == 2
+    assert figures.vs["a"].decode_tokens_per_second == {3: (1 / 2 + 1 / 3) / 2}
+    assert len(figures.vs["a"].prefill_ratios[3]) == len(figures.vs["a"].decode_ratios[3]) == 2
+    assert list(figures.prefill_tokens_per_second) == list(figures.vs["a"].prefill_ratio) == [3]
+    rounds = re.findall("llama3_raw: (.*) took", capsys.readouterr().err)
+    assert rounds == ["warm-up", "round 1 of 5", "round 2 of 5"]
+    calls = 0
+    stop_at = 2  # in the first round
+    with pytest.raises(KeyboardInterrupt):
+        measure(tiny, prefill=(3,), contexts=(3,), new_tokens=1, rounds=5, baselines=[clock])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_stopped_run_shows_what_it_has(sent: signal.Signals, status: int, tmp_path: Path) -> None:
+    """Its temporary files are removed, and it ends as a program that is stopped should."""
+    command = [sys.executable, "-m", "llama3_raw.bench", "--weights", str(TINY), "--prefill", "5", "--vs", "llama.cpp"]
+    program = tmp_path / "bin" / "llama-bench"
+    imitate_llama_bench(program)
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
+    running = subprocess.Popen(
+        [*command, "--rounds", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert running.stderr is not None
+        assert any("round 1 of" in line for line in running.stderr)
+        assert [file.name for file in tmp_path.glob("llama3_raw-*/*")] == ["model.gguf"]
+        running.send_signal(sent)
+        out, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == status
+    complete = json.loads(out.splitlines()[-1])["rounds"]
+    assert complete >= 1
+    assert f"llama3_raw: stopped; {complete} of 100000 rounds are complete\n" in err
+    assert err.endswith("stopped by Ctrl-C\n") == (sent == signal.SIGINT)
+    assert "decode at context     5" in out
+    assert list(tmp_path.iterdir()) == [program.parent]
 
 
 @pytest.fixture(params=["tiny", "scaled"])
@@ -264,17 +367,24 @@ def test_transformers_shares_the_weights(tiny: Model) -> None:
     assert hf.lm_head.weight.data_ptr() == tiny.weights.output.data_ptr()
 
 
+def imitate_llama_bench(program: Path) -> None:
+    """Write a program that answers like llama-bench, always with two seconds, and keeps its arguments in `asked`."""
+    answer = [{"build_number": 7, "build_commit": "abc", "samples_ns": [2_000_000_000]}]
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f"#!/bin/sh\necho \"$@\" >> {program.parent}/asked\necho '{json.dumps(answer)}'\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+
+
 def test_llama_bench_on_the_path_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Model) -> None:
     program = tmp_path / "llama-bench"
-    answer = [{"build_number": 7, "build_commit": "abc", "samples_ns": [2_000_000_000]}]
-    program.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/asked\necho '{json.dumps(answer)}'\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    imitate_llama_bench(program)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     chosen = choose_model(build_parser().parse_args(QUICK), needs_tokenizer=False)
     with open_baselines(["llama.cpp"], chosen, tiny, None, longest=64) as (engine,):
         assert isinstance(engine, LlamaBench)
         assert engine.decode(30, 4) == 2.0
-        assert engine.version == "llama-bench, build 7 (abc)"
+        assert engine.version == "llama.cpp (llama-bench, build 7, abc)"
+        assert engine.weights_bytes == bytes_per_token(tiny.weights)
         asked = (tmp_path / "asked").read_text()
         file = Path(asked.split()[1])
         assert is_gguf_of(file, tiny)
@@ -285,24 +395,176 @@ def test_llama_bench_on_the_path_is_used(tmp_path: Path, monkeypatch: pytest.Mon
         LlamaBench(str(program), file, threads=2).prefill(17)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("quantized", [True, False])
-def test_int8_compared_with_the_stored_weights(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quantized: bool
+needs_llama_quantize = pytest.mark.skipif(
+    shutil.which("llama-quantize") is None, reason="there is no llama-quantize on the PATH; build llama.cpp"
+)
+
+
+@needs_llama_quantize
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_types_of_llama_quantize(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quantize: str | None
 ) -> None:
-    """The baseline gets the weights as they are stored. Without int8 there is nothing to compare."""
+    """They are made from the weights as they are stored, and kept beside --gguf."""
+    monkeypatch.setattr(bench, "time_startup", lambda *_: None)
+    file = tmp_path / "tiny.gguf"
+    extra = ["--quantize", quantize] if quantize else []
+    arguments = ["--weights", str(TINY), "--prefill", "5", "--rounds", "1", "--gguf", str(file), *extra]
+    assert main([*arguments, "--vs", "llama.cpp:q4_0", "llama.cpp:Q8_0", "llama.cpp:Q8_0"]) == 0
+    out, err = capsys.readouterr()
+    vs = json.loads(out.splitlines()[-1])["vs"]
+    assert list(vs) == ["llama.cpp:Q4_0", "llama.cpp:Q8_0"]
+    assert all(baseline["decode_ratio"]["5"] > 0 for baseline in vs.values())
+    # 2,015,232 values: blocks of 18 bytes, apart from the output matrix, and of 34 bytes
+    assert vs["llama.cpp:Q8_0"]["weights_bytes_per_token"] == 2_015_232 // 32 * 34
+    assert "Q4_0.gguf: 1 of 38 tensor(s) required fallback to another type than Q4_0" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.Q4_0.gguf", "tiny.Q8_0.gguf", "tiny.gguf"]
+    q4_0 = tmp_path / "tiny.Q4_0.gguf"
+    before = q4_0.stat().st_mtime_ns
+    assert main([*arguments, "--vs", "llama.cpp:Q4_0"]) == 0
+    assert q4_0.stat().st_mtime_ns == before
+    os.utime(q4_0, (0, 0))
+    assert main([*arguments, "--vs", "llama.cpp:Q4_0"]) == 2
+    assert f"{q4_0}: is older than {file}, and may be of another model; remove it" in capsys.readouterr().err
+
+
+@needs_llama_quantize
+def test_unknown_type(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QUICK, "--vs", "llama.cpp:Q9_K"]) == 2
+    assert "--vs llama.cpp:Q9_K: " in (err := capsys.readouterr().err)
+    assert "llama-quantize has no such type; it has Q" in err
+
+
+@pytest.fixture
+def quantize_by_copying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put a program called llama-quantize on the PATH that copies the file, and no llama-bench. Return its folder."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "llama-quantize"
+    program.write_text(
+        f"#!{sys.executable}\nimport shutil, sys\n"
+        "if sys.argv[1] == '--help': print('   2  or  Q4_0 :  4.34G'); sys.exit()\n"
+        "source, target, kind, threads = sys.argv[1:]\n"
+        "assert kind == 'Q4_0' and int(threads) > 0\n"
+        "shutil.copyfile(source, target)\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+@needs_xllamacpp
+def test_files_of_types_are_removed(
+    quantize_by_copying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Model
+) -> None:
+    """Without --gguf all files are temporary; the stored weights are removed as soon as they are not needed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    chosen = choose_model(build_parser().parse_args(QUICK), needs_tokenizer=False)
+    check_baselines(chosen, RunShape(17, 22, 22), ["llama.cpp:Q4_0"])
+    for names, files in (
+        (["llama.cpp:Q4_0"], ["model.Q4_0.gguf"]),
+        (["llama.cpp", "llama.cpp:Q4_0"], ["model.Q4_0.gguf", "model.gguf"]),
+    ):
+        with open_baselines(names, chosen, tiny, None, longest=64) as opened:
+            assert [engine.name for engine in opened] == names
+            assert all(isinstance(engine, Xllamacpp) for engine in opened)
+            assert sorted(path.name for path in tmp_path.glob("llama3_raw-*/*")) == files
+        assert list(tmp_path.iterdir()) == [quantize_by_copying]
+
+
+def test_failing_llama_quantize(quantize_by_copying: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is left of the file."""
+    program = quantize_by_copying / "llama-quantize"
+    program.write_text("#!/bin/sh\necho cannot quantize >&2\n[ $1 = --help ]\n")
+    file = tmp_path / "model.gguf"
+    assert main([*QUICK, "--vs", "llama.cpp:Q4_0", "--gguf", str(file)]) == 2
+    assert "Q4_0 " in (err := capsys.readouterr().err)
+    assert "failed with status 1: cannot quantize" in err
+    assert sorted(tmp_path.iterdir()) == [quantize_by_copying, file]
+
+
+@pytest.mark.usefixtures("no_llama_bench")
+def test_missing_llama_quantize(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QUICK, "--vs", "llama.cpp:Q4_0"]) == 2
+    assert "--vs llama.cpp:Q4_0 needs llama.cpp's program llama-quantize on the PATH" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="session")
+def gguf_in_q8_0(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the built-in model as a GGUF file in Q8_0."""
+    file = tmp_path_factory.mktemp("gguf") / "tiny-Q8_0.gguf"
+    assert convert([str(TINY), str(file), "--outtype", "q8_0"]) == 0
+    return file
+
+
+@needs_xllamacpp
+@pytest.mark.usefixtures("no_llama_bench")
+def test_a_quantized_gguf_file_runs_in_both(
+    gguf_in_q8_0: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama.cpp runs the same file; nothing is written."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(llama_cpp, "write_gguf", None)
+    monkeypatch.setattr(bench, "time_startup", lambda *_: None)
+    assert main(["--weights", str(gguf_in_q8_0), "--prefill", "5", "--rounds", "1", "--vs", "llama.cpp"]) == 0
+    _, figures = output_of(capsys)
+    assert figures["vs"]["llama.cpp"]["weights_bytes_per_token"] == figures["weights_bytes_per_token"]
+    assert figures["vs"]["llama.cpp"]["decode_ratio"]["5"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--vs", "llama.cpp", "transformers"), "--vs llama.cpp transformers: a quantized GGUF file is compared with"),
+        (("--vs", "llama.cpp:Q4_0"), "--vs llama.cpp:Q4_0: a quantized GGUF file is compared with llama.cpp on the"),
+        (("--vs", "llama.cpp", "--layers", "2"), "give --vs llama.cpp alone, all layers and no adapter"),
+        (("--vs", "llama.cpp", "--gguf", "other.gguf"), "--gguf other.gguf: the model's own GGUF file is compared"),
+    ],
+)
+def test_what_a_quantized_gguf_file_is_not_compared_with(
+    gguf_in_q8_0: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--weights", str(gguf_in_q8_0), "--prefill", "5", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@needs_xllamacpp
+@pytest.mark.usefixtures("no_llama_bench")
+def test_own_gguf_file_of_stored_weights(
+    tmp_path: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama.cpp runs it, unless fewer layers or another dtype are measured: those are written."""
+    file = tmp_path / "tiny.gguf"
+    write_gguf(tiny, file)
+    written: list[Path] = []
+    monkeypatch.setattr(llama_cpp, "write_gguf", lambda model, path: written.append(path) or write_gguf(model, path))
+    for extra, n_written in (((), 0), (("--layers", "2"), 1), (("--dtype", "float32"), 2)):
+        options = build_parser().parse_args(["--weights", str(file), *extra])
+        chosen = choose_model(options, needs_tokenizer=False)
+        model = llama3_raw.load(file, layers=options.layers, dtype=chosen.dtype)
+        with open_baselines(["llama.cpp"], chosen, model, None, longest=64) as (engine,):
+            assert engine.weights_bytes == bytes_per_token(model.weights)
+        assert len(written) == n_written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["int8", "int4", None])
+def test_quantized_compared_with_the_stored_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quantize: str | None
+) -> None:
+    """The baseline gets the weights as they are stored. Without --quantize there is nothing to compare."""
     weights = []
     monkeypatch.setattr(
         baselines, "ThisEngine", lambda model, longest, name, version: weights.append(model.weights) or Clock(name)
     )
-    extra = ["--quantize", "int8"] if quantized else []
-    assert main([*QUICK, "--vs", "stored", *extra]) == (0 if quantized else 2)
+    extra = ["--quantize", quantize] if quantize else []
+    assert main([*QUICK, "--vs", "stored", *extra]) == (0 if quantize else 2)
     out, err = capsys.readouterr()
-    if quantized:
+    if quantize:
         assert isinstance(weights[0].layers[0].wq, torch.Tensor)
         assert json.loads(out.splitlines()[-1])
     else:
-        assert "--vs stored compares --quantize int8 with the weights as they are stored" in err
+        assert "--vs stored compares the weights as they are stored with those of --quantize; add it" in err
 
 
 def test_gguf_file_of_another_model(tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
@@ -332,7 +594,8 @@ def test_disk_too_small_for_a_gguf_file(tmp_path: Path, tiny: Model, monkeypatch
     [
         (("--prefill", "600"), "--prefill 600: with the new tokens, that exceeds the model's context of 512"),
         (("--contexts", "510"), "--contexts 510: with the new tokens, that exceeds the model's context of 512"),
-        (("--vs", "vllm"), "invalid choice: 'vllm' (choose from"),
+        (("--vs", "vllm"), "argument --vs: there is no baseline vllm; choose from transformers, "),
+        (("--vs", "llama.cpp:"), "argument --vs: there is no baseline llama.cpp:; choose from transformers, "),
         (("--plot", "speed.docx"), "--plot speed.docx: the name should end in .png or .svg"),
         (("--plot", "nowhere/speed.png"), "there is no folder nowhere"),
     ],
@@ -503,7 +766,7 @@ def test_baselines_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     arguments = [*QUICK, "--device", "cuda"]
     chosen = choose_model(build_parser().parse_args(arguments), needs_tokenizer=False)
     check_baselines(chosen, RunShape(17, 22, 22), ["transformers", "transformers-compiled"])
-    check_baselines(chosen._replace(quantized=True), RunShape(17, 22, 22), ["stored"])
+    check_baselines(chosen._replace(quantize="int8"), RunShape(17, 22, 22), ["stored"])
     assert main([*arguments, "--vs", "transformers", "llama.cpp"]) == 2
     err = capsys.readouterr().err
     assert err == "llama3_raw: error: --vs llama.cpp runs on the CPU only, but the device is cuda; give --device cpu\n"

@@ -12,11 +12,12 @@ import torch
 import llama3_raw
 from llama3_raw import KVCache, Params, UserError
 from llama3_raw.bench.__main__ import main
+from llama3_raw.bench.engines import matrices_of
 from llama3_raw.bench.estimate import GPUS, Cluster, check_split, estimate, shard_numel
-from llama3_raw.bench.measure import matrices_of
 from llama3_raw.bench.synthetic import SYNTHETIC, synthetic_checkpoint
 from llama3_raw.checkpoint.checkpoint import open_checkpoint
 from llama3_raw.checkpoint.writing import save_quantized
+from llama3_raw.quantization.matrix import FORMATS
 from tests.paths import TINY
 
 H200 = Cluster("h200")
@@ -112,11 +113,13 @@ def test_many_texts_are_limited_by_arithmetic() -> None:
 
 
 def test_bytes_match_the_loaded_tensors(tmp_path: Path) -> None:
-    """For the built-in model in bf16 and in int8."""
-    save_quantized(TINY, open_checkpoint(TINY), tmp_path / "int8")
-    for folder in (TINY, tmp_path / "int8"):
+    """For the built-in model in bf16, in int8 and in int4."""
+    for name in FORMATS:
+        save_quantized(TINY, open_checkpoint(TINY), tmp_path / name, quantize=name)
+    for folder, dtype in ((TINY, "bfloat16"), *((tmp_path / name, name) for name in FORMATS)):
         model = llama3_raw.load(folder)
         result = estimate(open_checkpoint(folder), H200, 1, [1])
+        assert result.dtype == dtype
         norms = 2 * (2 * model.params.n_layers + 1) * model.params.dim
         assert result.weights_bytes_per_token == sum(matrix.nbytes for matrix in matrices_of(model.weights)) + norms
         cache = KVCache.allocate(model.params, max_seq_len=10, like=model.weights)

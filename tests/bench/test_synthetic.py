@@ -24,7 +24,8 @@ from llama3_raw.bench.synthetic import SYNTHETIC, make_synthetic, random_weights
 from llama3_raw.cli.memory_plan import MemoryPlan, RunShape, check_memory, needed
 from llama3_raw.params import Params
 from llama3_raw.quantization.int8 import Int8
-from llama3_raw.weights import MATRICES, tensor_specs
+from llama3_raw.quantization.matrix import FORMATS, tensors_of
+from llama3_raw.weights import MATRICES, format_name, tensor_specs
 from tests.references import dense
 
 CPU = torch.device("cpu")
@@ -101,32 +102,43 @@ def test_weights_created_on_the_device(tied: bool, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("quantize", FORMATS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_weights_created_in_int8(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_weights_are_created_one_by_one(tied: bool, quantize: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights, rounded one by one, so that at most one matrix exists in bf16 at a time."""
     monkeypatch.setitem(SYNTHETIC, "small", (SYNTHETIC["small"][0], tied))
     checkpoint = synthetic_checkpoint("small")
     plain = random_weights(checkpoint, CPU, random_seed=1)
     unrounded: list[weakref.ref[torch.Tensor]] = []
 
-    quantize = Int8.quantize
+    for kind in {Int8, FORMATS[quantize]}:
 
-    def watched(matrix: torch.Tensor) -> Int8:
+        def watched(matrix: torch.Tensor, original: Any = kind.quantize) -> Any:
+            assert all(other() is None for other in unrounded)
+            unrounded.append(weakref.ref(matrix))
+            return original(matrix)
+
+        monkeypatch.setattr(kind, "quantize", watched)
+
+    def ones(*arguments: Any, created: Any = torch.ones, **settings: Any) -> torch.Tensor:
         assert all(other() is None for other in unrounded)
-        unrounded.append(weakref.ref(matrix))
-        return quantize(dense(matrix))
+        tensor: torch.Tensor = created(*arguments, **settings)
+        return tensor
 
-    monkeypatch.setattr(Int8, "quantize", watched)
-    weights = random_weights(checkpoint, CPU, random_seed=1, quantized=True)
+    monkeypatch.setattr(torch, "ones", ones)
+    weights = random_weights(checkpoint, CPU, random_seed=1, quantize=quantize)
+    monkeypatch.undo()
     assert len(unrounded) == 15  # if tied, the last are the embeddings
     assert torch.equal(dense(weights.tok_embeddings), dense(plain.tok_embeddings))
+    assert isinstance(weights.output, Int8)
     pairs = [(weights.output, plain.output)]
     for ours, theirs in zip(weights.layers, plain.layers, strict=True):
         assert torch.equal(ours.ffn_norm, theirs.ffn_norm)
         pairs += [(getattr(ours, field), getattr(theirs, field)) for field in MATRICES if field != "output"]
+        assert isinstance(ours.w2, FORMATS[quantize])
     for rounded, matrix in pairs:
-        assert isinstance(rounded, Int8)
-        assert all(torch.equal(*both) for both in zip(rounded, quantize(dense(matrix)), strict=True))
+        expected = FORMATS[format_name(rounded)].quantize(dense(matrix))
+        assert all(torch.equal(*both) for both in zip(tensors_of(rounded), expected, strict=True))
 
 
 @pytest.mark.usefixtures("small")
@@ -214,17 +226,17 @@ def test_several_folders(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
-@pytest.mark.parametrize("quantized", [False, True])
-def test_weights_created_on_a_gpu(quantized: bool) -> None:
+@pytest.mark.parametrize("quantize", [None, *FORMATS])
+def test_weights_created_on_a_gpu(quantize: str | None) -> None:
     """They are on the GPU, and creating them needs next to no other memory there."""
     gpu = torch.device("cuda")
     checkpoint = synthetic_checkpoint("small")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    weights = random_weights(checkpoint, gpu, quantized=quantized)
-    n_bytes = needed(MemoryPlan(checkpoint, gpu, None, RunShape(1, 2, 2), quantized=quantized)).copied
-    if quantized:  # scales, the largest matrix in bf16, some rows of it in fp32
-        n_bytes += 2 * 128256 * (128 + 2) + 3_000_000
+    weights = random_weights(checkpoint, gpu, quantize=quantize)
+    n_bytes = needed(MemoryPlan(checkpoint, gpu, None, RunShape(1, 2, 2), quantize=quantize)).copied
+    if quantize:  # the largest matrix in bf16, some rows of it in fp32
+        n_bytes += 2 * 128256 * 128 + 3_000_000
     assert weights.norm.is_cuda
     assert torch.cuda.max_memory_allocated() - before <= n_bytes + 1_000_000
     output = weights.output.dequantize(torch.float32) if isinstance(weights.output, Int8) else weights.output

@@ -19,6 +19,7 @@ from llama3_raw.checkpoint.sharding import SHARDED_DIMENSION, Shard, cannot_spli
 from llama3_raw.checkpoint.writing import save_quantized
 from llama3_raw.cli.memory_plan import MemoryPlan, RunShape, needed
 from llama3_raw.quantization.int8 import Int8
+from llama3_raw.quantization.matrix import FORMATS
 from llama3_raw.weights import tensor_specs
 from tests.references import flat, hf_model, random_weights
 
@@ -104,16 +105,56 @@ def test_rows_of_one_file_are_not_copied(folders: dict[str, Path]) -> None:
     assert not any(map(checkpoint.needs_copy, checkpoint.shards))
 
 
-def test_a_shard_in_int8_has_its_scales(weights: Weights, tmp_path: Path) -> None:
-    folder = write_shards(tmp_path / "bf16", CONTENT, weights._replace(), 1)
-    save_quantized(folder, open_checkpoint(folder), tmp_path / "int8", dtype=torch.bfloat16)
-    whole = load(tmp_path / "int8").weights
-    shards = [load(tmp_path / "int8", shard=Shard(rank, 2)).weights for rank in range(2)]
-    for field in ("wq", "w2"):
+@pytest.fixture(scope="module")
+def quantized_folders(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("quantized")
+    for name in FORMATS:
+        save_quantized(folders["1"], open_checkpoint(folders["1"]), root / name, dtype=torch.bfloat16, quantize=name)
+    return {name: root / name for name in FORMATS}
+
+
+@pytest.mark.parametrize("quantize", FORMATS)
+def test_a_shard_of_a_quantized_model_has_its_scales(quantized_folders: dict[str, Path], quantize: str) -> None:
+    whole = load(quantized_folders[quantize]).weights
+    shards = [load(quantized_folders[quantize], shard=Shard(rank, 2)).weights for rank in range(2)]
+    assert all(isinstance(shard.output, Int8) for shard in shards)
+    for field in ("wq", "wk", "wo", "w2", "w3"):
         matrices = [getattr(shard.layers[1], field) for shard in shards]
-        assert all(isinstance(matrix, Int8) for matrix in matrices)
+        assert all(isinstance(matrix, FORMATS[quantize]) for matrix in matrices)
+        assert all(tensor.is_contiguous() for matrix in matrices for tensor in matrix)
         joined = torch.cat([matrix.dequantize(torch.float32) for matrix in matrices], dim=SHARDED_DIMENSION[field])
         assert torch.equal(joined, getattr(whole.layers[1], field).dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("quantize", FORMATS)
+def test_the_plan_of_a_quantized_shard(quantized_folders: dict[str, Path], quantize: str) -> None:
+    """Mapped are the rows, copied the columns, which are not contiguous in the file."""
+    checkpoint = shard_of(open_checkpoint(quantized_folders[quantize]), Shard(1, 2))
+    need = needed(MemoryPlan(checkpoint, torch.device("cpu"), None, RunShape(1, 2, 2)))
+    weights = load(quantized_folders[quantize], shard=Shard(1, 2)).weights
+    columns = sum(getattr(layer, field).nbytes for layer in weights.layers for field in ("wo", "w2"))
+    assert need.copied == columns
+    assert need.mapped == sum(matrix.nbytes for matrix in flat(weights)) - columns - weights.tok_embeddings.nbytes
+
+
+def test_a_group_of_int4_is_not_split(folders: dict[str, Path], quantized_folders: dict[str, Path]) -> None:
+    """16 columns of wo are half a group, and 8 rows of wk half a block; in int8 there are no groups."""
+    load(quantized_folders["int8"], shard=Shard(1, 4))
+    says = "wk.weight cannot be split among these processes: int4 has rows in groups of 16, and theirs are 8 of 32; use"
+    with pytest.raises(UserError, match=says):
+        load(quantized_folders["int4"], shard=Shard(1, 4))
+    with pytest.raises(UserError, match=r"wo.weight is \[64, 16\], and int4 needs inputs in groups of 32; use int8"):
+        load(folders["1"], shard=Shard(1, 4), quantize="int4", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("dimension", "wanted"), [(0, range(16, 32)), (0, range(32, 40)), (1, range(32, 96))])
+def test_a_part_of_a_matrix(dimension: int, wanted: range) -> None:
+    """The last rows too, of a block that is not full."""
+    matrix = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
+    for kind in FORMATS.values():
+        whole = kind.quantize(matrix)
+        expected = whole.dequantize(torch.float32).narrow(dimension, wanted.start, len(wanted))
+        assert torch.equal(whole.part(dimension, wanted).dequantize(torch.float32), expected)
 
 
 def test_impossible_splits_are_refused(folders: dict[str, Path]) -> None:

@@ -19,8 +19,9 @@ from llama3_raw.checkpoint.checkpoint import open_checkpoint
 from llama3_raw.checkpoint.loading import build_weights
 from llama3_raw.checkpoint.staging import Move, StagingRoute, staged_by, staging
 from llama3_raw.checkpoint.writing import save_quantized
+from llama3_raw.quantization.int4 import Int4
 from llama3_raw.quantization.int8 import Int8
-from llama3_raw.quantization.matrix import tensors_of
+from llama3_raw.quantization.matrix import FORMATS, tensors_of
 from tests.paths import TINY
 from tests.references import converted, flat, hf_model, random_weights
 
@@ -83,8 +84,8 @@ def assert_same(ours: llama3_raw.Weights, theirs: llama3_raw.Weights) -> None:
     assert all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
 
 
-def to_cpu(matrix: Tensor | Int8) -> Tensor | Int8:
-    return Int8(*(tensor.cpu() for tensor in matrix)) if isinstance(matrix, Int8) else matrix.cpu()
+def to_cpu(matrix: Tensor | Int8 | Int4) -> Tensor | Int8 | Int4:
+    return type(matrix)(*(tensor.cpu() for tensor in matrix)) if isinstance(matrix, Int8 | Int4) else matrix.cpu()
 
 
 def test_every_size_is_copied_completely(device: FakeDevice) -> None:
@@ -204,13 +205,13 @@ def model_folder(tmp_path: Path, case: str) -> Path:
     if case == "shards":
         assert convert.main([str(TINY), str(tmp_path / "shards"), "--shards", "2"]) == 0
         return tmp_path / "shards"
-    if case == "int8":
-        save_quantized(TINY, open_checkpoint(TINY), tmp_path / "int8")
-        return tmp_path / "int8"
+    if case in FORMATS:
+        save_quantized(TINY, open_checkpoint(TINY), tmp_path / "saved", quantize=case)
+        return tmp_path / "saved"
     return Path(shutil.copytree(TINY, tmp_path / "model"))
 
 
-CASES = ["meta", "hf", "tied", "shards", "int8"]
+CASES = ["meta", "hf", "tied", "shards", *FORMATS]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import torch
 
 from llama3_raw import Model, Params, UserError, generate
 from llama3_raw.__main__ import main
-from llama3_raw.checkpoint.checkpoint import first_layers, open_checkpoint
+from llama3_raw.checkpoint.checkpoint import Checkpoint, first_layers, open_checkpoint
 from llama3_raw.checkpoint.loading import build_weights, to_state_dict
 from llama3_raw.cli import models
 from llama3_raw.cli.memory_plan import MemoryPlan, RunShape, check_memory, needed
@@ -79,9 +79,9 @@ def test_only_the_exact_operations_need_memory_for_scores() -> None:
     fast, exact = needed(plan), needed(plan._replace(exact=True))
     scores = 32 * 256 * 131_000 * 2
     assert fast.work - 500_000_000 < 0.03 * fast.cache < scores < exact.work
-    assert needed(plan._replace(quantized=True)).work - fast.work == 2**28
+    assert needed(plan._replace(quantize="int8")).work - fast.work == 2**28
     assert needed(plan._replace(device=CPU)).work == exact.work - 500_000_000
-    small = needed(MemoryPlan(first_layers(open_checkpoint(TINY), 1), GPU, None, RunShape(1, 2, 2), quantized=True))
+    small = needed(MemoryPlan(first_layers(open_checkpoint(TINY), 1), GPU, None, RunShape(1, 2, 2), quantize="int8"))
     assert small.work < 500_000_000 + 2 * 2304 * 192 + 10_000
 
 
@@ -91,6 +91,39 @@ def test_each_option_plans_with_its_own_operations(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(models, "check_memory", plans.append)
     assert main(["--weights", str(TINY), "--device", "cpu", "One", "--max-new-tokens", "1", *option]) == 0
     assert [plan.exact for plan in plans] == [bool(option)]
+
+
+def test_the_bytes_of_quantized_matrices() -> None:
+    """Of 8B: 7.0e9 values in layers in 4.5 bits, with 8 bytes for each output, and an output matrix in int8."""
+    plan = MemoryPlan(checkpoint(), CPU, None, RunShape(17, 25, 18))
+    values, outputs = 32 * 218_103_808, 32 * (4096 + 1024 + 1024 + 4096 + 14336 + 4096 + 14336)
+    inputs = 32 * (6 * 4096 + 14336)
+    output = 128256 * 4096 + 4 * (128256 + 4096)
+    assert needed(plan._replace(quantize="int8")).copied == values + 4 * (outputs + inputs) + output
+    in_int4 = needed(plan._replace(quantize="int4"))
+    assert in_int4.copied == values * 9 // 16 + 8 * outputs + output
+    assert in_int4.mapped == 65 * 8192  # the norms
+    tied = MemoryPlan(checkpoint("1b"), CPU, None, RunShape(17, 25, 18), quantize="int4")
+    assert needed(tied).copied == 973_078_528 * 9 // 16 + 8 * 16 * (2 * 2048 + 2 * 512 + 2 * 8192 + 2048) + (
+        128256 * 2048 + 4 * (128256 + 2048)
+    )
+
+
+def test_int4_is_suggested_where_int8_does_not_fit() -> None:
+    """But not for matrices that it does not have, nor for those that are quantized."""
+    shape = RunShape(17, 273, 18)
+
+    def says(checkpoint: Checkpoint, quantize: str | None = None) -> str:
+        with pytest.raises(UserError) as caught:
+            check_memory(MemoryPlan(checkpoint, GPU, None, shape, quantize=quantize), lambda device: 7 * 10**9)
+        return str(caught.value)
+
+    eight_b = checkpoint()
+    assert "what fits: --quantize int4, or --gpu-layers" in says(eight_b)
+    assert "weights in int8 " in says(eight_b, "int8")
+    assert "what fits: --quantize int4, or" in says(eight_b, "int8")
+    odd = {spec._replace(shape=(4096, 14340)) if spec.field == "w2" else spec: t for spec, t in eight_b.shards.items()}
+    assert "--quantize" not in says(eight_b._replace(shards=odd))
 
 
 def test_what_does_not_fit_on_the_cpu_of_a_gpu_run() -> None:
@@ -188,7 +221,7 @@ def test_a_suggestion_fits_and_one_more_does_not(case: str) -> None:
         elif option == "--device":
             assert fits(plan._replace(device=torch.device(value), gpu_layers=None))
         elif option == "--quantize":
-            assert fits(plan._replace(quantized=True))
+            assert fits(plan._replace(quantize="int8"))
         else:
             assert fits(plan._replace(dtype=None if option == "no" else torch.bfloat16))
 
@@ -214,7 +247,7 @@ def test_a_suggestion_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def test_a_model_larger_than_the_memory_runs_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretend(monkeypatch, 3_000_000)
+    pretend(monkeypatch, 3_200_000)
     monkeypatch.setattr(models, "PROGRESS_BAR_FROM", 0)
     assert main(["--weights", str(TINY), "--device", "cpu", "Once upon a time", "--max-new-tokens", "3"]) == 0
     out, err = capsys.readouterr()
@@ -222,7 +255,7 @@ def test_a_model_larger_than_the_memory_runs_with_one_warning(
     warnings = [line for line in err.splitlines() if "warning" in line]
     assert len(warnings) == 1
     assert "loading" not in err  # what would not stay in memory is not read in beforehand
-    assert warnings[0].startswith(f"llama3_raw: warning: {TINY / 'consolidated.00.pth'}: 4.1 MB are needed, 3.0 MB are")
+    assert warnings[0].startswith(f"llama3_raw: warning: {TINY / 'consolidated.00.pth'}: 4.1 MB are needed, 3.2 MB are")
     assert warnings[0].endswith("what fits: --quantize int8, or --layers 2")
 
 

@@ -276,6 +276,15 @@ def test_rounding_is_no_divergence(other: str, capsys: pytest.CaptureFixture[str
     assert figures["missing"] == (8 if other == "fast" else 0)  # scores and probs, which are fused
 
 
+def test_weights_of_4_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    """They differ by more than rounding explains, which a line says; a tolerance decides."""
+    assert main([*OWN_WEIGHTS, "--with", "int4", PROMPT]) == 1
+    out, err = capsys.readouterr()
+    assert "int4 has weights of 4 bits, which differ by more than the rounding of a computation; judge it by the" in err
+    assert 0 < json.loads(out.splitlines()[-1])["logits"]["kl"] < 0.01
+    assert main([*OWN_WEIGHTS, "--with", "int4", "--tolerance", "0.5", PROMPT]) == 0
+
+
 def test_a_trace_with_itself_is_the_same(tiny: Model, ids: list[int]) -> None:
     same = compare(tiny, ids, trace(tiny, ids))
     assert {difference for step in same.steps for difference in (step.whole, step.own)} == {Difference(0.0, 0.0)}
@@ -451,6 +460,7 @@ def test_unknown_names_are_reported_with_the_nearest(
         (["--with", "fast", "--names", "layers.9.residual", PROMPT], "the nearest are"),
         (["--with", "fast", "--tolerance", "-1", PROMPT], "--tolerance: should be a number of 0 or more"),
         (["--with", "int8", "--dtype", "float32", PROMPT], "int8 matrices are fast in bfloat16 only"),
+        (["--with", "int4", "--dtype", "float32", PROMPT], "int4 matrices are fast in bfloat16 only"),
         (["--with", "hf", "--max-ram", "4GB", PROMPT], "leave --max-ram out"),
     ],
 )

@@ -18,8 +18,9 @@ from llama3_raw import __main__ as command
 from llama3_raw.backends import cpu
 from llama3_raw.chat import conversation
 from llama3_raw.chat.conversation import Conversation
+from llama3_raw.decoding.drafts import MAX_DRAFT_TOKENS
 from llama3_raw.decoding.loop import StopReason, generate
-from llama3_raw.decoding.prompt_lookup import LONGEST, MAX_DRAFT_TOKENS, EarlierText, LookupPolicy, PromptLookup
+from llama3_raw.decoding.prompt_lookup import LONGEST, EarlierText, LookupPolicy, PromptLookup
 from llama3_raw.decoding.sampling import Sampling
 from tests.paths import TINY
 from tests.references import random_weights, run
