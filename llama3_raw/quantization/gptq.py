@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .int4 import GROUP, ROWS_AT_ONCE, Int4, find_grid, nearest, pack
+from .int4 import GROUP, Int4, find_grid, nearest, pack, pieces_of
 
 _DAMPING = 0.01  # of the mean of H's diagonal, which is added to the diagonal, as in the paper
 _BLOCK = 128  # inputs to which the errors before them are carried over by one matrix product
@@ -47,7 +47,7 @@ def gptq(matrix: Tensor, moments: Tensor) -> Int4:
     mean = moments.diagonal().mean()
     damped = moments / torch.where(mean == 0, 1.0, mean)
     damped.diagonal().add_(_DAMPING)
-    grids = [find_grid(rows.float(), damped.diagonal()) for rows in matrix.split(ROWS_AT_ONCE)]
+    grids = [find_grid(rows.float(), damped.diagonal()) for rows in pieces_of(matrix)]
     scale, minimum, units = (torch.cat(parts).T.contiguous() for parts in zip(*grids, strict=True))
     wide = matrix.float().T.contiguous()
     rounding = _Rounding(wide, torch.empty_like(wide), scale, minimum, units)

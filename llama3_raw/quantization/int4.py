@@ -19,7 +19,7 @@ GROUP = 32  # inputs that share a scale
 OUTPUTS = 16  # whose values lie together
 _LEVELS = 15  # the largest value
 _CANDIDATES = 20  # scales that are tried for a group
-ROWS_AT_ONCE = 128  # a multiple of 16: what is needed in fp32 at a time, and stays in the cache
+_ROWS_AT_ONCE = 128  # a multiple of 16: what is needed in fp32 at a time, and stays in a CPU's cache
 
 
 class Int4(NamedTuple):
@@ -91,7 +91,7 @@ class Int4(NamedTuple):
         """
         if matrix.shape[1] % GROUP:
             raise UserError(f"a matrix {list(matrix.shape)} has no int4 format: its inputs are no multiple of {GROUP}")
-        pieces = [cls._quantize_rows(rows.float()) for rows in matrix.split(ROWS_AT_ONCE)]
+        pieces = [cls._quantize_rows(rows.float()) for rows in pieces_of(matrix)]
         return cls(*(torch.cat(tensors) for tensors in zip(*pieces, strict=True)))
 
     @classmethod
@@ -99,6 +99,11 @@ class Int4(NamedTuple):
         scale, minimum, units = find_grid(rows)
         step, offset = (scale * units[:, :1]).unsqueeze(-1), (minimum * units[:, 1:]).unsqueeze(-1)
         return pack(nearest(rows.unflatten(-1, (-1, GROUP)), step, offset), scale, minimum, units)
+
+
+def pieces_of(matrix: Tensor) -> Iterator[Tensor]:
+    """Yield the rows [out, in] in pieces for `find_grid`: on a GPU larger ones, which keep it busy."""
+    yield from matrix.split(_ROWS_AT_ONCE if matrix.is_cpu else 16 * _ROWS_AT_ONCE)
 
 
 def nearest(x: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:

@@ -111,8 +111,9 @@ static inline void panel_of_k(int kind, Source *source, const uint8_t *block, in
 static inline void panel_of_q6_k(Source *source, const uint8_t *block, int group, Panel *panel) {
     int64_t stride = source->stride;
     if (group == 0) {
-        load_columns(block + 192, stride, (bytes *)source->scales);
-        bytes last[4]; /* 16 bytes up to the end of the block; the scale is its last two */
+        bytes scales[4], last[4]; /* the last 16 bytes of the block end with its own scale */
+        load_columns(block + 192, stride, scales);
+        for (int i = 0; i < 4; i++) source->scales[i] = (words)scales[i];
         load_columns(block + 194, stride, last);
         source->scale = from_halves((words)last[3] >> 16);
     }
@@ -134,6 +135,7 @@ static inline void panel_of_q6_k(Source *source, const uint8_t *block, int group
 static inline void panel_of_int4(const Source *source, const Matrix *w, int64_t output, int64_t group, Panel *panel) {
     int64_t at = output / TOGETHER * (w->length / GROUP) + group, lane = output % TOGETHER;
     const uint8_t *values = w->values + at * 256 + 4 * lane, *scales = w->scales + at * 32 + lane;
+    if (lane == 0) __builtin_prefetch(scales + AHEAD / 8, 0, 2);
     for (int i = 0; i < 4; i++) {
         bytes both;
         memcpy(&both, values + 64 * i, sizeof both);

@@ -136,12 +136,11 @@ static inline void load_columns(const uint8_t *rows, int64_t stride, bytes quads
     quads[3] = (bytes)ZIP(hi, 64, ZIP(hi, 32, r[0], r[1]), ZIP(hi, 32, r[2], r[3]));
 #undef ZIP
 #else
-    for (int i = 0; i < 4; i++)
-        for (int lane = 0; lane < WIDTH; lane++) {
-            uint32_t four;
-            memcpy(&four, rows + lane * stride + 4 * i, 4);
-            ((words *)quads)[i][lane] = four;
-        }
+    for (int i = 0; i < 4; i++) {
+        uint32_t fours[WIDTH];
+        for (int lane = 0; lane < WIDTH; lane++) memcpy(fours + lane, rows + lane * stride + 4 * i, 4);
+        quads[i] = (bytes)load_words(fours);
+    }
 #endif
 }
 
