@@ -39,7 +39,7 @@ MAX_DECODE_ROWS = 16  # tokens that the kernels compute on every processor, each
 _MAX_ROWS = 128  # tokens in bf16; with more, torch is faster, as it first reorders or upcasts the matrix
 _MAX_ROWS_BF16 = 64  # the same where torch has instructions for bf16, and this processor no tiles
 _MAX_KEYS = 256  # for more than MAX_DECODE_ROWS tokens; with more keys, torch is faster
-_MAX_LENGTH = 2**17  # values of a row; above that, a sum of int8 products may overflow 32 bits
+_MAX_LENGTH = 2**17  # values of a row, for the tiles; above that, a sum of int8 products may overflow 32 bits
 QUERIES = 128  # tokens that torch attends for at a time
 _KINDS = {name: number for number, name in enumerate((*BLOCK_TYPES, "int4"))}  # the enum in blocks.c
 _SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.[ch]"))
@@ -188,13 +188,13 @@ class _Kernels:
     def __init__(self, kernels: ctypes.CDLL):
         self._kernels = kernels
         self._has_tiles = bool(kernels.has_tiles())
-        self._is_x86 = kernels.width() >= 8  # NEON is not measured against Apple's matrix units
+        self._has_wide_vectors = kernels.width() >= 8  # else not measured, as NEON against Apple's matrix units
 
     def linear(self, x: Tensor, weight: Matrix) -> Tensor:
         """x [..., in], weight [out, in] -> [..., out]; few rows at the speed of the memory."""
         outputs, length = weight.shape
         rows = x.numel() // length
-        if not (rows > 0 and length % 32 == 0 and _is_plain_bf16(x) and _is_plain(weight)):
+        if not (rows > 0 and x.shape[-1] == length and length % 32 == 0 and _is_plain_bf16(x) and _is_plain(weight)):
             return linear_by_torch(x, weight)
         if isinstance(weight, Int4 | Blocks):
             fits = isinstance(weight, Int4) or outputs >= self._kernels.width()
@@ -209,13 +209,13 @@ class _Kernels:
 
     def _max_rows(self, by_tiles: bool) -> int:
         """Return the number of rows in bf16 above which torch is faster."""
-        if not self._is_x86:
+        if not self._has_wide_vectors:
             return MAX_DECODE_ROWS
         return _MAX_ROWS if by_tiles or fp32_is_faster() else _MAX_ROWS_BF16
 
     def max_packed(self) -> int:
         """Return how many tokens of several prompts get the same bits together as alone, however they are stored."""
-        return self._max_rows(self._has_tiles)
+        return min(self._max_rows(by_tiles) for by_tiles in {False, self._has_tiles})
 
     def _product(self, x: Tensor, weight: Tensor | Int8, by_tiles: bool) -> Tensor:
         """x [..., in] contiguous, weight [out, in] -> [..., out]"""
@@ -247,7 +247,8 @@ class _Kernels:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Like model.rms_norm, in one pass."""
         dim = x.shape[-1]
-        if not (_is_plain_bf16(x) and _is_plain_bf16(weight) and weight.is_contiguous() and dim % 32 == 0):
+        fits = weight.shape == x.shape[-1:] and weight.is_contiguous() and dim % 32 == 0
+        if not (fits and x.numel() and _is_plain_bf16(x) and _is_plain_bf16(weight)):
             return rms_norm(x, weight, eps)
         x = x.contiguous()
         y = torch.empty_like(x)
@@ -259,8 +260,10 @@ class _Kernels:
         """Like model.rope, in one pass."""
         n_heads, head_dim = x.shape[-2:]
         angles = cos.flatten(0, -2)  # a view, as all positions are equally far apart
-        is_same = cos.stride() == sin.stride() and angles.data_ptr() == cos.data_ptr()
-        if not (_is_plain_bf16(x) and is_same and x.numel()):
+        sizes = (*x.shape[x.dim() - cos.dim() : -2], 1, head_dim // 2)
+        are_alike = cos.shape == sin.shape == sizes and cos.stride() == sin.stride()
+        are_plain = cos.dtype == sin.dtype == torch.float32 and angles.data_ptr() == cos.data_ptr()
+        if not (_is_plain_bf16(x) and x.numel() and are_alike and are_plain):
             return rope(x, cos, sin)
         x = x.contiguous()
         y = torch.empty_like(x)
@@ -275,7 +278,7 @@ class _Kernels:
             _is_plain_bf16(x) and x.dim() <= 4 and x.stride()[-2:] == (head_dim, 1) for x in (q, keys, values)
         )
         use_tiles = self._has_tiles and n_heads // keys.shape[-2] % 4 == 0
-        is_short = n_tokens <= MAX_DECODE_ROWS or (self._is_x86 and keys.shape[-3] <= _MAX_KEYS)
+        is_short = n_tokens <= MAX_DECODE_ROWS or (self._has_wide_vectors and keys.shape[-3] <= _MAX_KEYS)
         if not are_plain or head_dim % 32 or not (is_short or use_tiles):
             return attend_by_torch(q, keys, values, start)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -384,7 +387,10 @@ def fast_ops() -> Ops:
     try:
         return make_ops(build_kernels())
     except CannotBuild as reason:
-        print(f"llama3_raw: {reason}; tokens come about half as fast, computed by torch", file=sys.stderr)
+        print(
+            f"llama3_raw: {reason}; computed by torch: tokens come about half as fast, and from few bits far slower",
+            file=sys.stderr,
+        )
         return Ops(
             embed=embed,
             linear=linear_by_torch,

@@ -26,7 +26,8 @@ from ..backends.cuda_graphs import CudaGraphs
 from ..errors import UserError
 from ..model import KVCache
 from ..ops import Ops, no_tap
-from ..quantization.matrix import Matrix
+from ..quantization.blocks import Blocks
+from ..quantization.matrix import Matrix, embed, tensors_of
 from ..tokenizer import Tokenizer
 from ..weights import LayerWeights, Model, Weights, devices_of, format_name, quantized
 from .drafts import ALONE_EVERY, MAX_DRAFT_TOKENS, best_count
@@ -335,17 +336,26 @@ def _check_tokens(model: Model, target: Model) -> None:
 
 
 def _is_same(model: Model, target: Model) -> bool:
-    """Whether the draft is the target, or its first layers, perhaps in another format: then the norms are the same."""
+    """Whether the draft is the target, or its first layers, perhaps in another format, by the norms and embeddings.
+
+    A fine-tune that changed neither counts as the same, too: it proposes from the target's cache.
+    """
     ours, theirs = model.weights, target.weights
     return (
         replace(model.params, n_layers=target.params.n_layers) == target.params
         and len(ours.layers) <= len(theirs.layers)
         and ours.norm.dtype == theirs.norm.dtype
+        and _first_rows_equal(ours.tok_embeddings, theirs.tok_embeddings)
         and all(
             torch.equal(a.attention_norm, b.attention_norm) and torch.equal(a.ffn_norm, b.ffn_norm)
             for a, b in zip(ours.layers, theirs.layers, strict=False)
         )
     )
+
+
+def _first_rows_equal(table: Tensor | Blocks, other: Tensor | Blocks) -> bool:
+    tokens = torch.arange(8, device=tensors_of(table)[0].device)
+    return torch.equal(embed(tokens, table), embed(tokens, other))
 
 
 def _bytes_of(model: Model) -> int:

@@ -16,6 +16,9 @@ from ..errors import UserError
 from .int4 import GROUP, Int4, find_grid, nearest, pack, pieces_of
 
 _DAMPING = 0.01  # of the mean of H's diagonal, which is added to the diagonal, as in the paper
+# times in / tokens: by how much of itself the diagonal grows, as few tokens overstate correlations. stories15M loses
+# 34 millinats per token if calibrated with 512 tokens, and 65 without this; with 16,384 tokens it is 29 either way
+_SHRINKAGE = 2.0
 _BLOCK = 128  # inputs to which the errors before them are carried over by one matrix product
 _SWEEPS = 2  # of `_descend`; more gain little
 
@@ -34,8 +37,10 @@ class _Rounding(NamedTuple):
         return self.scale[group] * self.units[0], self.minimum[group] * self.units[1]
 
 
-def gptq(matrix: Tensor, moments: Tensor) -> Int4:
+def gptq(matrix: Tensor, moments: Tensor, tokens: int) -> Int4:
     """Round a matrix [out, in] of any floating dtype to int4, given the second moments [in, in] fp32 of its inputs.
+
+    tokens: the number of inputs that the moments are the sum over.
 
     Each group gets the grid with the least squared error, weighted by the mean squares of its inputs. On these grids
     the values are rounded input by input (`_round`), then all that makes up the matrix is improved (`_descend`).
@@ -46,7 +51,7 @@ def gptq(matrix: Tensor, moments: Tensor) -> Int4:
         raise UserError("the inputs of a matrix are not numbers: the weights are damaged (see download.py --verify)")
     mean = moments.diagonal().mean()
     damped = moments / torch.where(mean == 0, 1.0, mean)
-    damped.diagonal().add_(_DAMPING)
+    damped.diagonal().mul_(1 + _SHRINKAGE * len(moments) / tokens).add_(_DAMPING)
     grids = [find_grid(rows.float(), damped.diagonal()) for rows in pieces_of(matrix)]
     scale, minimum, units = (torch.cat(parts).T.contiguous() for parts in zip(*grids, strict=True))
     wide = matrix.float().T.contiguous()

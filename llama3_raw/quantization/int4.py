@@ -7,6 +7,7 @@ units for 256 inputs. The values of 16 outputs lie together: one vector of a pro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -49,9 +50,10 @@ class Int4(NamedTuple):
 
     def split(self, n_rows: int) -> Iterator[Int4]:
         """Yield the matrix in pieces of `n_rows` rows, a multiple of 16, as views."""
+        assert n_rows % OUTPUTS == 0
         n_blocks = n_rows // OUTPUTS
         pieces = (self.values.split(n_blocks), self.scales.split(n_blocks), self.row_scales.split(n_rows))
-        yield from map(Int4, *pieces)
+        yield from itertools.starmap(Int4, zip(*pieces, strict=True))
 
     def part(self, dimension: int, wanted: range) -> Int4:
         """Return some rows (dimension 0) or columns (1), as views; the range begins and ends between `units`."""

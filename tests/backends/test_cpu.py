@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, Params, forward, generate
 from llama3_raw.backends import cpu
+from llama3_raw.model import rms_norm, rope, rope_rotation, token_positions
 from llama3_raw.ops import Ops, no_tap
 from llama3_raw.quantization.blocks import BLOCK_TYPES, Blocks
 from llama3_raw.quantization.int4 import Int4
@@ -344,6 +345,61 @@ def test_a_token_that_is_not_finite_spoils_only_itself(ops: Ops, name: str) -> N
     y = ops.linear(x, w)
     assert y[[2, 4]].isnan().all()
     assert torch.equal(y[[0, 1, 3, 5, 6]], expected[[0, 1, 3, 5, 6]])
+
+
+@pytest.mark.parametrize("name", FEW_BITS)
+def test_damaged_scales_are_seen(ops: Ops, name: str) -> None:
+    """Bytes of ones are numbers that are NaN, whose mantissa must not be carried over to zero."""
+    w = few_bits(name, 32, 256)
+    if isinstance(w, Int4):
+        w.row_scales.view(torch.int32).fill_(-1)
+    else:
+        w.data.fill_(0xFF)
+    assert ops.linear(torch.ones(2, 256).bfloat16(), w).isnan().all()
+
+
+def test_the_kernels_know_the_formats_by_these_numbers() -> None:
+    source = (Path(cpu.__file__).parent / "kernels" / "blocks.c").read_text()
+    names = re.search(r"enum \{ (.*?) \};", source)
+    sizes = re.search(r"FORMATS\[\] = \{(.*?)\};", source, re.DOTALL)
+    assert names is not None
+    assert sizes is not None
+    assert [name.lower() for name in names[1].split(", ")] == [name.lower() for name in cpu._KINDS]
+    numbers = [(int(values), int(n_bytes)) for values, n_bytes in re.findall(r"\{(\d+), (\d+),", sizes[1])]
+    assert numbers[:-1] == [(kind.n_values, kind.n_bytes) for kind in BLOCK_TYPES.values()]
+
+
+def test_sizes_that_do_not_fit_are_refused(ops: Ops) -> None:
+    x, ones = torch.randn(4, 2, 64).bfloat16(), torch.ones(3, 1, 32)
+    with pytest.raises(RuntimeError):
+        ops.linear(torch.randn(4, 256).bfloat16(), torch.randn(64, 512).bfloat16())
+    assert ops.rms_norm is not None
+    assert ops.rope is not None
+    with pytest.raises(RuntimeError):
+        ops.rms_norm(x, torch.ones(32).bfloat16(), 1e-5)
+    with pytest.raises(RuntimeError):
+        ops.rope(x, ones, ones)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_norms_and_rotations_are_as_accurate_as_the_reference(ops: Ops, batch: tuple[int, ...]) -> None:
+    """With cos and sin as model.rope_rotation gives them, for one start and for one per row."""
+    assert ops.rms_norm is not None
+    assert ops.rope is not None
+    generator = torch.Generator().manual_seed(5)
+    x, weight = 3 * torch.randn(*batch, 7, 4096, generator=generator).bfloat16(), torch.rand(4096).bfloat16()
+    exact = rms_norm(x.double(), weight.double(), 1e-5)
+    y = ops.rms_norm(x, weight, 1e-5)
+    assert rms_error(y, exact) <= 1.01 * rms_error(rms_norm(x, weight, 1e-5), exact)
+    assert torch.equal(ops.rms_norm(x[..., 2:3, :], weight, 1e-5), y[..., 2:3, :])
+    params = Params.from_meta({"dim": 4096, "n_layers": 1, "n_heads": 32, "vocab_size": 8, "norm_eps": 1e-5})
+    heads = x.unflatten(-1, (32, 128))
+    for start in (5, torch.tensor([3, 0, 900]) if batch else 5):
+        cos, sin = rope_rotation(token_positions(start, 7, x.device), params)
+        exact = rope(heads.float(), cos, sin)
+        rotated = ops.rope(heads, cos, sin)
+        assert rms_error(rotated, exact) <= 1.01 * rms_error(rope(heads, cos, sin), exact)
+    assert torch.equal(ops.rope(heads[..., :1, :, :], cos[..., :1, :, :], sin[..., :1, :, :]), rotated[..., :1, :, :])
 
 
 def test_products_with_few_bits_that_torch_computes(ops: Ops) -> None:

@@ -75,8 +75,8 @@ def test_texts_of_a_file(tiny: Model) -> None:
     ids = [i % 100 for i in range(20_000)]
     assert torch.equal(cut_text(ids, tiny.params).flatten(), torch.tensor(ids[:16384]))
     assert cut_text(ids[:5000], tiny.params).shape == (9, 512)
-    with pytest.raises(UserError, match="has 4,095 tokens; give one of 16,384, or at least 4,096"):
-        cut_text(ids[:4095], tiny.params)
+    with pytest.raises(UserError, match="has 1,023 tokens; give one of 16,384, or at least 1,024"):
+        cut_text(ids[:1023], tiny.params)
     with pytest.raises(UserError, match="token id 5000 is outside"):
         cut_text([5000] * 5000, tiny.params)
 

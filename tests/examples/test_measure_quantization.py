@@ -11,6 +11,7 @@ from llama3_raw.decoding import calibration
 from tests.paths import TINY
 
 
+@pytest.mark.slow
 def test_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """More bits lose less, and calibration loses less than rounding to the nearest."""
     for name, value in {"N_TOKENS": 1024, "_LENGTH": 64}.items():

@@ -323,8 +323,9 @@ static void multiply_kind(const Matrix *w, int64_t output, int64_t first, const 
 }
 
 /* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length]; at least WIDTH outputs unless it is int4, and
-   length a multiple of a block. Returns 0, or 1 if out of memory. */
+   length a multiple of a block. Returns 0, or 1 if out of memory or for an unknown kind. */
 int linear_quantized(const bf16 *x, const Matrix *w, bf16 *y, int64_t n_rows) {
+    if (w->kind < Q8_0 || w->kind > INT4) return 1;
     int64_t groups = n_rows * (w->length / GROUP), step = w->kind == INT4 ? TOGETHER : WIDTH;
     float *memory = malloc(groups * (2 * sizeof(float) + 2 * sizeof(int16_t) + GROUP));
     if (!memory) return 1;

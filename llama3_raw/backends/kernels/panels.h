@@ -2,8 +2,9 @@
 
    A lane of a vector is an output. A panel holds WIDTH outputs of 32 inputs as bytes, four inputs in each lane, and their
    scales; unpacking it is all that differs between formats. The tokens are rounded to 8 bits, with a scale for each 32
-   inputs. The integer sum of a panel times a token is exact; it is added to the token's sum by one fused
-   multiply-add, in the order of the inputs. So a result depends neither on the other tokens nor on the threads. */
+   inputs. The integer sum of a panel times a token is exact; it is
+   added to the token's sum by a multiply-add (and one more for a minimum), in the order of the inputs. So a result depends
+   neither on the other tokens nor on the threads: tests compare the bits for each instruction set. */
 
 #pragma once
 #include "shared.h"

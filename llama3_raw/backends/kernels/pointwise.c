@@ -7,7 +7,7 @@ void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, int64_t n_rows, int64_
 #pragma omp parallel for schedule(static) if (n_rows * dim > SERIAL / 4)
     for (int64_t r = 0; r < n_rows; r++) {
         const bf16 *row = x + r * dim;
-        float sums[32] = {0}, sum = 0; /* so many that they are vectors */
+        float sums[32] = {0}, sum = 0; /* 32, so that they are vectors */
         for (int64_t i = 0; i < dim; i += 32)
             for (int j = 0; j < 32; j++) sums[j] += to_float(row[i + j]) * to_float(row[i + j]);
         for (int j = 0; j < 32; j++) sum += sums[j];

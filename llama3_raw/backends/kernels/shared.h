@@ -32,9 +32,10 @@ static inline float to_float(bf16 x) {
     return both.value;
 }
 
-static inline bf16 to_bf16(float x) { /* rounds to nearest, ties to even, as torch does; not for NaN */
+static inline bf16 to_bf16(float x) { /* rounds to nearest, ties to even, as torch does */
     union { float value; uint32_t bits; } both = {x};
-    return (both.bits + 0x7fff + ((both.bits >> 16) & 1)) >> 16;
+    bf16 rounded = (bf16)((both.bits + 0x7fff + ((both.bits >> 16) & 1)) >> 16);
+    return x != x ? 0x7fc0 : rounded; /* the sum could carry a NaN over to zero */
 }
 
 typedef float four_floats __attribute__((vector_size(16)));
