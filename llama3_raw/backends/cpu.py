@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,15 @@ def _build(compiler: Sequence[str], flags: Sequence[str], folder: Path, name: st
     """Compile the kernels. Return the library in `folder`; its name ends with the digest of its content."""
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            objects, built = [], Path(scratch, "kernels.so")
-            for source in (file for file in _SOURCES if file.suffix == ".c"):
-                objects.append(str(Path(scratch, f"{source.stem}.o")))
-                _run([*compiler, *flags, "-c", str(source), "-o", objects[-1]])
+            built = Path(scratch, "kernels.so")
+
+            def compiled(source: Path) -> str:
+                name = str(Path(scratch, f"{source.stem}.o"))
+                _run([*compiler, *flags, "-c", str(source), "-o", name])
+                return name
+
+            with ThreadPoolExecutor() as pool:
+                objects = list(pool.map(compiled, (file for file in _SOURCES if file.suffix == ".c")))
             # without -fopenmp, so that it uses torch's OpenMP: two thread pools would compete for the processors
             undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
             _run([*compiler, "-shared", *undefined, *objects, "-o", str(built), "-lm"])

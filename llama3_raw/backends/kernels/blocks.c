@@ -297,7 +297,7 @@ static inline __attribute__((always_inline)) void multiply_outputs(
         int64_t rows = n_rows - row < TOKENS ? n_rows - row : TOKENS;
         for (int v = 0; v < vectors; v++) memset(sums[v], 0, rows * sizeof *sums[v]);
         if (n_rows == 1) multiply_few(1, kind, vectors, sources, w, output, x, sums);
-        else if (n_rows == 2) multiply_few(2, kind, vectors, sources, w, output, x, sums);
+        else if (n_rows == 2 && kind == INT4) multiply_few(2, kind, vectors, sources, w, output, x, sums);
         else multiply_many(kind, vectors, sources, w, output, x, row, rows, sums);
         for (int64_t r = 0; r < rows; r++)
             for (int64_t i = first; i < vectors * WIDTH && output + i < w->n_outputs; i++)
