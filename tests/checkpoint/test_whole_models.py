@@ -154,7 +154,8 @@ def test_one_gguf_file(capsys: pytest.CaptureFixture[str]) -> None:
     run = ["--weights", str(CACHE / "SmolLM2-135M-Instruct.Q4_1.gguf"), "--max-new-tokens", "2"]
     assert main([*run, "The capital of France is"]) == 0
     assert capsys.readouterr().out == " Paris."
-    assert main([*run, "--chat", "What is the capital of France?"]) == 0
+    # exactly: rounded to 8 bits, the inputs let another word begin, which is about as likely
+    assert main([*run, "--reference", "--chat", "What is the capital of France?"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "The capital"
     assert "dialogs are formatted by the chat template of" in captured.err
