@@ -99,7 +99,9 @@ def init(choose_device: Callable[[], torch.device], tensor_parallel: int | None 
         return
     device = choose_device()
     yield _ranks(device, _meet(size), rank(), size, width)
-    dist.destroy_process_group()  # not after an error: the others may be waiting in the middle of a pass
+    # not after an error: the others may be waiting in the middle of a pass
+    dist.barrier()  # a process that is still connecting to one that has ended aborts
+    dist.destroy_process_group()
 
 
 def _meet(size: int) -> Any:
