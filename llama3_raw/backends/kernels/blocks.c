@@ -209,7 +209,7 @@ static void round_group(const bf16 *x, const Tokens *to, int64_t group) {
     to->sums[2 * group + 1] = (int16_t)sums[1];
 }
 
-/* sums[r] += x[r] . panels, for a constant number of tokens r, bits and halves; `count` panels from `group` on */
+/* sums[r] += x[r] . panels, for constant numbers of tokens, bits and zero; `count` panels from `group` on */
 static inline __attribute__((always_inline)) void multiply(
     int rows, int bits, int zero, const Panel *panels, int64_t count, const Tokens *x, int64_t row, int64_t group,
     floats *sums) {

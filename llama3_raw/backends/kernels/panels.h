@@ -2,23 +2,16 @@
 
    A lane of a vector is an output. A panel holds WIDTH outputs of 32 inputs as bytes, four inputs in each lane, and their
    scales; unpacking it is all that differs between formats. The tokens are rounded to 8 bits, with a scale for each 32
-   inputs. The integer sum of a panel times a token is exact; it is
-   added to the token's sum by a multiply-add (and one more for a minimum), in the order of the inputs. So a result depends
-   neither on the other tokens nor on the threads: tests compare the bits for each instruction set. */
+   inputs. The integer sum of a panel times a token is exact; it is added to the token's sum by a multiply-add (and one
+   more for a minimum), in the order of the inputs. So a result depends neither on the other tokens nor on the threads:
+   tests compare the bits for each instruction set. */
 
 #pragma once
 #include "shared.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
-
 #define GROUP 32
 #define QUADS (GROUP / 4)
 
-typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint8_t bytes __attribute__((vector_size(4 * WIDTH)));
 
 /* The sums of a panel times a token. `add_quad` adds, to each lane, four unsigned bytes of `w` times four of the token,

@@ -7,16 +7,8 @@
 
 #include "int8.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
-
 #define AT_ONCE 4 /* outputs, for several tokens: the sums fit into the registers */
 #define SAFE (512 * WIDTH) /* inputs of int8 whose sums do not overflow 32 bits: 256 times 2 * 127 * LARGEST in a lane */
-
-typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
 
 /* 2 * WIDTH values of 8 bits, as 16 bits */
 static inline words load_integers(const int8_t *from) {
@@ -69,12 +61,13 @@ static inline int64_t total_of_integers(ints sums) {
 typedef struct {
     const uint16_t *x;                /* [n_rows, length] */
     const void *w;                    /* [n_outputs, length] */
-    const float *row_scales, *scales; /* of int8: of the outputs and of the tokens; NULL: bf16 */
+    const float *row_scales, *scales; /* of int8: of the outputs and of the tokens */
     bf16 *y;                          /* [n_rows, n_outputs] */
     int64_t n_rows, n_outputs, length;
 } Product;
 
-/* y of `rows` tokens and `outputs` neighbouring outputs, which are constant numbers; `row` and `output` are the first */
+/* y of `rows` tokens and `outputs` neighbouring outputs, which are constant numbers; `row` and `output` are the first.
+   (One function for bf16 and int8 was a fifth slower in bf16: GCC 12 spills its sums.) */
 static inline __attribute__((always_inline)) void stream_bf16(
     int rows, int outputs, const Product *p, int64_t row, int64_t output) {
     int64_t length = p->length;

@@ -11,6 +11,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
 typedef uint16_t bf16; /* the upper half of a float */
 
 #if defined(__AVX512F__)
@@ -26,6 +32,19 @@ typedef uint16_t bf16; /* the upper half of a float */
 
 typedef float floats __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
+
+static inline floats load_floats(const float *from) {
+    floats loaded;
+    memcpy(&loaded, from, sizeof loaded);
+    return loaded;
+}
+
+static inline words load_words(const void *from) {
+    words loaded;
+    memcpy(&loaded, from, sizeof loaded);
+    return loaded;
+}
 
 static inline float to_float(bf16 x) {
     union { uint32_t bits; float value; } both = {(uint32_t)x << 16};
@@ -63,31 +82,14 @@ static inline float total(floats sums) {
 
 /* sums += x . w for 2 * WIDTH values x and w, two bf16 per lane. */
 #if defined(__AVX512BF16__)
-#include <immintrin.h>
 typedef __m512bh pairs;
 static inline pairs load_pairs(const bf16 *from) { return (pairs)_mm512_loadu_si512(from); }
 static inline floats add_products(floats sums, pairs x, pairs w) { return (floats)_mm512_dpbf16_ps((__m512)sums, x, w); }
 #else
 typedef words pairs;
-static inline pairs load_pairs(const bf16 *from) {
-    pairs loaded;
-    memcpy(&loaded, from, sizeof loaded);
-    return loaded;
-}
+static inline pairs load_pairs(const bf16 *from) { return load_words(from); }
 static inline floats add_products(floats sums, pairs x, pairs w) {
     sums += (floats)(x << 16) * (floats)(w << 16); /* compiled to a fused multiply-add */
     return sums + (floats)(x & 0xffff0000u) * (floats)(w & 0xffff0000u);
 }
 #endif
-
-static inline floats load_floats(const float *from) {
-    floats loaded;
-    memcpy(&loaded, from, sizeof loaded);
-    return loaded;
-}
-
-static inline words load_words(const void *from) {
-    words loaded;
-    memcpy(&loaded, from, sizeof loaded);
-    return loaded;
-}

@@ -6,7 +6,6 @@
    the matrix, as stored in memory, by up to 16 columns. For bf16 a column is a token. For int8 a token has two columns,
    because its values have 16 bits: the first has the values divided by 254, the second the remainders. */
 #define WITH_TILES
-#include <immintrin.h>
 
 /* GCC does not know that tiles are loaded from memory (bug 114098), and would omit writes that nothing else reads. */
 #define SEEN(memory) __asm__ volatile("" : : "r"(memory) : "memory")
