@@ -63,9 +63,7 @@ FIRST_STEPS = """\
   python -m llama3_raw.explain "Once upon a time"          follow it to the next token on a page
   python -m llama3_raw.download --list                     the models that can be downloaded"""
 
-EXAMPLES = """\
-  python -m llama3_raw --weights Meta-Llama-3-8B --stats "The capital of France is"
-  python -m llama3_raw "Once upon a time" --temperature 0.8 --top-p 0.9 --seed 1"""
+EXAMPLE = 'python -m llama3_raw --weights Meta-Llama-3-8B --stats --temperature 0.8 "The capital of France is"'
 
 
 def build_parser() -> ArgumentParser:
@@ -75,7 +73,7 @@ def build_parser() -> ArgumentParser:
         prog="python -m llama3_raw",
         usage="python -m llama3_raw [options] PROMPT",
         description="Continue a text with a Llama 3 model: the text goes to stdout, everything else to stderr.",
-        epilog=f"examples:\n{EXAMPLES}\n\nother commands, as python -m llama3_raw.NAME or llama3-raw NAME:\n{others}",
+        epilog=f"example: {EXAMPLE}\n\nother commands, as python -m llama3_raw.NAME or llama3-raw NAME:\n{others}",
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue; - reads it from stdin")
     parser.add_argument("--version", action="version", version=f"llama3_raw {version('llama3_raw')}")

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from llama3_raw.quantization.blocks import BlockType
 
-_SCALE_AT = {"Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,), "Q5_0": (0,)}  # of the others: (0, 2), a scale and a minimum
-
 
 def random_blocks(kind: BlockType, n_rows: int, n_blocks: int, seed: int, largest: float | None = None) -> Tensor:
     """Return random bytes [n_rows, n_blocks * n_bytes] with finite scales of both signs, a third of them subnormal.
@@ -17,7 +15,7 @@ def random_blocks(kind: BlockType, n_rows: int, n_blocks: int, seed: int, larges
     """
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randint(0, 256, (n_rows, n_blocks, kind.n_bytes), dtype=torch.uint8, generator=generator)
-    for begin in _SCALE_AT.get(kind.name, (0, 2)):
+    for begin in kind.halves[::2]:
         exponents = torch.randint(0, 31, (n_rows, n_blocks), generator=generator)  # 31 would be infinite
         exponents *= torch.rand(n_rows, n_blocks, generator=generator) > 1 / 3
         rest = torch.randint(0, 1 << 10, (n_rows, n_blocks), generator=generator)

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..model import rms_norm, rope
 from ..ops import Ops, Tap
-from ..quantization.blocks import BLOCK_TYPES, Blocks
+from ..quantization.blocks import BLOCK_TYPES, INTERLEAVED, Blocks
 from ..quantization.int4 import Int4
 from ..quantization.int8 import Int8
 from ..quantization.matrix import Matrix, embed, linear, tensors_of
@@ -46,7 +46,8 @@ _KINDS = {name: number for number, name in enumerate((*BLOCK_TYPES, "int4"))}  #
 _SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.[ch]"))
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-_FLAGS = ("-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC")
+# -fno-tree-ter keeps GCC from reordering the products of few bits: on AVX2 their sums did not fit into the registers
+_FLAGS = ("-O3", "-fno-tree-ter", "-ffp-contract=fast", "-fopenmp", "-fPIC")
 # compiler flags for each kind of processor; native: this one
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "native": ("-march=native",),
@@ -88,6 +89,7 @@ class _CMatrix(ctypes.Structure):
     _fields_ = [  # the layout of Matrix in blocks.c
         *((name, ctypes.c_int64) for name in ("kind", "n_outputs", "length")),
         *((name, ctypes.c_void_p) for name in Int4._fields),
+        ("is_interleaved", ctypes.c_int64),
     ]
 
 
@@ -203,7 +205,7 @@ class _Kernels:
         if not (rows > 0 and x.shape[-1] == length and length % 32 == 0 and _is_plain_bf16(x) and _is_plain(weight)):
             return linear_by_torch(x, weight)
         if isinstance(weight, Int4 | Blocks):
-            fits = isinstance(weight, Int4) or outputs >= self._kernels.width()
+            fits = isinstance(weight, Int4) or outputs >= INTERLEAVED
             return self._product_of_few_bits(x.contiguous(), weight) if fits else linear_by_torch(x, weight)
         is_int8 = isinstance(weight, Int8)
         by_tiles = (
@@ -244,8 +246,7 @@ class _Kernels:
         """x [..., in] contiguous, weight [out, in] -> [..., out]"""
         outputs, length = weight.shape
         y = x.new_empty((*x.shape[:-1], outputs))
-        matrix = _CMatrix(_KINDS[weight.format], outputs, length, *map(_pointer, tensors_of(weight)))
-        rows = ctypes.c_int64(x.numel() // length)
+        matrix, rows = _c_matrix(weight), ctypes.c_int64(x.numel() // length)
         if self._kernels.linear_quantized(_pointer(x), ctypes.byref(matrix), _pointer(y), rows):
             raise MemoryError(f"out of memory in the product of {rows.value} tokens with a matrix {list(weight.shape)}")
         return y
@@ -303,6 +304,15 @@ class _Kernels:
             shape = _Shape(len(block), n_heads, keys.shape[-2], head_dim, start + first, use_tiles, *strides)
             if self._kernels.attend(*map(_pointer, (block, keys, values, to)), ctypes.byref(shape)):
                 raise MemoryError(f"out of memory in attention to {start + n_tokens} tokens")
+
+
+def interleaved(kernels: ctypes.CDLL, matrix: Blocks) -> Blocks:
+    """Return a copy of a matrix in blocks, interleaved. It has a multiple of 16 outputs, and no gaps in memory."""
+    outputs, length = matrix.shape
+    blocks = length // matrix.kind.n_values
+    data = matrix.data.new_empty((outputs // INTERLEAVED, blocks, INTERLEAVED * matrix.kind.n_bytes))
+    kernels.interleave(ctypes.byref(_c_matrix(matrix)), _pointer(data))
+    return matrix._replace(data=data, is_interleaved=True)
 
 
 def read_loop(kernels: ctypes.CDLL, x: Tensor) -> None:
@@ -370,6 +380,12 @@ def _is_plain(weight: Matrix) -> bool:
     return all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors_of(weight))
 
 
+def _c_matrix(weight: Int4 | Blocks) -> _CMatrix:
+    is_interleaved = isinstance(weight, Int4) or weight.is_interleaved
+    tensors: list[ctypes.c_void_p | None] = [*map(_pointer, tensors_of(weight)), None, None]
+    return _CMatrix(_KINDS[weight.format], *weight.shape, *tensors[:3], is_interleaved)
+
+
 def _pointer(x: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.data_ptr())
 
@@ -387,18 +403,27 @@ def _keep_freed_memory() -> None:
 
 
 @functools.cache
-def fast_ops() -> Ops:
-    """Return the fast operations for this CPU. Without a compiler torch computes, and a line on stderr says so."""
-    _keep_freed_memory()
+def compiled_kernels() -> ctypes.CDLL | None:
+    """Return the kernels for this CPU, or None without a compiler; a line on stderr then says so, once."""
     try:
-        return make_ops(build_kernels())
+        return build_kernels()
     except CannotBuild as reason:
         print(
             f"llama3_raw: {reason}; computed by torch: tokens come about half as fast, and from few bits far slower",
             file=sys.stderr,
         )
-        return Ops(
-            embed=embed,
-            linear=linear_by_torch,
-            attend=lambda q, keys, values, start, tap: attend_by_torch(q, keys, values, start),
-        )
+        return None
+
+
+@functools.cache
+def fast_ops() -> Ops:
+    """Return the fast operations for this CPU; torch computes where there is no compiler."""
+    _keep_freed_memory()
+    kernels = compiled_kernels()
+    if kernels is not None:
+        return make_ops(kernels)
+    return Ops(
+        embed=embed,
+        linear=linear_by_torch,
+        attend=lambda q, keys, values, start, tap: attend_by_torch(q, keys, values, start),
+    )

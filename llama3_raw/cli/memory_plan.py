@@ -61,6 +61,7 @@ class MemoryPlan(NamedTuple):
     gpu_layers: int | None = None  # the first n layers have their matrices on the GPU; None: all
     made: bool = False  # random weights, not mapped from a file
     exact: bool = False  # the exact operations, which need more on a GPU; on the CPU both are counted alike
+    repack: bool = False  # copy the matrices in GGML's blocks, interleaved, into allocated memory
 
 
 class MemoryUse(NamedTuple):
@@ -80,7 +81,7 @@ class MemoryUse(NamedTuple):
 
 def needed(plan: MemoryPlan) -> MemoryUse:
     """Return the memory that a run needs."""
-    checkpoint, device, dtype, shape, _, quantize, gpu_layers, made, exact = plan
+    checkpoint, device, dtype, shape, _, quantize, gpu_layers, made, exact, _ = plan
     params = checkpoint.params
     itemsize = (dtype or checkpoint.dtype).itemsize
     mapped = copied = in_ram = 0
@@ -127,7 +128,9 @@ def _loaded(plan: MemoryPlan, place: TensorSpec) -> tuple[int, bool]:
     if to_format:
         return nbytes_of(to_format, place.shape), True
     if place in checkpoint.formats or place in checkpoint.blocks:
-        return sum(part.nbytes for part in parts), checkpoint.needs_copy(place)
+        rows_only = place.field == "tok_embeddings" and not checkpoint.tied
+        is_repacked = plan.repack and place in checkpoint.blocks and not rows_only
+        return sum(part.nbytes for part in parts), is_repacked or checkpoint.needs_copy(place)
     dtype = plan.dtype or checkpoint.dtype
     return torch.Size(place.shape).numel() * dtype.itemsize, dtype != parts[0].dtype or checkpoint.needs_copy(place)
 
@@ -203,6 +206,8 @@ def _check_mapped(plan: MemoryPlan) -> None:
     checkpoint, device, dtype, _, _, quantize, *_ = plan
     if device.type != "cpu":
         raise UserError(f"--max-ram is for weights on the CPU; leave it out, or give --device cpu, not {device}")
+    if plan.repack:
+        raise UserError("--max-ram leaves the weights in their file, and --repack copies them; leave one out")
     for place, parts in checkpoint.shards.items():
         if quantize:
             raise UserError(
@@ -226,11 +231,8 @@ def _check_mapped(plan: MemoryPlan) -> None:
 def _suggestions(plan: MemoryPlan, fits: Callable[[MemoryPlan], bool]) -> list[str]:
     """Return the options of which each alone makes the run fit."""
     checkpoint, shape = plan.checkpoint, plan.shape
-    suggestions = []
-    in_bf16 = (plan.dtype or checkpoint.dtype) == torch.bfloat16
-    can_quantize = plan.device.type != "mps" and in_bf16
-    names = (name for name in FORMATS if can_quantize and name != plan.quantize and _can_be(checkpoint, name))
-    quantize = next((name for name in names if fits(plan._replace(quantize=name))), None)
+    suggestions = ["--no-repack"] if plan.repack and fits(plan._replace(repack=False)) else []
+    quantize = _fitting_format(plan, fits)
     if quantize:
         suggestions.append(f"--quantize {quantize}")
     if plan.dtype and fits(plan._replace(dtype=None)):
@@ -264,6 +266,15 @@ def _suggestions(plan: MemoryPlan, fits: Callable[[MemoryPlan], bool]) -> list[s
     if layers and layers >= (plan.gpu_layers or 0):  # no more layers on the GPU than there are
         suggestions.append(f"--layers {layers}")
     return suggestions
+
+
+def _fitting_format(plan: MemoryPlan, fits: Callable[[MemoryPlan], bool]) -> str | None:
+    """Return the format to quantize to that makes the run fit, if there is one."""
+    in_bf16 = (plan.dtype or plan.checkpoint.dtype) == torch.bfloat16
+    if plan.device.type == "mps" or not in_bf16:
+        return None
+    names = (name for name in FORMATS if name != plan.quantize and _can_be(plan.checkpoint, name))
+    return next((name for name in names if fits(plan._replace(quantize=name))), None)
 
 
 def _can_be(checkpoint: Checkpoint, quantize: str) -> bool:

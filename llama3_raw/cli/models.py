@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends.choose import ops_for
+from ..backends.repacking import repack
 from ..backends.streaming import least_memory, read_ahead
 from ..backends.tensor_parallel import parallel_ops
 from ..checkpoint.checkpoint import (
@@ -35,7 +36,7 @@ from ..system.process_groups import Ranks
 from ..system.processes import local_rank, world_size
 from ..tokenizer import SPECIAL_TOKENS, Tokenizer
 from ..weights import Model, Weights, dtype_name
-from .memory_plan import MemoryPlan, RunShape, check_memory, memory_for_weights
+from .memory_plan import MemoryPlan, RunShape, available, check_memory, memory_for_weights, needed
 from .options import DEFAULT_MODEL, DTYPES_BY_NAME, parse_ids
 
 PACKAGE = Path(__file__).parents[1]
@@ -65,6 +66,7 @@ class ChosenModel(NamedTuple):
     quantize: str | None  # round matrices to this format while loading; None: leave them
     gpu_layers: int | None = None  # the first n layers have their matrices on the GPU; None: all
     random_seed: int | None = None  # make random weights; None: the folder's
+    repack: bool | None = None  # copy GGML's blocks for speed; None: if it pays
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -110,6 +112,8 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
     check_quantize(checkpoint, options.quantize)
     dtype = DTYPES_BY_NAME.get(options.dtype)
     check_fast(checkpoint, options.quantize, device, dtype)
+    if options.repack:
+        _check_repack(checkpoint, device, dtype)
     if options.layers is not None:
         checkpoint = first_layers(checkpoint, options.layers)
     check_gpu_layers(options.gpu_layers, device, checkpoint.params)
@@ -125,7 +129,15 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
             "token ids"
         )
     return ChosenModel(
-        folder, checkpoint, tokenizer, device, dtype, options.max_ram, options.quantize, options.gpu_layers
+        folder,
+        checkpoint,
+        tokenizer,
+        device,
+        dtype,
+        options.max_ram,
+        options.quantize,
+        options.gpu_layers,
+        repack=options.repack,
     )
 
 
@@ -149,10 +161,11 @@ def load_model(
     one loads its shard. The command prints the line after all checks, so that an error stays one line. Prints a
     warning if the model is larger than the memory. Raises UserError if the run does not fit.
     """
-    folder, checkpoint, tokenizer, device, dtype, max_ram, quantize, gpu_layers, _ = chosen
+    folder, checkpoint, tokenizer, device, dtype, max_ram, quantize, gpu_layers, *_ = chosen
     if ranks is not None:
         checkpoint = _own_shard(chosen, ranks)
     plan = MemoryPlan(checkpoint, device, dtype, shape, max_ram, quantize, gpu_layers, exact=reference)
+    plan = plan._replace(repack=not reference and (_repacks(plan) if chosen.repack is None else chosen.repack))
     warning = check_memory(plan)
     if ranks is not None:
         ranks.everyone.barrier()  # loading takes memory: every rank must have checked what is free
@@ -163,6 +176,8 @@ def load_model(
     # weights larger than the memory are not read in advance: they would not stay
     with_bar = size >= PROGRESS_BAR_FROM and (quantize is not None or not warning)
     weights = build_weights(checkpoint, device, dtype, with_bar, quantize, gpu_layers)
+    if plan.repack:
+        weights = repack(weights, are_mapped=True, progress=with_bar)
     ops = ops_for(weights, exact=reference)
     if ranks is not None and ranks.tensor.size > 1:
         ops = parallel_ops(ops, weights, ranks.tensor)
@@ -173,6 +188,23 @@ def load_model(
     if tokenizer is not None and tokenizer.bos_id is None and begin_of_text in tokenizer.special_tokens:
         which += f"; its tokenizer begins no text with {begin_of_text}"
     return Model(weights, chosen.checkpoint.params, tokenizer, chosen.stop_ids), ops, which
+
+
+def _check_repack(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Raise UserError where --repack would do nothing."""
+    if not checkpoint.blocks:
+        raise UserError("--repack is for a GGUF file in blocks, such as Q4_K_M; leave it out")
+    if device.type != "cpu" or (dtype or checkpoint.dtype) != torch.bfloat16:
+        raise UserError("--repack is for the CPU's kernels in bfloat16; leave it out, or --device and --dtype")
+
+
+def _repacks(plan: MemoryPlan) -> bool:
+    """Whether to repack without being asked: tokens are generated from blocks on the CPU, and the copy fits."""
+    checkpoint, shape = plan.checkpoint, plan.shape
+    is_fast = plan.device.type == "cpu" and (plan.dtype or checkpoint.dtype) == torch.bfloat16
+    if not checkpoint.blocks or not is_fast or plan.max_ram is not None or shape.text <= shape.prompt:
+        return False
+    return needed(plan._replace(repack=True)).allocated <= available(plan)
 
 
 def _own_shard(chosen: ChosenModel, ranks: Ranks) -> Checkpoint:

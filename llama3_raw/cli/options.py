@@ -53,6 +53,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     group.add_argument(
         "--quantize", choices=FORMATS, metavar="FORMAT", help=f"round matrices to {' or '.join(FORMATS)} while loading"
     )
+    group.add_argument(
+        "--repack",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="copy a GGUF file's blocks for speed (CPU; default: if it pays and fits)",
+    )
     group.add_argument("--layers", type=int, metavar="N", help="run only the first N layers")
     group = parser.add_argument_group("hardware")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")

@@ -4,6 +4,8 @@ A row is a sequence of blocks, each with 32 or 256 values and scales of its own.
 block_q4_0, block_q4_K, … in ggml/src/ggml-common.h, the values those of dequantize_row_q4_0, … in ggml-quants.c
 (github.com/ggml-org/ggml). In fp32 they are the same bit for bit: a product of an fp16 scale, a scale of at most 8 bits
 and a value of at most 6 is exact, so that only one operation rounds.
+
+A CPU multiplies blocks faster if they are interleaved: its vectors then find the same bytes of 16 rows side by side.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+INTERLEAVED = 16  # rows
 _LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F  # of eight bytes
 
 
@@ -23,15 +26,17 @@ class BlockType(NamedTuple):
     name: str
     n_values: int
     n_bytes: int
+    halves: range  # the bytes of its fp16 numbers; interleaving moves these in pairs, the others in fours
     unpack: Callable[[Tensor], Tensor]
 
 
 class Blocks(NamedTuple):
     """A matrix [out, in] in blocks of GGML."""
 
-    data: Tensor  # [out, bytes per row] uint8
+    data: Tensor  # [out, bytes per row] uint8; interleaved: [out / 16, blocks per row, 16 * bytes per block]
     kind: BlockType
     dtype: torch.dtype  # of the computation: `embed` returns rows in it
+    is_interleaved: bool = False  # byte i of a block begins at byte 16 * i of 16 blocks
 
     @property
     def format(self) -> str:
@@ -41,6 +46,8 @@ class Blocks(NamedTuple):
     @property
     def shape(self) -> torch.Size:
         """[out, in]."""
+        if self.is_interleaved:
+            return torch.Size((self.data.shape[0] * INTERLEAVED, self.data.shape[1] * self.kind.n_values))
         return torch.Size((self.data.shape[0], self.data.shape[1] // self.kind.n_bytes * self.kind.n_values))
 
     @property
@@ -49,8 +56,9 @@ class Blocks(NamedTuple):
         return self.data.nbytes
 
     def split(self, n_rows: int) -> Iterator[Blocks]:
-        """Yield the matrix in pieces of `n_rows` rows, as views."""
-        for data in self.data.split(n_rows):
+        """Yield the matrix in pieces of `n_rows` rows, as views; if it is interleaved, a multiple of 16."""
+        assert not self.is_interleaved or n_rows % INTERLEAVED == 0
+        for data in self.data.split(n_rows // INTERLEAVED if self.is_interleaved else n_rows):
             yield self._replace(data=data)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -58,8 +66,18 @@ class Blocks(NamedTuple):
 
         The data may have any leading dimensions, such as the rows [..., T, bytes per row] of some tokens.
         """
-        blocks = self.data.unflatten(-1, (-1, self.kind.n_bytes))
+        blocks = self._separated() if self.is_interleaved else self.data.unflatten(-1, (-1, self.kind.n_bytes))
         return self.kind.unpack(blocks).flatten(-2).to(dtype)
+
+    def _separated(self) -> Tensor:
+        """Return interleaved blocks one by one: [out, blocks per row, bytes per block]."""
+        first, last = self.kind.halves.start, self.kind.halves.stop
+        pieces = []
+        for begin, end, size in ((0, first, 4), (first, last, 2), (last, self.kind.n_bytes, 4)):
+            together = self.data[..., begin * INTERLEAVED : end * INTERLEAVED]
+            items = together.unflatten(-1, ((end - begin) // size, INTERLEAVED, size))
+            pieces.append(items.permute(0, 3, 1, 2, 4).flatten(-2))  # [out / 16, 16, blocks, end - begin]
+        return torch.cat(pieces, dim=-1).flatten(0, 1)
 
 
 def _halves(field: Tensor) -> Tensor:
@@ -160,13 +178,13 @@ def _q6_k(blocks: Tensor) -> Tensor:
 BLOCK_TYPES = {
     kind.name: kind
     for kind in (
-        BlockType("Q8_0", 32, 34, _q8_0),
-        BlockType("Q4_0", 32, 18, _q4_0),
-        BlockType("Q4_1", 32, 20, _q4_1),
-        BlockType("Q5_0", 32, 22, _q5_0),
-        BlockType("Q5_1", 32, 24, _q5_1),
-        BlockType("Q4_K", 256, 144, _q4_k),
-        BlockType("Q5_K", 256, 176, _q5_k),
-        BlockType("Q6_K", 256, 210, _q6_k),
+        BlockType("Q8_0", 32, 34, range(0, 2), _q8_0),
+        BlockType("Q4_0", 32, 18, range(0, 2), _q4_0),
+        BlockType("Q4_1", 32, 20, range(0, 4), _q4_1),
+        BlockType("Q5_0", 32, 22, range(0, 2), _q5_0),
+        BlockType("Q5_1", 32, 24, range(0, 4), _q5_1),
+        BlockType("Q4_K", 256, 144, range(0, 4), _q4_k),
+        BlockType("Q5_K", 256, 176, range(0, 4), _q5_k),
+        BlockType("Q6_K", 256, 210, range(208, 210), _q6_k),
     )
 }

@@ -39,6 +39,7 @@ def tensors_of(matrix: Matrix) -> tuple[Tensor, ...]:
 def embed(tokens: Tensor, table: Tensor | Blocks) -> Tensor:
     """tokens [..., T], table [vocab, dim] -> [..., T, dim] in the table's dtype; only these rows are dequantized."""
     if isinstance(table, Blocks):
+        assert not table.is_interleaved  # rows cannot be taken out
         return table._replace(data=table.data[tokens]).dequantize(table.dtype)
     return F.embedding(tokens, table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import platform
@@ -46,7 +47,7 @@ def runs_here(instruction_set: str) -> bool:
 THREADS = torch.get_num_threads()
 
 
-def built_for(instruction_set: str) -> Ops:
+def kernels_for(instruction_set: str) -> ctypes.CDLL:
     if not runs_here(instruction_set):
         pytest.skip(f"this processor has no {instruction_set}")
     try:
@@ -55,7 +56,11 @@ def built_for(instruction_set: str) -> Ops:
         pytest.skip(f"cannot be built here: {reason}")
     if instruction_set == "amx" and not kernels.has_tiles():
         pytest.skip("the system does not let this process use tiles")
-    return cpu.make_ops(kernels)
+    return kernels
+
+
+def built_for(instruction_set: str) -> Ops:
+    return cpu.make_ops(kernels_for(instruction_set))
 
 
 @pytest.fixture(scope="module", params=list(cpu.INSTRUCTION_SETS))
@@ -308,6 +313,24 @@ def test_products_with_few_bits(ops: Ops, name: str) -> None:
         torch.set_num_threads(1)
         assert torch.equal(ops.linear(x, w), y)
         torch.set_num_threads(THREADS)
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_interleaved_blocks(instruction_set: str, name: str) -> None:
+    """They are the same numbers, and their products have the same bits, with any number of tokens."""
+    kernels = kernels_for(instruction_set)
+    ops = cpu.make_ops(kernels)
+    for outputs, length in ((64, 512), (48, 256 if name.endswith("_K") else 288)):
+        w = few_bits(name, outputs, length)
+        assert isinstance(w, Blocks)
+        together = cpu.interleaved(kernels, w)
+        assert (together.shape, together.nbytes) == (w.shape, w.nbytes)
+        assert torch.equal(together.dequantize(torch.float32), w.dequantize(torch.float32))
+        pieces = [piece.dequantize(torch.float32) for piece in together.split(32)]
+        assert torch.equal(torch.cat(pieces), w.dequantize(torch.float32))
+        x = torch.randn(40, length, generator=torch.Generator().manual_seed(0)).bfloat16()
+        for rows in (1, 2, 7, 40):
+            assert torch.equal(ops.linear(x[:rows], together), ops.linear(x[:rows], w))
 
 
 @pytest.mark.parametrize("name", FEW_BITS)

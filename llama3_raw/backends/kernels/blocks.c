@@ -5,8 +5,9 @@
 
 #define PANELS 8   /* unpacked at a time: 256 inputs, the length of GGML's longer blocks */
 #define TOKENS 256 /* whose sums a thread keeps at a time */
-#define TOGETHER 16 /* outputs of int4 that lie together */
-#define AHEAD 4096 /* bytes of int4 that are requested ahead */
+#define TOGETHER 16 /* outputs whose blocks are interleaved */
+#define LONGEST (TOGETHER * PANELS * 34) /* bytes of interleaved blocks of 256 inputs */
+#define AHEAD 12288 /* bytes that are requested ahead */
 
 typedef struct {
     bytes quads[QUADS];
@@ -19,10 +20,11 @@ enum { Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, INT4 };
 typedef struct {
     int values, bytes; /* of a block */
     int bits, zero;
+    int halves, at; /* how many numbers of 16 bits a block has, and at which byte; the rest are words of 32 bits */
 } Format;
 static const Format FORMATS[] = {
-    {32, 34, 8, SIGN}, {32, 18, 4, 8},   {32, 20, 4, 0},   {32, 22, 5, 16}, {32, 24, 5, 0},
-    {256, 144, 4, 0},  {256, 176, 5, 0}, {256, 210, 6, 32}, {32, 16, 4, 0},
+    {32, 34, 8, SIGN, 1, 0}, {32, 18, 4, 8, 1, 0},  {32, 20, 4, 0, 2, 0},  {32, 22, 5, 16, 1, 0},    {32, 24, 5, 0, 2, 0},
+    {256, 144, 4, 0, 2, 0},  {256, 176, 5, 0, 2, 0}, {256, 210, 6, 32, 1, 208}, {32, 16, 4, 0, 0, 0},
 };
 
 typedef struct {
@@ -30,25 +32,60 @@ typedef struct {
     const uint8_t *values;
     const uint8_t *scales;   /* of int4 */
     const float *row_scales; /* of int4 */
+    int64_t is_interleaved;  /* int4 always is */
 } Matrix;
 
-/* A source of panels: what has been loaded of WIDTH rows, from which several panels come. */
-typedef struct {
-    const uint8_t *rows; /* the first row of the matrix */
-    int64_t stride;      /* bytes from one row to the next */
-    floats units[2];     /* of int4's scales and minimums */
-    floats scale, minimum;               /* of a long block */
-    words scales[4], minimums[2];        /* of its groups: a byte for each, four in a word */
-    bytes low[2 * QUADS], high[QUADS];   /* the low four bits of each value, and the bits above them */
-} Source;
+/* In an interleaved block, the words at byte `at` of TOGETHER blocks lie side by side at byte TOGETHER * at, and so do
+   the halves. `lane` is the first of WIDTH. */
+static inline words word_at(const uint8_t *block, int at, int lane) { return load_words(block + TOGETHER * at + 4 * lane); }
 
-static inline words bits_of(bytes x, int shift, uint32_t mask) { return (words)x >> shift & mask; }
+static inline floats half_at(const uint8_t *block, int at, int lane) {
+    return from_halves(block + TOGETHER * at + 2 * lane);
+}
 
-/* the words at `at` of WIDTH rows; 16 bytes of each are loaded */
-static inline words load_row_words(const uint8_t *at, int64_t stride) {
-    bytes quads[4];
-    load_columns(at, stride, quads);
-    return (words)quads[0];
+/* Interleaves the blocks that begin at `from`, of TOGETHER outputs, `stride` bytes apart. */
+static inline __attribute__((always_inline)) void interleave_block(
+    int kind, const uint8_t *from, int64_t stride, uint8_t *to) {
+    Format format = FORMATS[kind];
+    int begin = format.at ? 0 : 2 * format.halves, end = format.at ? format.at : format.bytes;
+    int head = format.at ? format.bytes - 16 : 0; /* 16 bytes with the halves in them */
+    for (int lane = 0; lane < TOGETHER; lane += WIDTH) {
+        const uint8_t *rows = from + lane * stride;
+        bytes quads[4];
+        load_columns(rows + head, stride, quads);
+        for (int i = 0; i < format.halves; i++) {
+            words pair = (words)quads[(format.at - head + 2 * i) / 4] >> (format.at - head + 2 * i) % 4 * 8;
+            to_halves(pair, to + TOGETHER * (format.at + 2 * i) + 2 * lane);
+        }
+#pragma GCC unroll 16
+        for (int at = begin; at < end; at += 16) {
+            int last = at < end - 16 ? at : end - 16;
+            load_columns(rows + last, stride, quads);
+            for (int i = 0; i < 4; i++) memcpy(to + TOGETHER * (last + 4 * i) + 4 * lane, quads + i, sizeof *quads);
+        }
+    }
+}
+
+/* The interleaved blocks of TOGETHER outputs from block `number` on: where they lie, or made in `buffer`. */
+static inline __attribute__((always_inline)) const uint8_t *blocks_at(
+    int kind, const Matrix *w, int64_t output, int64_t number, int count, uint8_t *buffer) {
+    int64_t size = FORMATS[kind].bytes, stride = w->length / FORMATS[kind].values * size;
+    const uint8_t *rows = w->values + output * stride;
+    if (w->is_interleaved) return rows + TOGETHER * number * size;
+    for (int i = 0; i < count; i++)
+        interleave_block(kind, rows + (number + i) * size, stride, buffer + i * TOGETHER * size);
+    return buffer;
+}
+
+/* Requests what comes later for TOGETHER outputs, a panel's share at a time, in the order of memory, which a processor
+   reads fastest. */
+static inline __attribute__((always_inline)) void request_panel(int kind, const Matrix *w, int64_t output, int64_t group) {
+    int64_t share = TOGETHER * GROUP * FORMATS[kind].bytes / FORMATS[kind].values;
+    int64_t row = w->length / FORMATS[kind].values * FORMATS[kind].bytes;
+    const uint8_t *later = w->values + output * row + group * share + (w->is_interleaved ? AHEAD : TOGETHER * row);
+    for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(later + i, 0, 2);
+    if (kind == INT4)
+        __builtin_prefetch(w->scales + (output / TOGETHER * (w->length / GROUP) + group) * 32 + AHEAD / 8, 0, 2);
 }
 
 /* A word for each lane, with 32 values' fifth bits: those of values 4 * i to 4 * i + 3, as bit 4 of four bytes. */
@@ -56,121 +93,77 @@ static inline words fifth_bits(words fifth, int i) {
     return ((fifth >> 4 * i & 15) * 0x00204081u & 0x01010101u) << 4;
 }
 
-static inline void panel_of_32(int kind, const Source *source, const uint8_t *block, Panel *panel) {
-    int64_t stride = source->stride;
-    words head = load_row_words(block, stride);
-    panel->scales[0] = panel->scales[1] = from_halves(head);
+static inline void panel_of_32(int kind, const uint8_t *block, int lane, Panel *panel) {
+    panel->scales[0] = panel->scales[1] = half_at(block, 0, lane);
     panel->minimum = (floats){0};
     if (kind == Q8_0) {
-        load_columns(block + 2, stride, panel->quads);
-        load_columns(block + 18, stride, panel->quads + 4);
-        for (int i = 0; i < QUADS; i++) panel->quads[i] ^= SIGN;
+        for (int i = 0; i < QUADS; i++) panel->quads[i] = (bytes)word_at(block, 2 + 4 * i, lane) ^ SIGN;
         return;
     }
-    bytes both[4];
-    load_columns(block + FORMATS[kind].bytes - 16, stride, both);
     words fifth = {0};
-    if (kind == Q4_1 || kind == Q5_1) panel->minimum = -from_halves(head >> 16);
-    if (kind == Q5_0 || kind == Q5_1) fifth = load_row_words(block + FORMATS[kind].bytes - 20, stride);
+    if (kind == Q4_1 || kind == Q5_1) panel->minimum = -half_at(block, 2, lane);
+    if (kind == Q5_0 || kind == Q5_1) fifth = word_at(block, FORMATS[kind].bytes - 20, lane);
     for (int i = 0; i < 4; i++) {
-        panel->quads[i] = (bytes)(bits_of(both[i], 0, 0x0f0f0f0f) | fifth_bits(fifth, i));
-        panel->quads[i + 4] = (bytes)(bits_of(both[i], 4, 0x0f0f0f0f) | fifth_bits(fifth, i + 4));
+        words both = word_at(block, FORMATS[kind].bytes - 16 + 4 * i, lane);
+        panel->quads[i] = (bytes)((both & 0x0f0f0f0f) | fifth_bits(fifth, i));
+        panel->quads[i + 4] = (bytes)((both >> 4 & 0x0f0f0f0f) | fifth_bits(fifth, i + 4));
     }
 }
 
-static inline floats byte_of(words four, int i) { return __builtin_convertvector((ints)(four >> 8 * i & 255), floats); }
-
 /* Panel `group` of a block in Q4_K or Q5_K. Two groups share 32 bytes: the low and the high four bits. */
-static inline void panel_of_k(int kind, Source *source, const uint8_t *block, int group, Panel *panel) {
-    int64_t stride = source->stride;
-    if (group == 0) {
-        bytes head[4];
-        load_columns(block, stride, head);
-        source->scale = from_halves((words)head[0]);
-        source->minimum = from_halves((words)head[0] >> 16);
-        source->scales[0] = bits_of(head[1], 0, 0x3f3f3f3f); /* of groups 0 to 3 */
-        source->minimums[0] = bits_of(head[2], 0, 0x3f3f3f3f);
-        source->scales[1] = bits_of(head[3], 0, 0x0f0f0f0f) | bits_of(head[1], 2, 0x30303030);
-        source->minimums[1] = bits_of(head[3], 4, 0x0f0f0f0f) | bits_of(head[2], 2, 0x30303030);
-        if (kind == Q5_K)
-            for (int i = 0; i < 2; i++) load_columns(block + 16 + 16 * i, stride, source->high + 4 * i);
+static inline void panel_of_k(int kind, const uint8_t *block, int lane, int group, Panel *panel) {
+    /* 12 bytes with a scale and a minimum of each group, in six bits: of groups 4 to 7, the upper two lie apart */
+    int shift = group % 4 * 8;
+    words scale = word_at(block, 4, lane) >> shift, minimum = word_at(block, 8, lane) >> shift;
+    if (group >= 4) {
+        words both = word_at(block, 12, lane) >> shift;
+        scale = (both & 15) | (scale >> 2 & 48);
+        minimum = (both >> 4 & 15) | (minimum >> 2 & 48);
     }
-    if (group % 2 == 0)
-        for (int i = 0; i < 2; i++)
-            load_columns(block + (kind == Q5_K ? 48 : 16) + 16 * (group + i), stride, source->low + 4 * i);
+    panel->scales[0] = panel->scales[1] = half_at(block, 0, lane) * __builtin_convertvector((ints)(scale & 63), floats);
+    panel->minimum = half_at(block, 2, lane) * __builtin_convertvector((ints)(minimum & 63), floats);
     for (int i = 0; i < QUADS; i++) {
-        words quad = bits_of(source->low[i], group % 2 * 4, 0x0f0f0f0f);
-        if (kind == Q5_K) quad |= bits_of(source->high[i], group, 0x01010101) << 4;
+        int at = (kind == Q5_K ? 48 : 16) + group / 2 * 32 + 4 * i;
+        words quad = word_at(block, at, lane) >> group % 2 * 4 & 0x0f0f0f0f;
+        if (kind == Q5_K) quad |= (word_at(block, 16 + 4 * i, lane) >> group & 0x01010101) << 4;
         panel->quads[i] = (bytes)quad;
     }
-    panel->scales[0] = panel->scales[1] = source->scale * byte_of(source->scales[group / 4], group % 4);
-    panel->minimum = source->minimum * byte_of(source->minimums[group / 4], group % 4);
 }
 
 /* Panel `group` of a block in Q6_K. Four groups share 64 bytes of low bits and 32 bytes with two bits for each. */
-static inline void panel_of_q6_k(Source *source, const uint8_t *block, int group, Panel *panel) {
-    int64_t stride = source->stride;
-    if (group == 0) {
-        bytes scales[4], last[4]; /* the last 16 bytes of the block end with its own scale */
-        load_columns(block + 192, stride, scales);
-        for (int i = 0; i < 4; i++) source->scales[i] = (words)scales[i];
-        load_columns(block + 194, stride, last);
-        source->scale = from_halves((words)last[3] >> 16);
-    }
-    if (group % 4 == 0) {
-        for (int i = 0; i < 4; i++) load_columns(block + 16 * (group + i), stride, source->low + 4 * i);
-        for (int i = 0; i < 2; i++) load_columns(block + 128 + 8 * group + 16 * i, stride, source->high + 4 * i);
-    }
+static inline void panel_of_q6_k(const uint8_t *block, int lane, int group, Panel *panel) {
     for (int i = 0; i < QUADS; i++) {
-        words low = bits_of(source->low[i + group % 2 * QUADS], group % 4 / 2 * 4, 0x0f0f0f0f);
-        panel->quads[i] = (bytes)(low | bits_of(source->high[i], group % 4 * 2, 0x03030303) << 4);
+        words low = word_at(block, group / 4 * 64 + group % 2 * 32 + 4 * i, lane) >> group % 4 / 2 * 4 & 0x0f0f0f0f;
+        words high = word_at(block, 128 + group / 4 * 32 + 4 * i, lane) >> group % 4 * 2 & 0x03030303;
+        panel->quads[i] = (bytes)(low | high << 4);
     }
     for (int half = 0; half < 2; half++) { /* signed bytes */
-        ints scale = (ints)(source->scales[group / 2] << (24 - (group % 2 * 2 + half) * 8)) >> 24;
-        panel->scales[half] = source->scale * __builtin_convertvector(scale, floats);
+        ints scale = (ints)(word_at(block, 192 + group / 2 * 4, lane) << (24 - (group % 2 * 2 + half) * 8)) >> 24;
+        panel->scales[half] = half_at(block, 208, lane) * __builtin_convertvector(scale, floats);
     }
     panel->minimum = (floats){0};
 }
 
-static inline void panel_of_int4(const Source *source, const Matrix *w, int64_t output, int64_t group, Panel *panel) {
-    int64_t at = output / TOGETHER * (w->length / GROUP) + group, lane = output % TOGETHER;
-    const uint8_t *values = w->values + at * 256 + 4 * lane, *scales = w->scales + at * 32 + lane;
-    if (lane == 0) __builtin_prefetch(scales + AHEAD / 8, 0, 2);
+static inline void panel_of_int4(
+    const uint8_t *block, const uint8_t *scales, const float *units, int lane, Panel *panel) {
     for (int i = 0; i < 4; i++) {
-        bytes both;
-        memcpy(&both, values + 64 * i, sizeof both);
-        if (lane == 0) __builtin_prefetch(values + 64 * i + AHEAD, 0, 2);
-        panel->quads[i] = (bytes)bits_of(both, 0, 0x0f0f0f0f);
-        panel->quads[i + 4] = (bytes)bits_of(both, 4, 0x0f0f0f0f);
+        words both = word_at(block, 4 * i, lane);
+        panel->quads[i] = (bytes)(both & 0x0f0f0f0f);
+        panel->quads[i + 4] = (bytes)(both >> 4 & 0x0f0f0f0f);
     }
-    panel->scales[0] = panel->scales[1] = from_bytes(scales) * source->units[0];
-    panel->minimum = from_bytes(scales + 16) * source->units[1];
-}
-
-static inline Source source_of(int kind, const Matrix *w, int64_t output) {
-    Source source = {0};
-    int64_t row_bytes = w->length / FORMATS[kind].values * FORMATS[kind].bytes;
-    source.rows = w->values + output * row_bytes;
-    source.stride = row_bytes;
-    if (kind == INT4)
-        for (int lane = 0; lane < WIDTH && output + lane < w->n_outputs; lane++)
-            for (int i = 0; i < 2; i++) source.units[i][lane] = w->row_scales[2 * (output + lane) + i];
-    return source;
+    panel->scales[0] = panel->scales[1] = from_bytes(scales + lane) * load_floats(units + lane);
+    panel->minimum = from_bytes(scales + TOGETHER + lane) * load_floats(units + TOGETHER + lane);
 }
 
 /* The panel of inputs 32 * group to 32 * group + 31; in_block is group modulo the number of groups in a block. */
 static inline __attribute__((always_inline)) void next_panel(
-    int kind, Source *source, const Matrix *w, int64_t output, int64_t group, int in_block, Panel *panel) {
-    int64_t size = FORMATS[kind].bytes, number = group * GROUP / FORMATS[kind].values;
-    const uint8_t *block = source->rows + number * size;
-    if (kind != INT4 && in_block == 0) /* the rows after these, in the order of memory, which a processor reads fastest */
-        for (const uint8_t *line = source->rows + WIDTH * (source->stride + number * size), *end = line + WIDTH * size;
-             line < end; line += 64)
-            __builtin_prefetch(line, 0, 2);
-    if (kind == INT4) panel_of_int4(source, w, output, group, panel);
-    else if (kind == Q6_K) panel_of_q6_k(source, block, in_block, panel);
-    else if (kind == Q4_K || kind == Q5_K) panel_of_k(kind, source, block, in_block, panel);
-    else panel_of_32(kind, source, block, panel);
+    int kind, const Matrix *w, int64_t output, int lane, const uint8_t *block, const float *units, int64_t group,
+    int in_block, Panel *panel) {
+    const uint8_t *scales = w->scales + (output / TOGETHER * (w->length / GROUP) + group) * 2 * TOGETHER;
+    if (kind == INT4) panel_of_int4(block, scales, units, lane, panel);
+    else if (kind == Q6_K) panel_of_q6_k(block, lane, in_block, panel);
+    else if (kind == Q4_K || kind == Q5_K) panel_of_k(kind, block, lane, in_block, panel);
+    else panel_of_32(kind, block, lane, panel);
 }
 
 /* Tokens in 8 bits: scale * value */
@@ -219,7 +212,8 @@ static inline __attribute__((always_inline)) void multiply(
     for (int64_t g = 0; g < count; g++)
         for (int half = 0; half < (bits == 6 ? 2 : 1); half++) {
             const Panel *panel = panels + g;
-            int quads = bits == 6 ? QUADS / 2 : QUADS, begin = half * quads, at_once = quads_in_16_bits(bits);
+            int quads = bits == 6 ? QUADS / 2 : QUADS, begin = half * quads;
+            int at_once = quads_in_16_bits(bits) < quads ? quads_in_16_bits(bits) : quads;
             ints whole[ROWS];
             for (int r = 0; r < rows; r++) whole[r] = (ints){0};
 #pragma GCC unroll 8
@@ -227,7 +221,7 @@ static inline __attribute__((always_inline)) void multiply(
                 Sums partial[ROWS];
                 for (int r = 0; r < rows; r++) partial[r] = (Sums){0};
 #pragma GCC unroll 8
-                for (int i = part; i < part + at_once && i < begin + quads; i++)
+                for (int i = part; i < part + at_once; i++)
                     for (int r = 0; r < rows; r++) {
                         int32_t four;
                         memcpy(&four, x->values + (first + r * groups + g) * GROUP + 4 * i, sizeof four);
@@ -251,56 +245,75 @@ static inline __attribute__((always_inline)) void multiply(
     { enum { g = 3 }; __VA_ARGS__ } { enum { g = 4 }; __VA_ARGS__ } { enum { g = 5 }; __VA_ARGS__ } \
     { enum { g = 6 }; __VA_ARGS__ } { enum { g = 7 }; __VA_ARGS__ }
 
-/* sums[v][r] = x[row + r] . w, of up to TOKENS tokens; `vectors` of WIDTH outputs, and a constant kind */
+#define VECTORS (TOGETHER / WIDTH)
+
+/* sums[v][r] = x[row + r] . w, of up to TOKENS tokens and TOGETHER outputs; a constant kind */
 static inline __attribute__((always_inline)) void multiply_many(
-    int kind, int vectors, Source *sources, const Matrix *w, int64_t output, const Tokens *x, int64_t row, int64_t rows,
+    int kind, const Matrix *w, const float *units, int64_t output, const Tokens *x, int64_t row, int64_t rows,
     floats sums[][TOKENS]) {
     int64_t groups = w->length / GROUP, r;
-    int bits = FORMATS[kind].bits, zero = FORMATS[kind].zero, is_long = FORMATS[kind].values > GROUP;
-    for (int64_t group = 0; group < groups; group += PANELS)
-        for (int v = 0; v < vectors; v++) {
+    int bits = FORMATS[kind].bits, zero = FORMATS[kind].zero, in_block = FORMATS[kind].values / GROUP;
+    uint8_t buffer[LONGEST];
+    for (int64_t group = 0; group < groups; group += PANELS) {
+        int count = groups - group < PANELS ? (int)(groups - group) : PANELS;
+        const uint8_t *blocks = blocks_at(kind, w, output, group / in_block, count / in_block, buffer);
+        for (int v = 0; v < VECTORS; v++) {
             Panel panels[PANELS];
-            int count = groups - group < PANELS ? (int)(groups - group) : PANELS;
             EACH_PANEL(if (g < count) {
-                next_panel(kind, sources + v, w, output + v * WIDTH, group + g, is_long ? g : 0, panels + g);
+                if (v == 0) request_panel(kind, w, output, group + g);
+                const uint8_t *block = blocks + g / in_block * TOGETHER * FORMATS[kind].bytes;
+                next_panel(kind, w, output, v * WIDTH, block, units, group + g, g % in_block, panels + g);
             })
             for (r = 0; r + ROWS <= rows; r += ROWS)
                 multiply(ROWS, bits, zero, panels, count, x, row + r, group, sums[v] + r);
             for (; r < rows; r++) multiply(1, bits, zero, panels, count, x, row + r, group, sums[v] + r);
         }
+    }
 }
 
-/* The same for a constant number of tokens, up to ROWS: the panels stay in registers. */
+/* The same for a constant number of tokens, up to ROWS: panels and sums stay in registers. */
 static inline __attribute__((always_inline)) void multiply_few(
-    int rows, int kind, int vectors, Source *sources, const Matrix *w, int64_t output, const Tokens *x,
-    floats sums[][TOKENS]) {
+    int rows, int kind, const Matrix *w, const float *units, int64_t output, const Tokens *x, floats sums[][TOKENS]) {
     int64_t groups = w->length / GROUP;
     int in_block = FORMATS[kind].values / GROUP;
-    for (int64_t group = 0; group < groups; group += in_block)
-        for (int v = 0; v < vectors; v++) {
-            EACH_PANEL(if (g < in_block) {
+    uint8_t buffer[LONGEST];
+    floats totals[VECTORS][ROWS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++)
+        for (int r = 0; r < rows; r++) totals[v][r] = (floats){0};
+    for (int64_t group = 0; group < groups; group += in_block) {
+        const uint8_t *block = blocks_at(kind, w, output, group / in_block, 1, buffer);
+        EACH_PANEL(if (g < in_block) {
+            request_panel(kind, w, output, group + g);
+            _Pragma("GCC unroll 4")
+            for (int v = 0; v < VECTORS; v++) {
                 Panel panel;
-                next_panel(kind, sources + v, w, output + v * WIDTH, group + g, g, &panel);
-                multiply(rows, FORMATS[kind].bits, FORMATS[kind].zero, &panel, 1, x, 0, group + g, sums[v]);
-            })
-        }
+                next_panel(kind, w, output, v * WIDTH, block, units, group + g, g, &panel);
+                multiply(rows, FORMATS[kind].bits, FORMATS[kind].zero, &panel, 1, x, 0, group + g, totals[v]);
+            }
+        })
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++)
+        for (int r = 0; r < rows; r++) sums[v][r] = totals[v][r];
 }
 
 /* y[r][output + lane] of all tokens r, for lanes from `first` on */
 static inline __attribute__((always_inline)) void multiply_outputs(
     int kind, const Matrix *w, int64_t output, int64_t first, const Tokens *x, int64_t n_rows, bf16 *y) {
-    int vectors = kind == INT4 ? TOGETHER / WIDTH : 1;
-    floats sums[TOGETHER / WIDTH][TOKENS];
-    Source sources[TOGETHER / WIDTH];
-    for (int v = 0; v < vectors; v++) sources[v] = source_of(kind, w, output + v * WIDTH);
+    floats sums[VECTORS][TOKENS];
+    float units[2 * TOGETHER] = {0}; /* of int4's scales, and of its minimums */
+    if (kind == INT4)
+        for (int64_t i = 0; i < TOGETHER && output + i < w->n_outputs; i++)
+            for (int unit = 0; unit < 2; unit++) units[unit * TOGETHER + i] = w->row_scales[2 * (output + i) + unit];
     for (int64_t row = 0; row < n_rows; row += TOKENS) {
         int64_t rows = n_rows - row < TOKENS ? n_rows - row : TOKENS;
-        for (int v = 0; v < vectors; v++) memset(sums[v], 0, rows * sizeof *sums[v]);
-        if (n_rows == 1) multiply_few(1, kind, vectors, sources, w, output, x, sums);
-        else if (n_rows == 2 && kind == INT4) multiply_few(2, kind, vectors, sources, w, output, x, sums);
-        else multiply_many(kind, vectors, sources, w, output, x, row, rows, sums);
+        for (int v = 0; v < VECTORS; v++) memset(sums[v], 0, rows * sizeof *sums[v]);
+        if (n_rows == 1) multiply_few(1, kind, w, units, output, x, sums);
+        else if (n_rows == 2 && kind == INT4) multiply_few(2, kind, w, units, output, x, sums);
+        else multiply_many(kind, w, units, output, x, row, rows, sums);
         for (int64_t r = 0; r < rows; r++)
-            for (int64_t i = first; i < vectors * WIDTH && output + i < w->n_outputs; i++)
+            for (int64_t i = first; i < TOGETHER && output + i < w->n_outputs; i++)
                 y[(row + r) * w->n_outputs + output + i] = to_bf16(sums[i / WIDTH][r][i % WIDTH]);
     }
 }
@@ -322,11 +335,11 @@ static void multiply_kind(const Matrix *w, int64_t output, int64_t first, const 
 #undef CASE
 }
 
-/* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length]; at least WIDTH outputs unless it is int4, and
+/* y [n_rows, n_outputs] = x [n_rows, length] w^T, w [n_outputs, length]; at least TOGETHER outputs unless it is int4, and
    length a multiple of a block. Returns 0, or 1 if out of memory or for an unknown kind. */
 int linear_quantized(const bf16 *x, const Matrix *w, bf16 *y, int64_t n_rows) {
     if (w->kind < Q8_0 || w->kind > INT4) return 1;
-    int64_t groups = n_rows * (w->length / GROUP), step = w->kind == INT4 ? TOGETHER : WIDTH;
+    int64_t groups = n_rows * (w->length / GROUP);
     float *memory = malloc(groups * (2 * sizeof(float) + 2 * sizeof(int16_t) + GROUP));
     if (!memory) return 1;
     Tokens tokens = {.scales = memory, .offsets = memory + groups, .sums = (int16_t *)(memory + 2 * groups),
@@ -334,11 +347,39 @@ int linear_quantized(const bf16 *x, const Matrix *w, bf16 *y, int64_t n_rows) {
 #pragma omp parallel for schedule(static) if (groups * GROUP > SERIAL / 4)
     for (int64_t g = 0; g < groups; g++) round_group(x + g * GROUP, &tokens, g);
 #pragma omp parallel for schedule(static) if (n_rows * w->n_outputs * w->length > SERIAL)
-    for (int64_t output = 0; output < w->n_outputs; output += step) {
-        /* the last rows of blocks are computed with some before them, so that there are WIDTH; int4 is padded */
-        int64_t missing = w->kind != INT4 && output + step > w->n_outputs ? output + step - w->n_outputs : 0;
+    for (int64_t output = 0; output < w->n_outputs; output += TOGETHER) {
+        /* the last rows of blocks are computed with some before them, so that there are enough; int4 is padded */
+        int64_t missing = !w->is_interleaved && output + TOGETHER > w->n_outputs ? output + TOGETHER - w->n_outputs : 0;
         multiply_kind(w, output - missing, missing, &tokens, n_rows, y);
     }
     free(memory);
     return 0;
+}
+
+static void interleave_kind(const Matrix *w, int64_t output, uint8_t *to) {
+    Format format = FORMATS[w->kind];
+    int64_t n_blocks = w->length / format.values, stride = n_blocks * format.bytes;
+#define CASE(kind) case kind: interleave_block(kind, from, stride, to + TOGETHER * i * format.bytes); break
+    for (int64_t i = 0; i < n_blocks; i++) {
+        const uint8_t *from = w->values + output * stride + i * format.bytes;
+        switch (w->kind) {
+            CASE(Q8_0);
+            CASE(Q4_0);
+            CASE(Q4_1);
+            CASE(Q5_0);
+            CASE(Q5_1);
+            CASE(Q4_K);
+            CASE(Q5_K);
+            CASE(Q6_K);
+        }
+    }
+#undef CASE
+}
+
+/* Writes the blocks of `w` interleaved; the number of outputs must be a multiple of TOGETHER. */
+void interleave(const Matrix *w, uint8_t *to) {
+    int64_t row_bytes = w->length / FORMATS[w->kind].values * FORMATS[w->kind].bytes;
+#pragma omp parallel for schedule(static)
+    for (int64_t output = 0; output < w->n_outputs; output += TOGETHER)
+        interleave_kind(w, output, to + output * row_bytes);
 }

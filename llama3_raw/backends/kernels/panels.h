@@ -148,15 +148,23 @@ static inline floats from_bytes(const uint8_t *from) { /* WIDTH unsigned bytes, 
 #endif
 }
 
-static inline floats from_halves(words halves) { /* fp16 in the low halves of words, as floats */
+static inline void to_halves(words from, uint8_t *to) { /* the low halves of words */
+    typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+    halves low = __builtin_convertvector(from & 0xffff, halves);
+    memcpy(to, &low, sizeof low);
+}
+
+static inline floats from_halves(const uint8_t *from) { /* WIDTH numbers in fp16, as floats */
 #if WIDTH == 16
-    return (floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)halves));
+    return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)from));
 #elif defined(__F16C__)
-    __m256i low = (__m256i)(halves & 0xffff);
-    return (floats)_mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+    return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const void *)from));
 #else
-    words rest = halves & 0x7fff, special = (words)(rest >= 0x7c00); /* infinite, or NaN */
+    uint16_t halves[WIDTH];
+    memcpy(halves, from, sizeof halves);
+    words wide = {halves[0], halves[1], halves[2], halves[3]};
+    words rest = wide & 0x7fff, special = (words)(rest >= 0x7c00); /* infinite, or NaN */
     floats values = (floats)(rest << 13) * 0x1p112f; /* the difference of the exponents; right for subnormals too */
-    return (floats)((words)values | (special & 0x7f800000) | (halves & 0x8000) << 16);
+    return (floats)((words)values | (special & 0x7f800000) | (wide & 0x8000) << 16);
 #endif
 }
