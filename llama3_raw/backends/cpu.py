@@ -93,6 +93,16 @@ class _CMatrix(ctypes.Structure):
     ]
 
 
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("linear_bf16", "linear_int8", "linear_tiles"), (*[_POINTER] * 4, *[_INT] * 3)),
+    "linear_quantized": (*[_POINTER] * 3, _INT),
+    "attend": (_POINTER,) * 5,
+    "rms_norm": (*[_POINTER] * 3, *[_INT] * 2, ctypes.c_float),
+    "rope": (_POINTER,) * 5,
+}
+
+
 def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
     """Load the kernels from the user's cache folder, and compile them first if necessary. Raises CannotBuild."""
     compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or ""]
@@ -195,6 +205,9 @@ class _Kernels:
 
     def __init__(self, kernels: ctypes.CDLL):
         self._kernels = kernels
+        for name, arguments in _SIGNATURES.items():
+            if hasattr(kernels, name):  # linear_tiles is there only with tiles
+                getattr(kernels, name).argtypes = arguments
         self._has_tiles = bool(kernels.has_tiles())
         self._has_wide_vectors = kernels.width() >= 8  # else not measured, as NEON against Apple's matrix units
 
@@ -232,13 +245,13 @@ class _Kernels:
         y = x.new_empty((*x.shape[:-1], outputs))
         if isinstance(weight, Int8):
             multiply = self._kernels.linear_int8
-            matrices: tuple[Any, Any] = (None, ctypes.byref(_CInt8(*map(_pointer, weight))))
+            matrices: tuple[Any, Any] = (None, ctypes.byref(_CInt8(*map(Tensor.data_ptr, weight))))
         else:
             multiply = self._kernels.linear_bf16
-            matrices = (_pointer(weight), None)
+            matrices = (weight.data_ptr(), None)
         if by_tiles:
             multiply = self._kernels.linear_tiles
-        if multiply(_pointer(x), *matrices, _pointer(y), *map(ctypes.c_int64, (rows, outputs, length))):
+        if multiply(x.data_ptr(), *matrices, y.data_ptr(), rows, outputs, length):
             raise MemoryError(f"out of memory in the product of {rows} tokens with a matrix {list(weight.shape)}")
         return y
 
@@ -246,9 +259,9 @@ class _Kernels:
         """x [..., in] contiguous, weight [out, in] -> [..., out]"""
         outputs, length = weight.shape
         y = x.new_empty((*x.shape[:-1], outputs))
-        matrix, rows = _c_matrix(weight), ctypes.c_int64(x.numel() // length)
-        if self._kernels.linear_quantized(_pointer(x), ctypes.byref(matrix), _pointer(y), rows):
-            raise MemoryError(f"out of memory in the product of {rows.value} tokens with a matrix {list(weight.shape)}")
+        rows = x.numel() // length
+        if self._kernels.linear_quantized(x.data_ptr(), ctypes.byref(_c_matrix(weight)), y.data_ptr(), rows):
+            raise MemoryError(f"out of memory in the product of {rows} tokens with a matrix {list(weight.shape)}")
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -259,8 +272,7 @@ class _Kernels:
             return rms_norm(x, weight, eps)
         x = x.contiguous()
         y = torch.empty_like(x)
-        sizes = map(ctypes.c_int64, (x.numel() // dim, dim))
-        self._kernels.rms_norm(*map(_pointer, (x, weight, y)), *sizes, ctypes.c_float(eps))
+        self._kernels.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // dim, dim, eps)
         return y
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -275,7 +287,7 @@ class _Kernels:
         x = x.contiguous()
         y = torch.empty_like(x)
         shape = _Rotation(x.numel() // (n_heads * head_dim), n_heads, head_dim, *angles.shape[:1], *angles.stride())
-        self._kernels.rope(*map(_pointer, (x, cos, sin, y)), ctypes.byref(shape))
+        self._kernels.rope(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), ctypes.byref(shape))
         return y
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor:
@@ -289,6 +301,9 @@ class _Kernels:
         if not are_plain or head_dim % 32 or not (is_short or use_tiles):
             return attend_by_torch(q, keys, values, start)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if q.dim() == 3 and isinstance(start, int):
+            self._attend_row(q, keys, values, out, start, use_tiles)
+            return out
         rows = zip(*(x.view(-1, *x.shape[-3:]) for x in (q, keys, values, out)), strict=True)  # one for a single prompt
         starts = itertools.repeat(start) if isinstance(start, int) else start.view(-1).tolist()
         for (q_row, keys_row, values_row, out_row), begin in zip(rows, starts, strict=False):
@@ -302,7 +317,8 @@ class _Kernels:
         for first in range(0, n_tokens, MAX_DECODE_ROWS):  # keeps the buffers of the kernel small
             block, to = q[first : first + MAX_DECODE_ROWS], out[first : first + MAX_DECODE_ROWS]
             shape = _Shape(len(block), n_heads, keys.shape[-2], head_dim, start + first, use_tiles, *strides)
-            if self._kernels.attend(*map(_pointer, (block, keys, values, to)), ctypes.byref(shape)):
+            pointers = map(Tensor.data_ptr, (block, keys, values, to))
+            if self._kernels.attend(*pointers, ctypes.byref(shape)):
                 raise MemoryError(f"out of memory in attention to {start + n_tokens} tokens")
 
 
@@ -311,14 +327,14 @@ def interleaved(kernels: ctypes.CDLL, matrix: Blocks) -> Blocks:
     outputs, length = matrix.shape
     blocks = length // matrix.kind.n_values
     data = matrix.data.new_empty((outputs // INTERLEAVED, blocks, INTERLEAVED * matrix.kind.n_bytes))
-    kernels.interleave(ctypes.byref(_c_matrix(matrix)), _pointer(data))
+    kernels.interleave(ctypes.byref(_c_matrix(matrix)), ctypes.c_void_p(data.data_ptr()))
     return matrix._replace(data=data, is_interleaved=True)
 
 
 def read_loop(kernels: ctypes.CDLL, x: Tensor) -> None:
     """Read all of a contiguous CPU tensor once, as fast as the memory allows; for measurements."""
     kernels.read_loop.restype = ctypes.c_float
-    kernels.read_loop(_pointer(x), ctypes.c_int64(x.nbytes // 256 * 64))
+    kernels.read_loop(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.nbytes // 256 * 64))
 
 
 def linear_by_torch(x: Tensor, weight: Matrix) -> Tensor:
@@ -370,24 +386,20 @@ def attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor
 
 
 def _is_plain_bf16(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not x.requires_grad
+    return x.dtype == torch.bfloat16 and x.is_cpu and not x.requires_grad
 
 
 def _is_plain(weight: Matrix) -> bool:
     """Whether the tensors of a matrix are on the CPU without gaps, in bf16 unless it is quantized."""
-    if isinstance(weight, Tensor) and not _is_plain_bf16(weight):
-        return False
-    return all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors_of(weight))
+    if isinstance(weight, Tensor):
+        return weight.is_contiguous() and _is_plain_bf16(weight)
+    return all(tensor.is_contiguous() and tensor.is_cpu for tensor in tensors_of(weight))
 
 
 def _c_matrix(weight: Int4 | Blocks) -> _CMatrix:
     is_interleaved = isinstance(weight, Int4) or weight.is_interleaved
-    tensors: list[ctypes.c_void_p | None] = [*map(_pointer, tensors_of(weight)), None, None]
-    return _CMatrix(_KINDS[weight.format], *weight.shape, *tensors[:3], is_interleaved)
-
-
-def _pointer(x: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
+    pointers: list[int | None] = [*map(Tensor.data_ptr, tensors_of(weight)), None, None]
+    return _CMatrix(_KINDS[weight.format], *weight.shape, *pointers[:3], is_interleaved)
 
 
 def _keep_freed_memory() -> None:
