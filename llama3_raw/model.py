@@ -91,8 +91,8 @@ class LayerCache(NamedTuple):
 def _updated(cached: Tensor, new: Tensor, start: int | Tensor) -> Tensor:
     length = new.shape[-3]
     if isinstance(start, int):
-        cached[..., start : start + length, :, :] = new
-        return cached[..., : start + length, :, :]
+        cached.narrow(-3, start, length).copy_(new)
+        return cached.narrow(-3, 0, start + length)
     positions = token_positions(start, length, new.device).view(-1, length)  # [B, T], B = 1 for a single prompt
     rows = torch.arange(len(positions), device=new.device).unsqueeze(-1)  # [B, 1]
     cached.view(-1, *cached.shape[-3:])[rows, positions] = new.view(-1, *new.shape[-3:])
@@ -150,6 +150,11 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Ta
 REFERENCE = Ops(embed=embed, linear=linear, attend=attend, prefill_chunk=256, has_scores=True)
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """[..., hidden_dim] and [..., hidden_dim] -> the same shape: silu(gate) * up. (Shazeer 2020, eq. 6)"""
+    return F.silu(gate) * up
+
+
 class Pass(NamedTuple):
     """What is the same in every layer of one forward pass."""
 
@@ -162,10 +167,10 @@ class Pass(NamedTuple):
 
 def attention(x: Tensor, weights: LayerWeights, cache: LayerCache | None, at: Pass, tap: Tap) -> Tensor:
     """[..., T, dim] -> [..., T, dim]: grouped-query attention with rotary positions."""
-    linear, rotate, by_head = at.ops.linear, at.ops.rope or rope, (-1, at.params.head_dim)
-    q = tap("q", linear(x, weights.wq).unflatten(-1, by_head))  # [..., T, n_heads, head_dim]
-    k = tap("k", linear(x, weights.wk).unflatten(-1, by_head))  # [..., T, n_kv_heads, head_dim]
-    v = tap("v", linear(x, weights.wv).unflatten(-1, by_head))  # [..., T, n_kv_heads, head_dim]
+    linear, rotate, by_head = at.ops.linear, at.ops.rope or rope, (*x.shape[:-1], -1, at.params.head_dim)
+    q = tap("q", linear(x, weights.wq).view(by_head))  # [..., T, n_heads, head_dim]
+    k = tap("k", linear(x, weights.wk).view(by_head))  # [..., T, n_kv_heads, head_dim]
+    v = tap("v", linear(x, weights.wv).view(by_head))  # [..., T, n_kv_heads, head_dim]
     q = tap("q_rope", rotate(q, at.cos, at.sin))
     k = tap("k_rope", rotate(k, at.cos, at.sin))
     if cache is not None:
@@ -175,10 +180,10 @@ def attention(x: Tensor, weights: LayerWeights, cache: LayerCache | None, at: Pa
 
 
 def feed_forward(x: Tensor, weights: LayerWeights, ops: Ops, tap: Tap) -> Tensor:
-    """[..., T, dim] -> [..., T, dim]: SwiGLU, w2(silu(w1 x) * w3 x). (Shazeer 2020, eq. 6)"""
+    """[..., T, dim] -> [..., T, dim]: w2(silu(w1 x) * w3 x)."""
     gate = tap("gate", ops.linear(x, weights.w1))  # [..., T, hidden_dim]
     up = tap("up", ops.linear(x, weights.w3))  # [..., T, hidden_dim]
-    hidden = tap("hidden", F.silu(gate) * up)  # [..., T, hidden_dim]
+    hidden = tap("hidden", (ops.swiglu or swiglu)(gate, up))  # [..., T, hidden_dim]
     return tap("out", ops.reduce(ops.linear(hidden, weights.w2)))
 
 

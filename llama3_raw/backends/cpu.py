@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import itertools
+import math
 import os
 import re
 import shlex
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from ..model import rms_norm, rope
+from ..model import rms_norm, rope, swiglu
 from ..ops import Ops, Tap
 from ..quantization.blocks import BLOCK_TYPES, INTERLEAVED, Blocks
 from ..quantization.int4 import Int4
@@ -100,6 +101,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "attend": (_POINTER,) * 5,
     "rms_norm": (*[_POINTER] * 3, *[_INT] * 2, ctypes.c_float),
     "rope": (_POINTER,) * 5,
+    "swiglu": (*[_POINTER] * 3, _INT),
 }
 
 
@@ -196,6 +198,7 @@ def make_ops(kernels: ctypes.CDLL) -> Ops:
         attend=wrapper.attend,
         rms_norm=wrapper.rms_norm,
         rope=wrapper.rope,
+        swiglu=wrapper.swiglu,
         max_packed=wrapper.max_packed(),
     )
 
@@ -267,40 +270,49 @@ class _Kernels:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Like model.rms_norm, in one pass."""
         dim = x.shape[-1]
-        fits = weight.shape == x.shape[-1:] and weight.is_contiguous() and dim % 32 == 0
+        fits = weight.shape == (dim,) and weight.is_contiguous() and dim % 32 == 0
         if not (fits and x.numel() and _is_plain_bf16(x) and _is_plain_bf16(weight)):
             return rms_norm(x, weight, eps)
         x = x.contiguous()
-        y = torch.empty_like(x)
+        y = x.new_empty(x.shape)
         self._kernels.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // dim, dim, eps)
         return y
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Like model.rope, in one pass."""
-        n_heads, head_dim = x.shape[-2:]
-        angles = cos.flatten(0, -2)  # a view, as all positions are equally far apart
-        sizes = (*x.shape[x.dim() - cos.dim() : -2], 1, head_dim // 2)
-        are_alike = cos.shape == sin.shape == sizes and cos.stride() == sin.stride()
-        are_plain = cos.dtype == sin.dtype == torch.float32 and angles.data_ptr() == cos.data_ptr()
-        if not (_is_plain_bf16(x) and x.numel() and are_alike and are_plain):
+        *leading, n_heads, head_dim = x.shape
+        sizes, strides = cos.shape, cos.stride()
+        are_alike = (
+            sin.shape == sizes == (*leading[x.dim() - cos.dim() :], 1, head_dim // 2) and sin.stride() == strides
+        )
+        is_even = len(sizes) == 3 or (len(sizes) == 4 and strides[0] == sizes[1] * strides[1])  # from row to row
+        if not (_is_plain_bf16(x) and x.numel() and are_alike and is_even and cos.dtype == sin.dtype == torch.float32):
             return rope(x, cos, sin)
         x = x.contiguous()
-        y = torch.empty_like(x)
-        shape = _Rotation(x.numel() // (n_heads * head_dim), n_heads, head_dim, *angles.shape[:1], *angles.stride())
+        y = x.new_empty(x.shape)
+        n_angles = math.prod(sizes[:-1])
+        shape = _Rotation(x.numel() // (n_heads * head_dim), n_heads, head_dim, n_angles, strides[-3], strides[-1])
         self._kernels.rope(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), ctypes.byref(shape))
+        return y
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Like model.swiglu, in one pass."""
+        are_plain = _is_plain_bf16(gate) and _is_plain_bf16(up) and gate.is_contiguous() and up.is_contiguous()
+        if not (are_plain and gate.shape == up.shape and gate.numel() % 32 == 0):
+            return swiglu(gate, up)
+        y = gate.new_empty(gate.shape)
+        self._kernels.swiglu(gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel())
         return y
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor:
         """Like model.attend, without taps of the scores. A row of a batch has the same bits as alone."""
         n_tokens, n_heads, head_dim = q.shape[-3:]
-        are_plain = all(
-            _is_plain_bf16(x) and x.dim() <= 4 and x.stride()[-2:] == (head_dim, 1) for x in (q, keys, values)
-        )
+        are_plain = _are_heads(q) and _are_heads(keys) and _are_heads(values)
         use_tiles = self._has_tiles and n_heads // keys.shape[-2] % 4 == 0
         is_short = n_tokens <= MAX_DECODE_ROWS or (self._has_wide_vectors and keys.shape[-3] <= _MAX_KEYS)
         if not are_plain or head_dim % 32 or not (is_short or use_tiles):
             return attend_by_torch(q, keys, values, start)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = q.new_empty(q.shape)
         if q.dim() == 3 and isinstance(start, int):
             self._attend_row(q, keys, values, out, start, use_tiles)
             return out
@@ -315,10 +327,10 @@ class _Kernels:
         n_tokens, n_heads, head_dim = q.shape
         strides = (q.stride(0), keys.stride(0), values.stride(0))
         for first in range(0, n_tokens, MAX_DECODE_ROWS):  # keeps the buffers of the kernel small
-            block, to = q[first : first + MAX_DECODE_ROWS], out[first : first + MAX_DECODE_ROWS]
-            shape = _Shape(len(block), n_heads, keys.shape[-2], head_dim, start + first, use_tiles, *strides)
-            pointers = map(Tensor.data_ptr, (block, keys, values, to))
-            if self._kernels.attend(*pointers, ctypes.byref(shape)):
+            count = min(MAX_DECODE_ROWS, n_tokens - first)
+            shape = _Shape(count, n_heads, keys.shape[1], head_dim, start + first, use_tiles, *strides)
+            query, result = q.data_ptr() + 2 * first * q.stride(0), out.data_ptr() + 2 * first * out.stride(0)
+            if self._kernels.attend(query, keys.data_ptr(), values.data_ptr(), result, ctypes.byref(shape)):
                 raise MemoryError(f"out of memory in attention to {start + n_tokens} tokens")
 
 
@@ -387,6 +399,11 @@ def attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor
 
 def _is_plain_bf16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.is_cpu and not x.requires_grad
+
+
+def _are_heads(x: Tensor) -> bool:
+    """Whether [..., T, heads, head_dim] is in bf16, with at most one dimension before T, and a token's heads adjoin."""
+    return _is_plain_bf16(x) and x.dim() <= 4 and x.stride()[-2:] == (x.shape[-1], 1)
 
 
 def _is_plain(weight: Matrix) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, Params, forward, generate
 from llama3_raw.backends import cpu
-from llama3_raw.model import rms_norm, rope, rope_rotation, token_positions
+from llama3_raw.model import rms_norm, rope, rope_rotation, swiglu, token_positions
 from llama3_raw.ops import Ops, no_tap
 from llama3_raw.quantization.blocks import BLOCK_TYPES, Blocks
 from llama3_raw.quantization.int4 import Int4
@@ -423,6 +423,19 @@ def test_norms_and_rotations_are_as_accurate_as_the_reference(ops: Ops, batch: t
         rotated = ops.rope(heads, cos, sin)
         assert rms_error(rotated, exact) <= 1.01 * rms_error(rope(heads, cos, sin), exact)
     assert torch.equal(ops.rope(heads[..., :1, :, :], cos[..., :1, :, :], sin[..., :1, :, :]), rotated[..., :1, :, :])
+
+
+def test_swiglu_has_the_bits_of_torch(ops: Ops) -> None:
+    """For all numbers in bf16 down to -87; below that it is 0, where torch has up to 1e-36."""
+    assert ops.swiglu is not None
+    gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    up = torch.randn(2**16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected, y = swiglu(gate, up), ops.swiglu(gate, up)
+    small = (gate < -87) & (gate > -90)
+    assert torch.equal(y[~small].nan_to_num(7), expected[~small].nan_to_num(7))
+    assert (y[small] == 0).all()
+    assert torch.equal(ops.swiglu(gate[64:96], up[64:96]).nan_to_num(7), y[64:96].nan_to_num(7))
+    assert ops.swiglu(gate[:7], up[:7]).shape == (7,)  # by torch
 
 
 def test_products_with_few_bits_that_torch_computes(ops: Ops) -> None:

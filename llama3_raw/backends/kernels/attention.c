@@ -10,23 +10,6 @@ typedef struct {
     int64_t q_stride, key_stride, value_stride;             /* values from one token to the next */
 } Shape;
 
-/* e^x for x <= 0, to 2 units in the last place: 2^n e^r with |r| <= ln(2)/2, and a polynomial for e^r */
-static inline floats exponential(floats x) {
-    floats lowest = (floats){0} - 87.0f;
-    words too_low = (words)(x < lowest);
-    x = (floats)(((words)x & ~too_low) | ((words)lowest & too_low));
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    floats shifted = x * 1.44269504f + magic, n = shifted - magic;
-    floats r = x - n * 0.693359375f + n * 2.12194440e-4f, power = (floats){0} + 1.9875691e-4f;
-    power = power * r + 1.3981999e-3f;
-    power = power * r + 8.3334519e-3f;
-    power = power * r + 4.1665796e-2f;
-    power = power * r + 1.6666665e-1f;
-    power = power * r + 5.0000001e-1f;
-    power = power * r * r + r + 1.0f;
-    return (floats)((words)power + ((words)shifted << 23)); /* the low bits of shifted are n */
-}
-
 /* The partial result of token t's query head h over a chunk of keys: the largest score, the sum of the weights, and
    head_dim weighted sums of values. */
 static inline float *partial_of(float *partials, const Shape *shape, int64_t chunks, int64_t t, int64_t h,

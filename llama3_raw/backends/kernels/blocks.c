@@ -55,7 +55,7 @@ static inline __attribute__((always_inline)) void interleave_block(
         load_columns(rows + head, stride, quads);
         for (int i = 0; i < format.halves; i++) {
             words pair = (words)quads[(format.at - head + 2 * i) / 4] >> (format.at - head + 2 * i) % 4 * 8;
-            to_halves(pair, to + TOGETHER * (format.at + 2 * i) + 2 * lane);
+            store_halves(to + TOGETHER * (format.at + 2 * i) + 2 * lane, pair);
         }
 #pragma GCC unroll 16
         for (int at = begin; at < end; at += 16) {

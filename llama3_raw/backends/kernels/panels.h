@@ -148,12 +148,6 @@ static inline floats from_bytes(const uint8_t *from) { /* WIDTH unsigned bytes, 
 #endif
 }
 
-static inline void to_halves(words from, uint8_t *to) { /* the low halves of words */
-    typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
-    halves low = __builtin_convertvector(from & 0xffff, halves);
-    memcpy(to, &low, sizeof low);
-}
-
 static inline floats from_halves(const uint8_t *from) { /* WIDTH numbers in fp16, as floats */
 #if WIDTH == 16
     return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)from));

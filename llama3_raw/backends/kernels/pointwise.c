@@ -1,4 +1,4 @@
-/* Normalization and rotary positions of bf16, each in one pass over the tokens. */
+/* Normalization, rotary positions and SwiGLU of bf16, each in one pass over the tokens. */
 
 #include "shared.h"
 
@@ -38,5 +38,17 @@ void rope(const bf16 *x, const float *cos, const float *sin, bf16 *y, const Rota
                 to[2 * i + 1] = to_bf16(first * sine + second * cosine);
             }
         }
+    }
+}
+
+/* y [n] = silu(gate) * up, n a multiple of 32; silu(x) = x / (1 + e^-x), rounded, and 0 below -87 */
+void swiglu(const bf16 *gate, const bf16 *up, bf16 *y, int64_t n) {
+#pragma omp parallel for schedule(static) if (n > SERIAL / 32)
+    for (int64_t i = 0; i < n; i += WIDTH) {
+        floats x = load_bf16(gate + i), size = (floats)((words)x & 0x7fffffff), one = (floats){0} + 1.0f;
+        floats power = (floats)((words)exponential(-size) & ~(words)(size > 87.0f)); /* never overflows */
+        words is_negative = (words)((ints)x >> 31);
+        floats numerator = (floats)(((words)power & is_negative) | ((words)one & ~is_negative));
+        store_bf16(y + i, rounded(x * (numerator / (1.0f + power))) * load_bf16(up + i));
     }
 }

@@ -33,6 +33,7 @@ typedef uint16_t bf16; /* the upper half of a float */
 typedef float floats __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
 
 static inline floats load_floats(const float *from) {
     floats loaded;
@@ -51,10 +52,45 @@ static inline float to_float(bf16 x) {
     return both.value;
 }
 
+static inline floats load_bf16(const bf16 *from) {
+    halves loaded;
+    memcpy(&loaded, from, sizeof loaded);
+    return (floats)(__builtin_convertvector(loaded, words) << 16);
+}
+
+static inline void store_halves(void *to, words from) { /* their low halves */
+    halves low = __builtin_convertvector(from & 0xffff, halves);
+    memcpy(to, &low, sizeof low);
+}
+
 static inline bf16 to_bf16(float x) { /* rounds to nearest, ties to even, as torch does */
     union { float value; uint32_t bits; } both = {x};
     bf16 rounded = (bf16)((both.bits + 0x7fff + ((both.bits >> 16) & 1)) >> 16);
     return x != x ? 0x7fc0 : rounded; /* the sum could carry a NaN over to zero */
+}
+
+static inline floats rounded(floats x) { /* as to_bf16 does */
+    words bits = (words)x, is_nan = (words)(x != x);
+    return (floats)(((bits + 0x7fff + (bits >> 16 & 1)) & ~is_nan & 0xffff0000) | (0x7fc00000 & is_nan));
+}
+
+static inline void store_bf16(bf16 *to, floats x) { store_halves(to, (words)rounded(x) >> 16); }
+
+/* e^x for x <= 0, to 2 units in the last place: 2^n e^r with |r| <= ln(2)/2, and a polynomial for e^r */
+static inline floats exponential(floats x) {
+    floats lowest = (floats){0} - 87.0f;
+    words too_low = (words)(x < lowest);
+    x = (floats)(((words)x & ~too_low) | ((words)lowest & too_low));
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    floats shifted = x * 1.44269504f + magic, n = shifted - magic;
+    floats r = x - n * 0.693359375f + n * 2.12194440e-4f, power = (floats){0} + 1.9875691e-4f;
+    power = power * r + 1.3981999e-3f;
+    power = power * r + 8.3334519e-3f;
+    power = power * r + 4.1665796e-2f;
+    power = power * r + 1.6666665e-1f;
+    power = power * r + 5.0000001e-1f;
+    power = power * r * r + r + 1.0f;
+    return (floats)((words)power + ((words)shifted << 23)); /* the low bits of shifted are n */
 }
 
 typedef float four_floats __attribute__((vector_size(16)));
