@@ -25,7 +25,7 @@ from ..backends.choose import suitable_ops
 from ..checkpoint.checkpoint import first_layers
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from ..cli.memory_plan import MemoryPlan, RunShape, check_memory
-from ..cli.models import ChosenModel, ModelFolder, check_fast, choose_device, choose_model, load_model
+from ..cli.models import REPACK_FROM, ChosenModel, ModelFolder, check_fast, choose_device, choose_model, load_model
 from ..cli.options import DTYPES_BY_NAME, add_model_options, positive_int, seed
 from ..errors import UserError, in_short, needed_package
 from ..ops import Ops
@@ -392,7 +392,8 @@ def _load(chosen: ChosenModel, shape: RunShape) -> tuple[Model, Ops, str]:
     """Do what `load_model` does; a model without files is created instead. Raises UserError if it does not fit."""
     checkpoint, device, dtype, quantize = chosen.checkpoint, chosen.device, chosen.dtype, chosen.quantize
     if chosen.random_seed is None:
-        return load_model(chosen, shape)
+        # as for a long text: blocks are repacked
+        return load_model(chosen, shape._replace(text=max(shape.text, shape.prompt + REPACK_FROM)))
     check_memory(MemoryPlan(checkpoint, device, dtype, shape, quantize=quantize, made=True))
     weights = random_weights(checkpoint, device, dtype, chosen.random_seed, quantize)
     description = f"{checkpoint.source} ({chosen.folder.why}) on {device}"

@@ -44,6 +44,8 @@ BUILT_IN_MODEL = "tiny"
 
 _PARAMS_FILES = ("params.json", "config.json", "original/params.json")
 
+REPACK_FROM = 64  # tokens to generate, for which the copy pays (docs/benchmarks.md, "GGUF")
+
 PROGRESS_BAR_FROM = 1_000_000_000  # bytes of weights; smaller models load too fast for a bar
 
 
@@ -199,10 +201,10 @@ def _check_repack(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
 
 
 def _repacks(plan: MemoryPlan) -> bool:
-    """Whether to repack without being asked: tokens are generated from blocks on the CPU, and the copy fits."""
+    """Whether to repack without being asked: a text is generated from blocks on the CPU, and the copy fits."""
     checkpoint, shape = plan.checkpoint, plan.shape
     is_fast = plan.device.type == "cpu" and (plan.dtype or checkpoint.dtype) == torch.bfloat16
-    if not checkpoint.blocks or not is_fast or plan.max_ram is not None or shape.text <= shape.prompt:
+    if not checkpoint.blocks or not is_fast or plan.max_ram is not None or shape.text < shape.prompt + REPACK_FROM:
         return False
     return needed(plan._replace(repack=True)).allocated <= available(plan)
 

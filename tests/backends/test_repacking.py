@@ -19,7 +19,7 @@ from llama3_raw.quantization.blocks import Blocks
 from tests.paths import TINY
 
 CPU = torch.device("cpu")
-GENERATES, SCORES = RunShape(5, 9, 6), RunShape.of_one_pass(5)
+SHAPE = RunShape(5, 9, 6)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_other_weights_stay_as_they_are(tiny: llama3_raw.Model) -> None:
 
 
 @pytest.mark.usefixtures("has_kernels")
-def test_the_command_repacks_where_tokens_are_generated(
+def test_the_command_repacks_where_a_text_is_generated(
     gguf_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -85,12 +85,13 @@ def test_the_command_repacks_where_tokens_are_generated(
 
     monkeypatch.setattr("llama3_raw.cli.models.repack", counted)
     texts = []
-    for options, expected in ((["--repack"], 1), ([], 1), (["--no-repack"], 0), (["--reference"], 0)):
+    cases = {"--repack --max-new-tokens 4": 1, "--max-new-tokens 64": 1, "--max-new-tokens 63": 0, "--no-repack": 0}
+    for options, expected in {**cases, "--reference": 0}.items():
         calls.clear()
-        assert main(["--weights", str(gguf_file), "--max-new-tokens", "4", *options, "Once"]) == 0
+        assert main(["--weights", str(gguf_file), "--stop", "was", *options.split(), "Once upon a time"]) == 0
         texts.append(capsys.readouterr().out)
         assert len(calls) == expected
-    assert texts[0] == texts[1] == texts[2]
+    assert texts[1] == texts[2] == texts[3]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_options_that_do_not_go_with_it(
 
 
 def test_the_copy_counts_as_memory(gguf_file: Path) -> None:
-    plan = MemoryPlan(open_checkpoint(gguf_file), CPU, None, GENERATES)
+    plan = MemoryPlan(open_checkpoint(gguf_file), CPU, None, SHAPE)
     mapped, copied = needed(plan), needed(plan._replace(repack=True))
     assert (copied.copied, copied.mapped) == (mapped.copied + mapped.mapped, 0)
     too_little = copied.allocated - 1
