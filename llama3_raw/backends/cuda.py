@@ -23,8 +23,7 @@ from ..quantization.int4 import OUTPUTS, Int4, scales_of
 from ..quantization.int8 import Int8
 from ..quantization.matrix import Matrix, embed, linear, tensors_of
 from .cpu import MAX_DECODE_ROWS, attend_by_torch
-from . import cuda_operators
-from .cuda_operators import attend_few, linear_few, linear_few_int4, rms_norm_by_kernel, rope_by_kernel
+from .cuda_operators import HAS_TRITON, attend_few, linear_few, linear_few_int4, rms_norm_by_kernel, rope_by_kernel
 
 DEQUANTIZED_BYTES = 1 << 28  # of a matrix at a time: all of it in a layer of 8B; its output matrix in four pieces
 
@@ -166,7 +165,7 @@ def cuda_ops() -> Ops:
         ones = torch.ones(16, 16, dtype=torch.float16, device="cuda" if torch.cuda.is_available() else "cpu")
         linear_few(ones, ones, None, None)
     except Exception as error:  # compilers raise every kind of exception
-        reason = "there is no Triton" if cuda_operators.cuda_kernels is None else f"Triton fails ({in_short(error)})"
+        reason = f"Triton fails ({in_short(error)})" if HAS_TRITON else "there is no Triton"
         print(f"llama3_raw: {reason}; tokens come slower, computed by torch", file=sys.stderr)
         return Ops(embed=embed, linear=linear_many, attend=attend_without_kernels, max_packed=1024)
     return Ops(

@@ -16,6 +16,7 @@ try:
     from . import cuda_kernels
 except ImportError:  # torch installs Triton only for GPUs on Linux
     cuda_kernels = None  # type: ignore[assignment]
+HAS_TRITON = cuda_kernels is not None
 
 _GROUPS = 32  # of an int4 matrix at a time, 9 KB with their scales
 _OFFSETS = {torch.bfloat16: (128, 0x4300), torch.float16: (1024, 0x6400)}  # numbers and their bits, for linear_few_int4
