@@ -44,7 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # two layers each; the last is what one o
 }
 if not HAS_GPU:  # Triton's interpreter takes a millisecond for each program
     narrow = {"dim": 64, "n_kv_heads": 1, "head_dim": 32, "hidden_dim": 64}
-    SHAPES = {"4:1": {"n_heads": 4, **narrow}, "8:1": {"n_heads": 8, **narrow}}
+    SHAPES = {"8:1": {"n_heads": 8, **narrow}}
 N_LAYERS, N_WORDS = (2, 4096) if HAS_GPU else (1, 40)
 TOKENS, COUNT = (310, 100) if HAS_GPU else (26, 3)  # of a text; of new ones
 SIZES = [[300], [100, 150, 16, 9], [280, 1, 7]] if HAS_GPU else [[18, 1, 3]]

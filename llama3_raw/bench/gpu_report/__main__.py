@@ -110,30 +110,26 @@ def _run_phase(name: str, seconds: float, report: Report, log: TextIO, options: 
     log.flush()
     start = time.monotonic()
     command = [sys.executable, "-m", "llama3_raw.bench.gpu_report", "--run", name, *options]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=os.environ | {"CI": "1"}
-    )
     cut = threading.Event()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True) as process:
 
-    def kill() -> None:
-        cut.set()
-        os.killpg(process.pid, signal.SIGKILL)
+        def kill() -> None:  # with all that it has started
+            os.killpg(process.pid, signal.SIGKILL)
 
-    timer = threading.Timer(seconds, kill)
-    timer.start()
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                report.add({"phase": name, **json.loads(line)})
-            else:
-                log.write(line)
-    except BaseException:  # such as Ctrl-C
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    finally:
-        timer.cancel()
-        process.wait()
+        timer = threading.Timer(seconds, lambda: (cut.set(), kill()))
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("{"):
+                    report.add({"phase": name, **json.loads(line)})
+                else:
+                    log.write(line)
+        except BaseException:  # such as Ctrl-C
+            kill()
+            raise
+        finally:
+            timer.cancel()
     took = f"{time.monotonic() - start:.0f} s"
     status = f"cut after {took}" if cut.is_set() else f"done in {took}"
     if process.returncode and not cut.is_set():

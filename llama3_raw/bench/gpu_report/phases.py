@@ -99,7 +99,7 @@ def correctness(stage: Stage, emit: Emit) -> None:
     if not tests.exists():
         emit("tests", f"not in {ROOT}; run this from a checkout")
         return
-    environment = os.environ | ({REHEARSAL: "1"} if stage.is_rehearsal else {})
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({REHEARSAL: "1"} if stage.is_rehearsal else {})
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", str(tests)]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -23,9 +23,9 @@ from ..engines import Engine, ThisEngine
 from ..roofline import seconds_of
 from ..synthetic import random_weights, synthetic_checkpoint
 
-_TINY = {"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 64, "multiple_of": 32} | {
-    "norm_eps": 1e-05,
-    "rope_theta": 500000.0,
+_TINY = {
+    **{"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 64},
+    **{"multiple_of": 32, "ffn_dim_multiplier": 0.3, "norm_eps": 1e-05, "rope_theta": 500000.0},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,6 +45,8 @@ def render(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
         status = next((row["status"] for row in own if "status" in row), "running")
         lines += ["", f"{phase}: {titles.get(phase, '')} ({status})"]
         lines += [_line(row, copy) for row in own if "name" in row and not row.get("is_detail")]
+        details = Counter(row["value"] for row in own if row.get("is_detail") and isinstance(row["value"], str))
+        lines += [f"  and {count} results: {value}" for value, count in details.items()]
     return "\n".join([*lines, "", *_multiples(rows)]).strip() + "\n"
 
 
