@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llama3_raw.backends.cuda import cuda_ops
 from llama3_raw.bench.gpu_report import __main__ as gpu_report
 from llama3_raw.bench.gpu_report.__main__ import Report, main
 from llama3_raw.bench.gpu_report.phases import PHASES
 from llama3_raw.bench.gpu_report.profile import PROFILE, Launch, launches_in
-from llama3_raw.bench.gpu_report.stage import rehearsal_stage
+from llama3_raw.bench.gpu_report.stage import rehearsal_stage, unfused
 from llama3_raw.bench.gpu_report.table import render, shown
 from llama3_raw.bench.gpu_report.variants import GreedyGraph, fused_layers
+from llama3_raw.bench.synthetic import SYNTHETIC
 from llama3_raw.model import KVCache, forward
+from llama3_raw.ops import Ops
 
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for a CPU")
@@ -67,6 +73,41 @@ def test_variants_compute_the_same(tmp_path: Path) -> None:
             new = forward(weights, params, torch.tensor(tokens[-1:]), cache=cache, start=at, ops=cuda_ops())
             tokens.append(int(new.argmax()))
         assert graph(9, 0, 3).tolist() == tokens[1:]
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that are no views: a kernel each, and two for attention."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        memory = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+        is_view = all(leaf.untyped_storage().data_ptr() in memory for leaf in tree_leaves(out))
+        if func._schema.is_mutable or not is_view:
+            self.count += 2 if func._schema.name == "llama3_raw::attend_few" else 1
+        return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "kernels"), [(unfused, 55), (lambda ops: ops, 25), (None, 11)])
+def test_kernels_of_a_layer(variant: Callable[[Ops], Ops] | None, kernels: int, tmp_path: Path) -> None:
+    """As docs/gpu.md counts them."""
+    counts = []
+    with rehearsal_stage(tmp_path) as stage, torch.no_grad():
+        ops = variant(cuda_ops()) if variant else cuda_ops()
+        for n_layers in (1, 2):
+            content, tied = SYNTHETIC["8b"]
+            SYNTHETIC["8b"] = ({**content, "n_layers": n_layers}, tied)  # until the rehearsal ends
+            model = stage.model()
+            cache = KVCache.allocate(model.params, max_seq_len=8, like=model.weights)
+            token, start = torch.tensor([5]), torch.tensor(3)
+            with contextlib.nullcontext() if variant else fused_layers(), Kernels() as seen:
+                forward(model.weights, model.params, token, cache=cache, start=start, ops=ops)
+            counts.append(seen.count)
+    assert counts[1] - counts[0] == kernels
 
 
 @pytest.mark.slow
