@@ -124,7 +124,7 @@ def test_fast_operations_are_nearly_as_accurate(model: Model, exact: Model, text
 
 
 def test_graphs_give_the_bits_of_steps(model: Model, text: list[int]) -> None:
-    """Of one token and of few, at two places: a replay reads its tokens and its start anew."""
+    """Of one token, and nearly of few, at two places: a replay reads its tokens and its start anew."""
     cache = KVCache.allocate(model.params, max_seq_len=TOKENS, like=model.weights)
     passes = graphs(model, cache, cuda_ops(), compiled=False)
     ids = torch.tensor(text, device=ON)
@@ -134,19 +134,28 @@ def test_graphs_give_the_bits_of_steps(model: Model, text: list[int]) -> None:
         for start, count in ((4, 1), (5, 1), (6, 3), (8, 3)):
             tokens = ids[start : start + count]
             by_step = forward(model.weights, model.params, tokens, start=start, **common)
-            assert torch.equal(passes(tokens, start), by_step)
+            by_graph = passes(tokens, start)
+            if count == 1:
+                assert torch.equal(by_graph, by_step)
+            else:  # a graph of few tokens computes 16, whose attention may be added up in another order
+                assert rms(by_graph - by_step) <= 0.02 * rms(by_step)
 
 
 def by_graph_and_by_step(model: Model, ids: list[int], count: int, compiled: bool, **settings: Any) -> int:
-    """Return the number of equal tokens; where they diverge, the two most likely must be about equally likely."""
+    """Return the number of tokens that are equal; see `same_tokens`."""
     cache = KVCache.allocate(model.params, max_seq_len=len(ids) + count, like=model.weights)
     passes = graphs(model, cache, cuda_ops(), compiled)
     common: dict[str, Any] = {"max_new_tokens": count, "ops": cuda_ops(), "stop_ids": (), **settings}
     by_graph = list(generate(model, ids, cache=cache, captured=passes, **common))
     by_step = list(generate(model, ids, captured=False, **common))
-    same = next((i for i, pair in enumerate(zip(by_graph, by_step, strict=True)) if pair[0] != pair[1]), count)
-    if same < count and not settings.get("temperature"):
-        tokens = torch.tensor([*ids, *by_graph[:same]], device=ON)
+    return same_tokens(model, ids, by_graph, by_step, is_greedy=not settings.get("temperature"))
+
+
+def same_tokens(model: Model, ids: list[int], ours: list[int], theirs: list[int], is_greedy: bool = True) -> int:
+    """Return the number of equal tokens. Where greedy ones diverge, the two most likely must be nearly equal."""
+    same = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), len(ours))
+    if same < len(ours) and is_greedy:
+        tokens = torch.tensor([*ids, *ours[:same]], device=ON)
         with torch.no_grad():
             first, second = forward(model.weights, model.params, tokens, logits_at=-1).topk(2).values.tolist()
         assert first - second < 0.25  # twice the rounding of such logits in bf16
@@ -166,14 +175,14 @@ def test_the_compiled_graph_gives_the_same_tokens(model: Model, text: list[int])
 
 
 def test_lookup_gives_the_same_tokens(model: Model, text: list[int]) -> None:
-    """Products have the same bits for one row and for several, so the tokens are equal as long as attention's are."""
+    """Up to the rounding of attention, which is not the same for one token and for several."""
     ids = text[:8] * 2 + text[:4]
     count = min(COUNT, 40)
     common: dict[str, Any] = {"max_new_tokens": count, "ops": cuda_ops(), "stop_ids": ()}
     policy = LookupPolicy(15)
     with_lookup = list(generate(model, ids, lookup=policy, **common))
     without = list(generate(model, ids, **common))
-    assert with_lookup[: count // 4] == without[: count // 4]
+    same_tokens(model, ids, with_lookup, without)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from ...checkpoint.loading import load
+from ...errors import in_short
 from ...model import REFERENCE
 from ...system.version import VERSION
 from ...weights import Model
@@ -64,8 +65,10 @@ def versions(stage: Stage, emit: Emit) -> None:
     emit("memory", card.total_memory / 1e9, "GB")
     emit("L2 cache", card.L2_cache_size / 1e6, "MB")
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True)
-    emit("driver, clocks, power limit", done.stdout.strip() or f"nvidia-smi fails: {done.stderr.strip()[:100]}")
+    try:
+        emit("driver, clocks, power limit", subprocess.run(query, capture_output=True, text=True).stdout.strip())
+    except OSError as error:
+        emit("nvidia-smi", in_short(error))
 
 
 def roofline(stage: Stage, emit: Emit) -> None:
