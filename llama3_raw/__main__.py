@@ -12,7 +12,6 @@ from bdb import BdbQuit
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,7 @@ from .ops import Tap
 from .quantization.matrix import Quantized
 from .system.machine import peak_memory
 from .system.process_groups import Ranks, init
+from .system.version import VERSION
 from .tokenizer import Tokenizer
 from .tracing.debugger import break_at
 from .tracing.taps import chain, check_names
@@ -76,7 +76,7 @@ def build_parser() -> ArgumentParser:
         epilog=f"example: {EXAMPLE}\n\nother commands, as python -m llama3_raw.NAME or llama3-raw NAME:\n{others}",
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue; - reads it from stdin")
-    parser.add_argument("--version", action="version", version=f"llama3_raw {version('llama3_raw')}")
+    parser.add_argument("--version", action="version", version=f"llama3_raw {VERSION}")
     group = parser.add_argument_group("prompt and text")
     group.add_argument("--ids", action="store_true", help="read and print token ids; needs no tokenizer")
     group.add_argument("--chat", action="store_true", help="the prompt is a question for an Instruct model")

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
+from llama3_raw.bench.gpu_report.interpreter import interpret_kernels
 from tests.paths import CACHE, TINY
 
-# without a GPU, its kernels run in Triton's interpreter; this must be set before they are imported
-os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
+if not torch.cuda.is_available():
+    interpret_kernels()
 
 import hypothesis
 import pytest

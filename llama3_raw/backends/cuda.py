@@ -17,129 +17,15 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from ..errors import in_short
+from ..model import rms_norm, rope
 from ..ops import Ops, Tap
 from ..quantization.int4 import OUTPUTS, Int4, scales_of
 from ..quantization.int8 import Int8
 from ..quantization.matrix import Matrix, embed, linear, tensors_of
 from .cpu import MAX_DECODE_ROWS, attend_by_torch
+from .cuda_operators import HAS_TRITON, attend_few, linear_few, linear_few_int4, rms_norm_by_kernel, rope_by_kernel
 
-try:
-    from . import cuda_kernels
-except ImportError:  # torch installs Triton only for GPUs on Linux
-    cuda_kernels = None  # type: ignore[assignment]
-
-_OUTPUTS = 16  # matrix rows per program: the fewest that the matrix units accept, for as many programs as possible
-_INPUTS = 256  # values of each row at a time, 512 bytes
-_GROUPS = 32  # of an int4 matrix at a time, 9 KB with their scales
-_OFFSETS = {torch.bfloat16: (128, 0x4300), torch.float16: (1024, 0x6400)}  # numbers and their bits, for linear_few_int4
-_KEYS = 64  # at a time
 DEQUANTIZED_BYTES = 1 << 28  # of a matrix at a time: all of it in a layer of 8B; its output matrix in four pieces
-_SPLITS = 16  # programs that split the keys of a kv head: with Llama 3's 8, one for nearly every multiprocessor
-
-
-@torch.library.custom_op(
-    "llama3_raw::linear_few",
-    mutates_args=(),
-    schema="(Tensor x, Tensor values, Tensor? row_scales, Tensor? column_scales) -> Tensor",
-)
-def linear_few(x: Tensor, values: Tensor, row_scales: Tensor | None, column_scales: Tensor | None) -> Tensor:
-    """x [rows <= MAX_DECODE_ROWS, in], values [out, in] in x's dtype, or in int8 with its scales -> [rows, out]."""
-    (rows, length), outputs = x.shape, values.shape[0]
-    x = x.contiguous()
-    y = x.new_empty(rows, outputs)
-    is_int8 = row_scales is not None
-    with torch.cuda.device_of(x):  # Triton uses the current one
-        cuda_kernels.linear_kernel[(-(-outputs // _OUTPUTS),)](
-            *(x, values, row_scales if is_int8 else x, column_scales if is_int8 else x, y),
-            *(rows, outputs, length),
-            IS_INT8=is_int8,
-            ROWS=MAX_DECODE_ROWS,
-            OUTPUTS=_OUTPUTS,
-            INPUTS=_INPUTS,
-            num_stages=4,  # blocks of the matrix that are loaded at a time
-        )
-    return y
-
-
-@linear_few.register_fake
-def _(x: Tensor, values: Tensor, row_scales: Tensor | None, column_scales: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], values.shape[0])
-
-
-@torch.library.custom_op(
-    "llama3_raw::linear_few_int4",
-    mutates_args=(),
-    schema="(Tensor x, Tensor values, Tensor scales, Tensor row_scales) -> Tensor",
-)
-def linear_few_int4(x: Tensor, values: Tensor, scales: Tensor, row_scales: Tensor) -> Tensor:
-    """x [rows <= MAX_DECODE_ROWS, in] in fp16 or bf16, and the tensors of an Int4 [out, in] -> [rows, out].
-
-    The last bit of the mantissa of 128 in bf16, and of 1024 in fp16, counts ones. So with a value of four bits in its
-    last bits, that is 128 or 1024 more than the value: no conversion from integers is needed.
-    """
-    (rows, _), (n_blocks, groups) = x.shape, values.shape[:2]
-    offset, bits = _OFFSETS[x.dtype]
-    x = x.contiguous()
-    y = x.new_empty(rows, len(row_scales))
-    with torch.cuda.device_of(x):  # Triton uses the current one
-        cuda_kernels.linear_int4_kernel[(n_blocks,)](
-            *(x, values, scales, row_scales, y),
-            *(rows, len(row_scales), groups),
-            OFFSET=offset,
-            OFFSET_BITS=bits,
-            ROWS=8 if rows <= 8 else MAX_DECODE_ROWS,  # 8 are the fewest that the matrix units multiply
-            GROUPS=_GROUPS,
-            STAGES=3,
-        )
-    return y
-
-
-@linear_few_int4.register_fake
-def _(x: Tensor, values: Tensor, scales: Tensor, row_scales: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], row_scales.shape[0])
-
-
-@torch.library.custom_op(
-    "llama3_raw::attend_few",
-    mutates_args=(),
-    schema="(Tensor q, Tensor keys, Tensor values, Tensor starts) -> Tensor",
-)
-def attend_few(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor) -> Tensor:
-    """q [B, T, n_heads, head_dim], keys and values [B, S, n_kv_heads, head_dim], starts [B] -> the shape of q.
-
-    T is at most MAX_DECODE_ROWS. Only the keys before starts + T are read, however large S is.
-    """
-    batch, n_tokens, n_heads, head_dim = q.shape
-    n_kv_heads = keys.shape[-2]
-    n_rep = n_heads // n_kv_heads
-    rows = max(16, 1 << (n_tokens * n_rep - 1).bit_length())
-    q = q.contiguous()
-    sums = torch.empty(batch, n_kv_heads, _SPLITS, rows, head_dim, dtype=torch.float32, device=q.device)
-    weights, largest = torch.empty(2, batch, n_kv_heads, _SPLITS, rows, dtype=torch.float32, device=q.device)
-    out = torch.empty_like(q)
-    with torch.cuda.device_of(q):  # Triton uses the current one
-        cuda_kernels.attend_kernel[(batch * n_kv_heads, _SPLITS)](
-            *(q, keys, values, starts, sums, weights, largest, n_tokens, n_kv_heads),
-            *(keys.stride(0), keys.stride(1), head_dim**-0.5),
-            N_REP=n_rep,
-            ROWS=rows,
-            HEAD_DIM=head_dim,
-            KEYS=_KEYS,
-            SPLITS=_SPLITS,
-        )
-        cuda_kernels.join_kernel[(batch * n_kv_heads, n_tokens * n_rep)](
-            *(sums, weights, largest, out, n_tokens, n_kv_heads),
-            N_REP=n_rep,
-            ROWS=rows,
-            HEAD_DIM=head_dim,
-            SPLITS=_SPLITS,
-        )
-    return out
-
-
-@attend_few.register_fake
-def _(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def fast_linear(x: Tensor, weight: Matrix) -> Tensor:
@@ -249,6 +135,25 @@ def attend_to_prompt(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return attended.view(q.transpose(-3, -2).shape).transpose(-3, -2)
 
 
+def fast_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Like model.rms_norm: one kernel instead of eight."""
+    if x.dtype.itemsize == 2 and x.is_contiguous() and weight.dtype == x.dtype and not x.requires_grad and x.numel():
+        normed: Tensor = rms_norm_by_kernel(x, weight, eps)
+        return normed
+    return rms_norm(x, weight, eps)
+
+
+def fast_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Like model.rope: one kernel instead of nine."""
+    head_dim = x.shape[-1]
+    is_power = head_dim & (head_dim - 1) == 0  # Triton's blocks have such sizes
+    has_strides = x.stride()[-2:] == (head_dim, 1) and (x.dim() == 3 or x.is_contiguous())
+    if x.dtype.itemsize == 2 and is_power and has_strides and not x.requires_grad and x.numel():
+        rotated: Tensor = rope_by_kernel(x, cos, sin)
+        return rotated
+    return rope(x, cos, sin)
+
+
 @functools.cache
 def cuda_ops() -> Ops:
     """Return the fast operations for NVIDIA GPUs. Without Triton torch computes, and a line on stderr says so.
@@ -260,7 +165,15 @@ def cuda_ops() -> Ops:
         ones = torch.ones(16, 16, dtype=torch.float16, device="cuda" if torch.cuda.is_available() else "cpu")
         linear_few(ones, ones, None, None)
     except Exception as error:  # compilers raise every kind of exception
-        reason = "there is no Triton" if cuda_kernels is None else f"Triton fails ({in_short(error)})"
+        reason = f"Triton fails ({in_short(error)})" if HAS_TRITON else "there is no Triton"
         print(f"llama3_raw: {reason}; tokens come slower, computed by torch", file=sys.stderr)
         return Ops(embed=embed, linear=linear_many, attend=attend_without_kernels, max_packed=1024)
-    return Ops(embed=embed, linear=fast_linear, attend=attend, max_packed=1024, can_capture=True)
+    return Ops(
+        embed=embed,
+        linear=fast_linear,
+        attend=attend,
+        rms_norm=fast_rms_norm,
+        rope=fast_rope,
+        max_packed=1024,
+        can_capture=True,
+    )

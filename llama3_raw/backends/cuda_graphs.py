@@ -46,9 +46,9 @@ def capture_graph(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 @functools.cache
 def compiled_forward() -> Callable[..., Tensor]:
-    """Return `forward` with torch.compile, which fuses the operations between the products: norms, rotations, SwiGLU.
+    """Return `forward` with torch.compile, which fuses the operations between the products.
 
-    It is compiled when first called; torch keeps the result on the disk for the next process.
+    It is compiled when first called, in up to minutes; torch keeps the result on the disk for the next process.
     """
     print("llama3_raw: compiling the pass over one token, once for this process", file=sys.stderr)
     return torch.compile(forward, fullgraph=True, dynamic=False)
@@ -60,7 +60,9 @@ class CudaGraphs:
     Each is captured at its first use. The warm-up runs before that write to the cache only what the pass itself writes.
     """
 
-    def __init__(self, model: Model, cache: KVCache, ops: Ops, capture: Capture = capture_graph, compiled: bool = True):
+    def __init__(
+        self, model: Model, cache: KVCache, ops: Ops, capture: Capture = capture_graph, compiled: bool = False
+    ):
         """compiled: whether to compile the pass over one token before it is captured."""
         self.cache = cache
         self._model = model
@@ -75,7 +77,7 @@ class CudaGraphs:
             torch._dynamo.mark_dynamic(tensor, tensor.dim() - 3)  # no new compilation for each cache length
 
     @staticmethod
-    def where_possible(model: Model, cache: KVCache, ops: Ops, compiled: bool = True) -> CudaGraphs | None:
+    def where_possible(model: Model, cache: KVCache, ops: Ops, compiled: bool = False) -> CudaGraphs | None:
         """Return graphs if the whole model is on one GPU and the operations are its fast ones, or else None.
 
         The exact operations are meant for inspection; others read the whole cache if `start` is a tensor.
@@ -106,21 +108,22 @@ class CudaGraphs:
     def _captured(self, width: int) -> Callable[[], Tensor]:
         """Return the pass over `width` tokens as a graph, or without one, with a line on stderr, if capture fails."""
         # compiling takes long, and pays off only over many passes, so only the pass over one token is compiled
-        run = (width == 1 and self._compiled and self._compiled_pass()) or self._pass(forward, width)
+        run = (width == 1 and self._compiled and self._compiled_pass()) or self._pass(forward, width, self._ops)
         try:
             return self._capture(run)
         except RuntimeError as error:  # of CUDA
             print(f"llama3_raw: no graph is captured ({in_short(error)}); continuing without", file=sys.stderr)
             return run
 
-    def _pass(self, function: Callable[..., Tensor], width: int) -> Callable[[], Tensor]:
+    def _pass(self, function: Callable[..., Tensor], width: int, ops: Ops) -> Callable[[], Tensor]:
         weights, params = self._model[:2]
         tokens = self._tokens[:width]
-        return lambda: function(weights, params, tokens, cache=self.cache, start=self._start, ops=self._ops)
+        return lambda: function(weights, params, tokens, cache=self.cache, start=self._start, ops=ops)
 
     def _compiled_pass(self) -> Callable[[], Tensor] | None:
         """Return the compiled pass over one token, or None, with a line on stderr, if the compiler fails."""
-        run = self._pass(compiled_forward(), 1)
+        fusible = self._ops._replace(rms_norm=None, rope=None)  # into their neighbours, unlike kernels of our own
+        run = self._pass(compiled_forward(), 1, fusible)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # hints on performance

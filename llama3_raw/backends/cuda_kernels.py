@@ -8,26 +8,28 @@ import triton.language as tl
 
 
 @triton.jit
-def linear_kernel(
+def product(
     x,  # [rows, length]
     matrix,  # [outputs, length]
     row_scales,  # [outputs] fp32, for int8
     column_scales,  # [length] fp32, for int8
-    y,  # [rows, outputs]
+    block,  # of OUTPUTS rows of the matrix
     rows,
     outputs,
     length,
+    begin,  # the columns to add up; they end with the matrix, or before a multiple of INPUTS
+    end,
     IS_INT8: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
-    """Compute OUTPUTS outputs for all rows, so that the matrix is read once; the bits do not depend on the rows."""
+    """Return a block of outputs for all rows, [OUTPUTS, ROWS] fp32. The bits do not depend on the rows."""
     row = tl.arange(0, ROWS)
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    output = block * OUTPUTS + tl.arange(0, OUTPUTS)
     total = tl.zeros((OUTPUTS, ROWS), tl.float32)
-    for begin in range(0, length, INPUTS):
-        column = begin + tl.arange(0, INPUTS)
+    for start in range(begin, end, INPUTS):
+        column = start + tl.arange(0, INPUTS)
         weights = tl.load(
             matrix + output.to(tl.int64)[:, None] * length + column[None, :],
             mask=(output[:, None] < outputs) & (column[None, :] < length),
@@ -47,11 +49,248 @@ def linear_kernel(
             total = tl.dot(weights, inputs, total)
     if IS_INT8:
         total *= tl.load(row_scales + output, mask=output < outputs, other=0)[:, None]
+    return total
+
+
+@triton.jit
+def store_product(y, total, block, first, width, rows, outputs, ROWS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """Write what `product` returned to the columns of y [rows, width] from `first` on."""
+    row = tl.arange(0, ROWS)
+    output = block * OUTPUTS + tl.arange(0, OUTPUTS)
     tl.store(
-        y + row[None, :] * outputs + output[:, None],
+        y + row[None, :] * width + first + output[:, None],
         total.to(y.dtype.element_ty),
         mask=(row[None, :] < rows) & (output[:, None] < outputs),
     )
+
+
+@triton.jit
+def linear_kernel(
+    x,  # [rows, length]
+    matrix,  # [outputs, length]
+    row_scales,  # as in product
+    column_scales,
+    y,  # [SPLITS, rows, outputs]: sums in fp32, to be added; or the result if SPLITS is 1
+    rows,
+    outputs,
+    length,
+    IS_INT8: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Multiply all rows by a block of the matrix's rows, and by one of SPLITS parts of their columns."""
+    split = tl.program_id(1)
+    part = tl.cdiv(tl.cdiv(length, SPLITS), INPUTS) * INPUTS
+    begin = split * part
+    end = tl.minimum(begin + part, length)
+    block = tl.program_id(0)
+    total = product(
+        x, matrix, row_scales, column_scales, block, rows, outputs, length, begin, end, IS_INT8, ROWS, OUTPUTS, INPUTS
+    )
+    store_product(y + split * rows * outputs, total, block, 0, outputs, rows, outputs, ROWS, OUTPUTS)
+
+
+@triton.jit
+def add_kernel(sums, y, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the sums [SPLITS, size] fp32 in order; the result is y [size]."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(sums + split * size + at, mask=at < size, other=0)
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def linear_three_kernel(
+    x,  # [rows, length]
+    first,  # three matrices, [n_first, length] and so on, each with its scales as in product
+    first_row_scales,
+    first_column_scales,
+    second,
+    second_row_scales,
+    second_column_scales,
+    third,
+    third_row_scales,
+    third_column_scales,
+    y,  # [rows, n_first + n_second + n_third]
+    rows,
+    n_first,
+    n_second,
+    n_third,
+    length,
+    IS_INT8: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """Multiply all rows by a block of one of three matrices, whose blocks are counted one after the other."""
+    width = n_first + n_second + n_third
+    block = tl.program_id(0)
+    second_begins = tl.cdiv(n_first, OUTPUTS)
+    third_begins = second_begins + tl.cdiv(n_second, OUTPUTS)
+    if block < second_begins:
+        total = product(
+            x,
+            first,
+            first_row_scales,
+            first_column_scales,
+            block,
+            rows,
+            n_first,
+            length,
+            0,
+            length,
+            IS_INT8,
+            ROWS,
+            OUTPUTS,
+            INPUTS,
+        )
+        store_product(y, total, block, 0, width, rows, n_first, ROWS, OUTPUTS)
+    elif block < third_begins:
+        block -= second_begins
+        total = product(
+            x,
+            second,
+            second_row_scales,
+            second_column_scales,
+            block,
+            rows,
+            n_second,
+            length,
+            0,
+            length,
+            IS_INT8,
+            ROWS,
+            OUTPUTS,
+            INPUTS,
+        )
+        store_product(y, total, block, n_first, width, rows, n_second, ROWS, OUTPUTS)
+    else:
+        block -= third_begins
+        total = product(
+            x,
+            third,
+            third_row_scales,
+            third_column_scales,
+            block,
+            rows,
+            n_third,
+            length,
+            0,
+            length,
+            IS_INT8,
+            ROWS,
+            OUTPUTS,
+            INPUTS,
+        )
+        store_product(y, total, block, n_first + n_second, width, rows, n_third, ROWS, OUTPUTS)
+
+
+@triton.jit
+def swiglu_kernel(
+    x,  # [rows, length]
+    w1,  # [outputs, length], with its scales as in product
+    w1_row_scales,
+    w1_column_scales,
+    w3,  # likewise
+    w3_row_scales,
+    w3_column_scales,
+    y,  # [rows, outputs]
+    rows,
+    outputs,
+    length,
+    IS_INT8: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """Compute silu(w1 x) * w3 x, rounded where the model rounds. (Shazeer 2020, eq. 6)"""
+    block = tl.program_id(0)
+    dtype = y.dtype.element_ty
+    gate = product(
+        x, w1, w1_row_scales, w1_column_scales, block, rows, outputs, length, 0, length, IS_INT8, ROWS, OUTPUTS, INPUTS
+    )
+    up = product(
+        x, w3, w3_row_scales, w3_column_scales, block, rows, outputs, length, 0, length, IS_INT8, ROWS, OUTPUTS, INPUTS
+    )
+    gate = gate.to(dtype).to(tl.float32)
+    silu = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    store_product(y, silu * up.to(dtype).to(tl.float32), block, 0, outputs, rows, outputs, ROWS, OUTPUTS)
+
+
+@triton.jit
+def rms_norm_kernel(x, weight, y, dim, eps, DIM: tl.constexpr):
+    """Divide a row of x [rows, dim] by its RMS in fp32, round it, and multiply by weight [dim], like model.rms_norm."""
+    column = tl.arange(0, DIM)
+    at = tl.program_id(0).to(tl.int64) * dim + column
+    dtype = y.dtype.element_ty
+    values = tl.load(x + at, mask=column < dim, other=0).to(tl.float32)
+    normed = (values * tl.rsqrt(tl.sum(values * values, axis=0) / dim + eps)).to(dtype).to(tl.float32)
+    scale = tl.load(weight + column, mask=column < dim, other=0).to(tl.float32)
+    tl.store(y + at, (normed * scale).to(dtype), mask=column < dim)
+
+
+@triton.jit
+def rotate(source, target, cos, sin, angle, angle_stride, PAIRS: tl.constexpr):
+    """Rotate the pairs of neighbours of one head in fp32, like model.rope, by row `angle` of cos and sin."""
+    pair = tl.arange(0, PAIRS)
+    first = tl.load(source + 2 * pair).to(tl.float32)
+    second = tl.load(source + 2 * pair + 1).to(tl.float32)
+    c = tl.load(cos + (angle * PAIRS + pair) * angle_stride)
+    s = tl.load(sin + (angle * PAIRS + pair) * angle_stride)
+    dtype = target.dtype.element_ty
+    tl.store(target + 2 * pair, (first * c - second * s).to(dtype))
+    tl.store(target + 2 * pair + 1, (first * s + second * c).to(dtype))
+
+
+@triton.jit
+def rope_kernel(
+    x,  # [tokens, heads, 2 * PAIRS], with a stride for the tokens
+    cos,  # [n_angles, PAIRS] fp32, each angle_stride from the last; sin likewise
+    sin,
+    y,  # [tokens, heads, 2 * PAIRS]
+    heads,
+    token_stride,
+    n_angles,
+    angle_stride,
+    PAIRS: tl.constexpr,
+):
+    """Rotate one head of a token; the rows of a batch share the angles."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * 2 * PAIRS
+    target = y + token * heads * 2 * PAIRS + head
+    rotate(x + token * token_stride + head, target, cos, sin, token % n_angles, angle_stride, PAIRS)
+
+
+@triton.jit
+def rope_into_cache_kernel(
+    qkv,  # [tokens, (n_heads + 2 * n_kv_heads) * 2 * PAIRS]: what the three matrices gave
+    cos,  # as in rope_kernel, a row for each token
+    sin,
+    start,  # [] int64: the position of the first token
+    q,  # [tokens, n_heads, 2 * PAIRS]
+    keys,  # [S, n_kv_heads, 2 * PAIRS], values likewise
+    values,
+    n_heads,
+    n_kv_heads,
+    angle_stride,
+    PAIRS: tl.constexpr,
+):
+    """Rotate one head of q or k, or copy one of v; k and v go to their place in the cache."""
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    size = 2 * PAIRS
+    source = qkv + (token * (n_heads + 2 * n_kv_heads) + head) * size
+    row = (tl.load(start) + token).to(tl.int64) * n_kv_heads
+    if head < n_heads:
+        rotate(source, q + (token * n_heads + head) * size, cos, sin, token, angle_stride, PAIRS)
+    elif head < n_heads + n_kv_heads:
+        rotate(source, keys + (row + head - n_heads) * size, cos, sin, token, angle_stride, PAIRS)
+    else:
+        column = tl.arange(0, 2 * PAIRS)
+        tl.store(values + (row + head - n_heads - n_kv_heads) * size + column, tl.load(source + column))
 
 
 @triton.jit

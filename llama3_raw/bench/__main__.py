@@ -71,10 +71,14 @@ def time_startup(chosen: ChosenModel, prompt_length: int) -> Startup:
         command += [f"--max-ram={chosen.max_ram / 1e9}GB"]
     if chosen.dtype is not None:
         command += [f"--dtype={str(chosen.dtype).removeprefix('torch.')}"]
-    ids = " ".join(str(token % params.vocab_size) for token in range(prompt_length))
+    return run_to_first_token(command, [token % params.vocab_size for token in range(prompt_length)])
+
+
+def run_to_first_token(command: Sequence[str], ids: Sequence[int]) -> Startup:
+    """Run a command that takes the prompt from stdin, with --ids and --stats=json. Raises UserError if it fails."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as prompt:  # a long prompt would be refused as an argument
-        prompt.write(ids)
+        prompt.write(" ".join(map(str, ids)))
         prompt.seek(0)
         with subprocess.Popen(
             [*command, "-"], stdin=prompt, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -69,7 +69,16 @@ def bytes_per_token(weights: Weights) -> int:
 class ThisEngine:
     """This engine. `decode` runs on a cache of random numbers."""
 
-    def __init__(self, model: Model, longest: int, ops: Ops | None = None, name: str = "llama3_raw", version: str = ""):
+    def __init__(
+        self,
+        model: Model,
+        longest: int,
+        ops: Ops | None = None,
+        name: str = "llama3_raw",
+        version: str = "",
+        compiled: bool = False,
+    ):
+        """compiled: on a GPU, whether the pass over one token is compiled before it is captured."""
         self.name = name
         self.version = version
         self.weights_bytes: int | None = bytes_per_token(model.weights)
@@ -80,7 +89,7 @@ class ThisEngine:
         for tensor in (*self.cache.keys, *self.cache.values):
             tensor.normal_()
         self.device = self.cache.keys[0].device
-        self._captured = CudaGraphs.where_possible(model, self.cache, ops or ops_for(model.weights))
+        self._captured = CudaGraphs.where_possible(model, self.cache, ops or ops_for(model.weights), compiled)
 
     def prefill(self, length: int) -> float:
         tokens = self._generate(self._ids[:length], 0, 1)

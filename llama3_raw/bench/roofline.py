@@ -30,32 +30,32 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def copy_speed(device: torch.device) -> float:
-    """Return the bytes per second that the device reads and writes, both counted, when it copies memory.
+def copy_speed(device: torch.device, n_bytes: int = BUFFER) -> float:
+    """Return the bytes per second that the device reads and writes, both counted, when it copies n_bytes.
 
     Needs 0.5 GB meanwhile.
     """
-    source = torch.ones(BUFFER, dtype=torch.uint8, device=device)
+    source = torch.ones(n_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
     def copy() -> None:
         for _ in range(_REPEATS):
             target.copy_(source)
 
-    return 2 * BUFFER * _REPEATS / seconds_of(copy, device)
+    return 2 * n_bytes * _REPEATS / seconds_of(copy, device)
 
 
-def multiply_speed(device: torch.device, dtype: torch.dtype) -> float:
+def multiply_speed(device: torch.device, dtype: torch.dtype, width: int = WIDTH) -> float:
     """Return the operations per second, multiplications and additions, of a large matrix product.
 
     The matrices are laid out like weights. Their numbers are random, since a GPU is faster on zeros. Needs 0.4 GB in
     bf16 meanwhile.
     """
-    x, weight = torch.randn(2, WIDTH, WIDTH, dtype=dtype, device=device)
+    x, weight = torch.randn(2, width, width, dtype=dtype, device=device)
     F.linear(x, weight)  # the library is loaded and selects its kernel
 
     def multiply() -> None:
         for _ in range(_REPEATS):
             F.linear(x, weight)
 
-    return 2 * WIDTH**3 * _REPEATS / seconds_of(multiply, device)
+    return 2 * width**3 * _REPEATS / seconds_of(multiply, device)

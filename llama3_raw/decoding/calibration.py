@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from ..quantization.gptq import gptq
 from ..quantization.int4 import Int4
 from ..quantization.matrix import Matrix
 from ..system.files import atomic_write
+from ..system.version import VERSION
 from ..weights import LayerWeights, Model, tensor_specs
 from .batch import Row, generate_batch
 from .loop import StopReason
@@ -250,7 +250,7 @@ def _fingerprint(checkpoint: Checkpoint, dtype: torch.dtype, text: Tensor | tupl
     text: the tokens, or the bos and the seed with which the model writes them.
     """
     drawn = None if isinstance(text, Tensor) else (text, N_TOKENS, _LENGTH)
-    digest = hashlib.sha256(f"{version('llama3_raw')} {checkpoint.params} {dtype} {drawn}".encode())
+    digest = hashlib.sha256(f"{VERSION} {checkpoint.params} {dtype} {drawn}".encode())
     tensors = [shard[:1] for shards in checkpoint.shards.values() for shard in shards]
     tensors += [change.b for change in checkpoint.adapter.values()]
     for tensor in [*tensors, *([text] if isinstance(text, Tensor) else [])]:

@@ -226,8 +226,8 @@ def generate(  # noqa: PLR0913  # what a caller may set
             first wrong one are not used. It does not see the passes of the draft.
         captured: on a GPU, replay passes over few tokens from a CUDA graph, which needs the fast operations and no
             tap. The pass over one token is also compiled first, but only if there may be 4,096 new tokens, because
-            compiling takes as long as thousands of them. Pass the `CudaGraphs` of a cache to keep both for the next
-            call; they compile for any number of tokens.
+            compiling takes as long as thousands of them. Pass the `CudaGraphs` of a cache to keep them for the next
+            call; they compile only if they were created to.
 
     Raises:
         UserError: at the call, not at the first token, for an empty prompt, ids outside the vocabulary, a prompt

@@ -6,23 +6,27 @@ Each reason for a refusal becomes a UserError that says what to do.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 import socket
 import ssl
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
-import blobfile
-import httpx2
+import huggingface_hub
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_session, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers  # type: ignore[attr-defined]
 
 from ..errors import UserError, in_short
 
+if TYPE_CHECKING:
+    import httpx2
+
 _CHUNK = 1 << 20  # bytes requested from a blob store at once
+
 
 ALGORITHMS = ("sha256", "git-sha1", "md5")
 
@@ -116,7 +120,7 @@ class Hub:
             if error.response.status_code == 404 and code in ("EntryNotFound", None):
                 return None
             raise self._refusal(error.response) from error
-        except httpx2.HTTPError as error:
+        except _http().HTTPError as error:
             raise _connection_error(error, constants.ENDPOINT) from error
         digest = _digest_of_etag(metadata.etag or "")
         if not metadata.etag or metadata.size is None or (metadata.commit_hash is None and digest is None):
@@ -134,7 +138,7 @@ class Hub:
         """As in `Source`, by the hub's API, which a mirror may lack."""
         try:
             return HfApi().list_repo_files(self.repo, revision=self.revision, token=self.token or False)
-        except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError, KeyError, TypeError):
+        except (HfHubHTTPError, _http().HTTPError, OSError, ValueError, KeyError, TypeError):
             return []
 
     def _find_in_cache(self, path: str, name: str) -> RemoteFile | None:
@@ -170,12 +174,12 @@ class Hub:
             raise UserError(
                 f"{file.name}: the copy in the Hugging Face cache is damaged, and HF_HUB_OFFLINE is set; unset it"
             ) from error
-        except httpx2.HTTPError as error:
+        except _http().HTTPError as error:
             explained = _connection_error(error, url)
             if _is_certificate_failure(error):
                 raise explained from error
             raise Interrupted(str(explained).rpartition(";")[0]) from error
-        except (httpx2.InvalidURL, ValueError) as error:
+        except (_http().InvalidURL, ValueError) as error:
             raise UserError(
                 f"{file.name}: the hub redirects to {url}, which is not an address; try again later"
             ) from error
@@ -252,6 +256,9 @@ class BlobStore:
                 f"--from {root}: should be gs://bucket/folder, az://account/container/folder or a local folder"
             )
         self.root = root.rstrip("/")
+        import blobfile  # of all commands, only this option needs it
+
+        self._error = blobfile.Error
         self.context = blobfile.create_context(retry_limit=5, log_callback=lambda line: None)
 
     def __str__(self) -> str:
@@ -296,7 +303,7 @@ class BlobStore:
     def _errors(self, address: str) -> Iterator[None]:
         try:
             yield
-        except (blobfile.Error, OSError, ValueError) as error:  # ValueError: a malformed key
+        except (self._error, OSError, ValueError) as error:  # ValueError: a malformed key
             reason = in_short(getattr(error, "message", None) or getattr(error, "strerror", None) or error)
             raise UserError(f"--from {address}: {reason}; check the address and your permissions") from error
 
@@ -323,6 +330,11 @@ def _validator(response: httpx2.Response) -> str | None:
     """Return a strong ETag, or the date of the last change. (RFC 9110, section 13.1.5)"""
     etag: str | None = response.headers.get("ETag")
     return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
+
+
+def _http() -> Any:
+    """Return the library of huggingface_hub's sessions, and of their errors: httpx2, or httpx before its version 2."""
+    return importlib.import_module("httpx" if int(huggingface_hub.__version__.partition(".")[0]) < 2 else "httpx2")
 
 
 def _host(url: str) -> str:
@@ -354,14 +366,14 @@ def _connection_error(error: httpx2.HTTPError, url: str) -> UserError:
             f"{host}: its certificate is not trusted ({error}); behind a company's proxy, set SSL_CERT_FILE to its "
             "certificate; otherwise check this machine's date and certificates"
         )
-    if isinstance(error, httpx2.ProxyError):
+    if isinstance(error, _http().ProxyError):
         return UserError(f"the proxy refuses the connection to {host} ({error}); check HTTPS_PROXY")
     if any(isinstance(cause, socket.gaierror) for cause in _causes(error)):
         return UserError(
             f"{host}: its address cannot be resolved; this machine seems to be offline; connect it and run again"
         )
-    if isinstance(error, httpx2.ConnectError):
+    if isinstance(error, _http().ConnectError):
         return UserError(f"{host}: the server is down or out of reach ({error}); try again later")
-    if isinstance(error, httpx2.TimeoutException):
+    if isinstance(error, _http().TimeoutException):
         return UserError(f"{host}: the server does not answer; try again later")
     return UserError(f"{host}: the connection broke ({error or type(error).__name__}); try again")

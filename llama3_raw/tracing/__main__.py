@@ -34,7 +34,7 @@ class Statistics(NamedTuple):
     @staticmethod
     def of(tensor: Tensor) -> Statistics:
         """Return the statistics: NaN if no value is finite; std is the population's (divided by n)."""
-        finite = tensor[tensor.isfinite()].double()
+        finite = tensor[tensor.isfinite()].cpu().double()  # Apple GPUs have no float64
         share = 1 - finite.numel() / max(1, tensor.numel())
         low, high = finite.aminmax() if finite.numel() else (math.nan, math.nan)
         std = finite.std(correction=0) if finite.numel() else math.nan  # torch would warn

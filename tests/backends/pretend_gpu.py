@@ -1,4 +1,4 @@
-"""A fake GPU: tensors that report cuda:0, are computed in RAM, and cannot be mixed with those of the CPU."""
+"""A fake GPU: tensors that report its device, are computed in RAM, and cannot be mixed with those of the CPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
-_CROSSING = (Tensor.to, Tensor.cpu, Tensor.copy_)  # these move tensors between devices
+GPU, APPLE_GPU, CPU = torch.device("cuda", 0), torch.device("mps", 0), torch.device("cpu")
+_CROSSING = (Tensor.to, Tensor.cpu, Tensor.copy_, Tensor.__setitem__)  # these move tensors between devices
 
 
 class OnGpu(Tensor):
@@ -19,7 +19,15 @@ class OnGpu(Tensor):
 
 
 class PretendGpu(TorchFunctionMode):
-    """Within it, device="cuda" creates such tensors, .to moves them, and their results are on the GPU too."""
+    """Within it, device="cuda" creates such tensors, .to moves them, and their results are on the GPU too.
+
+    gpu: the device that they report, which may also be an Apple GPU.
+    """
+
+    def __init__(self, gpu: torch.device = GPU):
+        super().__init__()
+        self._gpu = gpu
+        self.computes = False  # whether the operation that torch computes now is on the GPU
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -30,7 +38,7 @@ class PretendGpu(TorchFunctionMode):
         if func is Tensor.to:
             device = next((leaf for leaf in args if isinstance(leaf, str | torch.device)), device)
         if device is not None:
-            on_gpu = torch.device(device).type == "cuda"
+            on_gpu = torch.device(device).type == self._gpu.type
         elif func in _CROSSING:  # x.to(like), to.copy_(x)
             on_gpu = isinstance(tensors[-1 if func is Tensor.to else 0], OnGpu)
         else:
@@ -38,7 +46,7 @@ class PretendGpu(TorchFunctionMode):
         if not on_gpu and not any(isinstance(tensor, OnGpu) for tensor in tensors):
             return func(*args, **kwargs)
         if getattr(func, "__self__", None) is Tensor.device:
-            return GPU
+            return self._gpu
         devices = {isinstance(tensor, OnGpu) for tensor in tensors if tensor.dim()}  # scalars may be mixed with both
         if func not in _CROSSING and len(devices) == 2:
             raise RuntimeError(f"{func.__name__}: tensors on two devices")
@@ -46,7 +54,11 @@ class PretendGpu(TorchFunctionMode):
             kwargs["device"] = CPU
         args = tuple(CPU if leaf is device else leaf for leaf in args)
         args, kwargs = tree_map(lambda leaf: _as(Tensor, leaf), (args, kwargs))
-        return tree_map(lambda leaf: _as(OnGpu if on_gpu else Tensor, leaf), func(*args, **kwargs))
+        self.computes = on_gpu
+        try:
+            return tree_map(lambda leaf: _as(OnGpu if on_gpu else Tensor, leaf), func(*args, **kwargs))
+        finally:
+            self.computes = False
 
 
 def _as(kind: type[Tensor], leaf: Any) -> Any:

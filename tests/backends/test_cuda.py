@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama3_raw import REFERENCE, KVCache, Model, forward
-from llama3_raw.backends import cuda
+from llama3_raw import REFERENCE, KVCache, Model, Params, forward
+from llama3_raw.backends import cuda, cuda_operators
 from llama3_raw.backends.cpu import attend_by_torch
-from llama3_raw.model import attend
+from llama3_raw.model import attend, rms_norm, rope, rope_rotation, token_positions
 from llama3_raw.ops import Ops, no_tap
 from llama3_raw.quantization.int4 import Int4
 from llama3_raw.quantization.int8 import Int8
@@ -82,6 +82,8 @@ def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     def to(plain: Any) -> Any:
         return lambda self, x, dtype: rounded(x.data) if dtype.scalar == bfloat16 else plain(self, x, dtype)
 
+    if not hasattr(InterpreterBuilder, "get_bf16"):  # before Triton 3.7
+        monkeypatch.setattr(InterpreterBuilder, "get_bf16", lambda self, x: rounded(np.array([x])), raising=False)
     for name, function in zip(names, (dot, sub, to(plain_cast), to(plain_round)), strict=True):
         monkeypatch.setattr(InterpreterBuilder, name, function)
 
@@ -116,7 +118,7 @@ def test_int4_without_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_int4_is_compiled_as_one_operator() -> None:
     """torch.compile knows the shape and dtype of the result without running the kernel."""
     x, matrix = random(3, 64), Int4.quantize(random(20, 64, seed=1).float())
-    torch.library.opcheck(cuda.linear_few_int4, (x, *matrix), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(cuda_operators.linear_few_int4, (x, *matrix), test_utils=("test_schema", "test_faketensor"))
     compiled = torch.compile(cuda.fast_linear, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, matrix), cuda.fast_linear(x, matrix))
 
@@ -164,6 +166,107 @@ def test_other_products_are_computed_by_torch(rows: int, monkeypatch: pytest.Mon
     assert torch.equal(cuda.fast_linear(x, matrix), REFERENCE.linear(x, matrix))
     assert torch.equal(cuda.fast_linear(x[:1].float(), matrix.float()), REFERENCE.linear(x[:1].float(), matrix.float()))
     assert cuda.fast_linear(x, Int8.quantize(matrix)).shape == (rows, 8)
+
+
+@pytest.mark.parametrize(
+    "division", [cuda_operators.Division(16, 64, 3, 2, 4), cuda_operators.Division(32, 128, 1, 3, 8)]
+)
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+def test_other_divisions(division: cuda_operators.Division, name: str) -> None:
+    """More rows in a program; columns in parts, of which the last is shorter, or empty."""
+    for length in (300, 100):
+        x, matrix = random(3, length), random(70, length, seed=1)
+        rounded = Int8.quantize(matrix) if name == "int8" else matrix
+        values, *scales = rounded if isinstance(rounded, Int8) else (rounded, None, None)
+        y = cuda_operators.multiply(x, values, scales[0], scales[1], division)
+        exact = x.double() @ (rounded if isinstance(rounded, Tensor) else rounded.dequantize(torch.float64)).double().T
+        assert error(y, exact) <= 1.5 * error(REFERENCE.linear(x, rounded), exact)
+
+
+def test_every_division_covers_any_matrix() -> None:
+    for divisions in cuda_operators.DIVISIONS.values():
+        most = [limit for limit, _ in divisions]
+        assert most == sorted(most)
+        assert most[-1] > 1 << 20  # more outputs than any vocabulary
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_three_matrices_in_one_launch(name: str, rows: int) -> None:
+    """The bits of the single products, with partial blocks between the matrices."""
+    x = random(rows, 96)
+    matrices = [random(size, 96, seed=size) for size in (70, 16, 40)]
+    formed = [tuple(Int8.quantize(m)) if name == "int8" else (m,) for m in matrices]
+    single = [cuda_operators.linear_few(x, *(m if len(m) == 3 else (*m, None, None))) for m in formed]
+    assert torch.equal(cuda_operators.linear_three(x, *map(list, formed)), torch.cat(single, dim=1))
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+def test_swiglu_in_one_launch(name: str) -> None:
+    """As near to torch's as its exponential is, from the same products."""
+    x, w1, w3 = random(5, 96), random(70, 96, seed=1), random(70, 96, seed=2)
+    formed = [tuple(Int8.quantize(m)) if name == "int8" else (m,) for m in (w1, w3)]
+    gate, up = (cuda_operators.linear_few(x, *(m if len(m) == 3 else (*m, None, None))) for m in formed)
+    y = cuda_operators.swiglu_few(x, *map(list, formed))
+    exact = torch.nn.functional.silu(gate.double()) * up.double()
+    assert error(y, exact) <= 1.1 * error(torch.nn.functional.silu(gate) * up, exact)
+
+
+@pytest.mark.parametrize("shape", [(1, 96), (2, 3, 64)])
+def test_rms_norm_in_one_launch(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like the model's, up to the rounding of a sum in fp32; other inputs are left to the model's."""
+    x, weight = random(*shape), random(shape[-1], seed=1)
+    expected = rms_norm(x, weight, 1e-5)
+    torch.testing.assert_close(cuda.fast_rms_norm(x, weight, 1e-5), expected, rtol=2e-3, atol=1e-6)
+    assert (cuda.fast_rms_norm(x, weight, 1e-5) == expected).float().mean() > 0.98
+    monkeypatch.setattr(cuda, "rms_norm_by_kernel", None)
+    assert torch.equal(cuda.fast_rms_norm(x.float(), weight.float(), 1e-5), rms_norm(x.float(), weight.float(), 1e-5))
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_rope_in_one_launch(tiny: Model, batch: tuple[int, ...], per_row: bool) -> None:
+    """The model's bits; one start for all rows, or one for each; tokens that lie apart; and a head_dim of no kernel."""
+    start = torch.tensor([5, 70][: len(batch) + 1], device=ON).view(*batch, *() if batch else (1,))
+    positions = token_positions(start if per_row and batch else 7, 3, ON)
+    for head_dim in (64, 48):
+        cos, sin = rope_rotation(positions, Params(**{**vars(tiny.params), "head_dim": head_dim}))
+        x = random(*batch, 3, 4, head_dim)
+        assert torch.equal(cuda.fast_rope(x, cos, sin), rope(x, cos, sin))
+    if not batch:
+        apart = random(3, 500)[:, 100 : 100 + 4 * 64].unflatten(-1, (4, 64))
+        cos, sin = rope_rotation(positions, Params(**{**vars(tiny.params), "head_dim": 64}))
+        assert torch.equal(cuda.fast_rope(apart, cos, sin), rope(apart, cos, sin))
+
+
+def test_rope_into_the_cache(tiny: Model) -> None:
+    """The model's bits, at their place; the rest of the cache is left alone."""
+    qkv = random(3, (4 + 2 * 2) * 32)
+    q, k, v = (x.unflatten(-1, (-1, 32)) for x in qkv.split((128, 64, 64), dim=1))
+    cos, sin = rope_rotation(token_positions(6, 3, ON), Params(**{**vars(tiny.params), "head_dim": 32}))
+    keys, values = random(20, 2, 32, seed=1), random(20, 2, 32, seed=2)
+    expected_keys, expected_values = keys.clone(), values.clone()
+    expected_keys[6:9], expected_values[6:9] = rope(k, cos, sin), v
+    rotated = cuda_operators.rope_into_cache(qkv, cos, sin, torch.tensor(6, device=ON), keys, values)
+    assert torch.equal(rotated, rope(q, cos, sin))
+    assert torch.equal(keys, expected_keys)
+    assert torch.equal(values, expected_values)
+
+
+def test_operators_say_what_they_return(tiny: Model) -> None:
+    """Shape and dtype without running the kernel, and what is written; torch.compile relies on both."""
+    x, matrix, norm = random(3, 64), random(16, 64, seed=1), random(64)
+    cos, sin = rope_rotation(token_positions(0, 3, ON), Params(**{**vars(tiny.params), "head_dim": 16}))
+    cache, start = (random(9, 1, 16), random(9, 1, 16)), torch.tensor(2, device=ON)
+    for operator, arguments in (
+        (cuda_operators.linear_few, (x, matrix, None, None)),
+        (cuda_operators.linear_three, (x, [matrix], [matrix], [matrix])),
+        (cuda_operators.swiglu_few, (x, [matrix], [matrix])),
+        (cuda_operators.rms_norm_by_kernel, (x, norm, 1e-5)),
+        (cuda_operators.rope_by_kernel, (x.view(3, 4, 16), cos, sin)),
+        (cuda_operators.rope_into_cache, (x, cos, sin, start, *cache)),
+    ):
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.slow
@@ -242,8 +345,19 @@ from llama3_raw.backends import cuda_kernels
 
 F32, I32, BF16 = "*fp32", "i32", "*bf16"
 CASES = [
-    (cuda_kernels.linear_kernel, [BF16, matrix, F32, F32, BF16, I32, I32, I32, is_int8, 16, 16, 256], 4)
+    (kernel, [BF16, *[matrix, F32, F32] * matrices, sums, *[I32] * whole, is_int8, 16, 16, 256, *splits], 4)
     for matrix, is_int8 in ((BF16, False), ("*i8", True))
+    for kernel, matrices, sums, whole, splits in (
+        (cuda_kernels.linear_kernel, 1, BF16, 3, [1]),
+        (cuda_kernels.linear_kernel, 1, F32, 3, [4]),
+        (cuda_kernels.linear_three_kernel, 3, BF16, 5, []),
+        (cuda_kernels.swiglu_kernel, 2, BF16, 3, []),
+    )
+] + [
+    (cuda_kernels.add_kernel, [F32, BF16, I32, 4, 1024], 3),
+    (cuda_kernels.rms_norm_kernel, [BF16, BF16, BF16, I32, "fp32", 4096], 3),
+    (cuda_kernels.rope_kernel, [BF16, F32, F32, BF16, I32, I32, I32, I32, 64], 3),
+    (cuda_kernels.rope_into_cache_kernel, [BF16, F32, F32, "*i64", BF16, BF16, BF16, I32, I32, I32, 64], 3),
 ] + [
     (cuda_kernels.linear_int4_kernel, [BF16, "*u8", "*u8", F32, BF16] + [I32] * 3 + [128, 0x4300, 16, 32, 3], 3)
 ] + [
@@ -269,4 +383,4 @@ def test_the_kernels_compile_for_gpus() -> None:
     command = [sys.executable, "-c", COMPILED]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 12
+    assert len(done.stdout.splitlines()) == 32

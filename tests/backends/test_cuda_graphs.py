@@ -244,7 +244,7 @@ def test_the_pass_compiles_completely_and_once(model: Model, ids: list[int], dty
     )
     for length in (64, 90):
         cache = KVCache.allocate(small.params, max_seq_len=length, like=small.weights)
-        passes = CudaGraphs(small, cache, ops, capture=lambda function: function)
+        passes = CudaGraphs(small, cache, ops, capture=lambda function: function, compiled=True)
         with (
             torch._inductor.config.patch(force_disable_caches=True),  # cached results show no code
             torch.compiler.set_stance("default" if length == 64 else "fail_on_recompile"),
