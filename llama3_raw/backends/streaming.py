@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..ops import Ops
 from ..quantization.blocks import Blocks
 from ..quantization.matrix import Matrix, tensors_of
-from ..system.madvise import PAGEOUT, POPULATE_READ, RANDOM, Span, advise
+from ..system.madvise import PAGEOUT, POPULATE_READ, Span, advise
 from ..weights import Weights
 
 _FIELDS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")  # of a layer, in the order of the forward pass
@@ -78,8 +78,6 @@ def read_ahead(ops: Ops, weights: Weights, max_bytes: int) -> Ops:
     index_of = {matrix.spans[0].begin: index for index, matrix in enumerate(matrices)}
     table = Extent.of(weights.tok_embeddings)
     is_tied = table in matrices
-    if not is_tied:  # only single rows are used: do not read megabytes around each
-        advise(table.spans[0].pages_inside(), RANDOM)
 
     def linear(x: Tensor, weight: Matrix) -> Tensor:
         index = index_of.get(Extent.of(weight).spans[0].begin)

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..params import Params
 from ..quantization.blocks import Blocks
 from ..quantization.matrix import Matrix, stored_names, tensors_of
-from ..system.madvise import prefetch_pages
+from ..system.madvise import prefetch_pages, read_single_pages
 from ..weights import (
     DTYPES,
     MATRICES,
@@ -189,7 +189,7 @@ def build_weights(
     ):
         for spec, shards in checkpoint.shards.items():
             on_gpu = goes_to_gpu(spec, checkpoint.tied, gpu_layers)
-            # a prompt uses only a few rows of the embeddings
+            # a token uses only one row of the embeddings
             rows_only = spec.field == "tok_embeddings" and (quantize or not checkpoint.tied)
             if checkpoint.of_shard and not rows_only:
                 for shard in shards:
@@ -204,6 +204,8 @@ def build_weights(
                     argument="layers",
                 ) from error
             tensors = tensors_of(matrix)
+            if rows_only and not checkpoint.tied and tensors[0] is shards[0]:
+                read_single_pages(tensors[0])
             if progress and tensors[0] is shards[0] and tensors[0].is_contiguous() and not rows_only:
                 for tensor in tensors:
                     _read_pages(tensor, bar)

@@ -62,6 +62,12 @@ def prefetch_pages(mapped: Tensor) -> None:
             advise(Span(piece, min(piece + _READ_AT_ONCE, end)), WILLNEED)
 
 
+def read_single_pages(mapped: Tensor) -> None:
+    """Let a page of a mapped tensor be read alone when it is used, without the megabytes around it."""
+    if sys.platform == "linux":
+        advise(Span.of(mapped).pages_inside(), RANDOM)
+
+
 def drop_pages(mapped: Tensor) -> None:
     """Drop the pages of a mapped tensor, which must be unmodified, from this process until they are read again."""
     if sys.platform == "linux":
