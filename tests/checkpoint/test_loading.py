@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -213,3 +214,25 @@ def test_an_hf_folder_is_mapped_too(tmp_path: Path) -> None:
         assert file_of(dense(weights.layers[0].w1)) == str(file)
     weights.layers[0].w1.zero_()
     assert file.read_bytes() == before
+
+
+def flags_at(address: int) -> list[str]:
+    """Return the flags of the mapping at an address, as in proc(5)."""
+    for piece in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        begin, end = (int(number, 16) for number in piece.split(" ", 1)[0].split("-"))
+        if begin <= address < end:
+            return piece.rpartition("VmFlags:")[2].split()
+    return []
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads the flags of mappings from /proc")
+def test_a_row_of_the_embeddings_is_read_alone(tmp_path: Path) -> None:
+    """Not with megabytes around it (rr: random reads); the matrices are read as the system likes."""
+    content = {**SMALL, "vocab_size": 4096}
+    params = Params.from_meta(content)
+    write_meta(tmp_path, content, to_state_dict(params, random_weights(params, torch.bfloat16, seed=0)))
+    weights = llama3_raw.load(tmp_path, tokenizer=False).weights
+    assert isinstance(weights.tok_embeddings, Tensor)
+    assert isinstance(weights.output, Tensor)
+    assert "rr" in flags_at(weights.tok_embeddings[2048].data_ptr())
+    assert "rr" not in flags_at(weights.output[2048].data_ptr())
