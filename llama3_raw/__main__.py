@@ -164,9 +164,12 @@ def _continue(options: argparse.Namespace, ranks: Ranks | None) -> int:
     ids = _prompt_ids(options, chosen.tokenizer, prompt, dialog_format)
     stop_ids = chosen.stop_ids | chosen_stop_ids(options, chosen.tokenizer, chosen.checkpoint.params.vocab_size)
     text_length = min(options.context or longest, len(ids) + options.max_new_tokens)
-    shape = RunShape(prompt=len(ids), text=text_length, least=len(ids) + 1)
+    shape = RunShape(len(ids), text_length, least=len(ids) + 1, generated=text_length - len(ids))
     chosen_draft = choose_draft(options, chosen, shape)
-    model, ops, which = load_model(chosen, shape, options.reference or bool(options.break_at), ranks)
+    is_exact = options.reference or bool(options.break_at)
+    if is_exact and options.repack:
+        raise UserError("--repack is for the CPU's kernels; leave it, or --reference and --break, out")
+    model, ops, which = load_model(chosen, shape, is_exact, ranks)
     draft = load_draft(chosen_draft, model, shape, captured=not options.no_compile)
     load_seconds = time.perf_counter() - load_start
 

@@ -377,3 +377,8 @@ def test_bf16_error_on_a_gpu_is_no_larger_than_that_of_hf(smollm2: Model) -> Non
         on_gpu = converted(weights, Tensor.cuda)
         ours = forward(on_gpu, smollm2.params, tokens).cpu() - truth
     assert ours.square().mean() <= 1.1**2 * theirs.square().mean()
+
+
+def test_a_pass_over_no_tokens(tiny: Model) -> None:
+    logits = forward(tiny.weights, tiny.params, torch.tensor([], dtype=torch.long))
+    assert logits.shape == (0, tiny.params.vocab_size)

@@ -20,6 +20,8 @@ def repack(weights: Weights, *, are_mapped: bool = False, progress: bool = False
     Matrices whose number of outputs is no multiple of 16 stay as they are, and so do `tok_embeddings`, of which a token
     reads one row. Without a C compiler, or for weights that are not on the CPU in blocks, nothing changes.
 
+    The result is for running: with tied embeddings `output` is a copy, and would be written as a second tensor.
+
     Args:
         are_mapped: the blocks are mapped from a file and nobody has changed them: drop their pages from the memory.
         progress: show a bar on stderr.

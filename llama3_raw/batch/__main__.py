@@ -374,7 +374,8 @@ def run_shape(groups: Sequence[Tasks]) -> RunShape:
 
     largest = max(groups, key=lambda group: len(group) * text_length(group))
     prompt = max(len(task.ids) for group in groups for task in group)
-    return RunShape(prompt=prompt, text=max(text_length(largest), prompt), least=prompt + 1, rows=len(largest))
+    text, generated = max(text_length(largest), prompt), max(task.budget for group in groups for task in group)
+    return RunShape(prompt, text, least=prompt + 1, rows=len(largest), generated=generated)
 
 
 if __name__ == "__main__":

@@ -396,8 +396,7 @@ def _load(chosen: ChosenModel, shape: RunShape) -> tuple[Model, Ops, str]:
     """Do what `load_model` does; a model without files is created instead. Raises UserError if it does not fit."""
     checkpoint, device, dtype, quantize = chosen.checkpoint, chosen.device, chosen.dtype, chosen.quantize
     if chosen.random_seed is None:
-        # as for a long text: blocks are repacked
-        return load_model(chosen, shape._replace(text=max(shape.text, shape.prompt + REPACK_FROM)))
+        return load_model(chosen, shape._replace(generated=REPACK_FROM))  # as for a long text: blocks are repacked
     check_memory(MemoryPlan(checkpoint, device, dtype, shape, quantize=quantize, made=True))
     weights = random_weights(checkpoint, device, dtype, chosen.random_seed, quantize)
     description = f"{checkpoint.source} ({chosen.folder.why}) on {device}"

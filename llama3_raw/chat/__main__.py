@@ -215,7 +215,8 @@ def main(arguments: Sequence[str]) -> int:
     assert chosen.tokenizer is not None  # checked by choose_model
     dialog_format = format_of(chosen.tokenizer, options.template)
     more_stop_ids = chosen_stop_ids(options, chosen.tokenizer, chosen.checkpoint.params.vocab_size)
-    shape = RunShape(prompt=window, text=window, least=1)  # a question may fill the window
+    # a question may fill the window
+    shape = RunShape(prompt=window, text=window, least=1, generated=options.max_new_tokens)
     chosen_draft = choose_draft(options, chosen, shape)
     model, ops, which = load_model(chosen, shape)
     conversation = Conversation(

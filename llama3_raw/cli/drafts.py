@@ -46,7 +46,8 @@ def choose_draft(options: argparse.Namespace, chosen: ChosenModel, shape: RunSha
             raise UserError("--draft int4: the model is in int4 already; leave it out, or give --draft layers:N")
         _check_memory(name, chosen, shape, _int4_bytes(chosen))
         return ChosenDraft()
-    others = {"weights": name, **dict.fromkeys(("format", "adapter", "tokenizer", "quantize", "repack", "layers"))}
+    others = {"weights": name, **dict.fromkeys(("format", "adapter", "tokenizer", "quantize", "layers"))}
+    others["repack"] = None if options.repack else options.repack  # the draft may have no blocks
     draft = choose_model(argparse.Namespace(**{**vars(options), **others}), needs_tokenizer=False, named_by="--draft")
     _check_memory(name, chosen, shape, _needed(draft, shape))
     return ChosenDraft(model=draft)

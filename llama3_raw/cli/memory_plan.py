@@ -42,6 +42,7 @@ class RunShape(NamedTuple):
     least: int  # the shortest text that would still be useful, for suggestions
     scored: int = 0  # tokens whose logits are all in memory at once
     rows: int = 1  # texts of this length at a time
+    generated: int = 0  # tokens of one text, at most; they decide only whether a copy pays
 
     @staticmethod
     def of_one_pass(length: int) -> RunShape:

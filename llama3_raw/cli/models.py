@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..backends.choose import ops_for
+from ..backends.cpu import compiled_kernels
 from ..backends.repacking import repack
 from ..backends.streaming import least_memory, read_ahead
 from ..backends.tensor_parallel import parallel_ops
@@ -167,7 +168,8 @@ def load_model(
     if ranks is not None:
         checkpoint = _own_shard(chosen, ranks)
     plan = MemoryPlan(checkpoint, device, dtype, shape, max_ram, quantize, gpu_layers, exact=reference)
-    plan = plan._replace(repack=not reference and (_repacks(plan) if chosen.repack is None else chosen.repack))
+    wanted = _repacks(plan) if chosen.repack is None else chosen.repack and not reference
+    plan = plan._replace(repack=wanted and compiled_kernels() is not None)
     warning = check_memory(plan)
     if ranks is not None:
         ranks.everyone.barrier()  # loading takes memory: every rank must have checked what is free
@@ -204,9 +206,9 @@ def _repacks(plan: MemoryPlan) -> bool:
     """Whether to repack without being asked: a text is generated from blocks on the CPU, and the copy fits."""
     checkpoint, shape = plan.checkpoint, plan.shape
     is_fast = plan.device.type == "cpu" and (plan.dtype or checkpoint.dtype) == torch.bfloat16
-    if not checkpoint.blocks or not is_fast or plan.max_ram is not None or shape.text < shape.prompt + REPACK_FROM:
+    if not checkpoint.blocks or not is_fast or plan.exact or plan.max_ram is not None or shape.generated < REPACK_FROM:
         return False
-    return needed(plan._replace(repack=True)).allocated <= available(plan)
+    return needed(plan._replace(repack=True)).allocated <= 0.9 * available(plan)  # which other programs may change
 
 
 def _own_shard(chosen: ChosenModel, ranks: Ranks) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ import llama3_raw
 from llama3_raw.__main__ import main
 from llama3_raw.backends import cpu
 from llama3_raw.backends.repacking import repack
+from llama3_raw.batch.__main__ import main as batch
+from llama3_raw.chat.__main__ import main as chat
 from llama3_raw.checkpoint.checkpoint import open_checkpoint
+from llama3_raw.cli import models
 from llama3_raw.cli.memory_plan import MemoryPlan, RunShape, check_memory, needed
 from llama3_raw.convert import main as convert
 from llama3_raw.errors import UserError
@@ -62,6 +66,7 @@ def test_the_logits_keep_their_bits(gguf_file: Path) -> None:
     assert all(map(torch.equal, before, after))  # pages that were dropped are read again
 
 
+@pytest.mark.usefixtures("has_kernels")
 def test_a_number_of_outputs_that_is_no_multiple_of_16_stays(gguf_file: Path) -> None:
     weights = llama3_raw.load(gguf_file).weights
     assert isinstance(weights.output, Blocks)
@@ -71,6 +76,37 @@ def test_a_number_of_outputs_that_is_no_multiple_of_16_stays(gguf_file: Path) ->
 
 def test_other_weights_stay_as_they_are(tiny: llama3_raw.Model) -> None:
     assert repack(tiny.weights) is tiny.weights
+
+
+@pytest.mark.parametrize(("generated", "free", "expected"), [(64, 2.0, True), (63, 2.0, False), (64, 1.1, False)])
+def test_when_a_copy_pays(
+    gguf_file: Path, monkeypatch: pytest.MonkeyPatch, generated: int, free: float, expected: bool
+) -> None:
+    """For long texts, with a tenth of the memory to spare. A chat's window may be full of the question."""
+    plan = MemoryPlan(open_checkpoint(gguf_file), CPU, None, RunShape(9, 9, 1, generated=generated))
+    n_bytes = int(free * needed(plan._replace(repack=True)).allocated)
+    monkeypatch.setattr("llama3_raw.cli.models.available", lambda plan: n_bytes)
+    assert models._repacks(plan) is expected
+    assert not models._repacks(plan._replace(exact=True))
+    assert not models._repacks(plan._replace(max_ram=10**12))
+
+
+def test_commands_say_how_much_they_generate(monkeypatch: pytest.MonkeyPatch, gguf_file: Path, tmp_path: Path) -> None:
+    shapes = []
+
+    def stop(chosen: object, shape: RunShape, *_: object) -> None:
+        shapes.append(shape)
+        raise UserError("enough")
+
+    for module in ("chat", "batch"):
+        monkeypatch.setattr(f"llama3_raw.{module}.__main__.load_model", stop)
+    model = ["--weights", str(gguf_file), "--max-new-tokens", "70"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
+    assert chat([*model, "--template", "llama3"]) == 2
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Once"}\n{"prompt": "Once upon a time there was", "max_new_tokens": 2}\n')
+    assert batch([*model, str(prompts), "-o", str(tmp_path / "out.jsonl")]) == 2
+    assert [shape.generated for shape in shapes] == [70, 70]
 
 
 @pytest.mark.usefixtures("has_kernels")
@@ -99,6 +135,7 @@ def test_the_command_repacks_where_a_text_is_generated(
     [
         ("tiny", [], "--repack is for a GGUF file in blocks, such as Q4_K_M; leave it out"),
         ("gguf", ["--dtype", "float32"], "--repack is for the CPU's kernels in bfloat16; leave it out"),
+        ("gguf", ["--reference"], "--repack is for the CPU's kernels; leave it, or --reference and --break, out"),
         ("gguf", ["--max-ram", "4GB"], "--max-ram leaves the weights in their file, and --repack copies them"),
     ],
 )

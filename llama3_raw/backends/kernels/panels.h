@@ -151,12 +151,12 @@ static inline floats from_bytes(const uint8_t *from) { /* WIDTH unsigned bytes, 
 static inline floats from_halves(const uint8_t *from) { /* WIDTH numbers in fp16, as floats */
 #if WIDTH == 16
     return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)from));
-#elif defined(__F16C__)
+#elif WIDTH == 8 && defined(__F16C__)
     return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const void *)from));
 #else
-    uint16_t halves[WIDTH];
-    memcpy(halves, from, sizeof halves);
-    words wide = {halves[0], halves[1], halves[2], halves[3]};
+    halves loaded;
+    memcpy(&loaded, from, sizeof loaded);
+    words wide = __builtin_convertvector(loaded, words);
     words rest = wide & 0x7fff, special = (words)(rest >= 0x7c00); /* infinite, or NaN */
     floats values = (floats)(rest << 13) * 0x1p112f; /* the difference of the exponents; right for subnormals too */
     return (floats)((words)values | (special & 0x7f800000) | (wide & 0x8000) << 16);
