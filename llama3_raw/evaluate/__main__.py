@@ -111,13 +111,12 @@ def _run_tasks(options: argparse.Namespace) -> None:
             raise UserError(f"-o {options.output}: is there already; choose another name, or remove it")
     harness = _harness()
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable, make_table
 
     if options.include_path and not Path(options.include_path).is_dir():
         raise UserError(f"--include-path {options.include_path}: there is no such folder")
-    manager = TaskManager(include_path=options.include_path)
-    names = _known_tasks(options.tasks, manager.all_tasks)
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    manager = _task_manager(names, options.include_path)
     chosen = choose_model(options)
     with _resumable(options, describe_model(chosen)) as journal:
         model = harness.Adapter.load(options, chosen, journal)
@@ -141,15 +140,21 @@ def _run_tasks(options: argparse.Namespace) -> None:
         print(make_table(results, "groups"))
 
 
-def _known_tasks(given: str, known: Sequence[str]) -> list[str]:
-    """Return the names. Raises UserError for one that lm-eval does not have."""
-    names = [name.strip() for name in given.split(",") if name.strip()]
+def _task_manager(names: Sequence[str], folder: str | None) -> Any:
+    """Return what finds these tasks. Raises UserError for one that neither lm-eval nor the folder has."""
+    from lm_eval.tasks import TaskManager
+
+    if folder is not None:  # lm-eval's own 14,000 tasks take seconds to index
+        own = TaskManager(include_path=folder, include_defaults=False)
+        if set(names) <= set(own.all_subtasks):
+            return own
+    manager = TaskManager(include_path=folder)
     for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
             way_out = f"did you mean {' or '.join(close)}?" if close else "see lm_eval ls tasks, or give --include-path"
             raise UserError(f"--tasks {in_short(name)}: lm-eval has no such task; {way_out}")
-    return names
+    return manager
 
 
 @contextlib.contextmanager

@@ -119,7 +119,7 @@ def run(model: Any, tasks: Path, **settings: Any) -> dict[str, Any]:
     results: dict[str, Any] = simple_evaluate(
         model=model,
         tasks=list(TASKS),
-        task_manager=TaskManager(include_path=str(tasks)),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         bootstrap_iters=0,
         **settings,
     )
