@@ -64,8 +64,7 @@ FIRST_STEPS = """\
   python -m llama3_raw.download --list                     the models that can be downloaded"""
 
 EXAMPLES = """\
-  python -m llama3_raw --weights Meta-Llama-3-8B --stats "The capital of France is"
-  python -m llama3_raw "Once upon a time" --temperature 0.8 --top-p 0.9 --seed 1"""
+  python -m llama3_raw "The capital of France is" --weights Meta-Llama-3-8B --temperature 0.8 --stats"""
 
 
 def build_parser() -> ArgumentParser:

@@ -1,10 +1,4 @@
-"""Measure what a model knows, and what a compression costs. Results go to stdout, everything else to stderr.
-
---tasks NAMES              benchmarks of lm-evaluation-harness
---compare-to WEIGHTS TEXT  perplexity and KL divergence next to another model, usually the same one uncompressed
---score FILE               how probable given continuations of prompts are
-lm_eval ARGUMENTS          lm-eval's own command line, where this engine is --model llama3_raw
-"""
+"""Measure what a model knows, and what a compression costs. Results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -33,12 +27,19 @@ from ..weights import Model
 from .divergence import as_json, measure, table
 from .options import add_engine_options
 
+MODES = """\
+one of these:
+  --tasks NAMES               benchmarks of lm-evaluation-harness
+  --compare-to WEIGHTS TEXT   perplexity and KL divergence next to another model
+  --score FILE                how probable given continuations of prompts are
+  lm_eval ARGUMENTS           lm-eval's own command line, where this engine is --model llama3_raw"""
+
 _MODES = ("tasks", "compare_to", "score")
 
 
 def build_parser() -> ArgumentParser:
     """Return the parser of `python -m llama3_raw.evaluate`."""
-    parser = ArgumentParser(prog="python -m llama3_raw.evaluate", description=__doc__)
+    parser = ArgumentParser(prog="python -m llama3_raw.evaluate", description=f"{__doc__}\n\n{MODES}")
     parser.add_argument("text", nargs="?", metavar="TEXT", help="a file in UTF-8, for --compare-to; - reads stdin")
     parser.add_argument("--tasks", type=not_empty, metavar="NAMES", help="names of tasks, separated by commas")
     parser.add_argument(

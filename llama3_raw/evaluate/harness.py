@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
@@ -63,6 +64,8 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     ) -> Adapter:
         """Load the model that lm-eval's --model_args describe: the options of the command, with underscores."""
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if given.get("device") == "cuda:0" and not torch.cuda.is_available():  # lm-eval's default, as `hf` reads it
+            del given["device"]
         given = {**given, **arg_dict}
         given.pop("max_batch_size", None)  # for lm-eval's own search of a batch size
         if given.get("batch_size") == "auto":

@@ -214,7 +214,8 @@ def test_a_stopped_run_continues(tasks: Path, tmp_path: Path, monkeypatch: pytes
 
         return score_together
 
-    score = harness.score_together
+    from llama3_raw.decoding.scoring import score_together as score
+
     monkeypatch.setattr(harness, "score_together", stopping_after(-1))
     assert main(command(tasks, "-o", str(whole))) == 0
     count = len(batches)
@@ -249,7 +250,7 @@ def test_the_command(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_lm_evals_own_command_line(tasks: Path, tmp_path: Path) -> None:
-    arguments = ["--model", "llama3_raw", "--model_args", f"weights={TINY},device=cpu", "--batch_size", "16"]
+    arguments = ["--model", "llama3_raw", "--model_args", f"weights={TINY},dtype=float32", "--batch_size", "16"]
     arguments += ["--tasks", "choice", "--include_path", str(tasks), "--limit", "2", "--output_path", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "llama3_raw.evaluate", "lm_eval", "run", *arguments],
