@@ -106,6 +106,11 @@ def _harness() -> ModuleType:
 def _run_tasks(options: argparse.Namespace) -> None:
     if options.system is not None and not options.chat:
         raise UserError("--system belongs to --chat; give that with it")
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--tasks {options.tasks}: names no task; give one, or several with commas between")
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise UserError(f"--num-fewshot should be 0 or more, is {options.num_fewshot}")
     if options.output:
         check_output("-o", options.output)
         if Path(options.output).exists():
@@ -116,7 +121,6 @@ def _run_tasks(options: argparse.Namespace) -> None:
 
     if options.include_path and not Path(options.include_path).is_dir():
         raise UserError(f"--include-path {options.include_path}: there is no such folder")
-    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     manager = _task_manager(names, options.include_path)
     chosen = choose_model(options)
     with _resumable(options, describe_model(chosen)) as journal:

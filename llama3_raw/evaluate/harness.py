@@ -6,6 +6,7 @@ Importing this module registers the model as "llama3_raw". Needs lm-eval: pip in
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import sys
@@ -21,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from ..batch.journal import Journal
-from ..chat.dialog import Message
+from ..chat.dialog import DialogFormat, Message
 from ..chat.formats import format_of
 from ..cli.entry_point import ArgumentParser
 from ..cli.models import ChosenModel, choose_model, load_model
@@ -102,8 +103,10 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty text begins with: BOS, or the token that ends a text."""
-        ids = [token for token in (self._tokenizer.bos_id, self._tokenizer.eos_id) if token is not None]
+        """What an empty text begins with: BOS, even if no other text begins with it, or the token that ends a text."""
+        tokenizer = self._tokenizer
+        named = tokenizer.special_tokens.get(tokenizer.template_variables.get("bos_token", ""))
+        ids = [token for token in (tokenizer.bos_id, named, tokenizer.eos_id) if token is not None]
         if not ids:
             raise UserError(f"{self._tokenizer.path}: has neither a BOS nor an end-of-text token to begin a text with")
         return ids[0]
@@ -124,10 +127,14 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """
         return self._tokenizer.encode(string, bos=add_special_tokens is not False, allow_special=True)
 
+    @functools.cached_property
+    def _dialog_format(self) -> DialogFormat:
+        return format_of(self._tokenizer)
+
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a dialog as text; without `add_generation_prompt`, one that ends in the middle of the last message."""
         messages = [Message(message["role"], message["content"]) for message in chat_history]
-        text = self._tokenizer.decode(format_of(self._tokenizer).encode(messages))
+        text = self._tokenizer.decode(self._dialog_format.encode(messages))
         if add_generation_prompt:
             return text
         content = messages[-1].content.strip()

@@ -77,6 +77,8 @@ def test_bad_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path, line: str
         (("--compare-to", "tiny"), "give --tasks NAMES"),
         (("--tasks", "a", "--score", "b"), "give --tasks NAMES"),
         (("--tasks", "a", "--system", "b"), "--system belongs to --chat"),
+        (("--tasks", ","), "--tasks ,: names no task"),
+        (("--tasks", "a", "--num-fewshot", "-1"), "--num-fewshot should be 0 or more, is -1"),
         (("--compare-to", "lost", "no.txt"), "no.txt: cannot be read"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -164,6 +165,20 @@ def test_bos_and_truncation_as_hf(adapter: Adapter, hf: Any) -> None:
         for found, expected in zip(adapter.loglikelihood(asked), hf.loglikelihood(asked), strict=True):
             assert found[0] == pytest.approx(expected[0], abs=1e-4)
             assert found[1] == expected[1]
+
+
+def test_a_tokenizer_that_adds_no_bos(hf_folder: Path, tmp_path: Path) -> None:
+    """As SmolLM2's: it has a BOS, with which only an empty text begins."""
+    folder = tmp_path / "hf"
+    shutil.copytree(hf_folder, folder)
+    described = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**described, "post_processor": None}))
+    ours = Adapter.create_from_arg_string(f"weights={folder},dtype=float32,device=cpu")
+    theirs = HFLM(pretrained=str(folder), dtype="float32", device="cpu")
+    assert ours.tok_encode("One day") == theirs.tok_encode("One day")
+    assert ours.tok_encode("One day")[0] != ours.prefix_token_id == theirs.prefix_token_id
+    asked = requests("loglikelihood_rolling", (STORY,))
+    assert ours.loglikelihood_rolling(asked) == pytest.approx(theirs.loglikelihood_rolling(asked), abs=5e-3)
 
 
 def test_generation_settings(adapter: Adapter, hf: Any) -> None:
