@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -14,9 +13,9 @@ import torch.nn.functional as F
 from ..backends.choose import ops_for
 from ..errors import UserError
 from ..model import KVCache
-from ..ops import Ops, no_tap
+from ..ops import Ops
 from ..weights import Model
-from .runner import BatchRunner, SingleRunner, cache_view
+from .runner import BatchRunner
 from .sampling import check_sound, is_sound
 
 MAX_ROWS = 16  # continuations in one pass
@@ -69,11 +68,11 @@ def score(
 
 @torch.no_grad()
 def score_together(
-    model: Model, questions: Sequence[Question], *, ops: Ops | None = None
+    model: Model, questions: Sequence[Question], *, ops: Ops | None = None, rows: int = MAX_ROWS
 ) -> list[list[ContinuationScore]]:
     """Return what `score` returns for each question. What all prompts begin with is computed once.
 
-    The cache has a row for each continuation (of a single question: at most 16), so group the questions first, as
+    The cache has a row for each continuation (of a single question: at most `rows`), so group the questions first, as
     `group_questions` does. A result differs by rounding from that of the question alone. Raises UserError as `score`.
     """
     for question in questions:
@@ -82,17 +81,18 @@ def score_together(
     # a prompt moves only to later rows, so those with continuations of several tokens come first
     order = sorted(range(len(questions)), key=lambda i: max(map(len, questions[i].continuations), default=0) < 2)
     ordered = [questions[i] for i in order]
-    rows = [(row, list(text)) for row, question in enumerate(ordered) for text in question.continuations]
-    longer = [(row, text) for row, text in rows if len(text) > 1]
-    n_rows = max(len(ordered), min(len(longer), MAX_ROWS) if len(ordered) == 1 else len(longer))
+    texts = [(row, list(text)) for row, question in enumerate(ordered) for text in question.continuations]
+    longer = [(row, text) for row, text in texts if len(text) > 1]
+    n_rows = max(len(ordered), min(len(longer), rows) if len(ordered) == 1 else len(longer))
     longest = cached_tokens(ordered)
     cache = KVCache.allocate(model.params, max_seq_len=longest, like=model.weights, batch=(n_rows,))
-    runner, logits = _prefill(model, [list(question.prompt) for question in ordered], cache, ops)  # [questions, vocab]
+    runner = BatchRunner(model, cache, ops, shares_beginning=True)
+    logits = runner.prefill([question.prompt for question in ordered]).squeeze(1)  # [questions, vocab]
     check_sound(bool(is_sound(logits).all()))
     logprobs, top = logits.log_softmax(dim=-1), logits.argmax(dim=-1).tolist()
     rest = iter(_score_rest(runner, [len(question.prompt) for question in ordered], longer, n_rows))
     results: list[list[ContinuationScore]] = [[] for _ in questions]
-    for row, text in rows:
+    for row, text in texts:
         later = next(rest) if len(text) > 1 else ContinuationScore([], True)
         first = float(logprobs[row, text[0]])
         scored = ContinuationScore([first, *later.logprobs], later.is_greedy and top[row] == text[0])
@@ -111,25 +111,6 @@ def _check(model: Model, question: Question) -> None:
             f"prompt and continuation have {question.length} tokens, the model's context holds "
             f"{model.params.max_seq_len}; shorten them"
         )
-
-
-def _prefill(model: Model, prompts: list[list[int]], cache: KVCache, ops: Ops) -> tuple[BatchRunner, torch.Tensor]:
-    """Compute the prompts in the first rows of the cache; return its runner, and the logits after each, [P, vocab]."""
-    # each prompt keeps a token of its own, whose logits are wanted
-    shared = _common_beginning([prompt[:-1] for prompt in prompts]) if len(prompts) > 1 else []
-    runner = BatchRunner(model, cache, ops, start=len(shared))
-    if shared:
-        SingleRunner(model, cache_view(cache, 0, len(shared)), 0, ops, no_tap, None).prefill([shared])
-        for row in range(1, len(prompts)):
-            runner.move(0, row, len(shared))
-    return runner, runner.prefill([prompt[len(shared) :] for prompt in prompts]).squeeze(1)
-
-
-def _common_beginning(texts: list[list[int]]) -> list[int]:
-    """Return the tokens that all texts begin with."""
-    least, most = min(texts), max(texts)  # what these two share, all between them do
-    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(least, most, strict=False))
-    return [token for token, _ in alike]
 
 
 def _score_rest(

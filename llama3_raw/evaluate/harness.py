@@ -18,7 +18,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
 from ..batch.journal import Journal
@@ -30,7 +30,7 @@ from ..cli.options import check_context
 from ..decoding.batch import Row, generate_batch
 from ..decoding.loop import StopReason
 from ..decoding.sampling import Sampling, check_sound
-from ..decoding.scoring import Question, group_questions, score_together
+from ..decoding.scoring import Question, cached_tokens, group_questions, score_together
 from ..errors import UserError
 from ..ops import Ops
 from ..tokenizer import Tokenizer
@@ -85,8 +85,7 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> Adapter:
         """As `create_from_arg_obj`, for "name=value,name=value"."""
-        pairs = dict(pair.partition("=")[::2] for pair in arg_string.split(",") if pair)
-        return cls.create_from_arg_obj(pairs, additional_config)
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
     def load(cls, options: argparse.Namespace, chosen: ChosenModel, journal: Journal | None = None) -> Adapter:
@@ -168,7 +167,8 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return results
 
     def _score(self, questions: list[Question]) -> Results:
-        scored = score_together(self._model, questions, ops=self._ops)
+        rows = max(1, min(self.batch_size, self.batch_size * ROW_TOKENS // cached_tokens(questions)))
+        scored = score_together(self._model, questions, ops=self._ops, rows=rows)
         return [[score.total, score.is_greedy] for scores in scored for score in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -198,11 +198,10 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             _Generation(self, number, request.args[0], request.args[1], eos) for number, request in enumerate(requests)
         ]
         results: Results = [None] * len(tasks)
-        pending = sorted(range(len(tasks)), key=lambda i: (-tasks[i].length, i))
+        # as questions, whose answers take a place for each new token
+        questions = [Question(task.row.ids, [range(task.row.max_new_tokens)]) for task in tasks]
         with tqdm(total=len(tasks), desc="generate_until", unit="request", disable=disable_tqdm) as bar:
-            while pending:
-                size = max(1, min(self.batch_size, self.batch_size * ROW_TOKENS // tasks[pending[0]].length))
-                group, pending = pending[:size], pending[size:]
+            for group in group_questions(questions, self.batch_size, self.batch_size * ROW_TOKENS):
                 texts = self._once("generate_until", [tasks[i] for i in group], self._generate)
                 for i, text in zip(group, texts, strict=True):
                     results[i] = text
@@ -212,9 +211,9 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def _generate(self, tasks: list[_Generation]) -> Results:
         new: list[list[int]] = [[] for _ in tasks]
-        for row, event in generate_batch(
-            self._model, [task.row for task in tasks], context=self.max_length, ops=self._ops
-        ):
+        rows = [task.row for task in tasks]
+        events = generate_batch(self._model, rows, context=self.max_length, ops=self._ops, shares_beginning=True)
+        for row, event in events:
             if isinstance(event, StopReason):
                 check_sound(event is not StopReason.NOT_NUMBERS)
             else:
@@ -252,7 +251,6 @@ class _Generation:
                 "smaller max_gen_toks in its generation_kwargs"
             )
         ids = lm.tok_encode(context)[-longest:]
-        self.length = len(ids) + given["max_gen_toks"]
         sampling = Sampling(
             **{name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if name in given}
         )
