@@ -36,6 +36,20 @@ one of these:
 
 _MODES = ("tasks", "compare_to", "score")
 
+# options that only some modes have
+_MODES_OF = {
+    "output": ("tasks",),
+    "limit": ("tasks",),
+    "num_fewshot": ("tasks",),
+    "include_path": ("tasks",),
+    "chat": ("tasks",),
+    "system": ("tasks",),
+    "batch_size": ("tasks",),
+    "stride": ("compare_to",),
+    "windows": ("compare_to",),
+    "context": ("tasks", "compare_to"),
+}
+
 
 def build_parser() -> ArgumentParser:
     """Return the parser of `python -m llama3_raw.evaluate`."""
@@ -78,12 +92,20 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command and return the exit status."""
     if arguments[:1] == ["lm_eval"]:
         return _lm_eval(arguments[1:])
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
     modes = [name for name in _MODES if getattr(options, name)]
     if len(modes) != 1 or bool(options.text) != (modes == ["compare_to"]):
         raise UserError("give --tasks NAMES, --compare-to WEIGHTS TEXT, or --score FILE; see --help")
+    for name, allowed in _MODES_OF.items():
+        if modes[0] not in allowed and getattr(options, name) != parser.get_default(name):
+            raise UserError(f"{_option(name)} belongs to {' or '.join(map(_option, allowed))}; leave it out")
     {"tasks": _run_tasks, "compare_to": _compare, "score": _score}[modes[0]](options)
     return 0
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _lm_eval(arguments: Sequence[str]) -> int:
@@ -171,7 +193,7 @@ def _resumable(options: argparse.Namespace, model: dict[str, Any]) -> Iterator[J
     out = Path(options.output).resolve()
     part = out.with_name(f"{out.name}.part")
     names = ("reference", "batch_size", "context")
-    run = model | {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
+    run = model | {_option(name): getattr(options, name) for name in names}
     with exclusive(out, None):
         with open_journal(part, run) as journal:
             if journal.results:
@@ -192,6 +214,10 @@ def _compare(options: argparse.Namespace) -> None:
     params = chosen.checkpoint.params
     check_context(options.context, min(params.max_seq_len, base.checkpoint.params.max_seq_len))
     assert chosen.tokenizer is not None  # checked by choose_model
+    if base.tokenizer is not None and base.tokenizer.encode(text) != chosen.tokenizer.encode(text):
+        raise UserError(
+            f"--compare-to {options.compare_to}: its tokenizer gives other tokens; give a model with that of --weights"
+        )
     ids = chosen.tokenizer.encode(text, bos=True)
     cut = check_windows(params, ids, options.context, options.stride, options.windows)
     length = min(cut.context, len(ids))
@@ -258,7 +284,8 @@ def _question(file: str, number: int, line: str) -> tuple[Written, list[Written]
 def _encoded(prompt: Written, texts: list[Written], tokenizer: Tokenizer | None) -> tuple[list[int], list[list[int]]]:
     """Return token ids. A text is encoded with the prompt before it, and cut where the prompt's own tokens end.
 
-    Space at the end of the prompt goes to the continuations, as the tokens of a word begin with it. (lm-eval)
+    Space at the end of the prompt goes to the continuations, as the tokens of a word begin with it. (lm-eval) Where a
+    token would reach over the cut, the text is encoded alone.
     """
     if not isinstance(prompt, str):
         return prompt, [text for text in texts if not isinstance(text, str)]
@@ -266,7 +293,10 @@ def _encoded(prompt: Written, texts: list[Written], tokenizer: Tokenizer | None)
     kept = prompt.rstrip()
     space = prompt[len(kept) :]
     ids = tokenizer.encode(kept, bos=True)
-    return ids, [tokenizer.encode(f"{kept}{space}{text}", bos=True)[len(ids) :] for text in texts]
+    wholes = [(text, tokenizer.encode(f"{kept}{space}{text}", bos=True)) for text in texts]
+    return ids, [
+        whole[len(ids) :] if whole[: len(ids)] == ids else tokenizer.encode(f"{space}{text}") for text, whole in wholes
+    ]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ LINES = [
     {"prompt": "Once upon a time", "continuations": [", there was a little girl", " a dog"]},
     {"prompt": "One day ", "continuations": ["Tom"]},
     {"prompt": [2048, 5], "continuations": [[6], [7, 8]]},
+    {"prompt": "There was a lit", "continuations": ["tle"]},
 ]
 
 
@@ -33,7 +34,7 @@ def test_score(
     (tmp_path / "prompts.jsonl").write_text(content)
     assert call("--score", str(tmp_path / "prompts.jsonl")) == 0
     shown = capsys.readouterr().out
-    first, second, third = (json.loads(line)["scores"] for line in shown.splitlines())
+    first, second, third, fourth = (json.loads(line)["scores"] for line in shown.splitlines())
     assert tiny.tokenizer is not None
     encode = tiny.tokenizer.encode
     prompt = encode("Once upon a time", bos=True)
@@ -43,6 +44,8 @@ def test_score(
     assert [one["is_greedy"] for one in first] == [True, False]
     assert second[0]["tokens"] == encode(" Tom")  # the space goes to the continuation
     assert [one["tokens"] for one in third] == [[6], [7, 8]]
+    assert encode(" lit") + encode("tle") != encode(" little")
+    assert fourth[0]["tokens"] == encode("tle")  # not what is left of " little" after the prompt's tokens
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
     assert call("--score", "-") == 0
     assert capsys.readouterr().out == shown
@@ -77,6 +80,10 @@ def test_bad_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path, line: str
         (("--compare-to", "tiny"), "give --tasks NAMES"),
         (("--tasks", "a", "--score", "b"), "give --tasks NAMES"),
         (("--tasks", "a", "--system", "b"), "--system belongs to --chat"),
+        (("--score", "a", "-o", "b"), "--output belongs to --tasks; leave it out"),
+        (("--score", "a", "--context", "9"), "--context belongs to --tasks or --compare-to"),
+        (("--compare-to", "a", "b", "--batch-size", "2"), "--batch-size belongs to --tasks"),
+        (("--tasks", "a", "--windows", "llama.cpp"), "--windows belongs to --compare-to"),
         (("--tasks", ","), "--tasks ,: names no task"),
         (("--tasks", "a", "--num-fewshot", "-1"), "--num-fewshot should be 0 or more, is -1"),
         (("--compare-to", "lost", "no.txt"), "no.txt: cannot be read"),

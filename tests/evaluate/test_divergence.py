@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama3_raw import Model, UserError
+from llama3_raw import Model, UserError, convert
 from llama3_raw.evaluate.__main__ import main
-from llama3_raw.evaluate.divergence import correlation, divergence, figures, measure, percentiles
+from llama3_raw.evaluate.divergence import Estimate, correlation, divergence, figures, measure, percentiles
 from llama3_raw.model import REFERENCE
 from llama3_raw.perplexity import perplexity
 from tests.paths import TINY
@@ -152,11 +156,21 @@ def test_both_perplexities(tiny: Model, windows: str) -> None:
 
 
 def test_other_vocabulary(tiny: Model) -> None:
-    import dataclasses
-
     other = tiny._replace(params=dataclasses.replace(tiny.params, vocab_size=7))
     with pytest.raises(UserError, match="have 2304 and 7 tokens"):
         measure([(tiny, REFERENCE), (other, REFERENCE)], [1, 2, 3])
+
+
+def test_other_tokenizer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Of the same size, where the tokens " a" and " t" have changed places."""
+    other, file = tmp_path / "other", tmp_path / "story.txt"
+    file.write_text(STORY, encoding="utf-8")
+    shutil.copytree(TINY, other)
+    tokens = (other / "tokenizer.model").read_text()
+    swapped = {"IGE= ": "IHQ= ", "IHQ= ": "IGE= "}  # in base64
+    (other / "tokenizer.model").write_text(re.sub("^(IGE=|IHQ=) ", lambda found: swapped[found[0]], tokens, flags=re.M))
+    assert main(["--weights", str(TINY), "--compare-to", str(other), "--device", "cpu", str(file)]) == 2
+    assert "other: its tokenizer gives other tokens" in capsys.readouterr().err
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -175,3 +189,57 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["tokens"] == 3 * 19
     assert found["KL divergence"]["value"] == 0
+
+
+def rounded(matrix: Tensor) -> Tensor:
+    """Return a matrix with 15 values in each row, in fp32: llama.cpp multiplies by it as it is."""
+    step = matrix.float().abs().amax(-1, keepdim=True) / 7
+    return (matrix.float() / step).round() * step
+
+
+def shown_by_llama_cpp(out: str, name: str) -> Estimate:
+    """Return a figure of the tables at the end, and its standard error, which is 0 where there is none."""
+    found = re.search(rf"^{re.escape(name)} *: *(\S+?)%?(?: ± +(\S+))?(?: %)?$", out, re.MULTILINE)
+    assert found is not None, name
+    return Estimate(float(found[1]), float(found[2] or 0))
+
+
+def test_llama_cpp_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Both programs, from the files on: 5e-4 of a figure are llama.cpp's 16 bits, and 1e-4 its rounding in fp32."""
+    program = shutil.which("llama-perplexity")
+    if program is None:
+        pytest.skip("llama.cpp's llama-perplexity is not on the PATH")
+    shutil.copytree(TINY, tmp_path / "rounded")
+    state = torch.load(TINY / "consolidated.00.pth")
+    state = {name: rounded(weight) if weight.dim() > 1 else weight.float() for name, weight in state.items()}
+    torch.save(state, tmp_path / "rounded" / "consolidated.00.pth")
+    base, model, text = tmp_path / "base.gguf", tmp_path / "rounded.gguf", tmp_path / "text.txt"
+    for source, target in ((TINY, base), (tmp_path / "rounded", model)):
+        assert convert.main([str(source), str(target), "--outtype", "f32"]) == 0
+    text.write_text(STORY * 3, encoding="utf-8")
+    shared = ["-f", str(text), "--kl-divergence-base", str(tmp_path / "logits"), "-c", "64", "-b", "64", "-t", "1"]
+    shared += ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]
+    subprocess.run([program, "-m", str(base), *shared], check=True, capture_output=True)
+    command = [program, "-m", str(model), *shared, "--kl-divergence"]
+    theirs = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    capsys.readouterr()
+    options = ["--windows", "llama.cpp", "--context", "64", "--device", "cpu"]
+    assert main(["--weights", str(model), "--compare-to", str(base), *options, str(text)]) == 0
+    ours = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for name, their_name, unit in [
+        ("perplexity", "Mean PPL(Q)", 1),
+        ("base perplexity", "Mean PPL(base)", 1),
+        ("ln(perplexity / base)", "Mean ln(PPL(Q)/PPL(base))", 1),
+        ("perplexity / base", "Mean PPL(Q)/PPL(base)", 1),
+        ("perplexity - base", "Mean PPL(Q)-PPL(base)", 1),
+        ("KL divergence", "Mean    KLD", 1),
+        ("change of p", "Mean    Δp", 0.01),
+        ("RMS change of p", "RMS Δp", 0.01),
+        ("same top token", "Same top p", 0.01),
+    ]:
+        value, error = shown_by_llama_cpp(theirs, their_name)
+        assert ours[name]["value"] == pytest.approx(unit * value, rel=5e-4, abs=1e-4), name
+        assert ours[name]["error"] == pytest.approx(unit * error, rel=5e-4, abs=1e-4), name
+    for percentile, their_name in (("50", "Median  KLD"), ("99", "99.0%   KLD"), ("100", "Maximum KLD")):
+        expected = shown_by_llama_cpp(theirs, their_name).value
+        assert ours["KL percentiles"][percentile] == pytest.approx(expected, rel=1e-3, abs=1e-4)
