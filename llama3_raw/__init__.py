@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from .checkpoint.loading import load as load
     from .decoding.loop import StopReason as StopReason
     from .decoding.loop import generate as generate
+    from .decoding.scoring import score as score
     from .errors import UserError as UserError
     from .model import REFERENCE as REFERENCE
     from .model import KVCache as KVCache
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _PUBLIC_NAMES = {  # module -> the public names defined there
     "checkpoint.loading": ("load",),
     "decoding.loop": ("StopReason", "generate"),
+    "decoding.scoring": ("score",),
     "errors": ("UserError",),
     "model": ("REFERENCE", "KVCache", "forward"),
     "params": ("Params",),

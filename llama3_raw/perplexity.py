@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,10 @@ from .params import Params
 from .weights import Model
 
 DEFAULT_CONTEXT = 2048  # tokens; a longer window costs more per token and gains little
+LLAMA_CPP_CONTEXT = 512  # tokens; the default of llama.cpp's windows
+
+Kind = Literal["sliding", "llama.cpp"]
+"""Which windows a text is scored in."""
 
 CHUNK = 256  # positions whose logits are in memory at once
 
@@ -76,25 +81,64 @@ def sliding_windows(length: int, context: int, stride: int) -> Iterator[Window]:
             return
 
 
-def check_windows(params: Params, ids: Sequence[int], context: int | None, stride: int | None) -> tuple[int, int]:
-    """Return context and stride in tokens, with the default for None.
+class Windows(NamedTuple):
+    """How a text is cut into windows; sizes in tokens."""
+
+    context: int
+    stride: int
+    kind: Kind = "sliding"
+
+    def over(self, length: int) -> Iterator[Window]:
+        """Yield the windows of a text of `length` tokens.
+
+        llama.cpp's do not overlap, the second half of each is scored, and tokens after the last whole one are left out.
+        (tools/perplexity/perplexity.cpp)
+        """
+        if self.kind == "sliding":
+            yield from sliding_windows(length, self.context, self.stride)
+            return
+        for begin in range(0, length - self.context + 1, self.context):
+            yield Window(begin, begin + self.context // 2 + 1, begin + self.context)
+
+    def tokens(self, ids: Sequence[int], window: Window, bos: int | None) -> list[int]:
+        """Return the tokens of a window. In llama.cpp's, BOS takes the place of the first, if the text has one."""
+        tokens = list(ids[window.begin : window.end])
+        if self.kind == "llama.cpp" and bos is not None and bos == ids[0]:
+            tokens[0] = bos
+        return tokens
+
+
+def check_windows(
+    params: Params, ids: Sequence[int], context: int | None, stride: int | None, kind: Kind = "sliding"
+) -> Windows:
+    """Return the windows, with the default for a size that is None.
 
     Raises UserError if there is nothing to score, for ids outside the vocabulary, and for sizes out of range.
     """
     params.check_ids(ids)
+    if kind not in get_args(Kind):
+        raise UserError(f"{kind}: should be {' or '.join(get_args(Kind))}", argument="windows")
     if len(ids) < 2:
         raise UserError("there is nothing to score: a token is predicted from those before it; give at least two")
     if context is None:
-        context = min(params.max_seq_len, DEFAULT_CONTEXT)
+        context = min(params.max_seq_len, DEFAULT_CONTEXT if kind == "sliding" else LLAMA_CPP_CONTEXT)
     if context < 2:
         raise UserError(f"{context}: should be 2 or more, a token and one before it", argument="context")
+    if kind == "llama.cpp":
+        if stride not in (None, context) or context < 3 or len(ids) < context:
+            raise UserError(
+                f"llama.cpp needs a context of 3 or more, a text as long as it, and no stride; here the context is "
+                f"{context}, the text has {len(ids)} tokens, and the stride is {stride or 'left out'}",
+                argument="windows",
+            )
+        return Windows(context, context, kind)
     if stride is None:
         stride = context // 2
     if not 1 <= stride <= context:
         raise UserError(
             f"{stride}: should be from 1 to the context of {context}, or tokens are left out", argument="stride"
         )
-    return context, stride
+    return Windows(context, stride)
 
 
 def perplexity(
@@ -103,10 +147,11 @@ def perplexity(
     *,
     context: int | None = None,
     stride: int | None = None,
+    windows: Kind = "sliding",
     ops: Ops | None = None,
     progress: bool = False,
 ) -> Score:
-    """Score how well the model predicts each of the tokens `ids` from those before it, in `sliding_windows`.
+    """Score how well the model predicts each of the tokens `ids` from those before it, in windows.
 
     Args:
         model: what `load` returned.
@@ -114,22 +159,27 @@ def perplexity(
         context: tokens in a window; None takes the model's max_seq_len, at most 2,048.
         stride: how far apart windows begin. None takes half of the context, so that every token has at least that many
             before it (except at the start of the text).
+        windows: "llama.cpp" scores the second half of windows that do not overlap, each after BOS, by default of 512
+            tokens, as llama.cpp's llama-perplexity does.
         ops: None chooses the set for the weights.
         progress: show a bar on stderr.
 
     Raises:
         UserError: as `check_windows` does, and if the weights are damaged.
     """
-    context, stride = check_windows(model.params, ids, context, stride)
-    tokens = torch.tensor(ids, device=model.weights.norm.device)  # [length]
+    cut = check_windows(model.params, ids, context, stride, windows)
     ops = ops or ops_for(model.weights)
-    cache = KVCache.allocate(model.params, max_seq_len=min(context, len(ids)), like=model.weights)
+    device, bos = model.weights.norm.device, model.tokenizer.bos_id if model.tokenizer else None
+    cache = KVCache.allocate(model.params, max_seq_len=min(cut.context, len(ids)), like=model.weights)
     count, nats = 0, 0.0
-    windows = list(sliding_windows(len(ids), context, stride))
-    total = sum(window.end - window.first for window in windows)
+    placed = list(cut.over(len(ids)))
+    total = sum(window.end - window.first for window in placed)
     with tqdm(total=total, desc="scoring", unit="token", leave=False, disable=not progress) as bar:
-        for begin, first, end in windows:
-            for losses in _losses(model, tokens[begin:end], first - begin, cache, ops):
+        for window in placed:
+            tokens = torch.tensor(cut.tokens(ids, window, bos), device=device)
+            for start, logits in scored_logits(model, tokens, window.first - window.begin, cache, ops):
+                targets = tokens[start + 1 : start + 1 + len(logits)]
+                losses = F.cross_entropy(logits, targets, reduction="none").tolist()
                 count += len(losses)
                 nats += sum(losses)
                 bar.set_postfix(perplexity=f"{Score(count, nats).perplexity:.3f}", refresh=False)
@@ -138,8 +188,12 @@ def perplexity(
 
 
 @torch.no_grad()
-def _losses(model: Model, window: Tensor, first: int, cache: KVCache, ops: Ops) -> Iterator[list[float]]:
-    """Yield -log p of the tokens window[first:], in chunks, so that few logits are in memory. window: [T] ids."""
+def scored_logits(model: Model, window: Tensor, first: int, cache: KVCache, ops: Ops) -> Iterator[tuple[int, Tensor]]:
+    """Yield logits [n, vocab] that predict the tokens window[first:], in chunks, so that few are in memory at once.
+
+    With each chunk comes the position of its first row, which predicts the token after it. window: [T] ids. Raises
+    UserError for logits that are not numbers.
+    """
     last = len(window) - 1  # the last token predicts nothing
     cuts = [*range(0, first - 1, CHUNK), *range(first - 1, last, CHUNK), last]
     for start, end in itertools.pairwise(cuts):
@@ -155,7 +209,18 @@ def _losses(model: Model, window: Tensor, first: int, cache: KVCache, ops: Ops) 
         )  # [end - start, vocab] if scored
         if is_scored:
             check_sound(bool(is_sound(logits).all()))
-            yield F.cross_entropy(logits, window[start + 1 : end + 1], reduction="none").tolist()
+            yield start, logits
+
+
+def add_windows_option(parser: ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add --windows."""
+    parser.add_argument(
+        "--windows",
+        choices=get_args(Kind),
+        default="sliding",
+        metavar="KIND",
+        help=f"sliding, or llama.cpp: score the second half of windows of {LLAMA_CPP_CONTEXT} (default: sliding)",
+    )
 
 
 def build_parser() -> ArgumentParser:
@@ -175,15 +240,16 @@ def build_parser() -> ArgumentParser:
         metavar="N",
         help="tokens from one window to the next (default: half of --context)",
     )
+    add_windows_option(parser)
     parser.add_argument("--reference", action="store_true", help="use the exact operations: Meta's bits, but slower")
     add_model_options(parser)
     return parser
 
 
-def show(score: Score, n_bytes: int | None, context: int, stride: int) -> None:
+def show(score: Score, n_bytes: int | None, cut: Windows) -> None:
     """Print a table, and the same as JSON in the last line. n_bytes: as in `Score.bits_per_byte`; None: unknown."""
     bits_per_byte = None if n_bytes is None else score.bits_per_byte(n_bytes)
-    print(f"tokens scored   {score.tokens:12,}  in windows of {context:,}, {stride:,} apart")
+    print(f"tokens scored   {score.tokens:12,}  in windows of {cut.context:,}, {cut.stride:,} apart")
     print(f"nats            {score.nats:15,.2f}")
     print(f"nats per token  {score.nats_per_token:17.4f}")
     print(f"perplexity      {score.perplexity:17,.4f}")
@@ -194,8 +260,9 @@ def show(score: Score, n_bytes: int | None, context: int, stride: int) -> None:
         "nats_per_token": score.nats_per_token,
         "perplexity": score.perplexity,
         "bits_per_byte": bits_per_byte,
-        "context": context,
-        "stride": stride,
+        "context": cut.context,
+        "stride": cut.stride,
+        **({} if cut.kind == "sliding" else {"windows": cut.kind}),
     }
     print(json.dumps(figures))
 
@@ -212,17 +279,17 @@ def main(arguments: Sequence[str]) -> int:
     params, tokenizer = chosen.checkpoint.params, None if options.ids else chosen.tokenizer
     check_context(options.context, params.max_seq_len)
     ids = parse_ids(text, name) if tokenizer is None else tokenizer.encode(text, bos=True)
-    context, stride = check_windows(params, ids, options.context, options.stride)
-    length = min(context, len(ids))
+    cut = check_windows(params, ids, options.context, options.stride, options.windows)
+    length = min(cut.context, len(ids))
     shape = RunShape(prompt=length, text=length, least=2, scored=CHUNK)
     model, ops, which = load_model(chosen, shape, options.reference)
     print(f"llama3_raw: {which}", file=sys.stderr)
-    score = perplexity(model, ids, context=context, stride=stride, ops=ops, progress=True)
+    score = perplexity(model, ids, context=cut.context, stride=cut.stride, windows=cut.kind, ops=ops, progress=True)
     n_bytes = None
     if tokenizer is not None:
-        scored = (ids[first:end] for _, first, end in sliding_windows(len(ids), context, stride))
+        scored = (ids[first:end] for _, first, end in cut.over(len(ids)))
         n_bytes = sum(len(tokenizer.token_bytes(token)) for window in scored for token in window)
-    show(score, n_bytes, context, stride)
+    show(score, n_bytes, cut)
     return 0
 
 

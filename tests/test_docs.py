@@ -33,6 +33,7 @@ from tests.paths import ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / "examples" / "README.md", ROOT / "weights" / "README.md", ROOT / "weights" / "tiny" / "README.md"]
 SHOWN_ONLY = {"text", "json"}
+PACKAGES = {"evaluate.md": "lm_eval"}  # of extras, which a page needs
 
 
 class Block(NamedTuple):
@@ -151,6 +152,8 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_runs(page: Path, session: Session) -> None:
+    if page.name in PACKAGES:
+        pytest.importorskip(PACKAGES[page.name])
     for block in blocks_of(page):
         assert block.skipped != "", f"{page.name}:{block.line}: a reason is missing"
         if block.skipped:

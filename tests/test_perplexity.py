@@ -161,3 +161,28 @@ def test_damaged_weights(fp32: Model, ids: list[int]) -> None:
     damaged = fp32._replace(weights=converted(fp32.weights, lambda tensor: tensor * torch.nan))
     with pytest.raises(UserError, match="the weights are damaged"):
         perplexity.perplexity(damaged, ids)
+
+
+def test_windows_of_llama_cpp(fp32: Model, ids: list[int]) -> None:
+    """The second half of windows of 40 is scored, each of which begins with BOS in place of its own first token."""
+    hf = hf_model(fp32.params, fp32.weights)
+    losses = []
+    for begin in range(0, 120, 40):
+        window = torch.tensor([ids[0], *ids[begin + 1 : begin + 40]])
+        with torch.no_grad():
+            logits = hf(window.unsqueeze(0)).logits[0]
+        losses += torch.nn.functional.cross_entropy(logits[20:-1], window[21:], reduction="none").tolist()
+    score = perplexity.perplexity(fp32, ids, context=40, windows="llama.cpp")
+    assert score.tokens == len(losses) == 57
+    assert score.nats == pytest.approx(sum(losses), abs=1e-3)
+
+
+def test_windows_of_llama_cpp_by_the_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, ids: list[int]
+) -> None:
+    file = tmp_path / "story.txt"
+    file.write_text(STORY, encoding="utf-8")
+    figures = call(capsys, str(file), "--windows", "llama.cpp", "--context", "65")[1]
+    assert (figures["tokens"], figures["windows"]) == (64, "llama.cpp")
+    assert main(["--weights", str(TINY), "--device", "cpu", str(file), "--windows", "llama.cpp"]) == 2  # 131 < 512
+    assert "the context is 512, the text has 131 tokens" in capsys.readouterr().err

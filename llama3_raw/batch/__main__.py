@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from ..backends.cpu import MAX_DECODE_ROWS
@@ -42,8 +41,17 @@ from ..ops import Ops
 from ..system.files import atomic_write
 from ..system.process_groups import Ranks, init
 from ..tokenizer import Tokenizer
-from ..weights import Model, dtype_name
-from .journal import Journal, exclusive, journal_files, json_line, process_journal, read_results, saved_results
+from ..weights import Model
+from .journal import (
+    Journal,
+    describe_model,
+    exclusive,
+    journal_files,
+    json_line,
+    process_journal,
+    read_results,
+    saved_results,
+)
 from .requests import (
     FIELDS,
     SAMPLING_FIELDS,
@@ -163,16 +171,6 @@ class _Progress:
                 self._ranks.add(name, number)
 
 
-def _digest_of(tokenizer: Tokenizer) -> str:
-    """Return a hash of everything that the tokens of a text or a dialog depend on."""
-    digest = hashlib.sha256(repr((tokenizer.special_tokens, tokenizer.added_tokens, tokenizer.bos_id)).encode())
-    for texts in (tokenizer.chat_templates, tokenizer.template_variables):
-        digest.update(repr(sorted(texts.items())).encode())
-    for token in tokenizer.ranks:
-        digest.update(token + b"\n")
-    return digest.hexdigest()
-
-
 def _digest_of_file(name: str | None) -> str | None:
     """Return a name, with a hash of the file's content if there is such a file."""
     if name is None or not Path(name).is_file():
@@ -184,28 +182,12 @@ def describe_run(
     options: argparse.Namespace, content: bytes, chosen: ChosenModel, ranks: Ranks | None
 ) -> dict[str, Any]:
     """Return everything that the results depend on, by name. A run may be continued if all of it is the same."""
-    checkpoint, tokenizer = chosen.checkpoint, chosen.tokenizer
-    model = hashlib.sha256(repr(checkpoint.params).encode())
-    for spec, shards in checkpoint.shards.items():
-        for shard in shards:  # the first values of each, so that not all is read
-            first_values = shard.reshape(-1)[:1024].contiguous().view(torch.uint8).numpy().tobytes()
-            model.update(f"{spec.meta_name} {list(shard.shape)} {shard.dtype}".encode() + first_values)
-    for change in checkpoint.adapter.values():
-        model.update(change.a.reshape(-1)[:1024].float().numpy().tobytes())
-        model.update(change.b.reshape(-1)[:1024].float().numpy().tobytes())
     return {
         "prompts": hashlib.sha256(content).hexdigest(),
-        "weights": model.hexdigest(),
-        "tokenizer": _digest_of(tokenizer) if tokenizer else None,
-        "stop_ids": sorted(chosen.stop_ids),
-        "adapter": repr([(spec.meta_name, change.scale) for spec, change in checkpoint.adapter.items()]),
+        **describe_model(chosen),
         "--stop-token": options.stop_token,
         "--template": _digest_of_file(options.template),
-        "--device": chosen.device.type,
         "--tp": ranks.tensor.size if ranks else 1,
-        "--gpu-layers": chosen.gpu_layers,
-        "--dtype": dtype_name(chosen.dtype or checkpoint.dtype),
-        "--quantize": chosen.quantize,
         "--reference": options.reference,
         "--batch-size": options.batch_size,
         "--context": options.context,

@@ -12,10 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from filelock import FileLock, Timeout
 
+from ..cli.models import ChosenModel
 from ..errors import UserError
 from ..system.process_groups import Ranks
+from ..tokenizer import Tokenizer
+from ..weights import dtype_name
 from .requests import Result
 
 
@@ -159,3 +163,36 @@ def process_journal(
     with open_journal(out.with_name(f"{out.name}.part{number}"), run) as journal:
         journal.results = done
         yield journal
+
+
+def describe_model(chosen: ChosenModel) -> dict[str, Any]:
+    """Return everything of the model and of how it runs that results depend on, by name."""
+    checkpoint, tokenizer = chosen.checkpoint, chosen.tokenizer
+    model = hashlib.sha256(repr(checkpoint.params).encode())
+    for spec, shards in checkpoint.shards.items():
+        for shard in shards:  # the first values of each, so that not all is read
+            first_values = shard.reshape(-1)[:1024].contiguous().view(torch.uint8).numpy().tobytes()
+            model.update(f"{spec.meta_name} {list(shard.shape)} {shard.dtype}".encode() + first_values)
+    for change in checkpoint.adapter.values():
+        model.update(change.a.reshape(-1)[:1024].float().numpy().tobytes())
+        model.update(change.b.reshape(-1)[:1024].float().numpy().tobytes())
+    return {
+        "weights": model.hexdigest(),
+        "tokenizer": _digest_of(tokenizer) if tokenizer else None,
+        "stop_ids": sorted(chosen.stop_ids),
+        "adapter": repr([(spec.meta_name, change.scale) for spec, change in checkpoint.adapter.items()]),
+        "--device": chosen.device.type,
+        "--gpu-layers": chosen.gpu_layers,
+        "--dtype": dtype_name(chosen.dtype or checkpoint.dtype),
+        "--quantize": chosen.quantize,
+    }
+
+
+def _digest_of(tokenizer: Tokenizer) -> str:
+    """Return a hash of everything that the tokens of a text or a dialog depend on."""
+    digest = hashlib.sha256(repr((tokenizer.special_tokens, tokenizer.added_tokens, tokenizer.bos_id)).encode())
+    for texts in (tokenizer.chat_templates, tokenizer.template_variables):
+        digest.update(repr(sorted(texts.items())).encode())
+    for token in tokenizer.ranks:
+        digest.update(token + b"\n")
+    return digest.hexdigest()

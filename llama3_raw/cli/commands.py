@@ -8,6 +8,7 @@ COMMANDS = {
     "tracing": "show or save the tensors of a forward pass",
     "compare": "find the first tensor where another implementation diverges",
     "perplexity": "measure how well a model predicts a text",
+    "evaluate": "run benchmarks, or measure what a compression costs",
     "convert": "change between Meta's and Hugging Face's format",
     "bench": "measure speed, or estimate it for a GPU",
 }

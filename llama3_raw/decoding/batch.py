@@ -39,6 +39,7 @@ def generate_batch(
     stop_ids: Collection[int] | None = None,
     context: int | None = None,
     ops: Ops | None = None,
+    shares_beginning: bool = False,
 ) -> Iterator[Event]:
     """Yield (row, token) for each new token, and (row, reason) when a row ends. Rows count from 0.
 
@@ -53,6 +54,7 @@ def generate_batch(
         rows: the prompts, each with its settings. Consecutive short prompts are padded on the right and computed
             together, so put prompts of similar length next to each other.
         stop_ids: as in `generate`, for rows that have none of their own; context and ops too.
+        shares_beginning: compute the tokens that all prompts begin with once. Rounding then differs in bf16 too.
 
     Raises:
         UserError: as `generate` does, at the call.
@@ -66,7 +68,7 @@ def generate_batch(
             raise UserError(f"a prompt needs {len(row.ids)} positions, but the context holds {limit}; shorten it")
     ends = tokens_to_stop_at(model, stop_ids)
     texts = [_text(model, number, row, limit, ends) for number, row in enumerate(rows)]
-    return _decode(model, texts, ops or ops_for(model.weights))
+    return _decode(model, texts, ops or ops_for(model.weights), shares_beginning)
 
 
 def _text(model: Model, number: int, row: Row, limit: int, ends: Collection[int]) -> Text:
@@ -83,11 +85,11 @@ def _text(model: Model, number: int, row: Row, limit: int, ends: Collection[int]
     )
 
 
-def _decode(model: Model, texts: Sequence[Text], ops: Ops) -> Iterator[Event]:
+def _decode(model: Model, texts: Sequence[Text], ops: Ops, shares_beginning: bool) -> Iterator[Event]:
     """Decode the texts; the cache is allocated at the first `next`, and only for texts with a budget."""
     running = [text for text in texts if text.budget]
     yield from ((text.number, text.when_spent) for text in texts if not text.budget)
     if running:
         longest = max(len(text.prompt) + text.budget for text in running) - 1  # nothing attends to the last token
         cache = KVCache.allocate(model.params, max_seq_len=longest, like=model.weights, batch=(len(running),))
-        yield from decode(running, BatchRunner(model, cache, ops))
+        yield from decode(running, BatchRunner(model, cache, ops, shares_beginning))

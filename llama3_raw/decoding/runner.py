@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -92,12 +93,23 @@ class BatchRunner:
 
     runs_ahead = False
 
-    def __init__(self, model: Model, cache: KVCache, ops: Ops):
+    def __init__(self, model: Model, cache: KVCache, ops: Ops, shares_beginning: bool = False):
+        """shares_beginning: compute what all prompts begin with once. Rounding then differs from that of `generate`."""
         self.device = model.weights.norm.device
-        self._model, self._cache, self._ops = model, cache, ops
+        self._model, self._cache, self._ops, self._shares_beginning = model, cache, ops, shares_beginning
+        self._start = 0  # tokens in each row of the cache before the rest of its prompt
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Compute consecutive short prompts together, and a long prompt alone, in chunks as `generate` does."""
+        if self._shares_beginning and len(prompts) > 1:
+            # each prompt keeps a token of its own, whose logits are wanted
+            shared = _common_beginning([list(prompt[:-1]) for prompt in prompts])
+            if shared:
+                self._prefill_alone(0, shared)
+                for row in range(1, len(prompts)):
+                    self.move(0, row, len(shared))
+                self._start = len(shared)
+                prompts = [prompt[len(shared) :] for prompt in prompts]
         logits = []  # of each pass, [texts, 1, vocab]
         begin = 0
         while begin < len(prompts):
@@ -115,8 +127,8 @@ class BatchRunner:
         return torch.cat(logits)
 
     def _prefill_alone(self, row: int, prompt: Sequence[int]) -> Tensor:
-        cache = _cache_view(self._cache, row, len(prompt))
-        return SingleRunner(self._model, cache, 0, self._ops, no_tap, None).prefill([prompt])
+        cache = _cache_view(self._cache, row, self._start + len(prompt))
+        return SingleRunner(self._model, cache, self._start, self._ops, no_tap, None).prefill([prompt])
 
     def _prefill_together(self, first: int, prompts: Sequence[Sequence[int]], width: int) -> Tensor:
         """Compute prompts padded on the right; cached padding is overwritten before a token attends to it.
@@ -125,21 +137,34 @@ class BatchRunner:
         """
         padded = torch.tensor([[*ids, *[ids[-1]] * (width - len(ids))] for ids in prompts], device=self.device)
         ends = torch.tensor([len(ids) - 1 for ids in prompts], device=self.device)
-        cache = _cache_view(self._cache, slice(first, first + len(prompts)), width)
-        return self._forward(padded, cache, 0, ends)
+        cache = _cache_view(self._cache, slice(first, first + len(prompts)), self._start + width)
+        return self._forward(padded, cache, self._start, ends).unsqueeze(1)  # [texts, 1, vocab]
 
     def step(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
         cache = _cache_view(self._cache, slice(len(positions)), max(positions) + 1)
-        return self._forward(tokens, cache, torch.tensor(positions, device=self.device), -1)
+        return self._forward(tokens, cache, torch.tensor(positions, device=self.device), -1).unsqueeze(1)
+
+    def extend(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
+        """Compute known tokens [texts, T], from a position of each text on; return all logits, [texts, T, vocab]."""
+        cache = _cache_view(self._cache, slice(len(positions)), max(positions) + tokens.shape[-1])
+        is_even = len(set(positions)) == 1  # then attention needs no mask over the whole cache
+        start = positions[0] if is_even else torch.tensor(positions, device=self.device)
+        return self._forward(tokens, cache, start, None)
 
     def move(self, source: int, target: int, length: int | None) -> None:
         for cached in (*self._cache.keys, *self._cache.values):
             cached[target, :length] = cached[source, :length]
 
-    def _forward(self, tokens: Tensor, cache: KVCache, start: int | Tensor, logits_at: int | Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, cache: KVCache, start: int | Tensor, logits_at: int | Tensor | None) -> Tensor:
         weights, params = self._model[:2]
-        logits = forward(weights, params, tokens, cache=cache, start=start, logits_at=logits_at, ops=self._ops)
-        return logits.unsqueeze(1)  # [texts, 1, vocab]
+        return forward(weights, params, tokens, cache=cache, start=start, logits_at=logits_at, ops=self._ops)
+
+
+def _common_beginning(texts: Sequence[list[int]]) -> list[int]:
+    """Return the tokens that all texts begin with."""
+    least, most = min(texts), max(texts)  # what these two share, all between them do
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(least, most, strict=False))
+    return [token for token, _ in alike]
 
 
 def _cache_view(cache: KVCache, rows: int | slice, length: int) -> KVCache:

@@ -169,6 +169,23 @@ def test_ended_rows_cost_nothing(tiny: Model, prompts: list[list[int]], monkeypa
     assert {tuple(size[:2]) for size in sizes} == {(3, 8)}
 
 
+def test_what_prompts_begin_with_is_computed_once(
+    tiny: Model, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+
+    def counted(weights: object, params: object, tokens: torch.Tensor, **settings: object) -> torch.Tensor:
+        passes.append(tokens.numel())
+        return forward(weights, params, tokens, **settings)  # type: ignore[arg-type]
+
+    model = tiny._replace(weights=cast(tiny.weights, torch.float32))
+    rows = [Row([*prompts[1], *prompt], 9) for prompt in ([7], prompts[0], prompts[1])]
+    expected = run_batch(model, rows)
+    monkeypatch.setattr(runner, "forward", counted)
+    assert run_batch(model, [*rows, Row(rows[0].ids, 0)], shares_beginning=True)[:3] == expected
+    assert passes[0] == len(prompts[1])
+
+
 def test_is_over_ends_a_row(tiny: Model, prompts: list[list[int]]) -> None:
     rows = [Row(prompts[0], 20, is_over=lambda new: len(new) == 3), Row(prompts[2], 6)]
     (first, reason), (second, _) = run_batch(tiny, rows)
