@@ -63,7 +63,7 @@ FIRST_STEPS = """\
   python -m llama3_raw.explain "Once upon a time"          follow it to the next token on a page
   python -m llama3_raw.download --list                     the models that can be downloaded"""
 
-EXAMPLE = 'python -m llama3_raw --weights Meta-Llama-3-8B --stats --temperature 0.8 "The capital of France is"'
+EXAMPLE = 'python -m llama3_raw --weights Meta-Llama-3-8B --stats "The capital of France is"'
 
 
 def build_parser() -> ArgumentParser:
