@@ -179,11 +179,11 @@ def test_what_prompts_begin_with_is_computed_once(
         return forward(weights, params, tokens, **settings)  # type: ignore[arg-type]
 
     model = tiny._replace(weights=cast(tiny.weights, torch.float32))
-    rows = [Row([*prompts[1], *prompt], 9) for prompt in ([7], prompts[0], prompts[1])]
+    rows = [Row([*prompts[1], *prompt], 9) for prompt in ([], prompts[0], prompts[1])]
     expected = run_batch(model, rows)
     monkeypatch.setattr(runner, "forward", counted)
     assert run_batch(model, [*rows, Row(rows[0].ids, 0)], shares_beginning=True)[:3] == expected
-    assert passes[0] == len(prompts[1])
+    assert passes[0] == len(prompts[1]) - 1  # the first prompt has a last token of its own
 
 
 def test_is_over_ends_a_row(tiny: Model, prompts: list[list[int]]) -> None:

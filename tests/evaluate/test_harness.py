@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from llama3_raw import UserError, convert
+from llama3_raw.decoding.batch import generate_batch
+from llama3_raw.decoding.loop import Event
 from llama3_raw.evaluate import harness
 from llama3_raw.evaluate.__main__ import main
 from llama3_raw.evaluate.harness import Adapter
@@ -193,6 +195,22 @@ def test_generation_settings(adapter: Adapter, hf: Any) -> None:
         adapter.generate_until(requests("generate_until", ("Once", {"num_beams": 4})))
     with pytest.raises(UserError, match="wants 600 new tokens, and the context holds 512"):
         adapter.generate_until(requests("generate_until", ("Once", {"max_gen_toks": 600})))
+
+
+def test_a_stop_text_ends_the_passes(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Event] = []
+
+    def kept(*arguments: Any, **settings: Any) -> Iterator[Event]:
+        for event in generate_batch(*arguments, **settings):
+            events.append(event)
+            yield event
+
+    monkeypatch.setattr(harness, "generate_batch", kept)
+    settings = {"until": ["girl"], "max_gen_toks": 100}
+    assert adapter.generate_until(requests("generate_until", ("Once upon a time", settings))) == [
+        ", there was a little "
+    ]
+    assert len(events) == len(adapter.tok_encode(", there was a little girl", add_special_tokens=False)) + 1
 
 
 def test_a_dialog_that_ends_in_an_answer(adapter: Adapter, hf: Any) -> None:
