@@ -108,7 +108,7 @@ def test_console_script() -> None:
     assert script, "the package is not installed: pip install -e '.[test]'"
     done = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
-    for option in ("--weights", "--ids", "--top", "--stats", "--temperature", "--max-new-tokens", "examples:"):
+    for option in ("--weights", "--ids", "--top", "--stats", "--temperature", "--max-new-tokens", "example:"):
         assert option in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
 

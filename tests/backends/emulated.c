@@ -7,6 +7,7 @@
 typedef struct {
     int64_t kind, n_outputs, length;
     const void *tensors[3];
+    int64_t is_interleaved;
 } Matrix;
 
 int linear_quantized(const uint16_t *x, const Matrix *w, uint16_t *y, int64_t n_rows);
@@ -24,7 +25,7 @@ int main(void) {
         if (sizes[4 + i] && fread(read[i], sizes[4 + i], 1, stdin) != 1) return 3;
     }
     uint16_t *y = malloc(2 * sizes[1] * sizes[3]);
-    Matrix w = {sizes[0], sizes[1], sizes[2], {read[1], read[2], read[3]}};
+    Matrix w = {sizes[0], sizes[1], sizes[2], {read[1], read[2], read[3]}, sizes[6] > 0}; /* int4 has scales */
     int failed;
     if (sizes[0] == -1) failed = linear_bf16(read[0], read[1], 0, y, sizes[3], sizes[1], sizes[2]);
     else if (sizes[0] == -2) failed = linear_int8(read[0], 0, w.tensors, y, sizes[3], sizes[1], sizes[2]);
