@@ -150,11 +150,6 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Ta
 REFERENCE = Ops(embed=embed, linear=linear, attend=attend, prefill_chunk=256, has_scores=True)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """[..., hidden_dim] and [..., hidden_dim] -> the same shape: silu(gate) * up. (Shazeer 2020, eq. 6)"""
-    return F.silu(gate) * up
-
-
 class Pass(NamedTuple):
     """What is the same in every layer of one forward pass."""
 
@@ -185,10 +180,10 @@ def attention(x: Tensor, weights: LayerWeights, cache: LayerCache | None, at: Pa
 
 
 def feed_forward(x: Tensor, weights: LayerWeights, ops: Ops, tap: Tap) -> Tensor:
-    """[..., T, dim] -> [..., T, dim]: w2(silu(w1 x) * w3 x)."""
+    """[..., T, dim] -> [..., T, dim]: SwiGLU, w2(silu(w1 x) * w3 x). (Shazeer 2020, eq. 6)"""
     gate = tap("gate", ops.linear(x, weights.w1))  # [..., T, hidden_dim]
     up = tap("up", ops.linear(x, weights.w3))  # [..., T, hidden_dim]
-    hidden = tap("hidden", (ops.swiglu or swiglu)(gate, up))  # [..., T, hidden_dim]
+    hidden = tap("hidden", ops.swiglu(gate, up) if ops.swiglu else F.silu(gate) * up)  # [..., T, hidden_dim]
     return tap("out", ops.reduce(ops.linear(hidden, weights.w2)))
 
 

@@ -44,7 +44,7 @@ class Ops(NamedTuple):
     reduce: Callable[[Tensor], Tensor] = identity  # [..., dim] -> [..., dim]: the sum over processes that share a layer
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] | None = None  # None: model.rms_norm
     rope: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # None: model.rope
-    swiglu: Callable[[Tensor, Tensor], Tensor] | None = None  # None: model.swiglu
+    swiglu: Callable[[Tensor, Tensor], Tensor] | None = None  # None: silu(gate) * up
 
     prefill_chunk: int = PREFILL_CHUNK  # tokens of a prompt in one pass
     max_packed: int = 128  # tokens of several short prompts in one pass
