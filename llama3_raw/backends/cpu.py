@@ -31,8 +31,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..model import rms_norm, rope
 from ..ops import Ops, Tap
-from ..quantization.blocks import BLOCK_TYPES, INTERLEAVED, Blocks
-from ..quantization.int4 import Int4
+from ..quantization.blocks import BLOCK_TYPES, Blocks
+from ..quantization.int4 import OUTPUTS, Int4
 from ..quantization.int8 import Int8
 from ..quantization.matrix import Matrix, embed, linear, tensors_of
 from ..system.files import atomic_write
@@ -102,6 +102,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "rms_norm": (*[_POINTER] * 3, *[_INT] * 2, ctypes.c_float),
     "rope": (_POINTER,) * 5,
     "swiglu": (*[_POINTER] * 3, _INT),
+    "interleave": (_POINTER,) * 2,
+    "read_loop": (_POINTER, _INT),
 }
 
 
@@ -123,9 +125,13 @@ def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
         for library_of_torch in (Path(torch.__file__).parent / "lib").iterdir():
             if re.match(r"lib(g|i)?omp", library_of_torch.name):
                 ctypes.CDLL(str(library_of_torch), mode=ctypes.RTLD_GLOBAL)
-        return ctypes.CDLL(str(library))
+        kernels = ctypes.CDLL(str(library))
     except OSError as error:
         raise CannotBuild(f"{library} cannot be loaded ({error})") from error
+    for name, arguments in _SIGNATURES.items():
+        if hasattr(kernels, name):  # linear_tiles is there only with tiles
+            getattr(kernels, name).argtypes = arguments
+    return kernels
 
 
 def _build(compiler: Sequence[str], flags: Sequence[str], folder: Path, name: str) -> Path:
@@ -208,9 +214,6 @@ class _Kernels:
 
     def __init__(self, kernels: ctypes.CDLL):
         self._kernels = kernels
-        for name, arguments in _SIGNATURES.items():
-            if hasattr(kernels, name):  # linear_tiles is there only with tiles
-                getattr(kernels, name).argtypes = arguments
         self._has_tiles = bool(kernels.has_tiles())
         self._has_wide_vectors = kernels.width() >= 8  # else not measured, as NEON against Apple's matrix units
 
@@ -221,14 +224,14 @@ class _Kernels:
         if not (rows > 0 and x.shape[-1] == length and length % 32 == 0 and _is_plain_bf16(x) and _is_plain(weight)):
             return linear_by_torch(x, weight)
         if isinstance(weight, Int4 | Blocks):
-            fits = isinstance(weight, Int4) or outputs >= INTERLEAVED
-            return self._product_of_few_bits(x.contiguous(), weight) if fits else linear_by_torch(x, weight)
+            fits = isinstance(weight, Int4) or outputs >= OUTPUTS
+            return self._product_of_few_bits(x.contiguous(), weight, rows) if fits else linear_by_torch(x, weight)
         is_int8 = isinstance(weight, Int8)
         by_tiles = (
             self._has_tiles and outputs % 32 == 0 and length % (64 if is_int8 else 32) == 0 and length <= _MAX_LENGTH
         )
         if is_int8 or rows <= self._max_rows(by_tiles):
-            return self._product(x.contiguous(), weight, by_tiles)
+            return self._product(x.contiguous(), weight, (rows, outputs, length), by_tiles)
         return linear_by_torch(x, weight)
 
     def _max_rows(self, by_tiles: bool) -> int:
@@ -241,11 +244,9 @@ class _Kernels:
         """Return how many tokens of several prompts get the same bits together as alone, however they are stored."""
         return min(self._max_rows(by_tiles) for by_tiles in {False, self._has_tiles})
 
-    def _product(self, x: Tensor, weight: Tensor | Int8, by_tiles: bool) -> Tensor:
-        """x [..., in] contiguous, weight [out, in] -> [..., out]"""
-        outputs, length = weight.shape
-        rows = x.numel() // length
-        y = x.new_empty((*x.shape[:-1], outputs))
+    def _product(self, x: Tensor, weight: Tensor | Int8, sizes: tuple[int, int, int], by_tiles: bool) -> Tensor:
+        """x [..., in] contiguous, weight [out, in] -> [..., out]; sizes: rows of x, out, in."""
+        y = x.new_empty((*x.shape[:-1], sizes[1]))
         if isinstance(weight, Int8):
             multiply = self._kernels.linear_int8
             matrices: tuple[Any, Any] = (None, ctypes.byref(_CInt8(*map(Tensor.data_ptr, weight))))
@@ -254,16 +255,15 @@ class _Kernels:
             matrices = (weight.data_ptr(), None)
         if by_tiles:
             multiply = self._kernels.linear_tiles
-        if multiply(x.data_ptr(), *matrices, y.data_ptr(), rows, outputs, length):
-            raise MemoryError(f"out of memory in the product of {rows} tokens with a matrix {list(weight.shape)}")
+        if multiply(x.data_ptr(), *matrices, y.data_ptr(), *sizes):
+            raise MemoryError(f"out of memory in the product of {sizes[0]} tokens with a matrix {list(weight.shape)}")
         return y
 
-    def _product_of_few_bits(self, x: Tensor, weight: Int4 | Blocks) -> Tensor:
-        """x [..., in] contiguous, weight [out, in] -> [..., out]"""
-        outputs, length = weight.shape
-        y = x.new_empty((*x.shape[:-1], outputs))
-        rows = x.numel() // length
-        if self._kernels.linear_quantized(x.data_ptr(), ctypes.byref(_c_matrix(weight)), y.data_ptr(), rows):
+    def _product_of_few_bits(self, x: Tensor, weight: Int4 | Blocks, rows: int) -> Tensor:
+        """x [..., in] contiguous, of this many rows, weight [out, in] -> [..., out]"""
+        matrix = _c_matrix(weight)
+        y = x.new_empty((*x.shape[:-1], matrix.n_outputs))
+        if self._kernels.linear_quantized(x.data_ptr(), ctypes.byref(matrix), y.data_ptr(), rows):
             raise MemoryError(f"out of memory in the product of {rows} tokens with a matrix {list(weight.shape)}")
         return y
 
@@ -338,15 +338,15 @@ def interleaved(kernels: ctypes.CDLL, matrix: Blocks) -> Blocks:
     """Return a copy of a matrix in blocks, interleaved. It has a multiple of 16 outputs, and no gaps in memory."""
     outputs, length = matrix.shape
     blocks = length // matrix.kind.n_values
-    data = matrix.data.new_empty((outputs // INTERLEAVED, blocks, INTERLEAVED * matrix.kind.n_bytes))
-    kernels.interleave(ctypes.byref(_c_matrix(matrix)), ctypes.c_void_p(data.data_ptr()))
+    data = matrix.data.new_empty((outputs // OUTPUTS, blocks, OUTPUTS * matrix.kind.n_bytes))
+    kernels.interleave(ctypes.byref(_c_matrix(matrix)), data.data_ptr())
     return matrix._replace(data=data, is_interleaved=True)
 
 
 def read_loop(kernels: ctypes.CDLL, x: Tensor) -> None:
     """Read all of a contiguous CPU tensor once, as fast as the memory allows; for measurements."""
     kernels.read_loop.restype = ctypes.c_float
-    kernels.read_loop(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.nbytes // 256 * 64))
+    kernels.read_loop(x.data_ptr(), x.nbytes // 256 * 64)
 
 
 def linear_by_torch(x: Tensor, weight: Matrix) -> Tensor:

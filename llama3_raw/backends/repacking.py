@@ -7,7 +7,8 @@ from typing import Any, TypeGuard
 
 from tqdm import tqdm
 
-from ..quantization.blocks import INTERLEAVED, Blocks
+from ..quantization.blocks import Blocks
+from ..quantization.int4 import OUTPUTS
 from ..quantization.matrix import Matrix
 from ..system.madvise import drop_pages
 from ..weights import LayerWeights, Weights
@@ -49,4 +50,4 @@ def repack(weights: Weights, *, are_mapped: bool = False, progress: bool = False
 def _can_be_repacked(matrix: Matrix) -> TypeGuard[Blocks]:
     if not isinstance(matrix, Blocks) or matrix.is_interleaved or matrix.data.device.type != "cpu":
         return False
-    return matrix.shape[0] % INTERLEAVED == 0 and matrix.data.is_contiguous()
+    return matrix.shape[0] % OUTPUTS == 0 and matrix.data.is_contiguous()

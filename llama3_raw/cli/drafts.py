@@ -47,7 +47,6 @@ def choose_draft(options: argparse.Namespace, chosen: ChosenModel, shape: RunSha
         _check_memory(name, chosen, shape, _int4_bytes(chosen))
         return ChosenDraft()
     others = {"weights": name, **dict.fromkeys(("format", "adapter", "tokenizer", "quantize", "layers"))}
-    others["repack"] = None if options.repack else options.repack  # the draft may have no blocks
     draft = choose_model(argparse.Namespace(**{**vars(options), **others}), needs_tokenizer=False, named_by="--draft")
     _check_memory(name, chosen, shape, _needed(draft, shape))
     return ChosenDraft(model=draft)

@@ -115,7 +115,9 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
     check_quantize(checkpoint, options.quantize)
     dtype = DTYPES_BY_NAME.get(options.dtype)
     check_fast(checkpoint, options.quantize, device, dtype)
-    if options.repack:
+    # of another model than --weights it was not said, and that may have no blocks
+    wants_copy = None if options.repack and named_by != "--weights" else options.repack
+    if wants_copy:
         _check_repack(checkpoint, device, dtype)
     if options.layers is not None:
         checkpoint = first_layers(checkpoint, options.layers)
@@ -140,7 +142,7 @@ def choose_model(options: argparse.Namespace, needs_tokenizer: bool = True, name
         options.max_ram,
         options.quantize,
         options.gpu_layers,
-        repack=options.repack,
+        repack=wants_copy,
     )
 
 
@@ -198,14 +200,18 @@ def _check_repack(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
     """Raise UserError where --repack would do nothing."""
     if not checkpoint.blocks:
         raise UserError("--repack is for a GGUF file in blocks, such as Q4_K_M; leave it out")
-    if device.type != "cpu" or (dtype or checkpoint.dtype) != torch.bfloat16:
+    if not _is_for_kernels(checkpoint, device, dtype):
         raise UserError("--repack is for the CPU's kernels in bfloat16; leave it out, or --device and --dtype")
+
+
+def _is_for_kernels(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> bool:
+    return device.type == "cpu" and (dtype or checkpoint.dtype) == torch.bfloat16
 
 
 def _repacks(plan: MemoryPlan) -> bool:
     """Whether to repack without being asked: a text is generated from blocks on the CPU, and the copy fits."""
     checkpoint, shape = plan.checkpoint, plan.shape
-    is_fast = plan.device.type == "cpu" and (plan.dtype or checkpoint.dtype) == torch.bfloat16
+    is_fast = _is_for_kernels(checkpoint, plan.device, plan.dtype)
     if not checkpoint.blocks or not is_fast or plan.exact or plan.max_ram is not None or shape.generated < REPACK_FROM:
         return False
     return needed(plan._replace(repack=True)).allocated <= 0.9 * available(plan)  # which other programs may change

@@ -54,7 +54,7 @@ def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) ->
     if name in ("hf", "meta"):
         _check_reference(name, chosen)
         return Other(name, lambda: _run_implementation(trace_hf if name == "hf" else trace_meta, chosen, ids))
-    changes: dict[str, Any] = {"tokenizer": None, "repack": None}
+    changes: dict[str, Any] = {"tokenizer": None}
     if name in DTYPES_BY_NAME:
         changes |= {"dtype": name, "quantize": None}
     elif name in FORMATS:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-INTERLEAVED = 16  # rows
+from .int4 import OUTPUTS
+
 _LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F  # of eight bytes
 
 
@@ -47,7 +48,7 @@ class Blocks(NamedTuple):
     def shape(self) -> torch.Size:
         """[out, in]."""
         if self.is_interleaved:
-            return torch.Size((self.data.shape[0] * INTERLEAVED, self.data.shape[1] * self.kind.n_values))
+            return torch.Size((self.data.shape[0] * OUTPUTS, self.data.shape[1] * self.kind.n_values))
         return torch.Size((self.data.shape[0], self.data.shape[1] // self.kind.n_bytes * self.kind.n_values))
 
     @property
@@ -57,8 +58,8 @@ class Blocks(NamedTuple):
 
     def split(self, n_rows: int) -> Iterator[Blocks]:
         """Yield the matrix in pieces of `n_rows` rows, as views; if it is interleaved, a multiple of 16."""
-        assert not self.is_interleaved or n_rows % INTERLEAVED == 0
-        for data in self.data.split(n_rows // INTERLEAVED if self.is_interleaved else n_rows):
+        assert not self.is_interleaved or n_rows % OUTPUTS == 0
+        for data in self.data.split(n_rows // OUTPUTS if self.is_interleaved else n_rows):
             yield self._replace(data=data)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -74,8 +75,8 @@ class Blocks(NamedTuple):
         first, last = self.kind.halves.start, self.kind.halves.stop
         pieces = []
         for begin, end, size in ((0, first, 4), (first, last, 2), (last, self.kind.n_bytes, 4)):
-            together = self.data[..., begin * INTERLEAVED : end * INTERLEAVED]
-            items = together.unflatten(-1, ((end - begin) // size, INTERLEAVED, size))
+            together = self.data[..., begin * OUTPUTS : end * OUTPUTS]
+            items = together.unflatten(-1, ((end - begin) // size, OUTPUTS, size))
             pieces.append(items.permute(0, 3, 1, 2, 4).flatten(-2))  # [out / 16, 16, blocks, end - begin]
         return torch.cat(pieces, dim=-1).flatten(0, 1)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 
 GROUP = 32  # inputs that share a scale
-OUTPUTS = 16  # whose values lie together
+OUTPUTS = 16  # whose values lie together, here and in interleaved blocks: TOGETHER in the CPU's kernels
 _LEVELS = 15  # the largest value
 _CANDIDATES = 20  # scales that are tried for a group
 _ROWS_AT_ONCE = 128  # a multiple of 16: what is needed in fp32 at a time, and stays in a CPU's cache

@@ -77,6 +77,10 @@ static inline __attribute__((always_inline)) const uint8_t *blocks_at(
     return buffer;
 }
 
+static inline const uint8_t *int4_scales(const Matrix *w, int64_t output, int64_t group) {
+    return w->scales + (output / TOGETHER * (w->length / GROUP) + group) * 2 * TOGETHER;
+}
+
 /* Requests what comes later for TOGETHER outputs, a panel's share at a time, in the order of memory, which a processor
    reads fastest. */
 static inline __attribute__((always_inline)) void request_panel(int kind, const Matrix *w, int64_t output, int64_t group) {
@@ -84,8 +88,7 @@ static inline __attribute__((always_inline)) void request_panel(int kind, const 
     int64_t row = w->length / FORMATS[kind].values * FORMATS[kind].bytes;
     const uint8_t *later = w->values + output * row + group * share + (w->is_interleaved ? AHEAD : TOGETHER * row);
     for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(later + i, 0, 2);
-    if (kind == INT4)
-        __builtin_prefetch(w->scales + (output / TOGETHER * (w->length / GROUP) + group) * 32 + AHEAD / 8, 0, 2);
+    if (kind == INT4) __builtin_prefetch(int4_scales(w, output, group) + AHEAD / 8, 0, 2);
 }
 
 /* A word for each lane, with 32 values' fifth bits: those of values 4 * i to 4 * i + 3, as bit 4 of four bytes. */
@@ -159,8 +162,7 @@ static inline void panel_of_int4(
 static inline __attribute__((always_inline)) void next_panel(
     int kind, const Matrix *w, int64_t output, int lane, const uint8_t *block, const float *units, int64_t group,
     int in_block, Panel *panel) {
-    const uint8_t *scales = w->scales + (output / TOGETHER * (w->length / GROUP) + group) * 2 * TOGETHER;
-    if (kind == INT4) panel_of_int4(block, scales, units, lane, panel);
+    if (kind == INT4) panel_of_int4(block, int4_scales(w, output, group), units, lane, panel);
     else if (kind == Q6_K) panel_of_q6_k(block, lane, in_block, panel);
     else if (kind == Q4_K || kind == Q5_K) panel_of_k(kind, block, lane, in_block, panel);
     else panel_of_32(kind, block, lane, panel);
@@ -356,30 +358,14 @@ int linear_quantized(const bf16 *x, const Matrix *w, bf16 *y, int64_t n_rows) {
     return 0;
 }
 
-static void interleave_kind(const Matrix *w, int64_t output, uint8_t *to) {
-    Format format = FORMATS[w->kind];
-    int64_t n_blocks = w->length / format.values, stride = n_blocks * format.bytes;
-#define CASE(kind) case kind: interleave_block(kind, from, stride, to + TOGETHER * i * format.bytes); break
-    for (int64_t i = 0; i < n_blocks; i++) {
-        const uint8_t *from = w->values + output * stride + i * format.bytes;
-        switch (w->kind) {
-            CASE(Q8_0);
-            CASE(Q4_0);
-            CASE(Q4_1);
-            CASE(Q5_0);
-            CASE(Q5_1);
-            CASE(Q4_K);
-            CASE(Q5_K);
-            CASE(Q6_K);
-        }
-    }
-#undef CASE
-}
-
 /* Writes the blocks of `w` interleaved; the number of outputs must be a multiple of TOGETHER. */
 void interleave(const Matrix *w, uint8_t *to) {
-    int64_t row_bytes = w->length / FORMATS[w->kind].values * FORMATS[w->kind].bytes;
+    Format format = FORMATS[w->kind];
+    int64_t n_blocks = w->length / format.values, stride = n_blocks * format.bytes;
 #pragma omp parallel for schedule(static)
     for (int64_t output = 0; output < w->n_outputs; output += TOGETHER)
-        interleave_kind(w, output, to + output * row_bytes);
+        for (int64_t i = 0; i < n_blocks; i++) {
+            int64_t at = output * stride + i * format.bytes; /* of the first output's block */
+            interleave_block((int)w->kind, w->values + at, stride, to + output * stride + TOGETHER * i * format.bytes);
+        }
 }

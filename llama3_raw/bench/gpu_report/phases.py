@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...backends.cuda import cuda_ops
 from ...checkpoint.loading import load
 from ...errors import in_short
 from ...model import REFERENCE
@@ -30,7 +31,7 @@ from ..roofline import copy_speed, multiply_speed, seconds_of
 from ..synthetic import make_synthetic
 from .kernels import divisions, launches
 from .profile import profile
-from .stage import Emit, Stage, eager, fast, unfused
+from .stage import Emit, Stage, eager, unfused
 from .variants import GreedyGraph, fused_layers
 
 ROOT = Path(__file__).parents[3]  # of the checkout
@@ -123,13 +124,13 @@ def correctness(stage: Stage, emit: Emit) -> None:
 def decode(stage: Stage, emit: Emit) -> None:
     """Decode one text without compiling: by a graph, by the fast operations step by step, by the exact ones."""
     model = stage.model()
-    graph = stage.engine(model, fast())
+    graph = stage.engine(model, cuda_ops())
     for context in stage.contexts:
         rate = stage.decode_rate(graph, context)
         emit(f"graph, context {context}", rate, "tokens/s")
         emit(f"graph, context {context}, weights read", rate * bytes_per_token(model.weights) / 1e9, "GB/s")
     del graph
-    for name, ops in (("fast operations", eager(fast())), ("exact operations", REFERENCE)):
+    for name, ops in (("fast operations", eager(cuda_ops())), ("exact operations", REFERENCE)):
         _decode_at(stage, emit, name, stage.engine(model, ops))
 
 
@@ -158,8 +159,8 @@ def transformers_compiled(stage: Stage, emit: Emit) -> None:
 def prefill(stage: Stage, emit: Emit) -> None:
     """Compute prompts up to the next token."""
     model = stage.model()
-    _prefill_at(stage, emit, "fast operations", stage.engine(model, fast()))
-    _prefill_at(stage, emit, "norms and rotations by torch", stage.engine(model, unfused(fast())))
+    _prefill_at(stage, emit, "fast operations", stage.engine(model, cuda_ops()))
+    _prefill_at(stage, emit, "norms and rotations by torch", stage.engine(model, unfused(cuda_ops())))
 
 
 def _prefill_at(stage: Stage, emit: Emit, name: str, engine: Engine) -> None:
@@ -174,7 +175,7 @@ def quantized(name: str) -> Callable[[Stage, Emit], None]:
 
     def run(stage: Stage, emit: Emit) -> None:
         model = stage.model(quantize=name)
-        engine = stage.engine(model, fast())
+        engine = stage.engine(model, cuda_ops())
         for context in stage.contexts:
             emit(f"graph, context {context}", stage.decode_rate(engine, context), "tokens/s")
         emit("weights", bytes_per_token(model.weights) / 1e9, "GB")
@@ -185,18 +186,18 @@ def quantized(name: str) -> Callable[[Stage, Emit], None]:
 
 def variants(stage: Stage, emit: Emit) -> None:
     """Decode by variants of the pass, each captured without compiling."""
-    model, context = stage.model(), stage.contexts[0]
-    emit("as it is", stage.decode_rate(stage.engine(model, fast()), context), "tokens/s")
-    emit("norms and rotations by torch", stage.decode_rate(stage.engine(model, unfused(fast())), context), "tokens/s")
+    model, context, ops = stage.model(), stage.contexts[0], cuda_ops()
+    emit("as it is", stage.decode_rate(stage.engine(model, ops), context), "tokens/s")
+    emit("norms and rotations by torch", stage.decode_rate(stage.engine(model, unfused(ops)), context), "tokens/s")
     with fused_layers():
-        emit("layers of 11 kernels", stage.decode_rate(stage.engine(model, fast()), context), "tokens/s")
+        emit("layers of 11 kernels", stage.decode_rate(stage.engine(model, ops), context), "tokens/s")
         _emit_greedy(stage, emit, model, "layers of 11 kernels, the token chosen in the graph")
     _emit_greedy(stage, emit, model, "as it is, the token chosen in the graph")
 
 
 def _emit_greedy(stage: Stage, emit: Emit, model: Model, name: str) -> None:
-    cache = stage.engine(model, fast()).cache
-    graph = GreedyGraph(model, cache, fast(), stage.capture)
+    cache = stage.engine(model, cuda_ops()).cache
+    graph = GreedyGraph(model, cache, cuda_ops(), stage.capture)
     count = stage.new_tokens
     for context in stage.contexts:
         graph(1, context, count)
@@ -208,7 +209,7 @@ def _emit_greedy(stage: Stage, emit: Emit, model: Model, name: str) -> None:
 def decode_compiled(stage: Stage, emit: Emit) -> None:
     """Decode by a graph of the compiled pass."""
     model = stage.model()
-    engine = stage.engine(model, fast(), compiled=True)
+    engine = stage.engine(model, cuda_ops(), compiled=True)
     seconds = seconds_of(lambda: engine.decode(stage.contexts[0], stage.new_tokens), stage.device)
     emit("to compile and capture", seconds, "s")
     for context in stage.contexts:
@@ -217,7 +218,7 @@ def decode_compiled(stage: Stage, emit: Emit) -> None:
 
 def batch(stage: Stage, emit: Emit) -> None:
     """Decode several texts at a time, counting the tokens of all."""
-    engine = Batch(stage.model(), stage.batch, stage.longest, fast())
+    engine = Batch(stage.model(), stage.batch, stage.longest, cuda_ops())
     emit(f"{stage.batch} texts, context {stage.contexts[0]}", stage.decode_rate(engine, stage.contexts[0]), "tokens/s")
 
 
@@ -245,7 +246,7 @@ def files(stage: Stage, emit: Emit) -> None:
 def memory(stage: Stage, emit: Emit) -> None:
     """Decode many tokens with 1B, and report how much more memory is used at their end than soon after their start."""
     model = stage.model("1b")
-    engine = stage.engine(model, fast())
+    engine = stage.engine(model, cuda_ops())
     used = []
     for _ in range(0, stage.many_tokens, stage.new_tokens):
         engine.decode(stage.contexts[0], stage.new_tokens)

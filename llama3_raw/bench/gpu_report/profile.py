@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity
 
+from ...backends.cuda import cuda_ops
 from ...model import forward
 from ...weights import Model
 from ..engines import random_ids
 from ..roofline import copy_speed
-from .stage import Emit, Stage, fast
+from .stage import Emit, Stage
 
 PROFILE = "profile.txt"
 _ITEMSIZES = {"c10::BFloat16": 2, "c10::Half": 2, "float": 4, "double": 8, "signed char": 1, "unsigned char": 1}
@@ -37,10 +38,10 @@ def profile(stage: Stage, emit: Emit) -> None:
     """Write the table for a token after each context, and for the longest prompt, and report their sums."""
     model = stage.model()
     speed = copy_speed(stage.device, stage.copy_bytes)
-    engine = stage.engine(model, fast())  # its cache holds numbers
+    engine = stage.engine(model, cuda_ops())  # its cache holds numbers
     text = []
     passes = [(1, context, f"one token after {context}") for context in stage.contexts]
-    passes.append((min(stage.prompts[-1], fast().prefill_chunk), 0, "a chunk of a prompt"))
+    passes.append((min(stage.prompts[-1], cuda_ops().prefill_chunk), 0, "a chunk of a prompt"))
     for length, start, title in passes:
         events = _events(stage, model, engine.cache, length, start)
         times = launches_in(events, is_gpu=stage.device.type == "cuda")
@@ -58,7 +59,7 @@ def _events(stage: Stage, model: Model, cache: Any, length: int, start: int) -> 
     at: int | torch.Tensor = torch.tensor(start, device=stage.device) if length == 1 else start
 
     def run() -> None:
-        forward(model.weights, model.params, tokens, cache=cache, start=at, logits_at=-1, ops=fast())
+        forward(model.weights, model.params, tokens, cache=cache, start=at, logits_at=-1, ops=cuda_ops())
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (stage.device.type == "cuda")
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:

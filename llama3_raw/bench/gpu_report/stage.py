@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ...backends import cuda_graphs
-from ...backends.cuda import cuda_ops
 from ...backends.cuda_graphs import Capture, CudaGraphs, capture_graph
 from ...model import KVCache, forward
 from ...ops import Ops
@@ -132,8 +131,3 @@ def eager(ops: Ops) -> Ops:
 def unfused(ops: Ops) -> Ops:
     """Return the operations with norms and rotations by torch."""
     return ops._replace(rms_norm=None, rope=None)
-
-
-def fast() -> Ops:
-    """Return the fast operations for GPUs."""
-    return cuda_ops()
