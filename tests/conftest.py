@@ -25,6 +25,7 @@ from stories15m import Stories15M, load_stories15m  # from examples/
 
 import llama3_raw
 from llama3_raw import Model, Params, Tokenizer
+from llama3_raw.backends import cpu
 from llama3_raw.checkpoint.loading import from_state_dict
 
 # pytest-xdist's processes share the cores: one thread per core in each of them would oversubscribe the cores
@@ -42,6 +43,15 @@ hypothesis.settings.register_profile(
     "shared machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], derandomize=True
 )
 hypothesis.settings.load_profile("shared machine")
+
+
+@pytest.fixture(scope="session")
+def cpu_kernels() -> None:
+    """Skip where the CPU's kernels cannot be built: without them, rounding may change tokens."""
+    try:
+        cpu.build_kernels()
+    except cpu.CannotBuild as reason:
+        pytest.skip(f"the CPU's kernels cannot be built here: {reason}")
 
 
 def fetch(name: str, command: list[str]) -> Path:

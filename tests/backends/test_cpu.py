@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import platform
 import re
@@ -26,6 +25,7 @@ from llama3_raw.quantization.blocks import BLOCK_TYPES, Blocks
 from llama3_raw.quantization.int4 import Int4
 from llama3_raw.quantization.int8 import Int8
 from tests.blocks import random_blocks
+from tests.conftest import one_at_a_time
 from tests.paths import ROOT
 from tests.references import cast, random_weights
 
@@ -51,8 +51,7 @@ THREADS = torch.get_num_threads()
 def kernels_for(instruction_set: str) -> ctypes.CDLL:
     if not runs_here(instruction_set):
         pytest.skip(f"this processor has no {instruction_set}")
-    with Path(tempfile.gettempdir(), "llama3_raw-tests.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the tests may need the same ones: it builds them once
+    with one_at_a_time():  # another process of the tests may need the same ones
         try:
             kernels = cpu.build_kernels(instruction_set)
         except cpu.CannotBuild as reason:

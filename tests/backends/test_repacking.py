@@ -34,20 +34,11 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture
-def has_kernels() -> None:
-    """Skip where the kernels cannot be built."""
-    try:
-        cpu.build_kernels()
-    except cpu.CannotBuild as reason:
-        pytest.skip(f"cannot be built here: {reason}")
-
-
 def is_interleaved(matrix: object) -> bool:
     return isinstance(matrix, Blocks) and matrix.is_interleaved
 
 
-@pytest.mark.usefixtures("has_kernels")
+@pytest.mark.usefixtures("cpu_kernels")
 def test_the_logits_keep_their_bits(gguf_file: Path) -> None:
     model = llama3_raw.load(gguf_file)
     before = [tensor.data.clone() for tensor in model.weights.layers[0] if isinstance(tensor, Blocks)]
@@ -66,7 +57,7 @@ def test_the_logits_keep_their_bits(gguf_file: Path) -> None:
     assert all(map(torch.equal, before, after))  # pages that were dropped are read again
 
 
-@pytest.mark.usefixtures("has_kernels")
+@pytest.mark.usefixtures("cpu_kernels")
 def test_a_number_of_outputs_that_is_no_multiple_of_16_stays(gguf_file: Path) -> None:
     weights = llama3_raw.load(gguf_file).weights
     assert isinstance(weights.output, Blocks)
@@ -109,7 +100,7 @@ def test_commands_say_how_much_they_generate(monkeypatch: pytest.MonkeyPatch, gg
     assert [shape.generated for shape in shapes] == [70, 70]
 
 
-@pytest.mark.usefixtures("has_kernels")
+@pytest.mark.usefixtures("cpu_kernels")
 def test_the_command_repacks_where_a_text_is_generated(
     gguf_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 
 import llama3_raw
 from llama3_raw import REFERENCE, KVCache, Model, UserError, forward, generate
-from llama3_raw.backends.cpu import CannotBuild, build_kernels, fast_ops
+from llama3_raw.backends.cpu import fast_ops
 from llama3_raw.decoding import runner
 from llama3_raw.decoding.batch import Row, generate_batch
 from llama3_raw.decoding.loop import StopReason
@@ -61,15 +61,7 @@ def run_each(model: Model, rows: Sequence[Row], **settings: Any) -> list[tuple[l
     ]
 
 
-def has_kernels() -> bool:
-    try:
-        build_kernels()
-    except CannotBuild:
-        return False
-    return True
-
-
-needs_kernels = pytest.mark.skipif(not has_kernels(), reason="there is no C compiler")
+needs_kernels = pytest.mark.usefixtures("cpu_kernels")
 
 
 @pytest.mark.parametrize("pack", [1, 40, 10_000], ids=["one prompt per pass", "some together", "all together"])

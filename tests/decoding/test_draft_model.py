@@ -88,15 +88,7 @@ def drafts(tiny: Model, similar: Model) -> dict[str, Model]:
     }
 
 
-@pytest.fixture
-def _kernels() -> None:
-    try:
-        cpu.build_kernels()
-    except cpu.CannotBuild as reason:
-        pytest.skip(f"without the kernels, rounding may change tokens: {reason}")
-
-
-@pytest.mark.usefixtures("_kernels")
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("name", ["int4", "layers", "similar", "wrong"])
 def test_the_same_tokens(tiny: Model, ids: list[int], drafts: dict[str, Model], name: str, sampling: str) -> None:
@@ -117,7 +109,7 @@ def test_the_same_tokens(tiny: Model, ids: list[int], drafts: dict[str, Model], 
         assert name == "int4" or policy.accepted < policy.proposed  # so that there were rejections
 
 
-@pytest.mark.usefixtures("_kernels")
+@pytest.mark.usefixtures("cpu_kernels")
 def test_a_cache_of_unknown_text(tiny: Model, ids: list[int], drafts: dict[str, Model]) -> None:
     """What the cache holds is known to the draft only if it uses the same one, and is not overwritten."""
     cache = KVCache.allocate(tiny.params, max_seq_len=80, like=tiny.weights)
@@ -130,7 +122,7 @@ def test_a_cache_of_unknown_text(tiny: Model, ids: list[int], drafts: dict[str, 
         assert draft.policy.accepted > 5
 
 
-@pytest.mark.usefixtures("_kernels")
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_the_same_tokens_of_a_quantized_model(ids: list[int], quantize: str) -> None:
     model = llama3_raw.load(TINY, quantize=quantize)
@@ -233,7 +225,7 @@ def test_a_draft_with_a_shorter_context(tiny: Model, ids: list[int], similar: Mo
     assert 0 < draft.policy.accepted <= 10
 
 
-@pytest.mark.usefixtures("_kernels")
+@pytest.mark.usefixtures("cpu_kernels")
 def test_a_conversation_is_the_same(tiny: Model, drafts: dict[str, Model]) -> None:
     """Over several turns with interrupted answers."""
 
@@ -359,7 +351,7 @@ class Clock:
             monkeypatch.setattr(f"{module.__name__}.time.perf_counter", lambda: self.now)
 
 
-@pytest.mark.usefixtures("_kernels")
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize(("name", "cost", "least"), [("int4", 0.28, 1.2), ("wrong", 0.28, 0.97), ("int4", 3, 0.95)])
 def test_speed_with_stand_in_costs(
     tiny: Model,
@@ -416,7 +408,7 @@ def test_memory_beside_the_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "--draft int4: 0.00 GB are needed beside the model's" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("_kernels")
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("draft", ["int4", "layers:3", str(TINY)])
 def test_on_the_command_line(draft: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The text and --top are the same, and --stats counts passes and proposals."""

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from llama3_raw import KVCache, Model, Params, UserError
 from llama3_raw import __main__ as command
-from llama3_raw.backends import cpu
 from llama3_raw.chat import conversation
 from llama3_raw.chat.conversation import Conversation
 from llama3_raw.decoding.drafts import MAX_DRAFT_TOKENS
@@ -24,6 +23,8 @@ from llama3_raw.decoding.prompt_lookup import LONGEST, EarlierText, LookupPolicy
 from llama3_raw.decoding.sampling import Sampling
 from tests.paths import TINY
 from tests.references import random_weights, run
+
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 PARAMS = Params.from_meta(
     {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 96, "norm_eps": 1e-5, "max_seq_len": 200}
@@ -35,14 +36,6 @@ class Eager(LookupPolicy):
 
     def how_many(self, match: int, limit: int) -> int:
         return max(0, min(self.most, limit)) if match and self.passes else 0
-
-
-@pytest.fixture(autouse=True)
-def _kernels() -> None:
-    try:
-        cpu.build_kernels()
-    except cpu.CannotBuild as reason:
-        pytest.skip(f"without the kernels, rounding may change tokens: {reason}")
 
 
 @pytest.fixture(scope="module")
