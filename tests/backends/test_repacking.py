@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llama3_raw
-from llama3_raw.__main__ import main
+from llama3_raw.__main__ import build_parser, main
 from llama3_raw.backends import cpu
 from llama3_raw.backends.repacking import repack
 from llama3_raw.batch.__main__ import main as batch
@@ -145,3 +145,10 @@ def test_the_copy_counts_as_memory(gguf_file: Path) -> None:
     too_little = copied.allocated - 1
     with pytest.raises(UserError, match="--no-repack"):
         check_memory(plan._replace(repack=True), lambda device: too_little)
+
+
+@pytest.mark.parametrize(("option", "expected"), [("--repack", None), ("--no-repack", False)])
+def test_another_model_is_not_repacked_because_of_the_option(option: str, expected: bool | None) -> None:
+    """As that of --with, --draft and --compare-to, which may have no blocks."""
+    options = build_parser().parse_args(["--weights", str(TINY), option, "Once"])
+    assert models.choose_model(options, named_by="--with").repack is expected
