@@ -160,7 +160,7 @@ class Pass(NamedTuple):
     ops: Ops
 
 
-def by_head(x: Tensor, head_dim: int) -> Tensor:
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """[..., T, heads * head_dim] -> [..., T, heads, head_dim], a view."""
     return x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
 
@@ -168,9 +168,9 @@ def by_head(x: Tensor, head_dim: int) -> Tensor:
 def attention(x: Tensor, weights: LayerWeights, cache: LayerCache | None, at: Pass, tap: Tap) -> Tensor:
     """[..., T, dim] -> [..., T, dim]: grouped-query attention with rotary positions."""
     linear, rotate, size = at.ops.linear, at.ops.rope or rope, at.params.head_dim
-    q = tap("q", by_head(linear(x, weights.wq), size))  # [..., T, n_heads, head_dim]
-    k = tap("k", by_head(linear(x, weights.wk), size))  # [..., T, n_kv_heads, head_dim]
-    v = tap("v", by_head(linear(x, weights.wv), size))  # [..., T, n_kv_heads, head_dim]
+    q = tap("q", split_heads(linear(x, weights.wq), size))  # [..., T, n_heads, head_dim]
+    k = tap("k", split_heads(linear(x, weights.wk), size))  # [..., T, n_kv_heads, head_dim]
+    v = tap("v", split_heads(linear(x, weights.wv), size))  # [..., T, n_kv_heads, head_dim]
     q = tap("q_rope", rotate(q, at.cos, at.sin))
     k = tap("k_rope", rotate(k, at.cos, at.sin))
     if cache is not None:
