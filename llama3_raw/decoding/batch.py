@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
-from torch import Tensor
-
 from ..backends.choose import ops_for
 from ..errors import UserError
 from ..model import KVCache
 from ..ops import Ops, Tap, no_tap
 from ..weights import Model
-from .loop import Event, StopReason, Text, decode, seeded_generator, tokens_to_stop_at
+from .loop import Event, OnLogits, StopReason, Text, decode, seeded_generator, tokens_to_stop_at
 from .runner import BatchRunner
 from .sampling import Sampling
 
@@ -24,8 +22,8 @@ class Row(NamedTuple):
     """A prompt of a batch and its settings.
 
     seed, stop_ids: as in `generate`. is_over: called after each token with all new tokens so far; True ends the text.
-    tap: sees the passes over the prompt, which is then computed alone. on_logits: called with the logits of each next
-    token, [vocab].
+    tap: sees the passes over the prompt, which is then computed alone. on_logits: called with each next token,
+    a stop token too, and the logits [vocab] that it came from.
     """
 
     ids: Sequence[int]
@@ -35,7 +33,7 @@ class Row(NamedTuple):
     is_over: Callable[[Sequence[int]], bool] = lambda new: False
     stop_ids: Collection[int] | None = None
     tap: Tap = no_tap
-    on_logits: Callable[[Tensor], None] | None = None
+    on_logits: OnLogits | None = None
 
 
 def generate_batch(

@@ -23,7 +23,7 @@ class TokenScore(NamedTuple):
 
 
 def token_scores(logits: Tensor, tokens: Sequence[int], n_top: int) -> list[TokenScore]:
-    """Logits [T, vocab], the T tokens that follow -> their scores, with the `n_top` most likely tokens of each place."""
+    """Logits [T, vocab], the T tokens that follow -> their scores, with the `n_top` most likely tokens of each."""
     logprobs = logits.float().log_softmax(dim=-1)
     top = logprobs.topk(min(n_top, logprobs.shape[-1]), dim=-1)
     chosen = [float(row[token]) for row, token in zip(logprobs, tokens, strict=True)]
@@ -35,9 +35,10 @@ def token_scores(logits: Tensor, tokens: Sequence[int], n_top: int) -> list[Toke
 
 
 class ScoredRow:
-    """A row of a batch that collects scores: decode `row`, and call `take` for each new token when it comes.
+    """A row of a batch that collects scores while it is decoded: decode `row`.
 
-    prompt: scores of the prompt's tokens after the first; new: of the new ones.
+    prompt: scores of the prompt's tokens after the first, if asked for. new: of the new ones, and then of the stop
+    token, if one ended the text.
     """
 
     def __init__(self, row: Row, n_top: int, prompt_of: tuple[Model, Ops] | None = None):
@@ -45,20 +46,14 @@ class ScoredRow:
         self.prompt: list[TokenScore] = []
         self.new: list[TokenScore] = []
         self._n_top, self._ids, self._prompt_of = n_top, row.ids, prompt_of
-        self._logits: Tensor | None = None
         self._position = 0  # of the next token of the prompt
-        self.row = row._replace(on_logits=self._keep, **({"tap": self._score_prompt} if prompt_of else {}))
+        self.row = row._replace(on_logits=self._score_new, **({"tap": self._score_prompt} if prompt_of else {}))
 
-    def take(self, token: int) -> None:
-        """Score a new token."""
-        assert self._logits is not None
-        self.new += token_scores(self._logits.unsqueeze(0), [token], self._n_top)
-
-    def _keep(self, logits: Tensor) -> None:
-        self._logits = logits
+    def _score_new(self, logits: Tensor, token: int) -> None:
+        self.new += token_scores(logits.unsqueeze(0), [token], self._n_top)
 
     def _score_prompt(self, name: str, tensor: Tensor) -> Tensor:
-        """The tap that sees the last norm of each pass over the prompt, [T, dim]; the pass itself has one row of logits."""
+        """The tap that sees the last norm of each pass over the prompt, [T, dim]; a pass has one row of logits."""
         if name == "norm" and self._prompt_of is not None:
             model, ops = self._prompt_of
             for part in tensor.split(_POSITIONS):

@@ -43,6 +43,9 @@ class StopReason(enum.Enum):
 Event = tuple[int, int | StopReason]
 """(number of the text, its next token), or (number of the text, why it ended)."""
 
+OnLogits = Callable[[Tensor, int], None]
+"""on_logits(logits [vocab], token): called with each next token, a stop token too, and the logits that it came from."""
+
 
 @dataclass
 class Text:
@@ -60,7 +63,7 @@ class Text:
     draft: Draft = field(default_factory=NoDraft)
     is_over: Callable[[Sequence[int]], bool] = lambda new: False  # whether the text ends after these new tokens
     tap: Tap = no_tap  # sees the passes over the prompt
-    on_logits: Callable[[Tensor], None] | None = None  # called with the logits of each next token, [vocab]
+    on_logits: OnLogits | None = None
     new: list[int] = field(default_factory=list)
     ended: StopReason | None = None
 
@@ -137,7 +140,7 @@ def decode(texts: Sequence[Text], runner: Runner, arrivals: Arrivals = lambda ru
                 started = None
             for text, token, sound, seen in zip(running, tokens, are_sound, row, strict=True):
                 if sound and text.on_logits:
-                    text.on_logits(seen)
+                    text.on_logits(seen, token)
                 yield from text.append(token) if sound else [text.end_without_token()]
             if tokens[0] != expected or running[0].ended:
                 break

@@ -225,8 +225,6 @@ class Engine:
             return
         if not job.new:
             self.metrics.first_token.observe(time.perf_counter() - job.arrived)
-        if job.scored:
-            job.scored.take(event)
         job.new.append(event)
         self.metrics.count_token()
         if job.streams:
