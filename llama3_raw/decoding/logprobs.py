@@ -11,6 +11,7 @@ from ..ops import Ops
 from ..weights import Model
 from .batch import Row
 
+_LEAST = -9999.0  # JSON has no infinity; OpenAI's API has this number instead
 _POSITIONS = 64  # of a prompt, whose logits are in memory at once
 
 
@@ -24,7 +25,7 @@ class TokenScore(NamedTuple):
 
 def token_scores(logits: Tensor, tokens: Sequence[int], n_top: int) -> list[TokenScore]:
     """Logits [T, vocab], the T tokens that follow -> their scores, with the `n_top` most likely tokens of each."""
-    logprobs = logits.float().log_softmax(dim=-1)
+    logprobs = logits.float().log_softmax(dim=-1).clamp_min(_LEAST)
     top = logprobs.topk(min(n_top, logprobs.shape[-1]), dim=-1)
     chosen = [float(row[token]) for row, token in zip(logprobs, tokens, strict=True)]
     alternatives = zip(top.indices.tolist(), top.values.tolist(), strict=True)
@@ -47,7 +48,7 @@ class ScoredRow:
         self.new: list[TokenScore] = []
         self._n_top, self._ids, self._prompt_of = n_top, row.ids, prompt_of
         self._position = 0  # of the next token of the prompt
-        self.row = row._replace(on_logits=self._score_new, **({"tap": self._score_prompt} if prompt_of else {}))
+        self.row = row._replace(on_logits=self._score_new, tap=self._score_prompt if prompt_of else row.tap)
 
     def _score_new(self, logits: Tensor, token: int) -> None:
         self.new += token_scores(logits.unsqueeze(0), [token], self._n_top)

@@ -14,13 +14,13 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from ..decoding.batch import Row, text_of
-from ..decoding.logprobs import ScoredRow, TokenScore
+from ..decoding.logprobs import ScoredRow
 from ..decoding.loop import StopReason, Text, decode, tokens_to_stop_at
 from ..decoding.runner import BatchRunner
 from ..model import KVCache
@@ -40,44 +40,52 @@ class Closed(Exception):
 
 
 class Job:
-    """A text that the engine continues; its thread alone writes the fields, but for `is_gone`.
+    """A text that the engine continues. Its thread alone writes the fields.
 
     new: the tokens so far. scored: their scores, if asked for. ended: why the text ended; None before.
     """
 
-    def __init__(self, row: Row, scored: ScoredRow | None, streams: bool):
+    def __init__(self, asked: Asked, row: Row, scored: ScoredRow | None):
+        self.asked = asked
         self.new: list[int] = []
         self.scored = scored
         self.ended: StopReason | Exception | None = None
-        self.is_gone = False  # set when nobody reads it any more: the text ends after its next token
-        self.streams = streams
-        self.row = row._replace(is_over=lambda new: self.is_gone or row.is_over(new))
+        self.row = row._replace(is_over=lambda new: asked.is_gone or row.is_over(new))
         self.arrived = time.perf_counter()
+
+
+class Asked:
+    """The texts of one request, which `Engine.submit` returns. It belongs to the event loop.
+
+    is_gone: whether nobody reads them any more. A text then ends after its next token.
+    """
+
+    def __init__(self, streams: bool):
+        """streams: whether the reader is told of each token, or only of the end of a text."""
+        self.jobs: list[Job] = []
+        self.streams = streams
+        self.is_gone = False
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
-
-    @property
-    def scores(self) -> list[TokenScore]:
-        """Of the new tokens; empty if not asked for."""
-        return self.scored.new if self.scored else []
 
     def notify(self) -> None:
         """Wake the reader, from the engine's thread."""
         self._loop.call_soon_threadsafe(self._changed.set)
 
-    async def progress(self) -> AsyncIterator[int]:
-        """Yield the number of new tokens whenever it has grown, until the text has ended."""
-        count, has_ended = 0, False
-        while not has_ended:
+    async def progress(self) -> AsyncIterator[None]:
+        """Yield whenever a text has changed, until all have ended. Raises what ended one, if it was an error."""
+        are_over = False
+        while not are_over:
             await self._changed.wait()
             self._changed.clear()
-            has_ended = self.ended is not None  # asked before the tokens, which are all there then
-            if len(self.new) > count:
-                count = len(self.new)
-                yield count
+            for job in self.jobs:
+                if isinstance(job.ended, Exception):
+                    raise job.ended
+            are_over = all(job.ended is not None for job in self.jobs)  # then all of their tokens are there
+            yield
 
     async def end(self) -> None:
-        """Wait until the text has ended."""
+        """Wait until all texts have ended."""
         async for _ in self.progress():
             pass
 
@@ -99,7 +107,7 @@ class Engine:
         self._calls: deque[Callable[[], None]] = deque()
         self._running: dict[int, Job] = {}
         self._numbers = itertools.count()
-        self._changed: set[Job] = set()
+        self._changed: set[Asked] = set()
         self._is_closed = False
         self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -115,31 +123,41 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """The number of texts that wait for a row."""
-        return len(self._waiting) + self._inbox.qsize()
+        """The number of texts and calls that wait."""
+        return len(self._waiting) + len(self._calls) + self._inbox.qsize()
 
-    def submit(self, row: Row, *, n_top: int | None = None, with_prompt: bool = False, streams: bool = False) -> Job:
-        """Give the engine a text that fits into its context, from the event loop. Raises Busy, or Closed.
+    def submit(
+        self, rows: Sequence[Row], *, n_top: int | None = None, with_prompt: bool = False, streams: bool = False
+    ) -> Asked:
+        """Give the engine texts that fit into its context, from the event loop. Raises Busy, or Closed.
 
         n_top: score the new tokens, with so many alternatives; with_prompt: those of the prompt too. streams: whether
         the reader is told of each token, or only of the end.
         """
+        self._check_open(len(rows))
+        asked = Asked(streams)
+        for row in rows:
+            scored = None
+            if n_top is not None:
+                scored = ScoredRow(row, n_top, (self.model, self.ops) if with_prompt else None)
+            asked.jobs.append(Job(asked, scored.row if scored else row, scored))
+        for job in asked.jobs:
+            self._inbox.put(job)
+        return asked
+
+    def _check_open(self, count: int) -> None:
+        """Raise Closed or Busy unless `count` more may wait. A request that finds none waiting is always taken."""
         if self._is_closed or not self._thread.is_alive():
             raise Closed
-        if self.waiting >= self.queue_length:
+        if self.waiting and self.waiting + count > self.queue_length:
             raise Busy
-        scored = None
-        if n_top is not None:
-            scored = ScoredRow(row, n_top, (self.model, self.ops) if with_prompt else None)
-            row = scored.row
-        job = Job(row, scored, streams)
-        self._inbox.put(job)
-        return job
 
     async def alone(self, function: Callable[[], Result]) -> Result:
-        """Call a function in the model's thread, between two passes; return its result, or raise what it raises."""
-        if self._is_closed or not self._thread.is_alive():
-            raise Closed
+        """Call a function in the model's thread, between two passes; return its result, or raise what it raises.
+
+        Raises Busy or Closed as `submit` does.
+        """
+        self._check_open(1)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
 
@@ -185,21 +203,21 @@ class Engine:
         """Return the texts that join the running ones; wait for one if there are none. Nothing when closed."""
         self._tell()
         while True:
+            self.metrics.running.set(running)
             self._receive(waits=not (running or self._waiting or self._calls or self._is_closed))
             if self._is_closed:
                 return []
             if self._calls:
                 self._calls.popleft()()  # one between two passes, so that the texts go on
-            joining = []
+            joining: list[Text] = []
             while self._waiting and running + len(joining) < self.rows:
                 job = self._waiting.popleft()
-                if not job.is_gone:
+                if not job.asked.is_gone:
                     joining.append(self._text(job))
             if running or joining:
                 self.metrics.running.set(running + len(joining))
                 self.metrics.waiting.set(len(self._waiting))
                 return joining
-            self.metrics.running.set(0)
 
     def _receive(self, waits: bool) -> None:
         """Sort what has arrived; wait for something first if there is nothing."""
@@ -227,16 +245,16 @@ class Engine:
             self.metrics.first_token.observe(time.perf_counter() - job.arrived)
         job.new.append(event)
         self.metrics.count_token()
-        if job.streams:
-            self._changed.add(job)
+        if job.asked.streams:
+            self._changed.add(job.asked)
 
     def _end(self, job: Job, reason: StopReason | Exception) -> None:
         job.ended = reason
         self.metrics.whole_text.observe(time.perf_counter() - job.arrived)
-        self._changed.add(job)
+        self._changed.add(job.asked)
 
     def _tell(self) -> None:
         """Wake the readers of the texts that changed."""
-        for job in self._changed:
-            job.notify()
+        for asked in self._changed:
+            asked.notify()
         self._changed.clear()

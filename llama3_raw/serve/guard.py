@@ -12,6 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .metrics import Metrics
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -19,7 +21,8 @@ class Settings:
 
     api_key: None asks for none. allow_hosts: names that a Host header may have besides localhost and addresses.
     allow_origins: pages of other hosts that may ask. max_body: bytes. timeout: seconds for a whole answer, and for its
-    request to arrive. template: the dialog format; None takes the model's own.
+    request to arrive. template: the dialog format; None takes the model's own. stop_ids: tokens that end a text besides
+    the model's own.
     """
 
     api_key: str | None = None
@@ -28,6 +31,7 @@ class Settings:
     max_body: int = 4_000_000
     timeout: float = 600.0
     template: str | None = None
+    stop_ids: frozenset[int] = frozenset()
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
@@ -44,14 +48,16 @@ class Guard:
     sends a form here has an Origin of its own. Both are refused before anything is read.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings):
-        self._app, self._settings = app, settings
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, paths: frozenset[str]):
+        """paths: those that metrics name; all others are counted together."""
+        self._app, self._settings, self._metrics, self._paths = app, settings, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with an error, or pass the request on with a body of limited size."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        send = self._counted(scope["path"], send)
         headers = Headers(scope=scope)
         refused = self._refused(scope, headers)
         if refused is not None:
@@ -80,6 +86,16 @@ class Guard:
         if length.isascii() and length.isdigit() and int(length[:18]) > settings.max_body:
             return 413, _too_large(settings.max_body)
         return None
+
+    def _counted(self, path: str, send: Send) -> Send:
+        """Return `send`, which counts the answer."""
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.requests.labels(path if path in self._paths else "other", str(message["status"])).inc()
+            await send(message)
+
+        return counted
 
     def _limited(self, receive: Receive) -> Receive:
         """Return `receive`, which refuses more bytes than a body may have, as one in chunks does not say its length."""
