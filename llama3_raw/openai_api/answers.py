@@ -26,13 +26,20 @@ class Answer(NamedTuple):
     scores: Sequence[TokenScore] = ()
 
 
-def head(request: Request, model: str, is_chunk: bool = False) -> Body:
-    """Return what every body and every chunk of one answer begin with."""
-    kind = "chat.completion" if request.kind == "chat" else "text_completion"
+def head(
+    request: Request,
+    model: str,
+    *,
+    number: int | str | None = None,
+    created: float | None = None,
+    is_chunk: bool = False,
+) -> Body:
+    """Return what every body and every chunk of one answer begin with. number: part of its id; None: a random one."""
+    is_chat = request.kind == "chat"
     return {
-        "id": f"{'chatcmpl' if request.kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}",
-        "object": f"{kind}.chunk" if is_chunk and request.kind == "chat" else kind,
-        "created": int(time.time()),
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex if number is None else number}",
+        "object": ("chat.completion" + (".chunk" if is_chunk else "")) if is_chat else "text_completion",
+        "created": int(time.time() if created is None else created),
         "model": model,
     }
 

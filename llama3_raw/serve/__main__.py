@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from urllib.parse import quote, urlsplit
 
 from ..backends.cpu import MAX_DECODE_ROWS
+from ..batch.requests import model_name
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from ..cli.memory_plan import MemoryPlan, RunShape, available, needed
 from ..cli.models import ChosenModel, choose_model, load_model
@@ -130,7 +131,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     shape = _shape(chosen, context, options.rows)
     model, ops, which = load_model(chosen, shape)
-    name = chosen.folder.path.resolve().name
+    name = model_name(chosen)
     engine = Engine(model, ops, name=name, rows=shape.rows, context=context, queue_length=options.queue)
     app = build_app(engine, settings)
     config = uvicorn.Config(

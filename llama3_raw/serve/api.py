@@ -196,7 +196,7 @@ class Api:
             running.is_gone = True
 
     async def _tokenize(self, request: HttpRequest) -> Response:
-        fields = check_fields(parsed(await self._body(request)), TOKENIZE)
+        fields = check_fields(await self._fields(request), TOKENIZE)
         if ("prompt" in fields) == ("messages" in fields):
             raise UserError("should have a prompt or messages" + (", not both" if "prompt" in fields else ""))
         self._check_model(fields.get("model"))
@@ -216,7 +216,7 @@ class Api:
         return JSONResponse({"count": len(ids), "max_model_len": self._engine.context, "tokens": ids, **names})
 
     async def _detokenize(self, request: HttpRequest) -> Response:
-        fields = check_fields(parsed(await self._body(request)), DETOKENIZE)
+        fields = check_fields(await self._fields(request), DETOKENIZE)
         self._check_model(fields.get("model"))
         ids = fields.get("tokens")
         if ids is None or any(type(token) is not int for token in ids):
