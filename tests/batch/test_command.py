@@ -481,7 +481,11 @@ def test_files_of_openai_s_batches(tmp_path: Path, tiny: Model, capsys: pytest.C
     assert [result.get("custom_id") for result in results] == ["a", "b", None, None, "c", "d", "e", "f", "g", None]
     for result, kind in zip(results[:2], (Completion, ChatCompletion), strict=True):
         assert (result["response"]["status_code"], result["error"]) == (200, None)
-        kind.model_validate(result["response"]["body"], strict=True)
+        body = json.loads(json.dumps(result["response"]["body"]))
+        for choice in body["choices"] if kind is Completion else ():
+            for name in ("token_logprobs", "top_logprobs"):
+                assert choice["logprobs"][name].pop(0) is None  # of the first token, which the client's types leave out
+        kind.model_validate(body, strict=True)
     texts = results[0]["response"]["body"]["choices"]
     assert {name: texts[0][name] for name in ("text", "finish_reason", "logprobs")} == {
         name: results[2][name] for name in ("text", "finish_reason", "logprobs")
