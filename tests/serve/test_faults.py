@@ -110,6 +110,7 @@ def test_malformed_requests(server: Server) -> None:
     import schemathesis
     from hypothesis import HealthCheck, Phase, given, seed, settings
     from hypothesis import strategies as st
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
 
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
@@ -137,7 +138,8 @@ def test_malformed_requests(server: Server) -> None:
             case.body["max_tokens"] = min(case.body["max_tokens"], 2)  # the answer is not what this is about
         answer = case.call(timeout=120)
         count += 1
-        case.validate_response(answer)
+        # a description cannot say how long a context is, or that one field needs another
+        case.validate_response(answer, excluded_checks=[positive_data_acceptance])
         assert answer.status_code < 500
         if answer.status_code >= 400:
             message = answer.json()["error"]["message"]
@@ -148,8 +150,9 @@ def test_malformed_requests(server: Server) -> None:
     assert count >= 1000
 
 
-def test_sigterm_finishes_what_runs(tmp_path: Any) -> None:
-    """A second SIGTERM, or the end of --grace, cuts it off. The exit status is 0."""
+@pytest.mark.slow
+def test_sigterm_finishes_what_runs() -> None:
+    """The answer comes, and then the exit status is 0."""
     with running("--grace", "60") as server:
         answers: list[httpx.Response] = []
         body = long_text(n=2, max_tokens=300)
@@ -166,7 +169,8 @@ def test_sigterm_finishes_what_runs(tmp_path: Any) -> None:
         assert "Traceback" not in server.log.read_text()
 
 
-def test_the_end_of_grace(tmp_path: Any) -> None:
+@pytest.mark.slow
+def test_the_end_of_grace() -> None:
     with running("--grace", "1") as server, connection_to(server) as connection:
         connection.sendall(request_of(long_text(n=128)))
         server.wait_for("running_texts", 16)
@@ -176,7 +180,8 @@ def test_the_end_of_grace(tmp_path: Any) -> None:
         assert time.monotonic() - start < 20
 
 
-def test_kill_and_restart(tmp_path: Any) -> None:
+@pytest.mark.slow
+def test_kill_and_restart() -> None:
     """After kill -9, a server on the same port answers as before."""
     body = {"prompt": "Once upon a time", "max_tokens": 4, "temperature": 0}
     with running() as server:
@@ -193,7 +198,8 @@ def test_kill_and_restart(tmp_path: Any) -> None:
         assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"] == before
 
 
-def test_timeouts(tmp_path: Any) -> None:
+@pytest.mark.slow
+def test_timeouts() -> None:
     """An answer that takes too long, and a body that does not arrive."""
     with running("--timeout", "0.5", "--rows", "1") as server:
         asked = long_text(n=64)
