@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .params import Params as Params
     from .tokenizer import Tokenizer as Tokenizer
     from .tracing import plots as plots
+    from .tracing.collect import Collection as Collection
+    from .tracing.collect import collect as collect
+    from .tracing.collect import load_collection as load_collection
     from .tracing.debugger import break_at as break_at
     from .tracing.record import Trace as Trace
     from .tracing.record import load_trace as load_trace
@@ -35,6 +38,7 @@ _PUBLIC_NAMES = {  # module -> the public names defined there
     "model": ("REFERENCE", "KVCache", "forward"),
     "params": ("Params",),
     "tokenizer": ("Tokenizer",),
+    "tracing.collect": ("Collection", "collect", "load_collection"),
     "tracing.debugger": ("break_at",),
     "tracing.record": ("Trace", "load_trace", "trace"),
     "tracing.taps": ("chain", "patch"),
