@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .tracing.collect import collect as collect
     from .tracing.collect import load_collection as load_collection
     from .tracing.debugger import break_at as break_at
+    from .tracing.padding import pad as pad
     from .tracing.record import Trace as Trace
     from .tracing.record import load_trace as load_trace
     from .tracing.record import trace as trace
@@ -40,6 +41,7 @@ _PUBLIC_NAMES = {  # module -> the public names defined there
     "tokenizer": ("Tokenizer",),
     "tracing.collect": ("Collection", "collect", "load_collection"),
     "tracing.debugger": ("break_at",),
+    "tracing.padding": ("pad",),
     "tracing.record": ("Trace", "load_trace", "trace"),
     "tracing.taps": ("chain", "patch"),
     "weights": ("LayerWeights", "Model", "Weights"),

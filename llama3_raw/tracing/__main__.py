@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.choose import suitable_ops
+from ..backends.choose import showing
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from ..cli.memory_plan import RunShape
 from ..cli.models import choose_model, chosen_ids, load_model
@@ -27,10 +27,9 @@ from ..cli.options import (
     read_text,
 )
 from ..errors import UserError
-from ..model import REFERENCE
 from ..weights import dtype_name
 from .collect import collect
-from .record import check_trace, trace
+from .record import Trace, check_trace, trace
 from .taps import check_names
 
 
@@ -87,9 +86,8 @@ def build_parser() -> ArgumentParser:
     group.add_argument("--stats", action="store_true", help="print statistics of each tensor (default without -o)")
     group.add_argument("--last-position", action="store_true", help="keep the last token only")
     group.add_argument("--keep-dtype", choices=DTYPES_BY_NAME, help="keep the tensors as this (default: as computed)")
-    group.add_argument(
-        "--fast", action="store_true", help="use the fast operations, which have no attention.scores or .probs"
-    )
+    group.add_argument("--reference", action="store_true", help="use the exact operations: Meta's bits, but slower")
+    group.add_argument("--fast", action="store_true", help=argparse.SUPPRESS)  # the default by now
     group = parser.add_argument_group("a whole text")
     group.add_argument(
         "--text", type=not_empty, metavar="FILE", help="instead of a prompt: collect the tensors of this text in -o"
@@ -116,7 +114,8 @@ def collect_text(options: argparse.Namespace) -> int:
         ids = chosen.tokenizer.encode(text, bos=True, allow_special=options.special)
     names = options.names or ["*"]
     check_names(chosen.checkpoint.params, *names)
-    model, ops, which = load_model(chosen, RunShape.of_one_pass(options.context * options.batch))
+    shape = RunShape.of_one_pass(options.context * options.batch)
+    model, ops, which = load_model(chosen, shape, reference=options.reference)
     print(f"llama3_raw: {which}", file=sys.stderr)
     settings: dict[str, Any] = {"context": options.context, "batch": options.batch, "dtype": options.keep_dtype}
     collected = collect(model, ids, *names, to=options.output, ops=ops, **settings)
@@ -137,12 +136,12 @@ def main(arguments: Sequence[str]) -> int:
     ids = chosen_ids(chosen, prompt, are_ids=options.ids, special=options.special)
     names = options.names or ["*"]
     settings: dict[str, Any] = {"dtype": DTYPES_BY_NAME.get(options.keep_dtype), "last_position": options.last_position}
-    ops = suitable_ops(chosen.device) if options.fast else REFERENCE
     # before the weights are read, which may take a while
     compute_dtype = chosen.dtype or chosen.checkpoint.dtype
-    check_trace(chosen.checkpoint.params, compute_dtype, len(ids), *names, **settings, ops=ops)
-    model, ops, which = load_model(chosen, RunShape.of_one_pass(len(ids)), reference=not options.fast)
+    check_trace(chosen.checkpoint.params, compute_dtype, len(ids), *names, **settings)
+    model, ops, which = load_model(chosen, RunShape.of_one_pass(len(ids)), reference=options.reference)
     print(f"llama3_raw: {which}", file=sys.stderr)
+    ops = showing(ops, Trace(*names), range(model.params.n_layers))
     kept = trace(model, ids, *names, **settings, ops=ops, device="cpu", progress=True)
     if options.stats or not options.output:
         show(kept)

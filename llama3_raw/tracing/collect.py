@@ -19,19 +19,21 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ..backends.choose import ops_for
+from ..backends.choose import ops_for, showing
 from ..errors import UserError, in_short
-from ..model import REFERENCE, forward
+from ..model import forward
 from ..ops import Ops, accumulate_dtype
 from ..params import Params
 from ..quantization.matrix import tensors_of
 from ..system.files import atomic_write, check_disk, read_json
 from ..weights import COMPUTE_DTYPES, Model, dtype_name, dtype_of, matrices_of
-from .names import LAST, UNFUSED, named_tensors, token_dimension, within_layer
-from .taps import Patterns
+from .names import LAST, named_tensors, token_dimension
+from .partial import ending_after
+from .taps import Patterns, chain
 
 _RECORD_EVERY = 5.0  # seconds: what is computed again after a kill
 _ABOUT = "collection.json"
@@ -72,22 +74,23 @@ class Collection(Mapping[str, Tensor]):
 
 
 class _Stored(NamedTuple):
-    """A tensor in the files of a collection."""
+    """A tensor in a file of rows, one for each token."""
 
     shape: list[int]  # of a token
-    dtype: str  # its name; numpy has no bfloat16, of which the file has the bits in int16
+    dtype: str  # its name; numpy has no bfloat16, of which a file has the bits in int16
 
-    def nbytes(self, n_tokens: int) -> int:
-        """Return the size of its file."""
-        return n_tokens * math.prod(self.shape) * COMPUTE_DTYPES[self.dtype].itemsize
+    @property
+    def row_bytes(self) -> int:
+        """The size of a row."""
+        return math.prod(self.shape) * COMPUTE_DTYPES[self.dtype].itemsize
 
-    def open(self, file: Path, n_tokens: int, mode: Literal["w+", "r+", "c"]) -> np.memmap[Any, Any]:
-        """Map its file [n_tokens, …]. mode: create it, write to it, or read it. Raises UserError."""
+    def map(self, file: Path, n_tokens: int, mode: Literal["w+", "c"]) -> np.memmap[Any, Any]:
+        """Map a file of this many rows; "w+" creates it. Raises UserError."""
         return _mapped(file, "int16" if self.dtype == "bfloat16" else self.dtype, (n_tokens, *self.shape), mode)
 
-    def view(self, mapped: np.memmap[Any, Any]) -> Tensor:
-        """Return a mapped file as a tensor."""
-        return torch.from_numpy(mapped).view(COMPUTE_DTYPES[self.dtype])
+    def read(self, file: Path, n_tokens: int) -> Tensor:
+        """Return a mapped file as a tensor. Raises UserError."""
+        return torch.from_numpy(self.map(file, n_tokens, "c")).view(COMPUTE_DTYPES[self.dtype])
 
 
 def collect(
@@ -132,24 +135,23 @@ def collect(
     finished = _finished(folder, of)
     if finished == len(tokens):
         return load_collection(folder)
-    files = _open_files(folder, of, tokens, stored, finished)
-    writer = _Writer({name: stored[name].view(file) for name, file in files.items()})
-    ops = _ops_that_show(ops or ops_for(model.weights), stored)
-    next_record = time.monotonic() + _RECORD_EVERY
-    with tqdm(
-        total=len(tokens), initial=finished, desc="collecting", unit="token", leave=False, disable=not progress
-    ) as bar:
+    if not finished:
+        _create_files(folder, of, tokens, stored)
+    writer = _Writer(folder, stored, len(tokens))
+    ops = showing(ops or ops_for(model.weights), writer, range(model.params.n_layers))
+    recorded = time.monotonic()
+    settings: dict[str, Any] = {"unit": "token", "leave": False, "disable": not progress}
+    with tqdm(total=len(tokens), initial=finished, desc="collecting", **settings) as bar:
         try:
             for rows in _batches(tokens, finished, context, batch):
-                writer.begin = finished
-                _run(model, rows, ops, writer)
+                _run(model, rows, ops, writer, finished)
                 finished += rows.numel()
                 bar.update(rows.numel())
-                if time.monotonic() > next_record:
-                    _record(folder, of, files, finished)
-                    next_record = time.monotonic() + _RECORD_EVERY
+                if time.monotonic() > recorded + _RECORD_EVERY:
+                    _record(folder, of, finished)
+                    recorded = time.monotonic()
         finally:  # also after Ctrl-C
-            _record(folder, of, files, finished)
+            _record(folder, of, finished)
     return load_collection(folder)
 
 
@@ -172,45 +174,42 @@ def load_collection(folder: str | Path) -> Collection:
     if finished < n_tokens:
         raise UserError(f"{folder}: {finished:,} of {n_tokens:,} tokens are finished; run the same collect again")
     tokens = torch.from_numpy(_mapped(folder / "tokens.npy", "int32", (n_tokens,), "c"))
-    files = {name: kind.open(folder / f"{name}.npy", n_tokens, "c") for name, kind in stored.items()}
-    return Collection(tokens, context, {name: stored[name].view(file) for name, file in files.items()})
+    tensors = {name: kind.read(folder / f"{name}.npy", n_tokens) for name, kind in stored.items()}
+    return Collection(tokens, context, tensors)
 
 
 class _Writer:
-    """A tap that copies tensors of a batch [B, T] to the rows of their files from `begin` on."""
+    """A tap that writes tensors of a batch [B, T] to the rows of their files from `begin` on."""
 
-    def __init__(self, targets: Mapping[str, Tensor]):
+    def __init__(self, folder: Path, stored: Mapping[str, _Stored], n_tokens: int):
         self.begin = 0
-        self._targets, self._last = targets, list(targets)[-1]
+        self.last = list(stored)[-1]
+        self._folder, self._stored, self._n_tokens = folder, stored, n_tokens
+
+    def wants(self, name: str) -> bool:
+        """Whether the tensor of this name is stored."""
+        return name in self._stored
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        target = self._targets.get(name)
-        if target is not None:
+        kind = self._stored.get(name)
+        if kind is not None:
             rows = tensor.movedim(token_dimension(name), 1).flatten(0, 1)  # [B * T, …]
-            target = target[self.begin : self.begin + len(rows)]
-            width = rows.shape[-1]
-            target[..., :width] = rows
-            target[..., width:] = -math.inf if name.endswith("scores") else 0  # keys after a window that is shorter
-            if name == self._last:
-                raise _Enough
+            missing = kind.shape[-1] - rows.shape[-1]  # keys after a window that is shorter
+            if missing:
+                rows = F.pad(rows, (0, missing), value=-math.inf if name.endswith("scores") else 0)
+            data = rows.to("cpu", COMPUTE_DTYPES[kind.dtype]).contiguous().view(torch.uint8).numpy().data
+            with _errors(self._folder), open(self._folder / f"{name}.npy", "r+b") as file:
+                # from the end, because the header comes first; not by the map, where a full disk would end the process
+                file.seek((self.begin - self._n_tokens) * kind.row_bytes, os.SEEK_END)
+                file.write(data)
         return tensor
 
 
-class _Enough(Exception):
-    """The last wanted tensor is stored."""
-
-
-def _run(model: Model, rows: Tensor, ops: Ops, writer: _Writer) -> None:
-    """Run the model over windows [B, T], up to the last tensor that is stored."""
-    with torch.no_grad(), contextlib.suppress(_Enough):
-        forward(model.weights, model.params, rows.to(model.weights.norm.device), ops=ops, tap=writer)
-
-
-def _ops_that_show(ops: Ops, names: Iterable[str]) -> Ops:
-    """Return the operations, with exact attention if scores or probs are among the names."""
-    if ops.has_scores or not any(within_layer(name) in UNFUSED for name in names):
-        return ops
-    return ops._replace(attend=REFERENCE.attend, has_scores=True)
+def _run(model: Model, rows: Tensor, ops: Ops, writer: _Writer, begin: int) -> None:
+    """Run the model over windows [B, T], of which the first is that of token `begin`, up to the last stored tensor."""
+    writer.begin = begin
+    with torch.no_grad(), ending_after(writer.last) as end:
+        forward(model.weights, model.params, rows.to(model.weights.norm.device), ops=ops, tap=chain(writer, end))
 
 
 def _windows(ids: Sequence[int] | Tensor, context: int, params: Params) -> tuple[Tensor, int]:
@@ -292,29 +291,21 @@ def _finished(folder: Path, of: Mapping[str, Any]) -> int:
     return int(about.get("finished", 0))
 
 
-def _open_files(
-    folder: Path, of: Mapping[str, Any], tokens: Tensor, stored: Mapping[str, _Stored], finished: int
-) -> dict[str, np.memmap[Any, Any]]:
-    """Map the files of a collection, which are created if no token is finished. Raises UserError."""
-    mode: Literal["w+", "r+"] = "r+" if finished else "w+"
-    if not finished:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be created ({error.strerror}); name another folder") from error
-        check_disk(folder, folder, sum(kind.nbytes(len(tokens)) for kind in stored.values()) + tokens.nbytes)
-        _record(folder, of, {}, 0)  # first, so that the folder is known to be of a collection
-        _mapped(folder / "tokens.npy", "int32", (len(tokens),), "w+")[:] = tokens.numpy()
-    return {name: kind.open(folder / f"{name}.npy", len(tokens), mode) for name, kind in stored.items()}
+def _create_files(folder: Path, of: Mapping[str, Any], tokens: Tensor, stored: Mapping[str, _Stored]) -> None:
+    """Create the files of a collection, without rows. Raises UserError."""
+    with _errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        check_disk(folder, folder, sum(kind.row_bytes for kind in stored.values()) * len(tokens) + tokens.nbytes)
+        _record(folder, of, 0)  # first, so that the folder is known to be of a collection
+        np.save(folder / "tokens.npy", tokens.numpy())
+        for name, kind in stored.items():
+            kind.map(folder / f"{name}.npy", len(tokens), "w+")
 
 
-def _mapped(file: Path, dtype: str, shape: tuple[int, ...], mode: Literal["w+", "r+", "c"]) -> np.memmap[Any, Any]:
+def _mapped(file: Path, dtype: str, shape: tuple[int, ...], mode: Literal["w+", "c"]) -> np.memmap[Any, Any]:
     """Map a .npy file, which is created in mode "w+". Raises UserError if it is not of this dtype and shape."""
     try:
         mapped = np.lib.format.open_memmap(file, mode, dtype=dtype, shape=shape)
-        if mode == "w+" and hasattr(os, "posix_fallocate"):
-            with open(file, "r+b") as opened:  # a full disk would end the process at a write
-                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be mapped ({in_short(error)}); remove the folder and collect again") from error
     if mapped.dtype != dtype or mapped.shape != shape:
@@ -322,9 +313,20 @@ def _mapped(file: Path, dtype: str, shape: tuple[int, ...], mode: Literal["w+", 
     return mapped
 
 
-def _record(folder: Path, of: Mapping[str, Any], files: Mapping[str, np.memmap[Any, Any]], finished: int) -> None:
-    """Write how many tokens are finished, after their rows."""
-    for file in files.values():
-        file.flush()
+@contextlib.contextmanager
+def _errors(folder: Path) -> Iterator[None]:
+    """Make UserError of what the system says when it refuses to write."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or in_short(error)
+        raise UserError(f"{folder}: cannot be written ({reason}); when it can, the same collect goes on") from error
+
+
+def _record(folder: Path, of: Mapping[str, Any], finished: int) -> None:
+    """Write how many tokens are finished, after their rows are on the disk."""
+    for name in of["tensors"] if finished else ():
+        with _errors(folder), open(folder / f"{name}.npy", "r+b") as file:
+            os.fsync(file.fileno())
     with atomic_write(folder / _ABOUT) as part:
         part.write_text(json.dumps({"finished": finished, "of": of}, indent=1))
