@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from .tracing.circuits import ov_circuits as ov_circuits
     from .tracing.circuits import qk_circuits as qk_circuits
     from .tracing.circuits import repeated_tokens as repeated_tokens
+    from .tracing.collect import Collection as Collection
+    from .tracing.collect import collect as collect
+    from .tracing.collect import load_collection as load_collection
     from .tracing.debugger import break_at as break_at
     from .tracing.gradients import estimate_sweep as estimate_sweep
     from .tracing.gradients import trace_gradients as trace_gradients
@@ -35,11 +38,6 @@ if TYPE_CHECKING:
     from .tracing.patching import path_patch as path_patch
     from .tracing.patching import sweep as sweep
     from .tracing.patching import tap_names as tap_names
-    from .tracing.collect import Collection as Collection
-    from .tracing.collect import collect as collect
-    from .tracing.collect import load_collection as load_collection
-    from .tracing.debugger import break_at as break_at
-    from .tracing.padding import pad as pad
     from .tracing.record import Trace as Trace
     from .tracing.record import load_trace as load_trace
     from .tracing.record import trace as trace
@@ -75,7 +73,6 @@ _PUBLIC_NAMES = {  # module -> the public names defined there
     "tracing.patching": ("ablation", "path_patch", "sweep", "tap_names"),
     "tracing.collect": ("Collection", "collect", "load_collection"),
     "tracing.debugger": ("break_at",),
-    "tracing.padding": ("pad",),
     "tracing.record": ("Trace", "load_trace", "trace"),
     "tracing.taps": ("chain", "patch"),
     "weights": ("LayerWeights", "Model", "Weights"),
