@@ -72,7 +72,6 @@ _PUBLIC_NAMES = {  # module -> the public names defined there
     "tracing.gradients": ("estimate_sweep", "trace_gradients"),
     "tracing.patching": ("ablation", "path_patch", "sweep", "tap_names"),
     "tracing.collect": ("Collection", "collect", "load_collection"),
-    "tracing.debugger": ("break_at",),
     "tracing.record": ("Trace", "load_trace", "trace"),
     "tracing.taps": ("chain", "patch"),
     "weights": ("LayerWeights", "Model", "Weights"),
