@@ -13,8 +13,12 @@ from tests.paths import ROOT, TINY
 # what Python has on POSIX only (its documentation, "Availability: Unix"), as far as the package could want it
 WITHOUT_POSIX = """
 import importlib, mmap, os, pkgutil, signal, sys
-import torch, torch.distributed, huggingface_hub, tiktoken, tqdm, psutil, safetensors.torch, jinja2, filelock
-import numpy.testing, gguf, matplotlib.pyplot, multiprocessing.connection, subprocess, tempfile, webbrowser, pdb
+# what others import must be there before: those packages look at the platform themselves
+import gguf, jinja2, matplotlib.pyplot, multiprocessing.connection, pdb, psutil, safetensors.torch, subprocess, tempfile
+import tiktoken, torch.distributed, tqdm, webbrowser
+from filelock import FileLock
+from huggingface_hub import HfApi, constants, errors, get_hf_file_metadata, get_session, get_token, utils
+from huggingface_hub.utils import build_hf_headers
 for name in ("fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "readline", "syslog"):
     sys.modules[name] = None  # importing it raises ImportError
 names = {
