@@ -60,8 +60,7 @@ async def load(url: str, clients: int, seconds: float, expected: dict[tuple[str,
 def test_64_clients(server: Server, expected: dict[tuple[str, int], str], seconds: float) -> None:
     asyncio.run(load(server.url, 64, 2, expected))  # what is allocated once
     before = server.memory
-    counts = asyncio.run(load(server.url, 64, seconds, expected))
-    assert sum(counts) > 2 * 64
+    asyncio.run(load(server.url, 64, seconds, expected))
     assert server.memory < before + 30_000_000
     server.wait_for("running_texts", 0)
     assert server.metric("waiting_texts") == 0
