@@ -59,7 +59,8 @@ def test_a_stream_is_the_same_text(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": [PROMPTS[0], "é"], "max_tokens": 24, "temperature": 0, "n": 2}
     asked |= {"logprobs": 2, "echo": True, "stop": [" play", "zebra"]}
     whole = client.completions.create(**asked)
-    texts, scores = [""] * 4, [{"tokens": [], "token_logprobs": [], "text_offset": []} for _ in range(4)]
+    texts = [""] * 4
+    scores: list[dict[str, list[Any]]] = [{"tokens": [], "token_logprobs": [], "text_offset": []} for _ in range(4)]
     reasons, usage = {}, None
     for chunk in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage
@@ -110,7 +111,7 @@ def test_async_clients_together(server: Server, tiny: Model) -> None:
                 if number % 2:
                     stream = await client.completions.create(**asked, temperature=0, stream=True)
                     return "".join([chunk.choices[0].text async for chunk in stream])
-                return (await client.completions.create(**asked, temperature=0)).choices[0].text
+                return str((await client.completions.create(**asked, temperature=0)).choices[0].text)
 
             return await asyncio.gather(*map(one, range(14)))
 
