@@ -28,7 +28,7 @@ def load_tensors(file: Path) -> Mapping[str, Any]:
     if file.suffix == ".npz":
         read_beginning(file)
         try:
-            with numpy.load(file, allow_pickle=False) as arrays:
+            with open(file, "rb") as opened, numpy.load(opened, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
         except (ValueError, OSError, zipfile.BadZipFile, AttributeError, EOFError) as error:
             raise UserError(
