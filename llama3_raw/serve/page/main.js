@@ -171,7 +171,7 @@ function goBack(length) {
 }
 
 // A text was typed: its tokens come at once, the pass when the typing pauses.
-function onText(prompt, box) {
+function onTyping(prompt, box) {
   fit(box);
   work(async (signal) => {
     await new Promise((resolve) => setTimeout(resolve, TYPING));
@@ -251,9 +251,9 @@ function reset(...names) {
 // the beginning
 
 function listen() {
-  byId("prompt").addEventListener("input", () => onText(first, byId("prompt")));
+  byId("prompt").addEventListener("input", () => onTyping(first, byId("prompt")));
   byId("prompt").addEventListener("keydown", onPromptKey);
-  byId("other").addEventListener("input", () => onText(other, byId("other")));
+  byId("other").addEventListener("input", () => onTyping(other, byId("other")));
   document.addEventListener("keydown", onKey);
   for (const [id, action] of Object.entries(ACTIONS)) byId(id).addEventListener("click", () => whenReady(action));
   byId("sampling").addEventListener("input", onSampling);
@@ -262,7 +262,7 @@ function listen() {
   byId("align").addEventListener("change", () => reset("patches"));
   byId("copy-prompt").addEventListener("click", () => {
     byId("other").value = byId("prompt").value;
-    onText(other, byId("other"));
+    onTyping(other, byId("other"));
   });
   for (const view of document.querySelectorAll("details.view")) view.addEventListener("toggle", () => update());
   for (const part of document.querySelectorAll(".python")) {
@@ -290,7 +290,7 @@ async function begin() {
       lens = new LensGrid(byId("lens"), "Logit lens", byId("lens-readout"));
       listen();
       onSampling();
-      onText(first, byId("prompt"));
+      onTyping(first, byId("prompt"));
     };
   });
 }
