@@ -132,7 +132,8 @@ def main(arguments: Sequence[str]) -> int:
     shape = _shape(chosen, context, options.rows)
     model, ops, which = load_model(chosen, shape)
     name = model_name(chosen)
-    engine = Engine(model, ops, name=name, rows=shape.rows, context=context, queue_length=options.queue)
+    source = str(chosen.folder.path)
+    engine = Engine(model, ops, name=name, rows=shape.rows, context=context, queue_length=options.queue, source=source)
     app = build_app(engine, settings)
     config = uvicorn.Config(
         app,

@@ -14,20 +14,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ..errors import UserError, in_short
-from ..weights import Model, devices_of, dtype_name, format_name, tensor_specs
+from ..weights import devices_of, dtype_name, format_name, tensor_specs
+from .engine import Closed, Engine
 from .live_pass import MAX_TOKENS, PassRequest, read_request, run_pass, token_json
-
-T = TypeVar("T")
 
 _PAGE = Path(__file__).parent / "page"
 _SHARED = Path(__file__).parents[1] / "explain" / "page_parts"
@@ -41,18 +40,6 @@ _HEADERS = {
 }
 _PROGRESS_EVERY = 0.1  # seconds
 _LARGE = 1_000_000_000  # weights; from here on the page computes the logit lens only where it is opened
-
-
-class Engine(Protocol):
-    """What the page needs of the server: a model, and its thread."""
-
-    model: Model
-    name: str
-    source: str  # the folder or file that `load` takes
-
-    def alone(self, function: Callable[[], T]) -> Awaitable[T]:
-        """Run a function in the model's thread while nothing else runs there, and return its result."""
-        ...
 
 
 def routes(engine: Engine) -> list[Route]:
@@ -165,9 +152,10 @@ async def _lines(engine: Engine, wanted: PassRequest) -> AsyncIterator[str]:
         while (line := await lines.get()) is not None:
             yield json.dumps(line) + "\n"
         yield await running + "\n"
-    except UserError as error:
-        yield json.dumps({"error": {"message": in_short(error)}}) + "\n"
-    except Exception as error:
+    except (UserError, Closed) as error:
+        message = "the server ends, and takes nothing new" if isinstance(error, Closed) else in_short(error)
+        yield json.dumps({"error": {"message": message}}) + "\n"
+    except Exception as error:  # a defect, or a lack of memory
         traceback.print_exc(file=sys.stderr)
         yield json.dumps({"error": {"message": f"the pass failed: {in_short(error)}"}}) + "\n"
     finally:

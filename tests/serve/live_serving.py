@@ -1,47 +1,26 @@
-"""A server with the live page, for its tests: real HTTP, and an engine of a few lines."""
+"""A server with the live page, for its tests, over real HTTP."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 import uvicorn
-from starlette.applications import Starlette
 
-from llama3_raw import Model
-from llama3_raw.serve.live import routes
+from llama3_raw import REFERENCE, Model
+from llama3_raw.serve.app import build_app
+from llama3_raw.serve.engine import Engine
+from llama3_raw.serve.guard import Settings
 from tests.paths import TINY
-
-Result = TypeVar("Result")
-
-
-class OneThread:
-    """An engine that runs one call at a time."""
-
-    name = "tiny"
-    source = str(TINY)
-
-    def __init__(self, model: Model):
-        self.model = model
-        self._lock = threading.Lock()
-
-    async def alone(self, function: Callable[[], Result]) -> Result:
-        def call() -> Result:
-            with self._lock:
-                return function()
-
-        return await asyncio.to_thread(call)
 
 
 @contextlib.contextmanager
-def serving(model: Model) -> Iterator[str]:
-    """Serve the page with this model, and yield the address."""
-    config = uvicorn.Config(Starlette(routes=routes(OneThread(model))), port=0, log_level="warning")
-    server = uvicorn.Server(config)
+def serving(model: Model, api_key: str | None = None) -> Iterator[str]:
+    """Serve a model, and yield the address."""
+    engine = Engine(model, REFERENCE, name="tiny", source=str(TINY), rows=2, context=64)
+    server = uvicorn.Server(uvicorn.Config(build_app(engine, Settings(api_key=api_key)), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -459,15 +459,17 @@ def test_two_pages_do_not_disturb_each_other(browser: Any, url: str, tiny: Model
         live_page.context.close()
 
 
-def test_the_key_is_sent_and_leaves_the_address(browser: Any, url: str) -> None:
-    live_page = Live(browser, url, "/#key=s3cret")
-    assert live_page.page.url == url + "/"
-    sent = [request.headers.get("authorization") for request in live_page.requests if "/live/" in request.url]
-    assert set(sent) == {"Bearer s3cret"}
-    live_page.page.reload()
-    live_page.page.wait_for_selector(FIRST_BAR)
-    assert live_page.requests[-1].headers["authorization"] == "Bearer s3cret"
-    live_page.context.close()
+def test_the_key_of_the_address_opens_the_page(browser: Any, tiny: Model) -> None:
+    with serving(tiny, api_key="s3cret") as url:
+        live_page = Live(browser, url, "/#key=s3cret")
+        assert live_page.page.url == url + "/"  # a class may see it
+        live_page.open(url)  # in the same tab
+        assert live_page.errors == []
+        other = live_page.context.new_page()
+        other.goto(url)
+        other.wait_for_selector("#error:not(:empty)")
+        assert other.inner_text("#error").endswith("open the address that it printed, which ends in #key=…")
+        live_page.context.close()
 
 
 def test_the_python_can_be_copied(opened: Live) -> None:
