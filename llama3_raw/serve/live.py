@@ -39,7 +39,7 @@ _HEADERS = {
     "Cache-Control": "no-cache",
 }
 _PROGRESS_EVERY = 0.1  # seconds
-_LARGE = 1_000_000_000  # weights; from here on the page computes the logit lens only where it is opened
+_LARGE = 500_000_000  # multiplications for a token, the logit lens included; from here on the lens begins closed
 
 
 def routes(engine: Engine) -> list[Route]:
@@ -71,7 +71,7 @@ async def _model(engine: Engine, _: Request) -> Response:
             "name": engine.name,
             "load": load_python(engine),
             "n_weights": n_weights,
-            "is_large": n_weights >= _LARGE,
+            "is_large": n_weights + (params.n_layers + 1) * params.vocab_size * params.dim >= _LARGE,
             "dtype": dtype_name(weights.norm.dtype),
             "matrices": format_name(weights.layers[0].wq),
             "max_tokens": min(MAX_TOKENS, params.max_seq_len),

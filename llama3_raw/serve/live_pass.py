@@ -136,7 +136,7 @@ def _rows(value: Mapping[str, Any], name: str, width: int) -> list[list[Any]]:
 
 def _whole(value: Any, name: str, count: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
-        raise UserError(f"should hold whole numbers from 0 to {count - 1}, holds {str(value)[:40]}", argument=name)
+        raise UserError(f"should hold integers from 0 to {count - 1}, holds {str(value)[:40]}", argument=name)
     return value
 
 

@@ -183,7 +183,7 @@ def test_the_next_token_is_taken_picked_and_taken_back(opened: Live, tiny: Model
     ids.append(int(last_logits(tiny, ids).argmax()))
     assert opened.ids() == ids
     third = opened.bars()[2].id
-    opened.click("#bars button", 2)  # another one, to go on from there
+    opened.click("#bars button", 2)  # another one, to continue from there
     assert opened.ids() == [*ids, third]
     logits = last_logits(tiny, [*ids, third])
     assert_bars(opened.bars(), logits.softmax(-1), logits)

@@ -10,6 +10,7 @@ export function stageLabel(stage) {
 export class LensGrid {
   // readout: the element that shows the five tokens of the cell at which the pointer or the focus is.
   constructor(host, label, readout, { onPick = () => {}, rowLabel = stageLabel } = {}) {
+    this.host = host;
     this.readout = readout;
     this.rowLabel = rowLabel;
     this.grid = new Grid(host, label, { onPoint: (row, column) => this.point(row, column), onPick });
@@ -17,6 +18,7 @@ export class LensGrid {
 
   // tokens: of the prompt. lens: ids and probs [stages][T][5], and their tokens. mark(cell, stage, position) may add.
   draw(tokens, lens, texts, mark = () => {}) {
+    const grew = this.data?.tokens.length !== tokens.length;
     this.data = { tokens, lens, texts };
     const rows = lens.ids.map((_, stage) => this.rowLabel(stage));
     this.grid.draw("after", rows, tokens.map(tokenSpan), (cell, stage, position) => {
@@ -28,6 +30,7 @@ export class LensGrid {
       cell.setAttribute("aria-label", `${this.place(stage, position)}: ${visible(token.text)} ${percent(prob)}`);
       mark(cell, stage, position);
     });
+    if (grew) this.host.scrollLeft = this.host.scrollWidth; // to the last position, which decides the next token
     this.point(...(this.pointed ?? [lens.ids.length - 1, tokens.length - 1]));
   }
 

@@ -42,6 +42,7 @@ function requestOf(prompt, withChanges, views) {
 async function resultOf(request, signal) {
   const key = JSON.stringify(request);
   if (!results.has(key)) {
+    byId("steps").textContent = "waiting for the model";
     const result = await askPass(request, signal, showProgress);
     for (const token of [...result.top, ...(result.lens?.tokens ?? [])]) texts.set(token.id, token);
     results.set(key, result);
@@ -101,6 +102,7 @@ function whenReady(action) {
 }
 
 function showProgress(done, total) {
+  byId("steps").textContent = `step ${done} of ${total}`;
   byId("progress").max = total;
   byId("progress").value = done;
 }
@@ -282,7 +284,7 @@ async function begin() {
     model = await askModel();
     return () => {
       showModel();
-      if (model.is_large) byId("lens-view").open = false; // reads the output matrix once for each layer
+      if (model.is_large) byId("lens-view").open = false; // it reads the output matrix once for each layer
       buildBars((id) => whenReady(() => choose(id)));
       buildAttention(model, () => update());
       buildSwitches(model, changes, () => update());

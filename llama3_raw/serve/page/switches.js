@@ -14,6 +14,7 @@ export function buildSwitches(model, changes, onChange) {
     onChange();
   };
   grid = new Grid(byId("switches"), "Heads and MLPs by layer; Enter switches one off or on", { onPick });
+  byId("switches").classList.toggle("many", model.n_layers > 12);
   drawSwitches(model, changes);
   sliders = [...grid.table.tBodies[0].rows].map((row, layer) => addSlider(row, layer, changes, onChange));
   grid.table.tHead.rows[0].append(element("th", { scope: "col" }, "output"));
