@@ -199,8 +199,8 @@ class _Counter:
 def run_pass(model: Model, request: PassRequest, report: Report) -> dict[str, Any]:
     """Run one pass and return what the page shows, ready for JSON; tensors are fp32 in base64, little-endian.
 
-    logits [vocab] of the last position; top: the ten most likely tokens; lens: ids and probs [stages, T, 5], and
-    their tokens; attention [n_heads, T * (T + 1) / 2]: the unmasked probabilities of a layer.
+    logits [vocab] of the last position; tokens: the prompt; top: the ten most likely tokens; lens: ids and probs
+    [stages, T, 5], and their tokens; attention [n_heads, T * (T + 1) / 2]: the unmasked probabilities of a layer.
 
     Raises UserError: the pass does not fit into memory, or the logits are not numbers. Also whatever `report` raises.
     """
@@ -221,7 +221,9 @@ def run_pass(model: Model, request: PassRequest, report: Report) -> dict[str, An
     logits = kept["logits"][-1].cpu()  # [vocab]
     check_sound(bool(is_sound(logits)))
     top = _most_likely(logits, min(_TOP_TOKENS, params.vocab_size)).tolist()
-    result: dict[str, Any] = {"logits": _base64(logits), "top": [token_json(tokenizer, token) for token in top]}
+    result: dict[str, Any] = {"logits": _base64(logits)}
+    for name, listed in (("tokens", request.ids), ("top", top)):
+        result[name] = [token_json(tokenizer, token) for token in listed]
     if request.lens:
         result["lens"] = _lens(model, [kept[name] for name in stages], ops, counter)
     if request.attention is not None:

@@ -57,7 +57,7 @@ def test_the_logits_are_those_of_forward(tiny: Model, url: str) -> None:
         logits = forward(tiny.weights, tiny.params, torch.tensor(ids))[-1]
     assert torch.equal(floats(result["logits"]), logits)
     assert [token["id"] for token in result["top"]] == plots.most_likely(logits, 10).tolist()
-    assert set(result) == {"logits", "top"}  # only what was asked for
+    assert set(result) == {"logits", "tokens", "top"}  # only what was asked for
 
 
 def test_the_lens_and_the_attention_are_those_of_a_trace(tiny: Model, url: str) -> None:

@@ -198,8 +198,12 @@ def test_the_next_token_is_taken_picked_and_taken_back(opened: Live, tiny: Model
     opened.click("#tokens button", 0)
     assert opened.ids() == encoded(tiny, TEXT)
     assert opened.page.locator("#back").is_disabled()
+    opened.page.fill("#temperature", "2")
+    opened.page.evaluate("Math.random = () => 0.999999")  # the last token of the vocabulary that is not impossible
     opened.click("#sample")
     assert len(opened.ids()) == len(ids)
+    assert opened.ids()[-1] > tiny.params.vocab_size - 10
+    assert opened.page.locator("#tokens .token").last.inner_text() == plots.token_text(tiny.tokenizer, opened.ids()[-1])
     opened.page.uncheck("#keys")
     opened.press("n")
     assert len(opened.ids()) == len(ids)

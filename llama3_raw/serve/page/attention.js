@@ -110,7 +110,8 @@ function drawLines() {
   picture.setAttribute("aria-hidden", "true"); // the buttons have the numbers
   picture.append(...centres.slice(0, query + 1).map((to, i) => arc(centres[query], to, prob(head, query, i))));
   byId("attention-note").textContent =
-    `Layer ${layer}, head ${head}: what ${name(query)} attends to. Choose another token in the text, or a row of the map.`;
+    `Layer ${layer}, head ${head}: what ${name(query)} attends to. ` +
+    "Choose another token in the text, or a row of the map.";
   showChosen(buttons[query]);
 }
 
@@ -125,7 +126,8 @@ function arc(from, to, weight) {
   const path = document.createElementNS(SVG, "path");
   const top = HEIGHT - Math.min(HEIGHT - 6, 14 + Math.abs(from - to) / 4) * 1.33;
   const spread = from === to ? 10 : 0; // a token that attends to itself: a loop
-  path.setAttribute("d", `M ${from - spread} ${HEIGHT} C ${from - spread} ${top}, ${to + spread} ${top}, ${to + spread} ${HEIGHT}`);
+  const [start, end] = [from - spread, to + spread];
+  path.setAttribute("d", `M ${start} ${HEIGHT} C ${start} ${top}, ${end} ${top}, ${end} ${HEIGHT}`);
   path.style.strokeWidth = `${1 + 5 * weight}px`;
   path.style.opacity = weight < FAINT ? 0 : 0.25 + 0.75 * weight;
   return path;

@@ -61,7 +61,8 @@ function drawTable(now, without, second, texts) {
   const probs = columns.map(([, logits]) => probabilities(logits, NEUTRAL));
   const ids = new Set(columns.flatMap(([, logits]) => [...order(logits).subarray(0, LISTED)]));
   const listed = [...ids].filter((id) => texts.has(id));
-  const head = element("tr", {}, ...["next token", ...columns.map(([name]) => name)].map((name) => element("th", { scope: "col" }, name)));
+  const names = ["next token", ...columns.map(([name]) => name)];
+  const head = element("tr", {}, ...names.map((name) => element("th", { scope: "col" }, name)));
   const rows = listed.map((id) => {
     const cells = probs.map((of) => {
       const cell = element("td", { className: "shade" }, element("data", { value: String(of[id]) }, percent(of[id])));

@@ -17,7 +17,8 @@ const NAMES = { " ": "␣", "\n": "↵", "\t": "⇥" };
 
 // Returns a text with every character visible: ␣ for a space, ↵ for a newline, escapes for what cannot be printed.
 export function visible(text) {
-  return text.replace(/[\p{C}\p{Z}]/gu, (character) => NAMES[character] ?? `\\u{${character.codePointAt(0).toString(16)}}`);
+  const escape = (character) => `\\u{${character.codePointAt(0).toString(16)}}`;
+  return text.replace(/[\p{C}\p{Z}]/gu, (character) => NAMES[character] ?? escape(character));
 }
 
 export function tokenSpan(token) {

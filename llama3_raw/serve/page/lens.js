@@ -46,7 +46,9 @@ export class LensGrid {
       const prob = lens.probs[stage][position][rank];
       const bar = element("span", { className: "bar now" });
       bar.style.setProperty("--length", prob.toFixed(4));
-      return element("li", {}, tokenSpan(texts.get(id)), element("span", { className: "track" }, bar), element("data", { value: String(prob) }, percent(prob)));
+      const track = element("span", { className: "track" }, bar);
+      const number = element("data", { value: String(prob) }, percent(prob));
+      return element("li", {}, tokenSpan(texts.get(id)), track, number);
     });
     this.readout.replaceChildren(element("p", {}, this.place(stage, position)), element("ol", {}, ...items));
   }

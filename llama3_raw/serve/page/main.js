@@ -5,29 +5,24 @@ import { buildBars, drawBars, tokenOfRank } from "./bars.js";
 import { buildCompare, drawCompare } from "./compare.js";
 import { byId, element, percent, tokenSpan, visible } from "./elements.js";
 import { LensGrid } from "./lens.js";
+import { resultOf, texts, whenReady, work } from "./passes.js";
 import * as python from "./python.js";
 import { draw, NEUTRAL, order } from "./sampling.js";
-import { askModel, askPass, askTokens, ServerError } from "./server.js";
+import { askModel, askTokens } from "./server.js";
 import { buildSwitches, countText, drawSwitches } from "./switches.js";
 
 const TYPING = 120; // milliseconds without a key before a text is sent
-const SLOW = 300; // milliseconds after which progress shows
-const KEPT = 12; // results
 
 let model = null;
 let lens = null;
 let probs = null; // of the next token, as the bars show them
-let busy = null; // the AbortController of what runs
-let waiting = null; // what to do when it is done
-const first = { text: "", tokens: [], chosen: [] }; // chosen: tokens that were added to the prompt
+const first = { text: "", tokens: [], chosen: [] }; // chosen: ids that were added to the prompt
 const other = { text: "", tokens: [], chosen: [] };
 const changes = { heads: [], feed_forward: [], scales: [], patches: [] };
 const sampling = { ...NEUTRAL };
-const texts = new Map(); // id -> token, of every token that the server has told
-const results = new Map(); // request -> result: going back needs no pass
 
-const tokensOf = (prompt) => [...prompt.tokens, ...prompt.chosen];
-const idsOf = (prompt) => tokensOf(prompt).map((token) => token.id);
+const tokensOf = (prompt) => [...prompt.tokens, ...prompt.chosen.map((id) => texts.get(id))];
+const idsOf = (prompt) => [...prompt.tokens.map((token) => token.id), ...prompt.chosen];
 const hasChanges = () => Object.values(changes).some((list) => list.length);
 const isOpen = (view) => byId(`${view}-view`).open;
 
@@ -39,18 +34,6 @@ function requestOf(prompt, withChanges, views) {
   return request;
 }
 
-async function resultOf(request, signal) {
-  const key = JSON.stringify(request);
-  if (!results.has(key)) {
-    byId("steps").textContent = "waiting for the model";
-    const result = await askPass(request, signal, showProgress);
-    for (const token of [...result.top, ...(result.lens?.tokens ?? [])]) texts.set(token.id, token);
-    results.set(key, result);
-    if (results.size > KEPT) results.delete(results.keys().next().value);
-  }
-  return results.get(key);
-}
-
 // Runs what the views need, and draws them when all of it is there.
 async function update() {
   await work(async (signal) => {
@@ -58,64 +41,22 @@ async function update() {
     if (isOpen("attention")) views.attention = Number(byId("layer").value);
     const now = await resultOf(requestOf(first, hasChanges(), views), signal);
     const before = hasChanges() ? await resultOf(requestOf(first, false, { lens: false }), signal) : null;
-    const second = isOpen("compare") && other.tokens.length ? await resultOf(requestOf(other, false, { lens: true }), signal) : null;
+    const comparing = isOpen("compare") && other.tokens.length;
+    const second = comparing ? await resultOf(requestOf(other, false, { lens: true }), signal) : null;
     return () => drawAll(now, before, second);
   });
-}
-
-// Runs a task, which ends the one before it, and then what it returns. An error becomes one line.
-async function work(task) {
-  busy?.abort();
-  const mine = (busy = new AbortController());
-  byId("columns").ariaBusy = "true";
-  const slow = setTimeout(() => document.body.classList.add("slow"), SLOW);
-  try {
-    const finish = await task(mine.signal);
-    if (busy !== mine) return;
-    byId("error").textContent = "";
-    finish?.();
-  } catch (error) {
-    if (busy !== mine) return;
-    byId("error").textContent = error instanceof ServerError ? error.message : `The page failed: ${error.message}`;
-    if (!(error instanceof ServerError)) console.error(error);
-    waiting = null;
-  } finally {
-    clearTimeout(slow);
-    if (busy === mine) idle();
-  }
-}
-
-function idle() {
-  busy = null;
-  byId("columns").ariaBusy = "false";
-  document.body.classList.remove("slow");
-  byId("progress").removeAttribute("value");
-  const next = waiting;
-  waiting = null;
-  next?.();
-}
-
-// A key that is pressed during a pass means the tokens that come of it.
-function whenReady(action) {
-  if (busy) waiting = action;
-  else action();
-}
-
-function showProgress(done, total) {
-  byId("steps").textContent = `step ${done} of ${total}`;
-  byId("progress").max = total;
-  byId("progress").value = done;
 }
 
 // drawing
 
 function drawAll(now, before, second) {
   const tokens = tokensOf(first);
+  const [layer, head] = [Number(byId("layer").value), Number(byId("head").value)];
   drawTokens();
   drawSwitches(model, changes);
   byId("changes-note").textContent = countText(changes) || "nothing is changed";
   if (isOpen("lens")) lens.draw(tokens, now.lens, texts);
-  if (isOpen("attention")) drawAttention(tokens, now.attention, Number(byId("layer").value), Number(byId("head").value));
+  if (isOpen("attention")) drawAttention(tokens, now.attention, layer, head);
   if (isOpen("compare")) {
     const b = second && { tokens: tokensOf(other), result: second };
     drawCompare({ tokens, result: now }, b, before?.logits ?? null, changes, texts);
@@ -136,8 +77,7 @@ function drawNext() {
 }
 
 function drawPython() {
-  const promptOf = (prompt) => ({ text: prompt.text, chosen: prompt.chosen.map((token) => token.id) });
-  const state = { load: model.load, prompt: promptOf(first), other: promptOf(other), changes, sampling };
+  const state = { load: model.load, prompt: first, other, changes, sampling };
   byId("next-python").textContent = python.nextPython(state);
   byId("lens-python").textContent = python.lensPython(state);
   byId("attention-python").textContent = python.attentionPython(state, byId("layer").value, byId("head").value);
@@ -147,7 +87,8 @@ function drawPython() {
 function drawTokens() {
   const chosenFrom = first.tokens.length;
   const items = tokensOf(first).map((token, position) => {
-    const parts = [tokenSpan(token), element("span", { className: "id" }, String(token.id)), element("span", { className: "bytes" }, token.bytes || "special")];
+    const id = element("span", { className: "id" }, String(token.id));
+    const parts = [tokenSpan(token), id, element("span", { className: "bytes" }, token.bytes || "special")];
     if (position < chosenFrom) return element("li", {}, ...parts);
     const button = element("button", { type: "button", title: "Go back to before this token" }, ...parts);
     button.addEventListener("click", () => goBack(position - chosenFrom));
@@ -161,7 +102,7 @@ function drawTokens() {
 
 function choose(id) {
   if (id === undefined) return;
-  first.chosen.push(texts.get(id) ?? { id, text: `token ${id}`, bytes: "" });
+  first.chosen.push(id);
   update();
 }
 
@@ -274,9 +215,17 @@ function listen() {
 
 function showModel() {
   document.title = `${model.name} · llama3_raw live`;
-  const facts = { model: model.name, weights: model.n_weights.toLocaleString("en"), layers: model.n_layers, heads: model.n_heads, vocabulary: model.vocab_size.toLocaleString("en"), "computed in": model.dtype };
-  const items = Object.entries(facts).map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, String(value))));
-  byId("facts").append(...items);
+  const facts = {
+    model: model.name,
+    weights: model.n_weights.toLocaleString("en"),
+    layers: model.n_layers,
+    heads: model.n_heads,
+    vocabulary: model.vocab_size.toLocaleString("en"),
+    "computed in": model.dtype,
+  };
+  for (const [name, value] of Object.entries(facts)) {
+    byId("facts").append(element("div", {}, element("dt", {}, name), element("dd", {}, String(value))));
+  }
 }
 
 async function begin() {

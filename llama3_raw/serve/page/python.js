@@ -9,11 +9,6 @@ function idsOf(name, prompt) {
   return `${name} = model.tokenizer.encode(${quote(prompt.text)}, bos=True)${added}`;
 }
 
-function begin(load, imports, ...prompts) {
-  const names = ["ids", "other"];
-  return ["import torch", "import llama3_raw", ...imports, "", `model = ${load}`, ...prompts.map((it, i) => idsOf(names[i], it))];
-}
-
 export function stageName(stage) {
   return stage === 0 ? "tok_embeddings" : `layers.${stage - 1}.residual`;
 }
@@ -31,7 +26,9 @@ function changesLines(changes) {
   }
   for (const layer of changes.feed_forward) entries.set(`layers.${layer}.feed_forward.out`, "torch.zeros_like");
   for (const [layer, factor] of changes.scales) entries.set(stageName(layer + 1), `lambda x: x * ${factor}`);
-  if (changes.patches.length) definitions.push("", 'source = trace(model, other, "tok_embeddings", "layers.*.residual")');
+  if (changes.patches.length) {
+    definitions.push("", 'source = trace(model, other, "tok_embeddings", "layers.*.residual")');
+  }
   for (const stage of [...new Set(changes.patches.map(([at]) => at))]) {
     const name = `patched_${stage}`;
     const factor = changes.scales.find(([layer]) => layer + 1 === stage)?.[1];
@@ -46,17 +43,28 @@ function changesLines(changes) {
   return [...definitions, "", "changes = patch({", ...items, "})"];
 }
 
+// A function that changes a copy of a tensor.
 function copying(name, argument, shape, lines, factor) {
   const copy = factor === undefined ? `${argument}.clone()` : `${argument} * ${factor}`;
-  return ["", "", `def ${name}(${argument}):  # ${shape}`, ...[`${argument} = ${copy}`, ...lines, `return ${argument}`].map((line) => `    ${line}`), ""];
+  const body = [`${argument} = ${copy}`, ...lines, `return ${argument}`].map((line) => `    ${line}`);
+  return ["", "", `def ${name}(${argument}):  # ${shape}`, ...body, ""];
 }
 
-// state: {load, prompt, other, changes, sampling}. The other prompt is there if it is patched in.
-function start(state, imports = []) {
+// state: {load, prompt, other, changes, sampling}. Returns the lines up to `ids` and `changes`.
+function start(state, { imports = [], needsOther = state.changes.patches.length > 0 } = {}) {
   const lines = changesLines(state.changes);
-  const prompts = state.changes.patches.length ? [state.prompt, state.other] : [state.prompt];
-  const names = lines.length ? "patch, trace" : "trace";
-  return [...begin(state.load, [`from llama3_raw import ${names}`, ...imports], ...prompts), ...lines, ...(lines.length ? [""] : [])];
+  return [
+    "import torch",
+    "import llama3_raw",
+    `from llama3_raw import ${lines.length ? "patch, trace" : "trace"}`,
+    ...imports,
+    "",
+    `model = ${state.load}`,
+    idsOf("ids", state.prompt),
+    ...(needsOther ? [idsOf("other", state.other)] : []),
+    ...lines,
+    ...(lines.length ? [""] : []),
+  ];
 }
 
 const tapOf = (changes) => (changesLines(changes).length ? ", tap=changes" : "");
@@ -65,13 +73,16 @@ const joined = (lines) => lines.join("\n").replace(/\n{4,}/g, "\n\n\n") + "\n";
 export function nextPython(state) {
   const { temperature, top_k, top_p, min_p } = state.sampling;
   const isPlain = temperature === 1 && top_k === 0 && top_p === 1 && min_p === 0;
-  const imports = isPlain || temperature === 0 ? [] : ["from llama3_raw.decoding.sampling import Sampling, probabilities"];
   const options = `temperature=${temperature}, top_k=${top_k}, top_p=${top_p}, min_p=${min_p}`;
-  let probs = `probabilities(logits, Sampling(${options}))`;
-  if (isPlain) probs = "logits.softmax(-1)";
+  let imports = [];
+  let probs = "logits.softmax(-1)";
   if (temperature === 0) probs = "torch.nn.functional.one_hot(logits.argmax(), len(logits))";
+  else if (!isPlain) {
+    imports = ["from llama3_raw.decoding.sampling import Sampling, probabilities"];
+    probs = `probabilities(logits, Sampling(${options}))`;
+  }
   return joined([
-    ...start(state, imports),
+    ...start(state, { imports }),
     `logits = trace(model, ids, "logits"${tapOf(state.changes)})["logits"][-1]  # [vocab_size]`,
     `probs = ${probs}`,
     "for token in logits.sort(descending=True, stable=True).indices[:10].tolist():",
@@ -99,16 +110,15 @@ export function attentionPython(state, layer, head) {
 }
 
 export function comparePython(state) {
-  const lines = changesLines(state.changes);
-  const names = lines.length ? "patch, trace" : "trace";
+  const probsOf = (ids, tap = "") => `trace(model, ${ids}, "logits"${tap})["logits"][-1].softmax(-1)`;
+  const tap = tapOf(state.changes);
+  const columns = ["first", ...(tap ? ["changed"] : []), "second"];
   return joined([
-    ...begin(state.load, [`from llama3_raw import ${names}`], state.prompt, state.other),
-    ...lines,
-    ...(lines.length ? [""] : []),
-    'first = trace(model, ids, "logits")["logits"][-1].softmax(-1)',
-    ...(lines.length ? ['changed = trace(model, ids, "logits", tap=changes)["logits"][-1].softmax(-1)'] : []),
-    'second = trace(model, other, "logits")["logits"][-1].softmax(-1)',
-    `for token in first.topk(5).indices.tolist() + second.topk(5).indices.tolist():`,
-    `    print(repr(model.tokenizer.name(token)), float(first[token]), ${lines.length ? "float(changed[token]), " : ""}float(second[token]))`,
+    ...start(state, { needsOther: true }),
+    `first = ${probsOf("ids")}`,
+    ...(tap ? [`changed = ${probsOf("ids", tap)}`] : []),
+    `second = ${probsOf("other")}`,
+    "for token in first.topk(5).indices.tolist() + second.topk(5).indices.tolist():",
+    `    print(repr(model.tokenizer.name(token)), ${columns.map((name) => `float(${name}[token])`).join(", ")})`,
   ]);
 }

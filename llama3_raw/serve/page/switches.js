@@ -66,5 +66,6 @@ export function countText(changes) {
     [scales.length, "layer scaled", "layers scaled"],
     [patches.length, "cell patched", "cells patched"],
   ];
-  return parts.filter(([count]) => count).map(([count, one, several]) => `${count} ${count === 1 ? one : several}`).join(", ");
+  const some = parts.filter(([count]) => count);
+  return some.map(([count, one, several]) => `${count} ${count === 1 ? one : several}`).join(", ");
 }
