@@ -1,0 +1,187 @@
+"""docs/coming-from.md: the names that it lists are the same tensors, and its tasks give the same numbers.
+
+The blocks of the page that begin with the name of a library are one script. It runs in a process of its own, because
+nnsight changes classes of torch, and writes what is to be compared to a file.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import llama3_raw
+from llama3_raw.convert import main as convert
+from tests.paths import ROOT, TINY
+from tests.test_docs import blocks_of
+
+PAGE = ROOT / "docs" / "coming-from.md"
+PACKAGES = {"TransformerLens": "transformer_lens", "nnsight": "nnsight"}
+TOLERANCE = 1e-4  # of the largest element: fp32
+
+Results = dict[str, dict[str, Tensor]]  # by task, by variable
+
+
+def blocks_by_task(library: str) -> list[tuple[str, str]]:
+    """The blocks of a library in order, each with the heading above it."""
+    lines = PAGE.read_text().splitlines()
+    blocks = [block for block in blocks_of(PAGE) if block.code.startswith(f"# {library}\n")]
+    return [(next((line for line in lines[b.line :: -1] if line.startswith("##")), ""), b.code) for b in blocks]
+
+
+def assigned(code: str) -> set[str]:
+    """The variables that a block assigns."""
+    nodes = ast.walk(ast.parse(code))
+    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
+ENDING = """
+def as_tensor(value):
+    return torch.as_tensor(value).detach().clone()
+
+def is_result(value):
+    return isinstance(value, (int, torch.Tensor)) or isinstance(value, list) and {*map(type, value)} == {int}
+
+torch.save({t: {n: as_tensor(v) for n, v in kept.items() if is_result(v)} for t, kept in results.items()}, "FILE")
+"""
+
+
+def run(library: str, folder: Path, *, only: int | None = None, then: str = "") -> Results:
+    """Run the blocks of a library, or the first `only` of them, and return the tensors that each leaves."""
+    script, file = folder / f"page_{library}.py", folder / f"{library}.pt"
+    parts = ["results = {}\n"]
+    for task, code in blocks_by_task(library)[:only]:
+        names = assigned(code)
+        parts += [
+            code,
+            f"results.setdefault({task!r}, {{}}).update({{n: v for n, v in globals().items() if n in {names}}})\n",
+        ]
+    script.write_text("".join([*parts, then, ENDING.replace("FILE", str(file))]))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results: Results = torch.load(file)
+    return results
+
+
+def functions_of_the_page() -> SimpleNamespace:
+    """The conversions that the page defines."""
+    names: dict[str, Any] = {}
+    for block in blocks_of(PAGE):
+        if block.language == "python" and block.code.startswith("def "):
+            exec(block.code, names)
+    return SimpleNamespace(**names)
+
+
+def table(heading: str) -> list[list[str]]:
+    """The rows of the first table below a line of the page, without their backquotes."""
+    body = PAGE.read_text().split(heading)[1].split("| --- |", 1)[1].split("\n\n")[0]
+    return [[cell.strip().strip("`") for cell in line.strip("| ").split(" | ")] for line in body.splitlines()[1:]]
+
+
+def names_table(n_layers: int) -> dict[str, dict[str, str]]:
+    """Our name -> library -> its name, with the rows of a layer for each layer."""
+    rows = [row for row in table("## Names\n") if ".i." in row[0]]
+    whole = [row for row in table("## Names\n") if ".i." not in row[0]]
+    rows = [[re.sub(r"\bi\b", str(i), cell) for cell in row] for i in range(n_layers) for row in rows]
+    return {ours: dict(zip(PACKAGES, theirs, strict=True)) for ours, *theirs in [whole[0], *rows, *whole[1:]]}
+
+
+def needs(library: str) -> None:
+    if importlib.util.find_spec(PACKAGES[library]) is None:
+        pytest.skip(f"{PACKAGES[library]} is not installed")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the built-in model in Hugging Face's format, as the page writes it."""
+    folder = tmp_path_factory.mktemp("coming_from")
+    assert convert([str(TINY), str(folder / "tiny-hf")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(folder: Path) -> llama3_raw.Model:
+    return llama3_raw.load(folder / "tiny-hf", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def kept(model: llama3_raw.Model) -> llama3_raw.Trace:
+    assert model.tokenizer is not None
+    return llama3_raw.trace(model, model.tokenizer.encode("The cat was happy. Lily and the", bos=True))
+
+
+def assert_same(name: str, theirs: Tensor, ours: Tensor) -> None:
+    """Equal up to rounding. What the mask hides is -inf or the most negative number; dimensions of 1 may lead."""
+    shape = [*theirs.shape]
+    while len(shape) > ours.dim() and shape[0] == 1:
+        del shape[0]
+    assert shape == [*ours.shape], name
+    theirs, ours = theirs.view(shape).float(), ours.float()
+    masked = ours.isneginf()
+    assert (theirs[masked] <= torch.finfo(torch.float32).min).all(), name
+    theirs, ours = theirs[~masked], ours[~masked]
+    torch.testing.assert_close(
+        theirs, ours, rtol=0, atol=TOLERANCE * float(ours.abs().max()), msg=lambda m: f"{name}: {m}"
+    )
+
+
+def test_every_name_is_in_the_table(model: llama3_raw.Model, kept: llama3_raw.Trace) -> None:
+    assert [*names_table(model.params.n_layers)] == [*kept]
+    assert len(kept) == 71
+
+
+@pytest.mark.slow
+def test_the_names_of_transformer_lens(folder: Path, model: llama3_raw.Model, kept: llama3_raw.Trace) -> None:
+    needs("TransformerLens")
+    names = {ours: theirs["TransformerLens"] for ours, theirs in names_table(model.params.n_layers).items()}
+    others = {theirs.replace("blocks.i", "blocks.1"): ours for theirs, ours in table("has hook points that are no")}
+    then = f"""
+model.set_use_attn_result(True)
+_, cache = model.run_with_cache(clean)
+results["names"] = {{name: cache[name] for name in {[*names.values(), *others]!r}}}
+model = TransformerBridge.boot_transformers("tiny-hf", device="cpu", dtype=torch.float32)
+model.enable_compatibility_mode()
+_, cache = model.run_with_cache(clean)
+results["folded"] = {{name: cache[name] for name in {[*names.values()]!r}}}
+"""
+    results = run("TransformerLens", folder, only=1, then=then)
+    page = functions_of_the_page()
+    for ours, theirs in names.items():
+        assert_same(ours, page.from_transformer_lens(ours, results["names"][theirs]), kept[ours])
+        folded = page.from_folded(ours, page.from_transformer_lens(ours, results["folded"][theirs]), model.weights)
+        is_logits = ours == "logits"
+        pair = (folded.log_softmax(-1), kept[ours].log_softmax(-1)) if is_logits else (folded, kept[ours])
+        assert_same(f"folded {ours}", *pair)
+    for theirs, expression in others.items():
+        known = {"kept": kept, "model": model, "weights": model.weights, "torch": torch, "i": 1}
+        assert_same(theirs, results["names"][theirs], eval(expression, known))
+
+
+@pytest.mark.slow
+def test_the_names_of_nnsight(folder: Path, model: llama3_raw.Model, kept: llama3_raw.Trace) -> None:
+    needs("nnsight")
+    names = {ours: theirs["nnsight"] for ours, theirs in names_table(model.params.n_layers).items()}
+    lines = "".join(f"    named[{ours!r}] = {theirs}\n" for ours, theirs in names.items())
+    then = f"""
+with model.trace(clean):
+    named = nnsight.save({{}})
+    sources = [layer.self_attn.source for layer in layers]
+{lines}
+results["names"] = named
+"""
+    results = run("nnsight", folder, only=1, then=then)
+    from_nnsight = functions_of_the_page().from_nnsight
+    for ours in names:
+        assert_same(ours, from_nnsight(ours, results["names"][ours], model.params), kept[ours])
