@@ -116,7 +116,7 @@ def variants(
     if library:
         found["Q4_K, importance matrix"] = 4.5, rounded(rounding_to("Q4_K", library, is_weighted=True)), REFERENCE
     for name, rounding in roundings.items():
-        output: Any = rounding(weights.output, torch.zeros(0))  # type: ignore[arg-type]
+        output: Any = rounding(weights.output, torch.zeros(0))
         found[f"output matrix alone: {name}"] = bits[name], weights._replace(output=output), REFERENCE
     return found
 

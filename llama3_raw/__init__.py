@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint.loading import load as load
+    from .checkpoint.moving import to as to
     from .decoding.loop import StopReason as StopReason
     from .decoding.loop import generate as generate
     from .decoding.scoring import score as score
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _PUBLIC_NAMES = {  # module -> the public names defined there
     "checkpoint.loading": ("load",),
+    "checkpoint.moving": ("to",),
     "decoding.loop": ("StopReason", "generate"),
     "decoding.scoring": ("score",),
     "errors": ("UserError",),
@@ -53,3 +55,8 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f".{_MODULES[name]}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names, which are all that Tab should show."""
+    return sorted(__all__)

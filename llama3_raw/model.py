@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UserError
-from .ops import Ops, Tap, no_tap, scoped
+from .ops import Ops, Tap, accumulate_dtype, no_tap, scoped
 from .params import Params
 from .quantization.matrix import embed, linear
 from .weights import LayerWeights, Weights
@@ -24,8 +24,8 @@ from .weights import LayerWeights, Weights
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., dim] -> [..., dim]: each row divided by its RMS, times `weight`. (Zhang & Sennrich 2019, eq. 4)"""
-    x32 = x.float()  # the mean square needs fp32; the cast back comes before the weight
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    wide = x.to(accumulate_dtype(x.dtype))  # the mean square needs fp32; the cast back comes before the weight
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def token_positions(start: int | Tensor, length: int, device: torch.device) -> Tensor:
@@ -34,12 +34,12 @@ def token_positions(start: int | Tensor, length: int, device: torch.device) -> T
     return start + offsets if isinstance(start, int) else start.unsqueeze(-1) + offsets
 
 
-def rope_frequencies(params: Params, device: torch.device) -> Tensor:
-    """Return the rotation of each pair of a head per position, in radians, [head_dim/2] fp32. (Su et al. 2021, eq. 15)
+def rope_frequencies(params: Params, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the rotation of each pair of a head per position, in radians, [head_dim/2]. (Su et al. 2021, eq. 15)
 
     Llama 3.1 and later scale the low frequencies down for a longer context. (Meta's apply_scaling)
     """
-    exponents = torch.arange(0, params.head_dim, 2, device=device).float() / params.head_dim  # [head_dim/2]
+    exponents = torch.arange(0, params.head_dim, 2, device=device).to(dtype) / params.head_dim  # [head_dim/2]
     frequencies = 1.0 / params.rope_theta**exponents
     scaling = params.rope_scaling
     if scaling is None:
@@ -52,9 +52,9 @@ def rope_frequencies(params: Params, device: torch.device) -> Tensor:
     return torch.where(wavelengths < original / high, frequencies, scaled)
 
 
-def rope_rotation(positions: Tensor, params: Params) -> tuple[Tensor, Tensor]:
-    """[..., T] -> cos and sin, each [..., T, 1, head_dim/2] fp32: the rotation of every pair at every position."""
-    angles = positions.unsqueeze(-1) * rope_frequencies(params, positions.device)  # [..., T, head_dim/2]
+def rope_rotation(positions: Tensor, params: Params, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """[..., T] -> cos and sin, each [..., T, 1, head_dim/2]: the rotation of every pair at every position."""
+    angles = positions.unsqueeze(-1) * rope_frequencies(params, positions.device, dtype)  # [..., T, head_dim/2]
     if angles.device.type == "mps":  # has no complex numbers
         cos, sin = angles.cos(), angles.sin()
     else:  # as Meta does: torch.cos and torch.sin differ from torch.polar in the last bit
@@ -69,7 +69,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Bit-identical to Meta's complex product if head_dim is a multiple of 16 (as in every Llama); otherwise torch's
     complex kernel rounds the last pairs of a head differently.
     """
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each [..., T, heads, head_dim/2] fp32
+    first, second = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # each [..., T, heads, head_dim/2]
     rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
     return rotated.flatten(-2).to(x.dtype)
 
@@ -143,7 +143,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Ta
     positions = token_positions(start, length, q.device).unsqueeze(-1)  # [..., T, 1]
     future = torch.arange(keys.shape[-2], device=q.device) > positions  # [..., T, S]
     scores = tap("scores", scores.masked_fill(future.unsqueeze(-3), -torch.inf))
-    probs = tap("probs", F.softmax(scores.float(), dim=-1).to(q.dtype))
+    probs = tap("probs", F.softmax(scores.to(accumulate_dtype(q.dtype)), dim=-1).to(q.dtype))
     return (probs @ values).transpose(-3, -2)
 
 
@@ -207,7 +207,7 @@ def forward(
     ops: Ops = REFERENCE,
     tap: Tap = no_tap,
 ) -> Tensor:
-    """Compute the logits of the next token [..., T, vocab_size], in fp32, for token ids [..., T].
+    """Compute the logits of the next token [..., T, vocab_size], in fp32 or the weights' fp64, for token ids [..., T].
 
     Args:
         cache: keys and values of earlier tokens, to which those of `tokens` are added; None if there are none.
@@ -221,7 +221,8 @@ def forward(
         ValueError: there is no cache for `start`, or the tokens do not fit into it, in batch shape or length.
     """
     check_cache(cache, tokens, start)
-    cos, sin = rope_rotation(token_positions(start, tokens.shape[-1], tokens.device), params)
+    dtype = accumulate_dtype(weights.norm.dtype)
+    cos, sin = rope_rotation(token_positions(start, tokens.shape[-1], tokens.device), params, dtype)
     at = Pass(params, start, cos, sin, ops)
 
     x = tap("tok_embeddings", ops.embed(tokens, weights.tok_embeddings))  # [..., T, dim]
@@ -229,7 +230,7 @@ def forward(
         layer_cache = None if cache is None else LayerCache(cache.keys[i], cache.values[i])
         x = layer(x, layer_weights, layer_cache, at, scoped(tap, f"layers.{i}."))
     x = tap("norm", (ops.rms_norm or rms_norm)(x, weights.norm, params.norm_eps))
-    return tap("logits", ops.linear(select(x, logits_at), weights.output).float())
+    return tap("logits", ops.linear(select(x, logits_at), weights.output).to(dtype))
 
 
 def select(x: Tensor, at: int | Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from .quantization.blocks import Blocks
@@ -25,6 +26,11 @@ class Attend(Protocol):
     """Scaled dot-product attention of new queries over all keys so far; see model.attend for the shapes."""
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor: ...
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which norms, RoPE, softmax and logits are computed: fp32, or fp64 for tensors in fp64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def identity(x: Tensor) -> Tensor:

@@ -3,50 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .params import Params
-from .quantization.blocks import Blocks
 from .quantization.matrix import FORMATS, Matrix, tensors_of
 from .tokenizer import Tokenizer
+
+# How a `Matrix` and an optional tokenizer are declared where a reader finds them. `X | Any` means: nearly always an X.
+# A type checker completes and checks the attributes of X, and asks for no test before each use, as for `X | Y`.
+# (typing.python.org, "The Any trick")
+MatrixField = Tensor | Any  # a Tensor unless quantized
+TokenizerField = Tokenizer | Any  # None if the files have none
 
 
 class LayerWeights(NamedTuple):
     """The nine tensors of a layer, named as in Meta's checkpoint. A matrix is [out, in], a tensor unless quantized."""
 
     attention_norm: Tensor  # [dim]
-    wq: Matrix  # [n_heads * head_dim, dim]; the rows of a head in interleaved pairs (0, 1), (2, 3), …
-    wk: Matrix  # [n_kv_heads * head_dim, dim]; likewise
-    wv: Matrix  # [n_kv_heads * head_dim, dim]
-    wo: Matrix  # [dim, n_heads * head_dim]
+    wq: MatrixField  # [n_heads * head_dim, dim]; the rows of a head in interleaved pairs (0, 1), (2, 3), …
+    wk: MatrixField  # [n_kv_heads * head_dim, dim]; likewise
+    wv: MatrixField  # [n_kv_heads * head_dim, dim]
+    wo: MatrixField  # [dim, n_heads * head_dim]
     ffn_norm: Tensor  # [dim]
-    w1: Matrix  # [hidden_dim, dim]; the gate of SwiGLU
-    w2: Matrix  # [dim, hidden_dim]
-    w3: Matrix  # [hidden_dim, dim]
+    w1: MatrixField  # [hidden_dim, dim]; the gate of SwiGLU
+    w2: MatrixField  # [dim, hidden_dim]
+    w3: MatrixField  # [hidden_dim, dim]
+
+    def __repr__(self) -> str:
+        """The shape, format and device of each tensor: values in their thousands help nobody."""
+        return "\n".join(["LayerWeights", *map(_line, self._fields, self)])
 
 
 class Weights(NamedTuple):
     """All tensors of a model. If embeddings are tied, `output` is the tensor `tok_embeddings` itself."""
 
-    tok_embeddings: Tensor | Blocks  # [vocab_size, dim]; in blocks in a GGUF file
+    tok_embeddings: MatrixField  # [vocab_size, dim]; in blocks in a GGUF file
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [dim]
-    output: Matrix  # [vocab_size, dim]
+    output: MatrixField  # [vocab_size, dim]
+
+    def __repr__(self) -> str:
+        """As for a layer; of the layers, only their number."""
+        tops = [_line(name, getattr(self, name)) for name in ("tok_embeddings", "norm", "output")]
+        tops.insert(1, f"  {'layers':<16}{len(self.layers)} LayerWeights; print one, such as layers[0]")
+        return "\n".join(["Weights", *tops])
 
 
 class Model(NamedTuple):
     """What `load` returns: the tensors, the numbers that define the model, and its tokenizer if there is one.
 
     stop_ids: the tokens that end a text by the model's files; None if they do not say, so that the tokenizer's do.
+    name: of its folder, file or repository.
     """
 
     weights: Weights
     params: Params
-    tokenizer: Tokenizer | None
+    tokenizer: TokenizerField
     stop_ids: frozenset[int] | None = None
+    name: str = "unnamed"
+
+    def __repr__(self) -> str:
+        """Ten lines; no weight is read."""
+        weights, params, tokenizer = self[:3]
+        matrices = matrices_of(weights)
+        tied = ", output tied to tok_embeddings" if weights.output is weights.tok_embeddings else ""
+        formats = dict.fromkeys(format_name(matrix) for matrix in matrices if len(matrix.shape) == 2)
+        rope = "" if params.rope_scaling is None else f", scaled by {params.rope_scaling.factor:g}"
+        lines = {
+            "parameters": f"{sum(matrix.shape.numel() for matrix in matrices):,}{tied}",
+            "layers": f"{len(weights.layers)} of width {params.dim}, feed-forward {params.hidden_dim}",
+            "heads": f"{params.n_heads} of {params.head_dim} values, {params.n_kv_heads} kv heads",
+            "context": f"{params.max_seq_len:,} tokens, RoPE theta {params.rope_theta:,.0f}{rope}",
+            "vocabulary": f"{params.vocab_size:,} tokens",
+            "dtype": f"{dtype_name(weights.norm.dtype)}; matrices in {', '.join(formats)}",
+            "device": ", ".join(sorted(map(str, devices_of(weights)))),
+            "bytes": f"{sum(matrix.nbytes for matrix in matrices):,}",
+            "tokenizer": "none" if tokenizer is None else f"{tokenizer.path.name}, {tokenizer.n_words:,} tokens",
+        }
+        return "\n".join([f"Model {self.name}", *(f"  {key:<12}{value}" for key, value in lines.items())])
+
+
+def _line(name: str, matrix: Matrix) -> str:
+    return f"  {name:<16}{list(matrix.shape)!s:<16}{format_name(matrix)} on {tensors_of(matrix)[0].device}"
 
 
 # field -> Meta's name, after "layers.N.", and Hugging Face's, after "model.layers.N."
@@ -81,6 +123,18 @@ INTEGER_DTYPES = {"I8": torch.int8, "U8": torch.uint8}
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name without "torch.", such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+# dtypes that `load` and `to` convert weights to, by name
+COMPUTE_DTYPES = {dtype_name(dtype): dtype for dtype in (*DTYPES.values(), torch.float64)}
+
+
+def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
+    """Return the dtype of a name such as "float32", or the dtype itself. Raises UserError if weights cannot have it."""
+    found = dtype if isinstance(dtype, torch.dtype) else COMPUTE_DTYPES.get(dtype)
+    if found is None or found not in COMPUTE_DTYPES.values():
+        raise UserError(f"{{argument}} {dtype}: should be one of {', '.join(COMPUTE_DTYPES)}", argument="dtype")
+    return found
 
 
 def format_name(matrix: Matrix) -> str:
@@ -135,7 +189,13 @@ def tensor_specs(params: Params, tied: bool = False) -> Iterator[TensorSpec]:
         yield TensorSpec(None, field, *_TOP_NAMES[field], shapes[field])
 
 
+def matrices_of(weights: Weights) -> list[Matrix]:
+    """Return every tensor and quantized matrix of a model, in the order of the forward pass; a tied one once."""
+    tied = weights.output is weights.tok_embeddings
+    layers = (matrix for layer in weights.layers for matrix in layer)
+    return [weights.tok_embeddings, *layers, weights.norm, *(() if tied else (weights.output,))]
+
+
 def devices_of(weights: Weights) -> set[torch.device]:
     """Return the devices of the tensors: one, or two with `gpu_layers`."""
-    matrices = [weights.tok_embeddings, weights.output, *(matrix for layer in weights.layers for matrix in layer)]
-    return {tensor.device for matrix in matrices for tensor in tensors_of(matrix)} | {weights.norm.device}
+    return {tensor.device for matrix in matrices_of(weights) for tensor in tensors_of(matrix)}

@@ -16,7 +16,7 @@ import pytest
 
 from llama3_raw import REFERENCE, Model, UserError
 from llama3_raw.__main__ import main
-from llama3_raw.cli import models
+from llama3_raw.checkpoint import locate
 from llama3_raw.cli.models import find_model
 from llama3_raw.decoding.loop import generate
 from tests.paths import ROOT, TINY
@@ -202,7 +202,7 @@ class TestWhichModel:
     def tree(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "package").mkdir()
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(models, "PACKAGE", tmp_path / "package")
+        monkeypatch.setattr(locate, "PACKAGE", tmp_path / "package")
         monkeypatch.delenv("LLAMA3_RAW_WEIGHTS", raising=False)
         self.add("tiny")
         return tmp_path

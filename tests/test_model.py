@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from llama3_raw import KVCache, Model, Params, Weights, forward, generate
+from llama3_raw.backends.choose import suitable_ops
 from llama3_raw.model import rope, rope_rotation
 from llama3_raw.ops import no_tap
 from llama3_raw.params import RopeScaling
@@ -245,6 +249,57 @@ def test_logits_at(fp32: Model) -> None:
     for outside in (10, -1):
         with pytest.raises(RuntimeError, match="out of bounds"):
             forward(fp32.weights, fp32.params, tokens[0], logits_at=torch.tensor(outside))
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain rope", "scaled rope"])
+def test_fp64_weights_compute_in_fp64(scaled: bool) -> None:
+    """Every tensor, to the last bits of fp64: numpy computes the same, from the formulas."""
+    params = dataclasses.replace(GROUPED, rope_scaling=RopeScaling(8.0) if scaled else None)
+    weights = cast(random_weights(params, torch.float32, seed=3), torch.float64)
+    tokens = tokens_for(params, 300)
+    seen: dict[str, Tensor] = {}
+    logits = forward(weights, params, tokens, tap=lambda name, tensor: seen.setdefault(name, tensor))
+    assert {tensor.dtype for tensor in seen.values()} == {torch.float64}
+    expected = logits_by_numpy(params, weights, tokens)
+    assert np.abs(logits.numpy() - expected).max() <= 1e-12 * np.abs(expected).max()
+    fast = forward(weights, params, tokens, ops=suitable_ops(torch.device("cpu")))
+    assert np.abs(fast.numpy() - expected).max() <= 1e-12 * np.abs(expected).max()
+
+
+def logits_by_numpy(params: Params, weights: Weights, tokens: Tensor) -> Any:
+    """The pass over one prompt in fp64, with complex numbers for RoPE, a head at a time."""
+
+    def norm(x: Any, weight: Tensor) -> Any:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + params.norm_eps) * weight.numpy()
+
+    positions, size, n_rep = np.arange(len(tokens)), params.head_dim, params.n_heads // params.n_kv_heads
+    frequencies = params.rope_theta ** -(np.arange(0, size, 2) / size)
+    if params.rope_scaling:
+        turns = params.rope_scaling.original_max_seq_len * frequencies / (2 * np.pi)  # in the original context
+        smooth = np.clip((turns - 1.0) / (4.0 - 1.0), 0, 1)
+        frequencies = frequencies * (smooth + (1 - smooth) / params.rope_scaling.factor)
+    rotation = np.exp(1j * positions[:, None] * frequencies)
+
+    def rotated(x: Any) -> Any:
+        pairs = (x[:, ::2] + 1j * x[:, 1::2]) * rotation
+        return np.stack((pairs.real, pairs.imag), axis=-1).reshape(x.shape)
+
+    x = weights.tok_embeddings.numpy()[tokens]
+    for layer in weights.layers:
+        normed = norm(x, layer.attention_norm)
+        q, k, v = (normed @ matrix.numpy().T for matrix in (layer.wq, layer.wk, layer.wv))
+        heads = []
+        for head in range(params.n_heads):
+            own, group = (slice(i * size, (i + 1) * size) for i in (head, head // n_rep))
+            scores = rotated(q[:, own]) @ rotated(k[:, group]).T / np.sqrt(size)
+            scores[positions > positions[:, None]] = -np.inf
+            probs = np.exp(scores - scores.max(-1, keepdims=True))
+            heads.append(probs / probs.sum(-1, keepdims=True) @ v[:, group])
+        x = x + np.concatenate(heads, axis=-1) @ layer.wo.numpy().T
+        normed = norm(x, layer.ffn_norm)
+        gate, up = normed @ layer.w1.numpy().T, normed @ layer.w3.numpy().T
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ layer.w2.numpy().T
+    return norm(x, weights.norm) @ weights.output.numpy().T
 
 
 def test_invalid_arguments_are_refused(fp32: Model) -> None:

@@ -15,15 +15,16 @@ from ..errors import UserError
 from ..params import Params
 from ..quantization.blocks import Blocks
 from ..quantization.matrix import Matrix, stored_names, tensors_of
+from ..system.devices import usable_device
 from ..system.madvise import prefetch_pages, read_single_pages
 from ..weights import (
-    DTYPES,
     MATRICES,
     LayerWeights,
     Model,
     TensorSpec,
     Weights,
     dtype_name,
+    dtype_of,
     quantized,
     tensor_specs,
 )
@@ -40,6 +41,7 @@ from .checkpoint import (
 )
 from .files import FileFormat
 from .gguf_reading import is_gguf
+from .locate import find_named, name_of
 from .sharding import Shard
 from .staging import Move, staging
 from .text import end_tokens, find_tokenizer
@@ -78,7 +80,7 @@ def load(  # noqa: PLR0913  # what a caller may set
     folder: str | Path,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     layers: int | None = None,
     tokenizer: str | Path | Literal[False] | None = None,
     quantize: str | None = None,
@@ -93,9 +95,13 @@ def load(  # noqa: PLR0913  # what a caller may set
     Meta's files may also be in a subfolder original/, but weights in the folder itself come first.
 
     Args:
-        folder: the folder, with a tokenizer.model or tokenizer.json if there is to be text; or a file NAME.gguf.
-        device: where the tensors are. On the CPU they are memory-mapped, and not copied unless they must be converted.
-        dtype: None keeps the checkpoint's dtype. Where the norms have another one, they take that of the matrices.
+        folder: the folder, with a tokenizer.model or tokenizer.json if there is to be text; or a file NAME.gguf. A str
+            may also be the name of a folder in weights/, or "org/repo" or "org/repo@revision" for a repository in the
+            Hugging Face cache. Nothing is downloaded.
+        device: where the tensors are: "cpu", "cuda", "cuda:N" or "mps". On the CPU they are memory-mapped, and not
+            copied unless they must be converted.
+        dtype: "float32" or torch.float32; likewise bfloat16, float16, float64. None keeps the checkpoint's dtype. Where
+            the norms have another one, they take that of the matrices.
         layers: load only the first `layers` layers.
         tokenizer: a tokenizer.model or tokenizer.json elsewhere; None loads the folder's, if there is one; False
             loads none.
@@ -113,23 +119,22 @@ def load(  # noqa: PLR0913  # what a caller may set
 
     Raises:
         UserError: a file is missing or damaged, a tensor does not match the params, the model has fewer layers, or it
-            cannot be split into that many shards, or quantized.
+            cannot be split into that many shards, or quantized. Or there is no such dtype or device.
     """
-    if dtype is not None and dtype not in DTYPES.values():
-        raise UserError(f"dtype should be torch.bfloat16, float16 or float32, is {dtype}")
-    folder = Path(folder).expanduser()
+    device, dtype = usable_device(device), None if dtype is None else dtype_of(dtype)
+    folder = find_named(folder) if isinstance(folder, str) else folder.expanduser()
     checkpoint = open_checkpoint(folder, format)
     if adapter is not None:
         checkpoint = with_adapter(checkpoint, Path(adapter))
     if layers is not None:
         checkpoint = first_layers(checkpoint, layers)
-    device, params = torch.device(device), checkpoint.params
+    params = checkpoint.params
     check_gpu_layers(gpu_layers, device, params)
     if shard is not None:
         checkpoint = shard_of(checkpoint, shard)
     weights = build_weights(checkpoint, device, dtype, progress, quantize, gpu_layers)
     found = None if tokenizer is False else find_tokenizer(checkpoint, tokenizer)
-    return Model(weights, params, found, end_tokens(checkpoint, found))
+    return Model(weights, params, found, end_tokens(checkpoint, found), name_of(folder))
 
 
 def check_gpu_layers(gpu_layers: int | None, device: torch.device, params: Params) -> None:

@@ -6,7 +6,6 @@ import argparse
 import logging
 import math
 import os
-import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -26,12 +25,13 @@ from ..checkpoint.checkpoint import (
     shard_of,
     with_adapter,
 )
-from ..checkpoint.gguf_reading import is_gguf
 from ..checkpoint.loading import build_weights, check_gpu_layers
+from ..checkpoint.locate import BUILT_IN_MODEL, built_in_folder, find_named, local_models, name_of
 from ..checkpoint.sharding import Shard
 from ..checkpoint.text import end_tokens, find_tokenizer
 from ..errors import UserError
 from ..ops import Ops
+from ..system.devices import usable_device
 from ..system.machine import set_threads
 from ..system.process_groups import Ranks
 from ..system.processes import local_rank, world_size
@@ -39,11 +39,6 @@ from ..tokenizer import SPECIAL_TOKENS, Tokenizer
 from ..weights import Model, Weights, dtype_name
 from .memory_plan import MemoryPlan, RunShape, available, check_memory, memory_for_weights, needed
 from .options import DEFAULT_MODEL, DTYPES_BY_NAME, parse_ids
-
-PACKAGE = Path(__file__).parents[1]
-BUILT_IN_MODEL = "tiny"
-
-_PARAMS_FILES = ("params.json", "config.json", "original/params.json")
 
 REPACK_FROM = 64  # tokens to generate, for which the copy pays (docs/benchmarks.md, "GGUF")
 
@@ -193,7 +188,8 @@ def load_model(
     begin_of_text = SPECIAL_TOKENS[0]
     if tokenizer is not None and tokenizer.bos_id is None and begin_of_text in tokenizer.special_tokens:
         which += f"; its tokenizer begins no text with {begin_of_text}"
-    return Model(weights, chosen.checkpoint.params, tokenizer, chosen.stop_ids), ops, which
+    model = Model(weights, chosen.checkpoint.params, tokenizer, chosen.stop_ids, name_of(folder.path))
+    return model, ops, which
 
 
 def _check_repack(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -248,34 +244,25 @@ def _where(chosen: ChosenModel, ranks: Ranks | None) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that --device names. Raises UserError if it is not available."""
+    """Return the device that --device names, or the best one for "auto". Raises UserError if it is not available."""
     if name == "auto":
         has_mps = torch.backends.mps.is_available() and world_size() == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     if name == "cuda" and world_size() > 1:
         name = f"cuda:{local_rank()}"  # a GPU for each process
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: there is no such device; use auto, cpu, cuda, cuda:N or mps")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs here; use --device cpu")
+    device = usable_device(name)
     if device.type == "mps" and world_size() > 1:
         raise UserError("--device mps: is for one process; give --device cpu, or run it without torchrun")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: torch sees no Apple GPU here; use --device cpu")
     return device
 
 
 def find_model(weights: str | None = None, named_by: str = "--weights") -> ModelFolder:
     """Return the folder that --weights names; for None, the default. Raises UserError listing what is available."""
     if weights:
-        return ModelFolder(_find_named(weights, named_by), named_by)
+        return ModelFolder(find_named(weights, named_by), named_by)
     from_environment = os.environ.get("LLAMA3_RAW_WEIGHTS")
     if from_environment:
-        return ModelFolder(_find_named(from_environment, "$LLAMA3_RAW_WEIGHTS"), "$LLAMA3_RAW_WEIGHTS")
+        return ModelFolder(find_named(from_environment, "$LLAMA3_RAW_WEIGHTS"), "$LLAMA3_RAW_WEIGHTS")
     there = local_models()
     if DEFAULT_MODEL in there:
         return ModelFolder(there[DEFAULT_MODEL], "the default")
@@ -284,66 +271,4 @@ def find_model(weights: str | None = None, named_by: str = "--weights") -> Model
         raise UserError(f"several models in weights/: {', '.join(others)}; choose one with --weights NAME")
     if others:
         return ModelFolder(there[others[0]], "the only model in weights/")
-    return ModelFolder(_built_in_folder(), "the small built-in model; choose another with --weights")
-
-
-def local_models() -> dict[str, Path]:
-    """Return {name: folder} of the models in weights/ of the current folder, then of the source tree."""
-    found: dict[str, Path] = {}
-    for root in (Path("weights"), PACKAGE.parent / "weights"):
-        for folder in sorted(root.iterdir()) if root.is_dir() else ():
-            if any((folder / file).exists() for file in _PARAMS_FILES) or any(folder.glob("*.gguf")):
-                found.setdefault(folder.name, folder)
-    return found
-
-
-def _built_in_folder() -> Path:
-    """Return weights/tiny of the source tree, or its copy in the installed package."""
-    installed = PACKAGE / "built_in"
-    return installed if installed.is_dir() else PACKAGE.parent / "weights" / BUILT_IN_MODEL
-
-
-def _find_named(name: str, option: str) -> Path:
-    path = Path(os.path.expanduser(name))  # of a variable no shell has expanded ~
-    if path.is_dir() or is_gguf(path):
-        return path
-    if path.exists():
-        raise UserError(f"{option} {name}: is a file, but no GGUF; give the folder it is in")
-    there = local_models()
-    if name in there:
-        return there[name]
-    if name == BUILT_IN_MODEL:
-        return _built_in_folder()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[^@]+)?", name):
-        return _find_in_cache(name, option)
-    known = ", ".join(there) or "nothing"
-    what = "file" if name.endswith(".gguf") else "folder"
-    raise UserError(f"{option} {name}: there is no such {what}, and weights/ holds {known}")
-
-
-def _find_in_cache(name: str, option: str) -> Path:
-    """Return the snapshot of org/repo or org/repo@revision in the Hugging Face cache.
-
-    Without a revision it is that of main, or else the only one: a download pinned by commit leaves no refs/main.
-    """
-    from huggingface_hub import constants, snapshot_download  # slow to import, and seldom needed
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    repo, _, revision = name.partition("@")
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        pass
-    snapshots = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots")
-    found = [folder for folder in sorted(snapshots.glob("*")) if folder.name.startswith(revision)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        several = ", ".join(folder.name[:12] for folder in found)
-        raise UserError(
-            f"{option} {name}: the Hugging Face cache has several revisions; give {repo}@ and one of {several}"
-        )
-    raise UserError(
-        f"{option} {name}: neither a folder here nor in the Hugging Face cache; "
-        f"fetch it with python -m llama3_raw.download --model {repo}{f' --revision {revision}' if revision else ''}"
-    )
+    return ModelFolder(built_in_folder(), "the small built-in model; choose another with --weights")

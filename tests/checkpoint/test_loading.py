@@ -129,8 +129,11 @@ def test_dtype_and_layers(folder: Path) -> None:
     assert len(part.weights.layers) == part.params.n_layers == 2
     assert all(tensor.dtype == torch.float32 for tensor in flat(part.weights))
     assert torch.equal(dense(part.weights.layers[1].w2), dense(whole.weights.layers[1].w2).float())
-    with pytest.raises(UserError, match="dtype should be"):
-        llama3_raw.load(folder, dtype=torch.int8)
+    by_name = llama3_raw.load(folder, dtype="float32", layers=2)
+    assert all(torch.equal(a, b) for a, b in zip(flat(by_name.weights), flat(part.weights), strict=True))
+    for wrong in (torch.int8, "fp32"):
+        with pytest.raises(UserError, match=f"^dtype {wrong}: should be one of bfloat16, float16, float32, float64$"):
+            llama3_raw.load(folder, dtype=wrong)
     for layers in (0, whole.params.n_layers + 1):
         with pytest.raises(UserError, match=f"^layers {layers}"):
             llama3_raw.load(folder, layers=layers)
@@ -139,6 +142,31 @@ def test_dtype_and_layers(folder: Path) -> None:
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lost: there is no such folder"):
         llama3_raw.load(tmp_path / "lost")
+
+
+def test_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `--weights` takes it; a Path is a path."""
+    monkeypatch.chdir(tmp_path)
+    assert llama3_raw.load("tiny").name == "tiny"
+    with pytest.raises(UserError, match=r"^tiny: there is no such folder or file"):
+        llama3_raw.load(Path("tiny"))
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(UserError, match=r"^weights/mine: there is no such folder, and weights/ holds "):
+        llama3_raw.load("weights/mine")
+    with pytest.raises(UserError, match=r"^some/model: neither a folder here nor in the Hugging Face cache; fetch it"):
+        llama3_raw.load("some/model")
+
+
+def test_a_repository_in_the_hugging_face_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo, commit = tmp_path / "models--some--model", "0123" * 10
+    shutil.copytree(TINY, repo / "snapshots" / commit)
+    for name in ("some/model", f"some/model@{commit[:7]}"):
+        model = llama3_raw.load(name)
+        assert model.name == "some/model"
+        assert model.tokenizer is not None
+    with pytest.raises(UserError, match="neither a folder here nor in the Hugging Face cache"):
+        llama3_raw.load("some/model@4567")
 
 
 def test_metas_files_in_original(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_the_moments_are_those_of_the_inputs(monkeypatch: pytest.MonkeyPatch) ->
         seen[name] = tensor
         return tensor
 
-    hidden = F.embedding(tokens, weights.tok_embeddings)  # type: ignore[arg-type]
+    hidden = F.embedding(tokens, weights.tok_embeddings)
     at = pass_over(tokens, params, REFERENCE)
     layer(hidden, weights.layers[0], None, at, tap)
     moments = input_moments(weights.layers[0], hidden, at)
@@ -111,7 +111,7 @@ def test_the_next_layer_sees_the_quantized_one() -> None:
     params = Params.from_meta(SMALL)
     weights = random_weights(params, torch.float32, seed=0)
     tokens = torch.randint(80, (3, 6), generator=torch.Generator().manual_seed(0))
-    before = F.embedding(tokens, weights.tok_embeddings)  # type: ignore[arg-type]
+    before = F.embedding(tokens, weights.tok_embeddings)
     at, hidden = pass_over(tokens, params, REFERENCE), before.clone()
     matrices = quantize_layer(weights.layers[0], hidden, at)
     assert set(matrices) == {"wq", "wk", "wv", "wo", "w1", "w2", "w3"}
@@ -136,7 +136,7 @@ def test_less_is_lost_than_by_rounding_to_the_nearest(tiny: Model, monkeypatch: 
         monkeypatch.setattr(calibration, name, value)
     model = tiny._replace(weights=cast(tiny.weights, torch.float32))
     seen, unseen = sample_texts(tiny, tiny.tokenizer.bos_id).split(32)
-    at, hidden = pass_over(seen, model.params, REFERENCE), F.embedding(seen, model.weights.tok_embeddings)  # type: ignore[arg-type]
+    at, hidden = pass_over(seen, model.params, REFERENCE), F.embedding(seen, model.weights.tok_embeddings)
     layers = tuple(old._replace(**quantize_layer(old, hidden, at)) for old in model.weights.layers)  # type: ignore[arg-type]
     calibrated = dequantized_weights(model.weights._replace(layers=layers))
     nearest = dequantized_weights(quantized_weights(model.weights, "int4"))._replace(output=model.weights.output)
