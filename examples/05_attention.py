@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from lesson import open_model, save, show, title
 from matplotlib.figure import Figure
 
-from llama3_raw import trace
+from llama3_raw import REFERENCE, trace
 from llama3_raw.model import rms_norm, rope, rope_rotation, token_positions
 from llama3_raw.tracing import plots
 
@@ -49,7 +49,7 @@ assert torch.equal(probs.argmax(-1), torch.arange(length))
 print("a weighted mean of all rows; but each token is most similar to itself, and nothing here is learned")
 
 title("2. Trainable: one matrix for queries, one for keys, one for values")
-seen = trace(model, ids, "layers.0.attention*")  # llama3_raw's tensors, to compare with
+seen = trace(model, ids, "layers.0.attention*", ops=REFERENCE)  # llama3_raw's tensors, to compare with
 animals = [words.index(" dog"), words.index(" cat")]
 # the head of layer 0 in which "it" attends most to the animals, and the kv head that it shares with others (step 4)
 chosen = int(seen["layers.0.attention.probs"][:, -1, animals].sum(-1).argmax())

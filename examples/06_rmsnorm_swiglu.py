@@ -25,7 +25,7 @@ from llama3_raw.tracing.plots import Picture
 model, tokenizer, picture = open_model(__doc__, draws=True)
 params, layers = model.params, model.weights.layers
 ids = tokenizer.encode("Once upon a time", bos=True)
-seen = trace(model, ids)
+seen = trace(model, ids, ops=REFERENCE)  # the exact operations, to compare bit for bit
 
 title("Why a norm, and why before each block: the residual stream grows")
 x = seen["tok_embeddings"]  # [T, dim]

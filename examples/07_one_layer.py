@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from lesson import open_model, show, title
 
-from llama3_raw import trace
+from llama3_raw import REFERENCE, trace
 
 model, tokenizer, _ = open_model(__doc__)
 params = model.params
@@ -20,7 +20,8 @@ params = model.params
 weights = model.weights.layers[0]
 prompt = "the answer to the ultimate question of life, the universe, and everything is "
 tokens = tokenizer.encode(prompt, bos=True)
-seen = trace(model, tokens, "tok_embeddings", "layers.0.*")  # llama3_raw's tensors, to compare with
+# llama3_raw's tensors by the exact operations, to compare with
+seen = trace(model, tokens, "tok_embeddings", "layers.0.*", ops=REFERENCE)
 
 title("The prompt")
 print(f"  {len(tokens)} tokens: {[tokenizer.decode([token]) for token in tokens]}")

@@ -16,7 +16,7 @@ from lesson import open_model, save, show, title
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from llama3_raw import Trace, chain, forward, patch, trace
+from llama3_raw import REFERENCE, Trace, chain, forward, patch, trace
 from llama3_raw.model import rms_norm
 from llama3_raw.tracing import plots
 
@@ -25,7 +25,7 @@ params, weights = model.params, model.weights
 prompt = "Lily and Tom went to the park. Lily was happy. Tom was sad because he lost his"
 ids = tokenizer.encode(prompt, bos=True)
 words = [tokenizer.decode([token]) for token in ids]
-seen = trace(model, ids)
+seen = trace(model, ids, ops=REFERENCE)
 last = len(weights.layers) - 1
 
 title("Every tensor has a name")
@@ -72,7 +72,7 @@ def without(head: int) -> float:
 
     def ablate(heads: Tensor) -> Tensor:
         heads = heads.clone()  # [T, n_heads, head_dim]
-        heads[:, head] = 0
+        heads[..., head, :] = 0
         return heads
 
     tap = patch({f"layers.{last}.attention.heads": ablate})

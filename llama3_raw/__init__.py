@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer as Tokenizer
     from .tracing import plots as plots
     from .tracing.debugger import break_at as break_at
+    from .tracing.padding import pad as pad
     from .tracing.record import Trace as Trace
     from .tracing.record import load_trace as load_trace
     from .tracing.record import trace as trace
@@ -36,6 +37,7 @@ _PUBLIC_NAMES = {  # module -> the public names defined there
     "params": ("Params",),
     "tokenizer": ("Tokenizer",),
     "tracing.debugger": ("break_at",),
+    "tracing.padding": ("pad",),
     "tracing.record": ("Trace", "load_trace", "trace"),
     "tracing.taps": ("chain", "patch"),
     "weights": ("LayerWeights", "Model", "Weights"),

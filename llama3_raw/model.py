@@ -221,6 +221,7 @@ def forward(
         ValueError: there is no cache for `start`, or the tokens do not fit into it, in batch shape or length.
     """
     check_cache(cache, tokens, start)
+    tap = scoped(tap, "")  # names a tap that returns no tensor
     dtype = accumulate_dtype(weights.norm.dtype)
     cos, sin = rope_rotation(token_positions(start, tokens.shape[-1], tokens.device), params, dtype)
     at = Pass(params, start, cos, sin, ops)

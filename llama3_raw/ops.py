@@ -9,16 +9,19 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .errors import UserError, in_short
 from .quantization.blocks import Blocks
 from .quantization.matrix import Matrix
 
 Tap = Callable[[str, Tensor], Tensor]
 """tap(name, tensor) -> tensor: called at every named point of the forward pass, which continues with the result.
 
-Like a forward hook in PyTorch, but for one tensor at a time, by name.
+Like a forward hook in PyTorch, but for one tensor at a time, by name. A tap may have a method wants(name) -> bool:
+whether it looks at that tensor. Without it, it may look at any.
 """
 
 
+UNFUSED = ("attention.scores", "attention.probs")  # of each layer; computed within `attend`, where a fused one has none
 PREFILL_CHUNK = 1024  # tokens; with more, matrix products are hardly faster
 
 
@@ -71,7 +74,8 @@ class Scoped:
     prefix: str
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        return self.tap(self.prefix + name, tensor)
+        name = self.prefix + name
+        return checked_result(self.tap, name, self.tap(name, tensor))
 
 
 def scoped(tap: Tap, prefix: str) -> Tap:
@@ -79,6 +83,23 @@ def scoped(tap: Tap, prefix: str) -> Tap:
     if tap is no_tap:
         return tap
     return Scoped(tap.tap, tap.prefix + prefix) if isinstance(tap, Scoped) else Scoped(tap, prefix)
+
+
+def checked_result(tap: Tap, name: str, result: Tensor) -> Tensor:
+    """Return what the tap returned for this name. Raises UserError, naming both, if it is no tensor."""
+    if not isinstance(result, Tensor):
+        tap_name = getattr(tap, "__name__", type(tap).__name__)
+        raise UserError(
+            f"the tap {tap_name} should return a tensor, returns {in_short(result)} for {name}; end it with "
+            "return tensor"
+        )
+    return result
+
+
+def wants(tap: Tap, name: str) -> bool:
+    """Whether the tap may look at the tensor of this name. One that does not say so, in wants(name), may."""
+    wanted: Callable[[str], bool] | None = getattr(tap, "wants", None)
+    return tap is not no_tap and (wanted is None or wanted(name))
 
 
 def score_bytes(itemsize: int) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from ..model import REFERENCE
-from ..ops import Ops
+from ..ops import UNFUSED, Ops, Tap, wants
 from ..weights import Weights, devices_of
 from .cpu import fast_ops
 from .cuda import cuda_ops
@@ -23,3 +25,11 @@ def ops_for(weights: Weights, exact: bool = False) -> Ops:
     ops = REFERENCE if exact else suitable_ops(device)
     others = devices_of(weights) - {device}
     return mixed_ops(ops, REFERENCE if exact else suitable_ops(others.pop())) if others else ops
+
+
+def showing(ops: Ops, tap: Tap, layers: Iterable[int]) -> Ops:
+    """Return the operations, with exact attention if the tap may want scores or probs of these layers."""
+    if ops.has_scores or not any(wants(tap, f"layers.{layer}.{name}") for layer in layers for name in UNFUSED):
+        return ops
+    chunk = min(ops.prefill_chunk, REFERENCE.prefill_chunk)  # scores of long prompts take much memory
+    return ops._replace(attend=REFERENCE.attend, has_scores=True, prefill_chunk=chunk, can_capture=False)

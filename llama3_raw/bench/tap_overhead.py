@@ -76,7 +76,7 @@ def measure_taps(model: Model, ops: Ops, rounds: int) -> TapFigures:
     prompt, token = torch.tensor(ids, device=device), torch.tensor(ids[:1], device=device)
     cache = KVCache.allocate(params, max_seq_len=LENGTH + 1, like=weights)
     forward_without_taps: Callable[..., Tensor] = model_without_taps().forward
-    full_trace = trace(model, ids)  # for its size, and to know that it fits into memory
+    full_trace = trace(model, ids, ops=REFERENCE)  # for its size, and to know that it fits into memory
 
     def over_prompt(forward: Callable[..., Tensor]) -> Tensor:
         return forward(weights, params, prompt, cache=cache, logits_at=-1, ops=ops)
@@ -88,7 +88,7 @@ def measure_taps(model: Model, ops: Ops, rounds: int) -> TapFigures:
     pairs: list[tuple[Callable[[], Tensor], Callable[[], Tensor]]] = [
         (lambda: over_prompt(forward), lambda: over_prompt(forward_without_taps)),
         (lambda: over_token(forward), lambda: over_token(forward_without_taps)),
-        (lambda: trace(model, ids)["logits"], lambda: forward(weights, params, prompt, ops=REFERENCE)),
+        (lambda: trace(model, ids, ops=REFERENCE)["logits"], lambda: forward(weights, params, prompt, ops=REFERENCE)),
     ]
     seconds: list[list[tuple[float, float]]] = [[] for _ in pairs]
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,14 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.choose import suitable_ops
+from ..backends.choose import showing
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from ..cli.memory_plan import RunShape
 from ..cli.models import choose_model, chosen_ids, load_model
 from ..cli.options import DTYPES_BY_NAME, add_model_options, add_prompt_options, check_output, read_prompt
-from ..model import REFERENCE
 from ..weights import dtype_name
-from .record import check_trace, trace
+from .record import Trace, check_trace, trace
 
 
 class Statistics(NamedTuple):
@@ -71,9 +71,8 @@ def build_parser() -> ArgumentParser:
     group.add_argument("--stats", action="store_true", help="print statistics of each tensor (default without -o)")
     group.add_argument("--last-position", action="store_true", help="keep the last token only")
     group.add_argument("--keep-dtype", choices=DTYPES_BY_NAME, help="keep the tensors as this (default: as computed)")
-    group.add_argument(
-        "--fast", action="store_true", help="use the fast operations, which have no attention.scores or .probs"
-    )
+    group.add_argument("--reference", action="store_true", help="use the exact operations: Meta's bits, but slower")
+    group.add_argument("--fast", action="store_true", help=argparse.SUPPRESS)  # the default by now
     add_model_options(parser)
     return parser
 
@@ -89,12 +88,12 @@ def main(arguments: Sequence[str]) -> int:
     ids = chosen_ids(chosen, prompt, are_ids=options.ids, special=options.special)
     names = options.names or ["*"]
     settings: dict[str, Any] = {"dtype": DTYPES_BY_NAME.get(options.keep_dtype), "last_position": options.last_position}
-    ops = suitable_ops(chosen.device) if options.fast else REFERENCE
     # before the weights are read, which may take a while
     compute_dtype = chosen.dtype or chosen.checkpoint.dtype
-    check_trace(chosen.checkpoint.params, compute_dtype, len(ids), *names, **settings, ops=ops)
-    model, ops, which = load_model(chosen, RunShape.of_one_pass(len(ids)), reference=not options.fast)
+    check_trace(chosen.checkpoint.params, compute_dtype, len(ids), *names, **settings)
+    model, ops, which = load_model(chosen, RunShape.of_one_pass(len(ids)), reference=options.reference)
     print(f"llama3_raw: {which}", file=sys.stderr)
+    ops = showing(ops, Trace(*names), range(model.params.n_layers))
     kept = trace(model, ids, *names, **settings, ops=ops, device="cpu", progress=True)
     if options.stats or not options.output:
         show(kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pdb
 import sys
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..model import forward
 from ..ops import Scoped, Tap
 from ..weights import dtype_name
-from .taps import Patterns
+from .taps import PatternTap
 
 
 def break_at(*patterns: str) -> Tap:
@@ -29,11 +30,18 @@ def break_at(*patterns: str) -> Tap:
         bdb.BdbQuit: by the tap, if the user quits, as pdb does.
         UserError: by the tap, at the end of a pass in which a pattern matched nothing.
     """
-    wanted = Patterns(patterns)
-    debugger = _Debugger()
+    return _Break(patterns)
 
-    def breaking(name: str, tensor: Tensor) -> Tensor:
-        if wanted.matching(name):
+
+class _Break(PatternTap):
+    """The tap that `break_at` returns."""
+
+    def __init__(self, patterns: Sequence[str]):
+        super().__init__(patterns)
+        self._debugger = _Debugger()
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        if self._patterns.matching(name):
             if os.environ.get("PYTHONBREAKPOINT") or sys.breakpointhook is not sys.__breakpointhook__:
                 if os.environ.get("PYTHONBREAKPOINT") != "0":  # 0 disables the stops
                     _, up = _frame_of_model()
@@ -41,10 +49,8 @@ def break_at(*patterns: str) -> Tap:
                     print(f"llama3_raw: {_described(name, tensor)}, {frames} up", file=sys.stderr)
                 sys.breakpointhook()
             else:
-                debugger.stop(name, tensor)
+                self._debugger.stop(name, tensor)
         return tensor
-
-    return breaking
 
 
 def _frame_of_model() -> tuple[FrameType, int]:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 from ..params import Params
 
 FIRST, LAST = "tok_embeddings", "logits"  # the first and the last name of every pass
-UNFUSED = ("attention.scores", "attention.probs")  # computed within `attend`; a fused one has neither
 
 
 class NamedTensor(NamedTuple):

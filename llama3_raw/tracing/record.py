@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..backends.choose import ops_for, showing
 from ..errors import UserError, in_short
 from ..model import REFERENCE, forward
 from ..ops import Ops, Tap, no_tap, score_bytes
@@ -26,7 +27,10 @@ from ..system.files import atomic_write, read_beginning
 from ..system.machine import free_memory
 from ..weights import Model
 from .names import FIRST, LAST, token_dimension
-from .taps import Patterns, chain, dry_run
+from .padding import Ids, as_index, read_prompts, select_token
+from .padding import tokens_of_one_prompt as tokens_of_one_prompt
+from .partial import check_start, ending_after, from_layer, names_of_pass, needed_names
+from .taps import PatternTap, chain, dry_run
 
 
 def shape_difference(params: Params, others: Params) -> str | None:
@@ -42,18 +46,21 @@ class Origin:
     """The model and the tokens of a trace."""
 
     params: Params
-    ids: list[int]
+    ids: list[int]  # of the prompt; none of a batch
     weights: str  # a digest of the norms only, which are the same in every dtype and in int8
+    batch: list[list[int]] | None = None  # the prompts of a batch
 
     @staticmethod
-    def of(model: Model, ids: Sequence[int]) -> Origin:
-        """Return the origin of a pass of the model over these tokens."""
+    def of(model: Model, ids: Sequence[int] | Sequence[Sequence[int]]) -> Origin:
+        """Return the origin of a pass of the model over a prompt, or over a batch of prompts."""
         weights = model.weights
         norms = [norm for layer in weights.layers for norm in (layer.attention_norm, layer.ffn_norm)]
         digest = sha256()
         for norm in (*norms, weights.norm):
             digest.update(norm.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-        return Origin(model.params, list(ids), digest.hexdigest()[:32])
+        one = [token for token in ids if isinstance(token, int)]
+        batch = [list(row) for row in ids if not isinstance(row, int)]
+        return Origin(model.params, one, digest.hexdigest()[:32], batch or None)
 
     def check(self, model: Model, ids: Sequence[int], source: str) -> None:
         """Raise UserError if the trace in `source` is of other weights or tokens than these.
@@ -66,30 +73,37 @@ class Origin:
             raise UserError(f"{source}: is of another model, with {unlike}; trace this model")
         if self.weights != own.weights:
             raise UserError(f"{source}: is of a model of the same shape with other weights; trace this model")
+        if self.batch is not None:
+            raise UserError(f"{source}: is of a batch of {len(self.batch)} prompts; trace this prompt alone")
         if self.ids != own.ids:
             first = next((i for i, pair in enumerate(zip(self.ids, own.ids, strict=False)) if pair[0] != pair[1]), None)
             where = f"{len(self.ids)} tokens, not {len(own.ids)}" if first is None else f"another token {first}"
             raise UserError(f"{source}: is of another prompt, with {where}; give the same prompt, or trace this one")
 
 
-class Trace(Mapping[str, Tensor]):
+class Trace(PatternTap, Mapping[str, Tensor]):
     """A tap that keeps a copy of every tensor that matches a pattern; without patterns, of every tensor.
 
     A mapping from name to tensor, in the order of the forward pass. After several passes (`generate` runs one for each
     token) it has the tensors of the last; after a pass that failed, those computed until then. The copies are detached,
-    and nothing that the pass does later changes them.
+    and nothing that the pass does later changes them. Two traces are equal if they have the same names, and under each
+    the same tensor: its dtype, shape and bits, wherever it is stored.
 
     Args:
         patterns: tap names, with the wildcards of `Patterns`.
         device: where the copies are kept. None: where the tensor is.
         dtype: the dtype of the copies. None: that of the tensor.
-        last_position: keep the last token only, without the dimension T.
+        last_position: keep the last token only, without the dimension T. In `trace` with `lengths`, the last one of
+            each text; elsewhere also the last one of the padding, so give `at` for a padded batch.
+        at: keep this token only, without the dimension T: an index into T, or a tensor [B] of one for each row.
 
     Attributes:
+        at: as given; -1 for last_position.
+        lengths: the lengths [B] of the texts of a padded batch, if known: `trace` sets it.
         origin: the model and the tokens, if known: `trace` sets it, `save` and `load_trace` keep it.
 
     Raises:
-        UserError: the dtype is not floating point, or a pattern matched nothing by the end of a pass.
+        UserError: the dtype is not floating point, `at` is no index, or a pattern matched nothing by the end of a pass.
     """
 
     def __init__(
@@ -98,13 +112,18 @@ class Trace(Mapping[str, Tensor]):
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         last_position: bool = False,
+        at: int | Ids | None = None,
     ):
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise UserError(f"dtype should be a floating-point dtype such as torch.float32, is {dtype!r}")
-        self._patterns = Patterns(patterns or ("*",))
+        if last_position and at is not None:
+            raise UserError("and last_position both choose a token; leave one of them out", argument="at")
+        super().__init__(patterns or ("*",))
         self._device = device
         self._dtype = dtype
         self.last_position = last_position
+        self.at = -1 if last_position else as_index(at)
+        self.lengths: Tensor | None = None
         self._dimensions = 0  # of the embeddings, so of any tensor [..., T, n]
         self._tensors: dict[str, Tensor] = {}
         self.origin: Origin | None = None
@@ -115,20 +134,19 @@ class Trace(Mapping[str, Tensor]):
             self._dimensions = tensor.dim()
             self._tensors.clear()  # of an earlier pass
         if self._patterns.matching(name):
-            kept = self._last(name, tensor) if self.last_position else tensor
+            kept = self._chosen(name, tensor.detach())
             # exactly one copy, also if device and dtype are the same
             self._tensors[name] = torch.empty_like(
-                kept.detach(),
+                kept,
                 device=self._device or kept.device,
                 dtype=self._dtype or kept.dtype,
                 memory_format=torch.contiguous_format,
-            ).copy_(kept.detach())
+            ).copy_(kept)
         return tensor
 
-    def _last(self, name: str, tensor: Tensor) -> Tensor:
-        if name == LAST and tensor.dim() < self._dimensions:
-            return tensor  # logits_at has already chosen one
-        return tensor.select(token_dimension(name), -1)
+    def _chosen(self, name: str, tensor: Tensor) -> Tensor:
+        is_chosen = name == LAST and tensor.dim() < self._dimensions  # by logits_at
+        return tensor if self.at is None or is_chosen else select_token(tensor, token_dimension(name), self.at)
 
     def __getitem__(self, name: str) -> Tensor:
         try:
@@ -144,6 +162,17 @@ class Trace(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return self.keys() == other.keys() and all(same_bits(tensor, other[name]) for name, tensor in self.items())
+
+    __hash__ = None  # type: ignore[assignment]  # it changes with every pass
+
+    def _ipython_key_completions_(self) -> list[str]:
+        """Return what IPython and Jupyter complete after `kept["`."""
+        return list(self)
 
     def __repr__(self) -> str:
         return f"<Trace of {len(self)} tensors, {self.nbytes:,} bytes>"
@@ -163,7 +192,9 @@ class Trace(Mapping[str, Tensor]):
             UserError: the file cannot be written.
         """
         origin = self.origin and asdict(self.origin)
-        about = {"names": list(self), "origin": origin, "last_position": self.last_position}
+        at, lengths = (it.tolist() if isinstance(it, Tensor) else it for it in (self.at, self.lengths))
+        about = {"names": list(self), "origin": origin, "last_position": self.last_position, "at": at}
+        about["lengths"] = lengths
         with atomic_write(file) as part:
             try:
                 save_file(dict(self), part, metadata={"llama3_raw": json.dumps(about)})
@@ -191,70 +222,85 @@ def load_trace(file: str | Path) -> Trace:
             for name in about.get("names") or opened.keys():
                 loaded._tensors[name] = opened.get_tensor(name)
             loaded.last_position = bool(about.get("last_position"))
+            loaded.at = as_index(about.get("at"))
+            loaded.lengths = None if about.get("lengths") is None else torch.tensor(about["lengths"])
         if about.get("origin"):
             params = dict(about["origin"]["params"])
             if params["rope_scaling"]:
                 params["rope_scaling"] = RopeScaling(**params["rope_scaling"])
             ids = [int(token) for token in about["origin"]["ids"]]
-            loaded.origin = Origin(Params(**params), ids, str(about["origin"]["weights"]))
+            batch = about["origin"].get("batch")
+            loaded.origin = Origin(Params(**params), ids, str(about["origin"]["weights"]), batch)
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as a trace ({in_short(error)}); save it again") from error
     return loaded
 
 
-def trace(
+def trace(  # noqa: PLR0913  # what a caller may set
     model: Model,
-    ids: Sequence[int] | Tensor,
+    ids: Ids | Sequence[Ids],
     *patterns: str,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     last_position: bool = False,
-    ops: Ops = REFERENCE,
+    at: int | Ids | None = None,
+    lengths: Ids | None = None,
+    start_at: str | None = None,
+    residual: Tensor | None = None,
+    ops: Ops | None = None,
     tap: Tap = no_tap,
     progress: bool = False,
 ) -> Trace:
     """Run a forward pass over a prompt and return the tensors that match the patterns, as a `Trace`.
 
+    The pass ends after the last tensor that is wanted: by a pattern, or by the tap, which may want every tensor if it
+    is a plain function.
+
     Args:
         model: the model to run.
-        ids: the prompt, [T].
+        ids: the prompt, [T]; a batch of prompts, [B, T]; or a list of prompts of any length, which are padded as `pad`
+            does.
         patterns: tap names, with the wildcards of `Patterns`; without any, every tensor.
         device: as in `Trace`.
         dtype: as in `Trace`.
-        last_position: as in `Trace`.
-        ops: the operations; fused attention has no scores and probs.
+        last_position: as in `Trace`; of a padded batch, the last token of each text.
+        at: as in `Trace`.
+        lengths: the lengths [B] of prompts that are padded on the right to ids [B, T], as `pad` returns them. Tensors
+            keep the dimension T with the padding, unless one token is chosen.
+        start_at: begin with this layer, "layers.5", with `residual` as its input: the residual of the layer before, or
+            tok_embeddings for "layers.0". Then there are no tensors of the layers before.
+        residual: the input of that layer, [..., T, dim].
+        ops: the operations; fused attention has no scores and probs. None: the fast ones for the weights, with exact
+            attention if scores or probs are wanted.
         tap: sees each tensor first, so that a `patch` shows in the trace.
         progress: show a bar on stderr that counts the layers, if the pass takes longer than a second.
 
     Raises:
-        UserError: before anything is computed, if a pattern matches nothing, an id is not in the vocabulary, or the
-            tensors do not fit into memory. Also whatever `tap` raises.
+        UserError: before anything is computed, if a pattern matches nothing, an id is not in the vocabulary, a prompt
+            is longer than the context, or the tensors do not fit into memory. Also whatever `tap` raises.
     """
-    ids = tokens_of_one_prompt(ids, model.params)
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "last_position": last_position}
-    norm = model.weights.norm
-    check_trace(model.params, norm.dtype, len(ids), *patterns, **options, ops=ops, model_device=norm.device)
+    prompts = read_prompts(ids, lengths, model.params)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "last_position": last_position, "at": at}
     kept = Trace(*patterns, **options)
-    kept.origin = Origin.of(model, ids)
-    with count_layers(model.params, progress) as count, torch.no_grad():
-        tokens = torch.tensor(ids, device=norm.device)  # [T]
-        forward(model.weights, model.params, tokens, ops=ops, tap=chain(tap, kept, count))
+    kept.lengths = prompts.lengths
+    if last_position and prompts.lengths is not None:
+        options |= {"last_position": False, "at": prompts.lengths - 1}
+        kept.at = as_index(options["at"])
+    shape, norm = tuple(prompts.tokens.shape), model.weights.norm
+    first = check_start(start_at, residual, model, shape)
+    ops = ops or showing(ops_for(model.weights), chain(tap, kept), range(first or 0, model.params.n_layers))
+    names = needed_names(names_of_pass(model.params, ops, first), chain(tap, kept))
+    _check_memory(
+        model.params, norm.dtype, shape, names, Trace(*patterns, **options | {"device": "meta"}), norm.device, device
+    )
+    kept.origin = Origin.of(model, prompts.ids)
+    with count_layers(model.params, progress) as count, ending_after(names[-1]) as end, torch.no_grad():
+        tap = chain(tap, kept, count, end)
+        weights = model.weights
+        if first is not None and residual is not None:
+            weights, tap = weights._replace(layers=weights.layers[first:]), from_layer(first, residual, tap)
+        forward(weights, model.params, prompts.tokens.to(norm.device), ops=ops, tap=tap)
     return kept
-
-
-def tokens_of_one_prompt(ids: Sequence[int] | Tensor, params: Params) -> list[int]:
-    """Return ids [T] as a list. Raises UserError if they are not integers [T], are empty, or not in the vocabulary."""
-    try:
-        tokens = torch.as_tensor(ids)
-    except (TypeError, ValueError, RuntimeError):
-        tokens = torch.zeros(1, 1)
-    if tokens.dim() != 1 or (len(tokens) and (tokens.is_floating_point() or tokens.is_complex())):
-        raise UserError("ids should be the tokens of one prompt, as tokenizer.encode returns them")
-    if not len(tokens):
-        raise UserError("the prompt is empty; give at least one token")
-    checked: list[int] = tokens.tolist()
-    params.check_ids(checked)
-    return checked
 
 
 @contextlib.contextmanager
@@ -277,14 +323,32 @@ def check_trace(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     last_position: bool = False,
-    ops: Ops = REFERENCE,
+    ops: Ops | None = None,
     model_device: torch.device = torch.device("cpu"),
 ) -> None:
     """Raise UserError if a trace of `length` tokens does not fit into free memory, or a pattern matches nothing.
 
-    No tensor is computed.
+    No tensor is computed. The arguments are those of `trace`.
     """
     planned = Trace(*patterns, device="meta", dtype=dtype, last_position=last_position)
+    ops = ops or showing(REFERENCE._replace(has_scores=False), planned, range(params.n_layers))
+    names = needed_names(names_of_pass(params, ops), planned)
+    _check_memory(params, compute_dtype, (length,), names, planned, model_device, device)
+
+
+def _check_memory(
+    params: Params,
+    compute_dtype: torch.dtype,
+    shape: tuple[int, ...],
+    names: Sequence[str],
+    planned: Trace,
+    model_device: torch.device,
+    device: str | torch.device | None,
+) -> None:
+    """Raise UserError if a pass over tokens of this shape, up to the last of these names, does not fit into memory.
+
+    planned: a trace of meta tensors, which this fills. device: where the tensors of the trace will be.
+    """
     largest = 0
 
     def note_size(name: str, tensor: Tensor) -> Tensor:
@@ -292,7 +356,7 @@ def check_trace(
         largest = max(largest, tensor.nbytes)
         return tensor
 
-    dry_run(params, compute_dtype, length, ops, chain(planned, note_size))
+    dry_run(params, compute_dtype, shape, names, chain(planned, note_size))
     # as if the scores were the largest, which they are for a long prompt
     needed = Counter({model_device: largest * score_bytes(compute_dtype.itemsize) // compute_dtype.itemsize})
     needed[torch.device(device or model_device)] += planned.nbytes
@@ -304,3 +368,13 @@ def check_trace(
                 f"{model_device}, do not fit: {free / 1e9:.2f} GB are free on {place}; keep fewer tensors or only the "
                 "last position, or shorten the prompt"
             )
+
+
+def same_bits(first: Tensor, second: object) -> bool:
+    """Whether both are tensors of the same dtype, shape and bits, on any device. NaN equals the same NaN."""
+    if not isinstance(second, Tensor) or (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    if first.is_meta or second.is_meta:  # have no values
+        return first.is_meta and second.is_meta
+    first, second = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (first, second))
+    return torch.equal(first, second)

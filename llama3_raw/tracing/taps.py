@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,11 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..model import REFERENCE
-from ..ops import Ops, Tap
+from ..ops import UNFUSED, Tap, checked_result, no_tap, wants
 from ..params import Params
 from ..weights import dtype_name
-from .names import LAST, UNFUSED, named_tensors, within_layer
+from .names import LAST, named_tensors
 
 
 class Patterns:
@@ -40,6 +40,16 @@ class Patterns:
         self._regexes = {pattern: re.compile(_regex(pattern)) for pattern in patterns}
         self._unmatched = dict.fromkeys(patterns)
         self._seen: dict[str, None] = {}
+
+    def match(self, name: str) -> bool:
+        """Whether a pattern matches the name."""
+        return any(regex.fullmatch(name) for regex in self._regexes.values())
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise UserError if a pattern matches none of the names of a pass; it lists the nearest ones."""
+        for pattern, regex in self._regexes.items():
+            if not any(map(regex.fullmatch, names)):
+                raise UserError(_no_match(pattern, names))
 
     def matching(self, name: str) -> list[str]:
         """Return the patterns that match this name of a pass, in the order in which they were given.
@@ -74,55 +84,127 @@ def _no_match(pattern: str, names: Sequence[str]) -> str:
     for hidden in (f"layers.{layer}.{name}" for layer in dict.fromkeys(layers) for name in UNFUSED):
         if hidden not in names and re.fullmatch(_regex(pattern), hidden):
             return (
-                f"{pattern!r}: the fast operations compute no attention scores; the exact ones do (the default of "
-                "trace; elsewhere, ops=llama3_raw.REFERENCE)"
+                f"{pattern!r}: the fast operations compute no attention scores; leave ops out, or give "
+                "ops=llama3_raw.REFERENCE"
             )
     if "[" in pattern and "]" not in pattern.rpartition("[")[2]:
         return f"{pattern!r}: the [ has no ] after it; [0-9] matches a digit"
     every_layer = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
     near = difflib.get_close_matches(pattern, every_layer if "*" in pattern else names, n=3, cutoff=0)
-    return f"no tensor is named {pattern!r} in a pass of layers 0 to {max(layers)}; the nearest are {', '.join(near)}"
+    where = f"a pass of layers {layers[0]} to {layers[-1]}"
+    return f"no tensor is named {pattern!r} in {where}; the nearest are {', '.join(near)}"
 
 
-def chain(*taps: Tap) -> Tap:
+class PatternTap:
+    """A tap for the tensors whose names match its patterns: what `Trace`, `patch` and `break_at` have in common."""
+
+    def __init__(self, patterns: Sequence[str]):
+        self._patterns = Patterns(patterns)
+
+    def wants(self, name: str) -> bool:
+        """Whether the tap looks at the tensor of this name."""
+        return self._patterns.match(name)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise UserError if a pattern matches none of the names of a pass."""
+        self._patterns.check(names)
+
+
+def check_patterns(tap: Tap, names: Sequence[str]) -> None:
+    """Raise UserError if a pattern of the tap, if it has any, matches none of the names of a pass."""
+    if isinstance(tap, (PatternTap, Chain)):
+        tap.check(names)
+
+
+class Chain:
+    """Several taps as one: what `chain` returns."""
+
+    def __init__(self, taps: Sequence[Tap]):
+        self._taps = [tap for tap in taps if tap is not no_tap]
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        for tap in self._taps:
+            tensor = checked_result(tap, name, tap(name, tensor))
+        return tensor
+
+    def wants(self, name: str) -> bool:
+        """Whether one of the taps looks at the tensor of this name."""
+        return any(wants(tap, name) for tap in self._taps)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise UserError if a pattern of one of the taps matches none of the names of a pass."""
+        for tap in self._taps:
+            check_patterns(tap, names)
+
+
+def chain(*taps: Tap) -> Chain:
     """Return one tap that calls several in order.
 
     Args:
         taps: each gets the tensor that the one before it returned.
-    """
-
-    def chained(name: str, tensor: Tensor) -> Tensor:
-        for tap in taps:
-            tensor = tap(name, tensor)
-        return tensor
-
-    return chained
-
-
-def patch(replacements: Mapping[str, Callable[[Tensor], Tensor]]) -> Tap:
-    """Return a tap that replaces tensors by name, for activation patching, ablation of a head, or steering.
-
-    Args:
-        replacements: for each tap name or pattern, a function of the tensor. The pass continues with its result. The
-            shapes are those stated in model.py. If several patterns match a name, their functions run one after
-            another.
 
     Raises:
-        UserError: by the tap, if a result is not a tensor of the same shape, dtype and device, and at the end of a
-            pass in which a pattern matched nothing. By `patch`, if a pattern is not a str.
+        UserError: by the tap, if one of them does not return a tensor.
     """
-    patterns = Patterns(list(replacements))
+    return Chain(taps)
 
-    def patching(name: str, tensor: Tensor) -> Tensor:
-        for pattern in patterns.matching(name):
-            result = replacements[pattern](tensor)
+
+Replacement = Tensor | Callable[[Tensor], Tensor] | Callable[[Tensor, str], Tensor]
+"""What `patch` puts in the place of a tensor: another one, or a function of the tensor, or of it and its name."""
+
+
+class Patch(PatternTap):
+    """A tap that replaces tensors by name: what `patch` returns."""
+
+    def __init__(self, replacements: Mapping[str, Replacement]):
+        super().__init__(list(replacements))
+        self._functions = {pattern: _function_of(pattern, given) for pattern, given in replacements.items()}
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        for pattern in self._patterns.matching(name):
+            result = self._functions[pattern](tensor, name)
             if not isinstance(result, Tensor) or _kind(result) != _kind(tensor):
                 got = _kind(result) if isinstance(result, Tensor) else type(result).__name__
                 raise UserError(f"the patch of {name} should return a tensor {_kind(tensor)}, returns {got}")
             tensor = result
         return tensor
 
-    return patching
+
+def patch(replacements: Mapping[str, Replacement]) -> Patch:
+    """Return a tap that replaces tensors by name, for activation patching, ablation of a head, or steering.
+
+    Args:
+        replacements: for each tap name or pattern, a tensor to put in the place of the one of the pass, or a function
+            of that tensor, or of that tensor and its name. The pass continues with it. The shapes are those stated in
+            model.py. If several patterns match a name, they replace it one after another.
+
+    Raises:
+        UserError: by the tap, if a result is not a tensor of the same shape, dtype and device, and at the end of a
+            pass in which a pattern matched nothing. By `patch`, if a pattern is not a str, or what should replace a
+            tensor is neither a tensor nor a function.
+    """
+    return Patch(replacements)
+
+
+def _function_of(pattern: str, given: Replacement) -> Callable[[Tensor, str], Tensor]:
+    """Return what replaces a tensor, as a function of the tensor and its name."""
+    if isinstance(given, Tensor):
+        return lambda tensor, name: given
+    if not callable(given):
+        raise UserError(f"the patch of {pattern} should be a tensor or a function, is a {type(given).__name__}")
+    function: Callable[..., Tensor] = given
+    return function if _takes_name(function) else lambda tensor, name: function(tensor)
+
+
+def _takes_name(function: Callable[..., Tensor]) -> bool:
+    """Whether a function has a second parameter for the name: called so, or without a default."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # as of torch's own functions
+        return False
+    second = parameters[1:2]
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(it.kind in by_position and (it.name == "name" or it.default is it.empty) for it in second)
 
 
 def _kind(tensor: Tensor) -> str:
@@ -130,24 +212,19 @@ def _kind(tensor: Tensor) -> str:
 
 
 def check_names(params: Params, *patterns: str) -> None:
-    """Raise UserError if a pattern matches nothing in a pass of such a model with the exact operations."""
-    wanted = Patterns(patterns)
-
-    def match(name: str, tensor: Tensor) -> Tensor:
-        wanted.matching(name)
-        return tensor
-
-    dry_run(params, torch.bfloat16, 1, REFERENCE, match)
+    """Raise UserError if a pattern matches nothing in a pass of such a model with exact attention."""
+    Patterns(patterns).check(list(named_tensors(params)))
 
 
-def dry_run(params: Params, dtype: torch.dtype, length: int, ops: Ops, tap: Tap) -> None:
-    """Call the tap as a pass over `length` tokens would: with all names, on meta tensors of the right shape and dtype.
+def dry_run(params: Params, dtype: torch.dtype, shape: Sequence[int], names: Sequence[str], tap: Tap) -> None:
+    """Call the tap as a pass over tokens of this shape would: at these names, on meta tensors of the right shape.
 
     The model does not run: a breakpoint that is meant for the real pass would stop in it.
     """
+    *batch, length = shape
     sizes = {"T": length, "n_heads": params.n_heads, "n_kv_heads": params.n_kv_heads, "head_dim": params.head_dim}
     sizes |= {"dim": params.dim, "hidden_dim": params.hidden_dim, "vocab_size": params.vocab_size}
-    for name, tensor in named_tensors(params).items():
-        if ops.has_scores or within_layer(name) not in UNFUSED:
-            shape = [sizes[size] for size in tensor.shape.split()]
-            tap(name, torch.empty(shape, dtype=torch.float32 if name == LAST else dtype, device="meta"))
+    tensors = named_tensors(params)
+    for name in names:
+        dimensions = [*batch, *(sizes[size] for size in tensors[name].shape.split())]
+        tap(name, torch.empty(dimensions, dtype=torch.float32 if name == LAST else dtype, device="meta"))

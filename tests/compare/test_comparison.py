@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llama3_raw import LayerWeights, Model, Trace, UserError, trace
+import llama3_raw
+from llama3_raw import LayerWeights, Model, Trace, UserError
 from llama3_raw.checkpoint.loading import to_state_dict
 from llama3_raw.compare import compare
 from llama3_raw.compare.__main__ import main
@@ -33,6 +34,8 @@ PROMPT = "Once upon a time, there was a little girl named Lily."
 OWN_WEIGHTS = ["--weights", str(TINY)]
 IN_FP32 = [*OWN_WEIGHTS, "--dtype", "float32"]
 DTYPES = [torch.float32, torch.bfloat16]
+
+trace = partial(llama3_raw.trace, ops=REFERENCE)  # as compare does
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -135,7 +135,7 @@ def test_every_tensor_has_a_name_at_its_stop(
                 break_at("layers.2.*", "tok_embeddings", "norm", "logits"), lambda name, x: kept.append(name) or x
             ),
         )
-    whole = trace(tiny, ids)
+    whole = trace(tiny, ids, ops=REFERENCE)
     out, err = capsys.readouterr()
     answers = re.findall(r"^\(Pdb\) (\(.*\))$", err, re.MULTILINE)
     assert out == ""
@@ -255,8 +255,7 @@ def test_another_debugger(
     def stop() -> None:
         frame = sys._getframe(1)
         name = frame.f_locals["name"]
-        up = frame.f_back if name == "logits" else frame.f_back and frame.f_back.f_back
-        stopped.append((name, up))
+        stopped.append((name, frame.f_back and frame.f_back.f_back))
 
     def pass_over_the_prompt() -> list[str]:
         stopped.clear()
@@ -275,7 +274,7 @@ def test_another_debugger(
     lines = capsys.readouterr().err.splitlines()  # the tap's frame does not show it at once
     assert lines[-2:] == [
         "llama3_raw: layers.1.attention.scores [6, 5, 5] in bfloat16, 2 frames up",
-        "llama3_raw: logits [5, 2304] in float32, 1 frame up",
+        "llama3_raw: logits [5, 2304] in float32, 2 frames up",
     ]
     monkeypatch.setenv("PYTHONBREAKPOINT", "0")  # no debugger
     assert pass_over_the_prompt() == []
@@ -310,6 +309,6 @@ def test_a_breakpoint_in_the_model_stops_in_the_real_pass_first(
     debugger = pdb.Pdb(nosigint=True, readrc=False)
     debugger.set_break(str(MODEL_FILE), line_of(model.attend, "scores"))
     with contextlib.suppress(bdb.BdbQuit):
-        debugger.runcall(trace, tiny, ids, "logits")
+        debugger.runcall(trace, tiny, ids, "logits", ops=REFERENCE)
     debugger.clear_all_breaks()  # every Pdb shares them
     assert "device(type='cpu')" in capsys.readouterr().out

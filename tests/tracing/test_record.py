@@ -19,6 +19,7 @@ from llama3_raw import REFERENCE, Model, Trace, UserError, chain, forward, load_
 from llama3_raw.backends.cpu import fast_ops
 from llama3_raw.ops import Tap
 from llama3_raw.tracing.__main__ import Statistics, main
+from llama3_raw.tracing.partial import names_of_pass
 from llama3_raw.tracing.record import Origin, check_trace
 from llama3_raw.tracing.taps import dry_run
 from tests.paths import TINY
@@ -35,8 +36,8 @@ def ids(tiny: Model) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(tiny: Model, ids: list[int]) -> Trace:
-    """A trace with every tensor of a pass."""
-    return trace(tiny, ids)
+    """A trace with every tensor of a pass by the exact operations."""
+    return trace(tiny, ids, ops=REFERENCE)
 
 
 def same(first: Tensor, second: Tensor) -> bool:
@@ -121,7 +122,7 @@ def test_the_last_position_of_a_tensor_that_a_custom_attend_taps(tiny: Model, id
 
 
 def test_the_last_position_only(tiny: Model, ids: list[int], whole: Trace) -> None:
-    last = trace(tiny, ids, last_position=True)
+    last = trace(tiny, ids, last_position=True, ops=REFERENCE)
     shapes = {name: list(tensor.shape) for name, tensor in last.items()}
     assert shapes["layers.0.attention.q"] == [6, 32]
     assert shapes["layers.0.attention.k_rope"] == [2, 32]
@@ -144,9 +145,11 @@ def test_a_second_pass_replaces_the_first(tiny: Model, ids: list[int]) -> None:
 
 
 def test_invalid_prompts_are_refused(tiny: Model) -> None:
-    for wrong in ("Once", [[1, 2], [3, 4]], torch.zeros(1, 3, dtype=torch.long), [None], [1.5], []):
+    for wrong in ("Once", [None], [1.5], [], torch.zeros(1, 2, 3, dtype=torch.long), 3, [[1], []], [[1], "Once"]):
         with pytest.raises(UserError, match=r"ids should be|empty"):
             trace(tiny, wrong)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="the prompt needs 513 positions, but the context holds 512; shorten"):
+        trace(tiny, [1] * 513)
 
 
 def test_generate_leaves_the_trace_of_its_last_pass(tiny: Model, ids: list[int]) -> None:
@@ -157,17 +160,17 @@ def test_generate_leaves_the_trace_of_its_last_pass(tiny: Model, ids: list[int])
 
 
 def test_patching_a_tensor_with_itself_changes_no_bit(tiny: Model, ids: list[int], whole: Trace) -> None:
-    patched = trace(tiny, ids, tap=patch({"*": lambda x: x.clone()}))
+    patched = trace(tiny, ids, tap=patch({"*": lambda x: x.clone()}), ops=REFERENCE)
     assert all(same(patched[name], whole[name]) for name in whole)
 
 
 def test_a_patch_changes_what_follows_and_only_that(tiny: Model, ids: list[int], whole: Trace) -> None:
     def without_head_2(heads: Tensor) -> Tensor:  # [T, n_heads, head_dim]
         heads = heads.clone()
-        heads[:, 2] = 0
+        heads[..., 2, :] = 0
         return heads
 
-    patched = trace(tiny, ids, tap=patch({"layers.1.attention.heads": without_head_2}))
+    patched = trace(tiny, ids, tap=patch({"layers.1.attention.heads": without_head_2}), ops=REFERENCE)
     names = list(whole)
     at = names.index("layers.1.attention.heads")
     assert all(same(patched[name], whole[name]) for name in names[:at])
@@ -177,15 +180,39 @@ def test_a_patch_changes_what_follows_and_only_that(tiny: Model, ids: list[int],
     wo = tiny.weights.layers[1].wo.clone()
     wo[:, 64:96] = 0
     layers = (tiny.weights.layers[0], tiny.weights.layers[1]._replace(wo=wo), *tiny.weights.layers[2:])
-    ablated = trace(tiny._replace(weights=tiny.weights._replace(layers=layers)), ids, "logits")
+    ablated = trace(tiny._replace(weights=tiny.weights._replace(layers=layers)), ids, "logits", ops=REFERENCE)
     assert torch.allclose(patched["logits"], ablated["logits"], atol=0.02)
 
 
 def test_activations_of_one_prompt_patched_into_another(tiny: Model, ids: list[int], whole: Trace) -> None:
     other = [*ids[:-1], ids[1]]
     residual = whole["layers.3.residual"]
-    patched = trace(tiny, other, "logits", tap=patch({"layers.3.residual": lambda x: residual}))
-    assert same(patched["logits"], whole["logits"])
+    for replacement in (residual, lambda x: residual, lambda x, name: residual if name == "layers.3.residual" else x):
+        patched = trace(tiny, other, "logits", tap=patch({"layers.3.residual": replacement}), ops=REFERENCE)
+        assert same(patched["logits"], whole["logits"])
+
+
+def test_what_a_replacement_is_called_with(tiny: Model, ids: list[int]) -> None:
+    """The name is for a function with a second parameter without a default, or one that is called name."""
+    names = []
+
+    def see(tensor: Tensor, name: str = "none") -> Tensor:
+        names.append(name)
+        return tensor
+
+    functions: dict[str, Any] = {
+        "layers.*.ffn_norm": see,
+        "layers.0.residual": lambda x, where: (names.append(where), x)[1],
+        "layers.1.residual": lambda x, head=2: (names.append(head), x)[1],
+        "layers.2.residual": torch.clone,
+        "layers.3.residual": torch.nn.functional.silu,  # with a parameter inplace
+    }
+    kept = trace(tiny, ids, "layers.3.residual", tap=patch(functions))
+    assert names[:4] == ["layers.0.ffn_norm", "layers.0.residual", "layers.1.ffn_norm", 2]
+    assert names[4:] == ["layers.2.ffn_norm", "layers.3.ffn_norm"]
+    assert float(kept["layers.3.residual"].min()) > -0.3  # the least value of silu
+    with pytest.raises(UserError, match="the patch of norm should be a tensor or a function, is a int"):
+        patch({"norm": 0})  # type: ignore[dict-item]
 
 
 def test_several_patches_of_one_name_run_in_order(tiny: Model, ids: list[int]) -> None:
@@ -224,7 +251,7 @@ def test_a_wrong_name_gets_the_nearest(tiny: Model, ids: list[int], whole: Trace
 
 
 def test_scores_of_the_fast_attention_are_refused(tiny: Model, ids: list[int]) -> None:
-    with pytest.raises(UserError, match=r"llama3_raw\.REFERENCE"):
+    with pytest.raises(UserError, match=r"leave ops out, or give ops=llama3_raw\.REFERENCE"):
         trace(tiny, ids, "layers.*.attention.scores", ops=fast_ops())
     with pytest.raises(UserError, match=r"llama3_raw\.REFERENCE"):
         forward(tiny.weights, tiny.params, torch.tensor(ids), ops=fast_ops(), tap=Trace("*.probs"))
@@ -244,7 +271,7 @@ def test_a_custom_attention_may_read_the_values_of_its_input(tiny: Model, ids: l
 
 def test_a_dry_run_has_the_names_shapes_and_dtypes_of_the_pass(tiny: Model, ids: list[int], whole: Trace) -> None:
     planned = Trace(device="meta")
-    dry_run(tiny.params, torch.bfloat16, len(ids), REFERENCE, planned)
+    dry_run(tiny.params, torch.bfloat16, [len(ids)], names_of_pass(tiny.params, REFERENCE), planned)
     assert [(name, x.shape, x.dtype) for name, x in planned.items()] == [
         (name, x.shape, x.dtype) for name, x in whole.items()
     ]
@@ -267,12 +294,13 @@ def test_a_trace_that_does_not_fit_is_refused_before_the_pass(tiny: Model, monke
     check(device="meta")
     free["cpu"] = 5 * scores
     with pytest.raises(UserError, match="are free on cpu"):
-        check("norm")
+        check("layers.3.attention.scores", last_position=True)
+    check("norm")  # computes no scores
     free["cpu"] = 5 * 2 * scores  # in fp32 they are twice as large, but there is no copy in another dtype
-    check_trace(tiny.params, torch.float32, 512, "norm")
+    check_trace(tiny.params, torch.float32, 512, "norm", ops=REFERENCE)
     free["cpu"] = 2 * 2 * scores
     with pytest.raises(UserError, match="are free on cpu"):
-        check_trace(tiny.params, torch.float32, 512, "norm")
+        check_trace(tiny.params, torch.float32, 512, "norm", ops=REFERENCE)
 
 
 def test_a_saved_trace_is_loaded_unchanged(tiny: Model, ids: list[int], whole: Trace, tmp_path: Path) -> None:
@@ -356,10 +384,8 @@ def test_the_command_prints_and_writes(
 ) -> None:
     file = tmp_path / "t.safetensors"
     prompt = "Once upon a time, there was a little"
-    assert (
-        main(["--weights", str(TINY), prompt, "--names", "layers.0.*", "--names", "logits", "-o", str(file), "--stats"])
-        == 0
-    )
+    wanted = ["--names", "layers.0.*", "--names", "logits", "-o", str(file), "--stats", "--reference"]
+    assert main(["--weights", str(TINY), prompt, *wanted]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert len(lines) == 1 + 18
@@ -374,7 +400,8 @@ def test_the_command_prints_and_writes(
     kept = load_trace(file)
     assert all(same(kept[name], whole[name]) for name in kept)
     as_ids = " ".join(map(str, ids))
-    assert main(["--weights", str(TINY), "--ids", as_ids, "--names", "logits", "--last-position", "-o", str(file)]) == 0
+    one = ["--weights", str(TINY), "--ids", as_ids, "--names", "logits", "--last-position", "-o", str(file)]
+    assert main([*one, "--reference"]) == 0
     assert capsys.readouterr().out == ""
     assert same(load_trace(file)["logits"], whole["logits"][-1])
 
@@ -384,7 +411,6 @@ def test_the_command_prints_and_writes(
     [
         ([], "give a prompt"),
         (["Hi", "--names", "layers.7.residual"], "layers 0 to 3; the nearest are"),
-        (["Hi", "--names", "*.scores", "--fast"], "the fast operations compute no attention scores"),
         (["Hi", "-o", "/nowhere/t.safetensors"], "there is no folder /nowhere"),
         (["Hi", "-o", "/"], "-o /: is not a file"),
         (["Hi", "-o", "/dev/null"], "-o /dev/null: is not a file"),

@@ -1,0 +1,145 @@
+"""Prompts of unequal length in one batch: padded on the right, and the lengths beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..params import Params
+
+Ids = Sequence[int] | Tensor
+
+
+def pad(prompts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+    """Return prompts as tokens [B, T], padded on the right, and their lengths [B].
+
+    The causal mask hides the padding from the tokens before it. It repeats the last token of the prompt.
+
+    Raises:
+        UserError: there are no prompts, one is empty, or one is not a sequence of token ids.
+    """
+    if not len(prompts):
+        raise UserError("there are no prompts; give at least one")
+    rows = [_ids_of(prompt) for prompt in prompts]
+    lengths = [len(row) for row in rows]
+    padded = [[*row, *[row[-1]] * (max(lengths) - len(row))] for row in rows]
+    return torch.tensor(padded), torch.tensor(lengths)
+
+
+class Prompts(NamedTuple):
+    """A prompt, or a batch of them."""
+
+    tokens: Tensor  # [T] or [B, T], on the CPU
+    lengths: Tensor | None = None  # [B], of a padded batch
+
+    @property
+    def ids(self) -> list[int] | list[list[int]]:
+        """The tokens without the padding: of one prompt, or of each."""
+        ids: list[int] | list[list[int]] = self.tokens.tolist()
+        if self.lengths is None:
+            return ids
+        return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths.tolist(), strict=True)]
+
+
+def read_prompts(ids: Ids | Sequence[Ids], lengths: Ids | None, params: Params) -> Prompts:
+    """Return ids [T] or [B, T], or prompts of unequal length, as tensors.
+
+    Raises UserError unless they are token ids of the model that fit into its context, and the lengths fit the batch.
+    """
+    if isinstance(ids, Tensor) or _is_one_prompt(ids):
+        prompts = Prompts(_tokens_of(ids), None if lengths is None else torch.as_tensor(lengths).cpu())
+    else:
+        prompts = Prompts(*pad(ids))  # type: ignore[arg-type]
+        if lengths is not None:
+            raise UserError("belong to a padded batch; a list of prompts says how long each is", argument="lengths")
+    _check_lengths(prompts)
+    params.check_ids(prompts.tokens.flatten().tolist())
+    needed, limit = prompts.tokens.shape[-1], params.max_seq_len
+    if needed > limit:
+        raise UserError(f"the prompt needs {needed} positions, but the context holds {limit}; shorten the prompt")
+    return prompts
+
+
+def tokens_of_one_prompt(ids: Ids, params: Params) -> list[int]:
+    """Return ids [T] as a list. Raises UserError if they are not integers [T], are empty, or not in the vocabulary."""
+    checked = _ids_of(ids)
+    params.check_ids(checked)
+    return checked
+
+
+def _is_one_prompt(ids: Ids | Sequence[Ids]) -> bool:
+    return not (isinstance(ids, Sequence) and len(ids) and all(isinstance(row, (list, tuple, Tensor)) for row in ids))
+
+
+def _ids_of(ids: Ids) -> list[int]:
+    tokens = _tokens_of(ids)
+    if tokens.dim() != 1:
+        raise UserError("ids should be the tokens of one prompt, as tokenizer.encode returns them")
+    checked: list[int] = tokens.tolist()
+    return checked
+
+
+def _tokens_of(ids: object) -> Tensor:
+    """Return ids [T] or [B, T] as a tensor on the CPU. Raises UserError if they are something else, or empty."""
+    try:
+        tokens = torch.as_tensor(ids).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        tokens = torch.zeros(())
+    if tokens.dim() not in (1, 2) or (tokens.numel() and (tokens.is_floating_point() or tokens.is_complex())):
+        raise UserError("ids should be the tokens of one prompt, as tokenizer.encode returns them, or a batch [B, T]")
+    if not tokens.numel():
+        raise UserError("the prompt is empty; give at least one token")
+    return tokens
+
+
+def _check_lengths(prompts: Prompts) -> None:
+    tokens, lengths = prompts
+    if lengths is None:
+        return
+    shape = list(tokens.shape)
+    if tokens.dim() != 2 or lengths.shape != tokens.shape[:1] or lengths.is_floating_point():
+        raise UserError(
+            f"should be one length for each row of ids [B, T], as pad returns them; ids are {shape}", argument="lengths"
+        )
+    if not 1 <= int(lengths.min()) <= int(lengths.max()) <= tokens.shape[1]:
+        raise UserError(
+            f"{lengths.tolist()}: each should be from 1 to the {shape[1]} tokens of a row", argument="lengths"
+        )
+
+
+def as_index(at: int | Ids | None) -> int | Tensor | None:
+    """Return an index into T, or a tensor [B] of one for each row. Raises UserError if it is something else."""
+    if at is None or (isinstance(at, int) and not isinstance(at, bool)):
+        return at
+    try:
+        rows = torch.as_tensor(at).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        rows = torch.zeros(0)
+    if rows.dtype != torch.long or not rows.numel():
+        raise UserError(f"should be an index of a token, or a tensor of one for each row, is {at!r}", argument="at")
+    return rows if rows.dim() else int(rows)
+
+
+def select_token(tensor: Tensor, dimension: int, at: int | Tensor) -> Tensor:
+    """Return a tensor without its dimension T (counted from the end): of one token, or of one for each row.
+
+    Raises UserError if there is no such token, or not one for each row.
+    """
+    length, batch = tensor.shape[dimension], tensor.shape[: at.dim() if isinstance(at, Tensor) else 0]
+    low, high = (at, at) if isinstance(at, int) else (int(at.min()), int(at.max()))
+    if not -length <= low <= high < length:
+        raise UserError(f"{low if low < -length else high}: a pass of {length} tokens has no such token", argument="at")
+    if isinstance(at, int):
+        return tensor.select(dimension, at)
+    if at.shape != batch or at.dim() > tensor.dim() + dimension:
+        raise UserError(
+            f"has {len(at)} indices, for a pass of shape {list(tensor.shape)}; give one per row", argument="at"
+        )
+    rows = (at % length).to(tensor.device).view(*batch, *[1] * (tensor.dim() - at.dim()))
+    shape = [*tensor.shape]
+    shape[dimension] = 1
+    return tensor.gather(dimension, rows.expand(shape)).squeeze(dimension)
