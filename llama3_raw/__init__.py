@@ -16,8 +16,25 @@ if TYPE_CHECKING:
     from .params import Params as Params
     from .tokenizer import Tokenizer as Tokenizer
     from .tracing import plots as plots
+    from .tracing.attribution import attribute as attribute
+    from .tracing.attribution import head_results as head_results
+    from .tracing.attribution import logit_direction as logit_direction
+    from .tracing.circuits import attention_at as attention_at
+    from .tracing.circuits import by_head as by_head
+    from .tracing.circuits import composition as composition
+    from .tracing.circuits import fold_norms as fold_norms
+    from .tracing.circuits import induction_scores as induction_scores
+    from .tracing.circuits import ov_circuits as ov_circuits
+    from .tracing.circuits import qk_circuits as qk_circuits
+    from .tracing.circuits import repeated_tokens as repeated_tokens
     from .tracing.debugger import break_at as break_at
     from .tracing.padding import pad as pad
+    from .tracing.gradients import estimate_sweep as estimate_sweep
+    from .tracing.gradients import trace_gradients as trace_gradients
+    from .tracing.patching import ablation as ablation
+    from .tracing.patching import path_patch as path_patch
+    from .tracing.patching import sweep as sweep
+    from .tracing.patching import tap_names as tap_names
     from .tracing.record import Trace as Trace
     from .tracing.record import load_trace as load_trace
     from .tracing.record import trace as trace
@@ -36,8 +53,21 @@ _PUBLIC_NAMES = {  # module -> the public names defined there
     "model": ("REFERENCE", "KVCache", "forward"),
     "params": ("Params",),
     "tokenizer": ("Tokenizer",),
+    "tracing.attribution": ("attribute", "head_results", "logit_direction"),
+    "tracing.circuits": (
+        "attention_at",
+        "by_head",
+        "composition",
+        "fold_norms",
+        "induction_scores",
+        "ov_circuits",
+        "qk_circuits",
+        "repeated_tokens",
+    ),
     "tracing.debugger": ("break_at",),
     "tracing.padding": ("pad",),
+    "tracing.gradients": ("estimate_sweep", "trace_gradients"),
+    "tracing.patching": ("ablation", "path_patch", "sweep", "tap_names"),
     "tracing.record": ("Trace", "load_trace", "trace"),
     "tracing.taps": ("chain", "patch"),
     "weights": ("LayerWeights", "Model", "Weights"),

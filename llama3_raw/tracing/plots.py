@@ -234,6 +234,75 @@ def vectors(rows: Mapping[str, Tensor], *, title: str = "") -> Figure:
     return figure
 
 
+def heat(
+    values: Tensor, rows: Sequence[str] | None = None, columns: Sequence[str] | None = None, *, title: str = ""
+) -> Figure:
+    """Plot a table of numbers, such as the effects of a sweep: blue if negative, orange if positive, pale near 0.
+
+    Args:
+        values: [rows, columns]; a NaN stays empty.
+        rows: the name of each row, from top to bottom. None: their numbers.
+        columns: the name of each column. None: their numbers.
+        title: the title of the plot.
+
+    Raises:
+        UserError: the values are not a table, or there is not one name for each row and column.
+    """
+    if values.dim() != 2:
+        raise UserError(f"should be [rows, columns], is {list(values.shape)}", argument="values")
+    names = [list(rows or map(str, range(values.shape[0]))), list(columns or map(str, range(values.shape[1])))]
+    for n, given, argument in zip(values.shape, names, ("rows", "columns"), strict=True):
+        if len(given) != n:
+            raise UserError(f"has {len(given)} names for {n}", argument=argument)
+    wide, high = (0.08 * max(map(len, given), default=0) for given in names)  # inches of the names
+    table = values.detach().float().cpu()
+    limit = float(table.nan_to_num(0.0).abs().max()) or 1.0
+    figure, axes = _figure(1.8 + wide + 0.32 * values.shape[1], 0.8 + high + 0.26 * values.shape[0])
+    image = axes.imshow(table.numpy(), cmap=_SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    _name_ticks(axes, "y", names[0])
+    _name_ticks(axes, "x", names[1])
+    axes.set_title(title)
+    figure.colorbar(image, pad=0.02)
+    return figure
+
+
+def heads(trace: Trace, layer: int | None = None) -> Figure:
+    """Plot the attention of all heads as a grid of small maps, queries from top to bottom and keys from left to right.
+
+    Args:
+        trace: has layers.N.attention.probs, [n_heads, T, T].
+        layer: the layer N, whose heads are in rows of eight. None: all layers in the trace, one in each row.
+
+    Raises:
+        UserError: the trace lacks the tensor, or the model has no such layer.
+    """
+    if layer is None:
+        layers = [int(name.split(".")[1]) for name in trace if name.endswith(".attention.probs")] or [0]
+    else:
+        layers = [layer]
+    maps = torch.stack(
+        [_tensor(trace, f"layers.{i}.attention.probs", 3).float() for i in layers]
+    )  # [layers, heads, T, T]
+    across = maps.shape[1] if layer is None else min(8, maps.shape[1])
+    framed = F.pad(maps.flatten(0, 1), (0, 1, 0, 1), value=torch.nan)  # a gap between the maps
+    down = math.ceil(len(framed) / across)
+    framed = F.pad(framed, (0, 0, 0, 0, 0, down * across - len(framed)), value=torch.nan)
+    size = framed.shape[-1]  # T + 1
+    picture = framed.unflatten(0, (down, across)).transpose(1, 2).reshape(down * size, across * size)
+    figure, axes = _figure(1.2 + 0.9 * across, 0.6 + 0.9 * down)
+    image = axes.imshow(picture.numpy(), cmap=_SHARE, vmin=0, vmax=1, interpolation="nearest")
+    centres = [[size * i + size / 2 - 1 for i in range(n)] for n in (down, across)]
+    rows = [f"layer {i}" for i in layers] if layer is None else [f"head {across * i}" for i in range(down)]
+    axes.set_yticks(centres[0], rows)
+    axes.set_xticks(centres[1], [f"head {i}" if layer is None else f"+{i}" for i in range(across)])
+    axes.xaxis.tick_top()
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_title("" if layer is None else f"layer {layer}")
+    figure.colorbar(image, label="probability", pad=0.02)
+    return figure
+
+
 def rope_turns(trace: Trace, params: Params, layer: int, head: int) -> Figure:
     """Plot how RoPE rotates four pairs of the last token's query, from the fastest pair to the slowest.
 

@@ -139,3 +139,47 @@ def test_the_text_of_a_token_is_printable(tiny: Model) -> None:
     assert shown[0xF0] == "\\xf0"
     assert shown[0] == "\\x00"
     assert all(text.isprintable() for text in shown)
+
+
+def test_a_heat_map_has_the_values_names_and_signed_colours() -> None:
+    values = torch.tensor([[1.0, -2.0, 0.0], [0.5, torch.nan, 1.5]])
+    axes, bar = plots.heat(values, ["layer 0", "$1"], ["a", "b", "c"], title="effect").axes
+    image = axes.images[0]
+    assert torch.equal(torch.tensor(image.get_array().filled(torch.nan)).nan_to_num(9), values.nan_to_num(9))
+    assert image.get_clim() == (-2.0, 2.0)  # 0 has no colour
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["layer 0", "$1"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
+    assert axes.get_title() == "effect"
+    assert bar is not axes
+    numbered = plots.heat(torch.zeros(2, 3)).axes[0]
+    assert [label.get_text() for label in numbered.get_xticklabels()] == ["0", "1", "2"]
+    for wrong, names, message in (
+        (values[0], ["a"], r"values should be \[rows, columns\], is \[3\]"),
+        (values, ["a"], "rows has 1 names for 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plots.heat(wrong, names)
+
+
+def test_the_grid_has_the_probabilities_of_all_heads(kept: Trace) -> None:
+    length, n_heads = len(kept["tok_embeddings"]), 6
+    picture = torch.tensor(plots.heads(kept).axes[0].images[0].get_array().filled(torch.nan))
+    assert picture.shape == (4 * (length + 1), n_heads * (length + 1))
+    maps = picture.unflatten(0, (4, -1)).unflatten(2, (n_heads, -1)).transpose(1, 2)  # [layers, heads, T + 1, T + 1]
+    assert maps[..., -1].isnan().all()  # the gaps between them
+    for layer in range(4):
+        assert torch.equal(maps[layer, :, :-1, :-1], kept[f"layers.{layer}.attention.probs"].float())
+
+
+def test_the_grid_of_a_layer_has_eight_heads_in_a_row(tiny: Model) -> None:
+    probs = torch.rand(11, 5, 5)
+    kept = Trace("layers.1.attention.probs")
+    kept("layers.1.attention.probs", probs)
+    axes = plots.heads(kept, 1).axes[0]
+    picture = torch.tensor(axes.images[0].get_array().filled(torch.nan))
+    assert picture.shape == (2 * 6, 8 * 6)
+    assert torch.equal(picture[6:11, 12:17], probs[10])
+    assert picture[6:, 18:].isnan().all()
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["head 0", "head 8"]
+    with pytest.raises(UserError, match=r"the trace lacks 'layers\.0\.attention\.probs'"):
+        plots.heads(Trace(), None)

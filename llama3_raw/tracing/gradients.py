@@ -1,0 +1,159 @@
+"""Gradients by tap name: `trace_gradients`, and `estimate_sweep`, which estimates a sweep from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..model import REFERENCE, forward
+from ..ops import Ops, Tap, no_tap
+from ..weights import Model
+from .patching import STREAM, Base, By, Metric, cells_of, layer_of, tap_names
+from .record import Origin, Trace, tokens_of_one_prompt, trace
+from .taps import Patterns, chain
+
+
+def trace_gradients(
+    model: Model,
+    ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+    of: Callable[[Tensor], Tensor],
+    *patterns: str,
+    ops: Ops = REFERENCE,
+    tap: Tap = no_tap,
+) -> tuple[Trace, Trace]:
+    """Run a pass and its backward pass; return the tensors that match the patterns, and the gradients of `of` by them.
+
+    The gradients have the names, shapes and dtypes of the tensors. The weights need no gradients and get none.
+
+    Args:
+        model: the model to run.
+        ids: the prompt [T], or prompts of equal length [B, T].
+        of: a function of the logits [..., T, vocab_size] that returns a scalar, such as
+            `lambda logits: logits[-1, answer] - logits[-1, other]`.
+        patterns: tap names, with the wildcards of `Patterns`; without any, every tensor. The pass is differentiated
+            from the first of them on.
+        ops: the operations, which must be differentiable: the fast ones are not.
+        tap: sees each tensor first, so that the gradients are those at what a `patch` made.
+
+    Raises:
+        UserError: before anything is computed, if a pattern matches nothing or an id is not in the vocabulary; and if
+            `of` returns no scalar that depends on the logits.
+    """
+    tokens = _tokens(ids, model)
+    tap_names(model.params, *patterns)  # raises for a pattern that matches nothing
+    kept, gradients = Trace(*patterns), Trace()
+    watched: dict[str, Tensor] = {}
+    with torch.enable_grad():
+        seeing = chain(tap, _watching(watched, *patterns), kept)
+        value = of(forward(model.weights, model.params, tokens, ops=ops, tap=seeing))
+        for name, gradient in _gradients(value, watched, "of").items():
+            gradients(name, gradient)
+    if tokens.dim() == 1:
+        kept.origin = gradients.origin = Origin.of(model, tokens.tolist())
+    return kept, gradients
+
+
+def estimate_sweep(
+    model: Model,
+    ids: Sequence[int] | Tensor,
+    source: Mapping[str, Tensor],
+    names: str | Sequence[str],
+    metric: Metric,
+    *,
+    by: By = "position",
+    steps: int | None = None,
+) -> Tensor:
+    """Estimate what `sweep` would return, from gradients: the metric plus the slice's change times its gradient.
+
+    Attribution patching (Nanda 2023; Syed et al. 2023): one pass and one backward pass for all slices. It is exact
+    where the metric is linear in the tensor, and worst for large changes of early layers.
+
+    Args:
+        model: the model to run.
+        ids: as in `sweep`.
+        source: as in `sweep`.
+        names: as in `sweep`.
+        metric: as in `sweep`; its rows are independent.
+        by: as in `sweep`.
+        steps: None for the gradients in the unchanged pass. A number for integrated gradients (Sundararajan et al.
+            2017, eq. 3): for each name, the mean of the gradients at so many points between the tensor and that of
+            `source`, in one batch. The changes of all positions then sum to the effect of patching the whole tensor.
+
+    Returns:
+        The estimates, [names, n].
+
+    Raises:
+        UserError: as `sweep` does.
+    """
+    ids = tokens_of_one_prompt(ids, model.params)
+    cells = cells_of(model.params, len(ids), source, names, by)
+    names = list(dict.fromkeys(change.name for row in cells for cell in row for change in cell))
+    base = Base(model, ids, trace(model, ids, *STREAM, *names, ops=REFERENCE), REFERENCE)
+    # the masked scores, -inf in both, do not differ
+    changes = {
+        name: (source[name].to(x.device) - x).float().nan_to_num(0.0) for name, x in base.kept.items() if name in names
+    }
+    watched: dict[str, Tensor] = {}
+    with torch.enable_grad():
+        value = metric(base.run(0, 1, _watching(watched, *names)))  # [1]
+        gradients = {name: gradient[0].float() for name, gradient in _gradients(value, watched, "metric").items()}
+        if steps is not None:
+            gradients = {name: _mean_gradient(base, name, changes[name], metric, steps) for name in names}
+    effects = [
+        [sum((changes[change.name] * gradients[change.name])[change.where].sum() for change in cell) for cell in row]
+        for row in cells
+    ]
+    return value.detach() + torch.tensor(effects, device=value.device)
+
+
+def _mean_gradient(base: Base, name: str, change: Tensor, metric: Metric, steps: int) -> Tensor:
+    """Return the mean of the metric's gradients by a tensor, at the middles of `steps` parts of its change."""
+    middles = (torch.arange(steps, device=change.device) + 0.5) / steps
+    watched: dict[str, Tensor] = {}
+
+    def move(at: str, tensor: Tensor) -> Tensor:
+        if at != name:
+            return tensor
+        return (tensor + middles.view(-1, *[1] * change.dim()) * change).to(tensor.dtype)
+
+    first = layer_of(name, base.model.params.n_layers)
+    value = metric(base.run(first, steps, chain(move, _watching(watched, name)))).sum()
+    return _gradients(value, watched, "metric")[name].float().mean(0)
+
+
+def _watching(watched: dict[str, Tensor], *patterns: str) -> Tap:
+    """Return the tap that puts the tensors that match into `watched`, as part of autograd from the first of them on."""
+    wanted = Patterns(patterns or ("*",))
+
+    def watch(name: str, tensor: Tensor) -> Tensor:
+        if wanted.matching(name):
+            watched[name] = tensor = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+        return tensor
+
+    return watch
+
+
+def _gradients(value: Tensor, watched: Mapping[str, Tensor], argument: str) -> dict[str, Tensor]:
+    """Return the gradients of a scalar by the tensors, 0 where it does not depend on one."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(f"should return a scalar that is computed from the logits, returns {got}", argument=argument)
+    found = torch.autograd.grad(value.sum(), list(watched.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(watched, found, strict=True))
+
+
+def _tokens(ids: Any, model: Model) -> Tensor:
+    """Return ids [T] or [B, T] on the model's device. Raises UserError if they are not tokens of the vocabulary."""
+    checked = [tokens_of_one_prompt(row, model.params) for row in (ids if _is_batch(ids) else [ids])]
+    return torch.tensor(checked if _is_batch(ids) else checked[0], device=model.weights.norm.device)
+
+
+def _is_batch(ids: Any) -> bool:
+    try:
+        return torch.as_tensor(ids).dim() == 2
+    except (TypeError, ValueError, RuntimeError):
+        return False

@@ -1,0 +1,169 @@
+"""Gradients by name, beside finite differences and autograd by hand; estimates of sweeps, beside the sweeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama3_raw import Model, Trace, UserError, estimate_sweep, forward, patch, sweep, trace, trace_gradients
+from tests.references import quantized_weights
+from tests.tracing.small import ANSWER, CLEAN, IDS, OTHER, close, metric, small_model
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def clean(model: Model) -> Trace:
+    return trace(model, CLEAN)
+
+
+def of(logits: Tensor) -> Tensor:
+    return logits[..., -1, ANSWER].sum() - logits[..., -1, OTHER].sum()
+
+
+def test_the_tensors_are_those_of_a_trace(model: Model) -> None:
+    tensors, gradients = trace_gradients(model, IDS, of)
+    kept = trace(model, IDS)
+    assert list(tensors) == list(gradients) == list(kept)
+    assert all(torch.equal(tensors[name], kept[name]) for name in kept)
+    assert all(gradients[name].shape == kept[name].shape and not gradients[name].requires_grad for name in kept)
+    assert tensors.origin == kept.origin
+    assert not any(weight.requires_grad for layer in model.weights.layers for weight in layer)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tok_embeddings",
+        "layers.0.attention.q",
+        "layers.1.attention.k_rope",
+        "layers.1.attention.probs",
+        "layers.2.feed_forward.gate",
+        "layers.1.residual",
+        "norm",
+        "logits",
+    ],
+)
+def test_a_small_step_changes_the_scalar_by_the_gradient(model: Model, name: str) -> None:
+    _, gradients = trace_gradients(model, IDS, of, name)
+    step = torch.randn(gradients[name].shape, generator=torch.Generator().manual_seed(2)) * 1e-3
+    values = []
+    for sign in (1, -1):
+        logits = trace(model, IDS, "logits", tap=patch({name: lambda x, sign=sign: x + sign * step}))["logits"]  # type: ignore[misc]
+        values.append(float(of(logits.double())))
+    expected = (values[0] - values[1]) / 2
+    assert expected != 0
+    assert float((gradients[name] * step).sum()) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_batch_has_the_gradients_of_each_prompt(model: Model) -> None:
+    _, gradients = trace_gradients(model, torch.tensor([IDS, CLEAN]), of, "layers.*.attention.scores", "layers.1.*")
+    for row, prompt in enumerate((IDS, CLEAN)):
+        _, one = trace_gradients(model, prompt, of, *gradients)
+        for name in one:
+            assert one[name].abs().max() > 0
+            torch.testing.assert_close(
+                gradients[name][row], one[name], rtol=0, atol=1e-5 * float(one[name].abs().max())
+            )
+
+
+def test_in_bf16_and_int8(model: Model) -> None:
+    names = ("layers.*.residual", "layers.1.attention.heads")
+    _, exact = trace_gradients(model, IDS, of, *names)
+    _, rounded = trace_gradients(small_model(torch.bfloat16), IDS, of, *names)
+    int8 = model._replace(weights=quantized_weights(model.weights, "int8"))
+    _, quantized = trace_gradients(int8, IDS, of, *names)
+    for name in exact:
+        assert rounded[name].dtype == torch.bfloat16
+        close(rounded[name].float(), exact[name], tolerance=0.1)
+        close(quantized[name], exact[name], tolerance=0.05)
+
+
+def test_a_patch_shows_in_the_gradients(model: Model, clean: Trace) -> None:
+    """The gradients are those of the patched pass; what comes before a patch with constants has none."""
+    replaced = clean["layers.1.residual"]
+    tensors, gradients = trace_gradients(
+        model, IDS, of, "layers.[012].residual", tap=patch({"layers.1.residual": lambda _: replaced})
+    )
+    assert torch.equal(tensors["layers.1.residual"], replaced)
+    assert not gradients["layers.0.residual"].any()
+    _, expected = trace_gradients(model, CLEAN, of, "layers.2.residual")
+    close(gradients["layers.2.residual"][-1], expected["layers.2.residual"][-1])
+
+
+def test_gradients_in_a_no_grad_block_and_of_trained_weights(model: Model) -> None:
+    _, expected = trace_gradients(model, IDS, of, "layers.1.residual")
+    with torch.no_grad():
+        _, gradients = trace_gradients(model, IDS, of, "layers.1.residual")
+    assert torch.equal(gradients["layers.1.residual"], expected["layers.1.residual"])
+    trained = model._replace(weights=model.weights._replace(norm=model.weights.norm.clone().requires_grad_()))
+    _, gradients = trace_gradients(trained, IDS, of, "layers.1.residual")
+    assert torch.equal(gradients["layers.1.residual"], expected["layers.1.residual"])
+    assert trained.weights.norm.grad is None
+
+
+def test_wrong_scalars_names_and_prompts_are_refused(model: Model) -> None:
+    wrong: list[Any] = [lambda x: x[-1], lambda x: 1.0, lambda x: x.detach().sum()]
+    for function, got in zip(wrong, (r"\[100\]", "float", r"\[\]"), strict=True):
+        with pytest.raises(UserError, match=rf"of should return a scalar that .* from the logits, returns {got}"):
+            trace_gradients(model, IDS, function)
+    with pytest.raises(UserError, match="nearest"):
+        trace_gradients(model, IDS, of, "layers.3.residual")
+    for ids in ([], [100], [[1, 2], [3, 100]], [[1], [2, 3]], "Once"):
+        with pytest.raises(UserError):
+            trace_gradients(model, ids, of)  # type: ignore[arg-type]
+
+
+def test_attribution_patching_is_exact_where_the_rest_is_linear(model: Model, clean: Trace) -> None:
+    names = ["norm", "logits"]
+    close(estimate_sweep(model, IDS, clean, names, metric), sweep(model, IDS, clean, names, metric))
+
+
+@pytest.mark.parametrize(("names", "by"), [("layers.*.attention.heads", "head"), ("layers.*.residual", "position")])
+def test_attribution_patching_is_the_change_times_the_gradient(model: Model, clean: Trace, names: str, by: Any) -> None:
+    tensors, gradients = trace_gradients(model, IDS, of, names)
+    products = torch.stack([(clean[name] - tensors[name]) * gradients[name] for name in tensors])
+    expected = products.sum((1, 3) if by == "head" else 2)
+    base = metric(trace(model, IDS, "logits")["logits"][None])
+    close(estimate_sweep(model, IDS, clean, names, metric, by=by) - base, expected)
+
+
+def test_small_changes_are_estimated_well(model: Model, clean: Trace) -> None:
+    """Of all kinds of tensors, of scores with their -inf too."""
+    names = ["layers.*.attention.q", "layers.*.attention.scores", "layers.*.feed_forward.up"]
+    own = trace(model, IDS)
+    nearby = {name: own[name] + 0.01 * (clean[name] - own[name]).nan_to_num(0.0) for name in own}
+    base = metric(own["logits"][None])
+    for pattern in names:
+        found = estimate_sweep(model, IDS, nearby, pattern, metric) - base
+        close(found, sweep(model, IDS, nearby, pattern, metric) - base, tolerance=0.05)
+
+
+def test_integrated_gradients_sum_to_the_whole_effect(model: Model, clean: Trace) -> None:
+    names = ["tok_embeddings", "layers.0.attention.probs", "layers.1.residual", "layers.2.attention.v"]
+    base = metric(trace(model, IDS, "logits")["logits"][None])
+    for name in names:
+        estimates = estimate_sweep(model, IDS, clean, name, metric, steps=64)
+        with torch.no_grad():
+            logits = forward(
+                model.weights,
+                model.params,
+                torch.tensor(IDS),
+                tap=patch({name: lambda _, name=name: clean[name]}),  # type: ignore[misc]
+            )
+        whole = metric(logits[None]) - base
+        assert abs(float(whole)) > 0.1
+        assert float((estimates - base).sum()) == pytest.approx(float(whole), abs=2e-3)
+        one_step = estimate_sweep(model, IDS, clean, name, metric) - base
+        assert float(one_step.sum()) != pytest.approx(float(whole), abs=2e-2)
+
+
+def test_a_wrong_metric_of_an_estimate_is_refused(model: Model, clean: Trace) -> None:
+    with pytest.raises(UserError, match="metric should return a scalar"):
+        estimate_sweep(model, IDS, clean, "norm", lambda logits: logits[:, -1])
