@@ -16,11 +16,11 @@ from tqdm import tqdm
 from ..backends.choose import ops_for
 from ..errors import UserError, in_short
 from ..model import REFERENCE, forward
-from ..ops import Ops, Tap, score_bytes
+from ..ops import UNFUSED, Ops, Tap, score_bytes
 from ..params import Params
 from ..system.machine import free_memory
 from ..weights import Model, Weights
-from .names import FIRST, UNFUSED, named_tensors, token_dimension, within_layer
+from .names import FIRST, named_tensors, token_dimension, within_layer
 from .record import Trace, tokens_of_one_prompt, trace
 from .taps import Patterns, chain, dry_run
 
@@ -294,7 +294,7 @@ def _slice_of(end: End, params: Params, role: str, allowed: Sequence[str]) -> tu
 def _check_source(params: Params, length: int, source: Mapping[str, Tensor], names: Sequence[str]) -> None:
     """Raise UserError unless the source has these tensors, in the shapes of a prompt of this length."""
     planned = Trace(device="meta")
-    dry_run(params, torch.float32, length, REFERENCE, planned)
+    dry_run(params, torch.float32, [length], list(named_tensors(params)), planned)
     for name in names:
         if name not in source:
             raise UserError(f"the source lacks {name!r}; trace that name too, or trace without patterns")
