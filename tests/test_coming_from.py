@@ -29,7 +29,7 @@ PAGE = ROOT / "docs" / "coming-from.md"
 PACKAGES = {"TransformerLens": "transformer_lens", "nnsight": "nnsight"}
 TOLERANCE = 1e-4  # of the largest element: fp32
 
-Results = dict[str, dict[str, Tensor]]  # by task, by variable
+Results = dict[str, dict[str, Any]]  # by task, by variable
 
 
 def blocks_by_task(library: str) -> list[tuple[str, str]]:
@@ -46,18 +46,20 @@ def assigned(code: str) -> set[str]:
 
 
 ENDING = """
-def as_tensor(value):
-    return torch.as_tensor(value).detach().clone()
+def saved(value):  # tensors, tokens and text
+    if isinstance(value, str) or isinstance(value, list) and {*map(type, value)} == {str}:
+        return value
+    if isinstance(value, list) and all(isinstance(item, torch.Tensor) for item in value):
+        return torch.stack(value).detach()
+    if isinstance(value, (int, float, torch.Tensor)) or isinstance(value, list) and {*map(type, value)} == {int}:
+        return torch.as_tensor(value).detach().clone()
 
-def is_result(value):
-    return isinstance(value, (int, torch.Tensor)) or isinstance(value, list) and {*map(type, value)} == {int}
-
-torch.save({t: {n: as_tensor(v) for n, v in kept.items() if is_result(v)} for t, kept in results.items()}, "FILE")
+torch.save({task: {name: saved(value) for name, value in kept.items()} for task, kept in results.items()}, "FILE")
 """
 
 
 def run(library: str, folder: Path, *, only: int | None = None, then: str = "") -> Results:
-    """Run the blocks of a library, or the first `only` of them, and return the tensors that each leaves."""
+    """Run the blocks of a library, or the first `only` of them, and return what each leaves in its variables."""
     script, file = folder / f"page_{library}.py", folder / f"{library}.pt"
     parts = ["results = {}\n"]
     for task, code in blocks_by_task(library)[:only]:
@@ -123,18 +125,13 @@ def kept(model: llama3_raw.Model) -> llama3_raw.Trace:
 
 
 def assert_same(name: str, theirs: Tensor, ours: Tensor) -> None:
-    """Equal up to rounding. What the mask hides is -inf or the most negative number; dimensions of 1 may lead."""
-    shape = [*theirs.shape]
-    while len(shape) > ours.dim() and shape[0] == 1:
-        del shape[0]
-    assert shape == [*ours.shape], name
-    theirs, ours = theirs.view(shape).float(), ours.float()
+    """Equal up to rounding and dimensions of 1. What the mask hides is -inf or the most negative number."""
+    theirs, ours = theirs.squeeze().float(), ours.squeeze().float()
+    assert theirs.shape == ours.shape, name
     masked = ours.isneginf()
     assert (theirs[masked] <= torch.finfo(torch.float32).min).all(), name
-    theirs, ours = theirs[~masked], ours[~masked]
-    torch.testing.assert_close(
-        theirs, ours, rtol=0, atol=TOLERANCE * float(ours.abs().max()), msg=lambda m: f"{name}: {m}"
-    )
+    difference, size = (theirs - ours)[~masked].abs().max(), ours[~masked].abs().max()
+    assert difference <= TOLERANCE * size, f"{name}: differs by {float(difference):.2g}, where the largest is {float(size):.2g}"
 
 
 def test_every_name_is_in_the_table(model: llama3_raw.Model, kept: llama3_raw.Trace) -> None:
@@ -185,3 +182,36 @@ results["names"] = named
     from_nnsight = functions_of_the_page().from_nnsight
     for ours in names:
         assert_same(ours, from_nnsight(ours, results["names"][ours], model.params), kept[ours])
+
+
+@pytest.fixture(scope="session")
+def ours(folder: Path) -> Results:
+    """The results of our blocks, and of our short forms."""
+    return run("llama3_raw", folder, then=short_forms(2))
+
+
+def short_forms(column: int) -> str:
+    """Code for a column of the table of short forms."""
+    forms = "".join(f"    {row[1]!r}: {row[column]},\n" for row in table("## Short forms"))
+    return f'text = "The cat was happy. Lily and the"\nresults["short forms"] = {{\n{forms}}}\n'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", PACKAGES)
+def test_tasks(library: str, folder: Path, ours: Results) -> None:
+    needs(library)
+    theirs = run(library, folder, then=short_forms(1) if library == "TransformerLens" else "")
+    tasks = [task for task in theirs if task.startswith("###")]
+    assert len(tasks) >= 10
+    for task in tasks:
+        names = theirs[task].keys() & ours[task].keys()
+        tensors = [name for name in names if isinstance(ours[task][name], Tensor)]
+        assert tensors, f"{task}: nothing to compare"
+        for name in tensors:
+            assert_same(f"{task}: {name}", theirs[task][name], ours[task][name])
+    for form, value in theirs.get("short forms", {}).items():
+        expected = ours["short forms"][form]
+        if isinstance(expected, Tensor):
+            assert_same(form, value, expected)
+        else:
+            assert value == expected, form
