@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from .tracing.padding import pad as pad
     from .tracing.gradients import estimate_sweep as estimate_sweep
     from .tracing.gradients import trace_gradients as trace_gradients
+    from .tracing.gradients import estimate_sweep as estimate_sweep
+    from .tracing.gradients import trace_gradients as trace_gradients
+    from .tracing.padding import pad as pad
     from .tracing.patching import ablation as ablation
     from .tracing.patching import path_patch as path_patch
     from .tracing.patching import sweep as sweep

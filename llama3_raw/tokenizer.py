@@ -155,20 +155,43 @@ class Tokenizer:
         character that stays incomplete is left out; one that is broken by the bytes after it becomes U+FFFD, as in
         `decode`.
         """
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        held = ""
+        pieces = TextPieces(self, stop)
         for token in ids:
-            held += decoder.decode(self.token_bytes(token))
-            found = [position for position in map(held.find, filter(None, stop)) if position >= 0]
-            if found:
-                held = held[: min(found)]
+            yield from filter(None, [pieces.push(token)])
+            if pieces.is_over:
                 break
-            keep = max((_overlap(held, text) for text in stop), default=0)
-            ready, held = held[: len(held) - keep], held[len(held) - keep :]
-            if ready:
-                yield ready
-        if held:
-            yield held
+        yield from filter(None, [pieces.rest()])
+
+
+class TextPieces:
+    """The text of tokens that are pushed one by one, as `Tokenizer.stream` yields it.
+
+    is_over: whether there was a stop text; what is pushed after it does not count.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self.is_over = False
+        self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """Return the text that is certain now."""
+        if self.is_over:
+            return ""
+        self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
+        found = [position for position in map(self._held.find, self._stop) if position >= 0]
+        if found:
+            self._held, self.is_over = self._held[: min(found)], True
+            return self.rest()
+        keep = max((_overlap(self._held, text) for text in self._stop), default=0)
+        ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return ready
+
+    def rest(self) -> str:
+        """Return the text that was held back, at the end."""
+        held, self._held = self._held, ""
+        return held
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..backends.cpu import MAX_DECODE_ROWS
-from ..chat.dialog import Message, warn_of_base_model
+from ..chat.dialog import warn_of_base_model
 from ..chat.formats import format_of, note_format
 from ..cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
 from ..cli.memory_plan import RunShape
@@ -35,8 +35,12 @@ from ..cli.options import (
     positive_int,
 )
 from ..decoding.batch import Row, generate_batch
+from ..decoding.logprobs import ScoredRow
 from ..decoding.loop import StopReason
 from ..errors import UserError
+from ..openai_api.answers import Answer
+from ..openai_api.fields import SAMPLING, USED
+from ..openai_api.requests import Defaults
 from ..ops import Ops
 from ..system.files import atomic_write
 from ..system.process_groups import Ranks, init
@@ -52,41 +56,70 @@ from .journal import (
     read_results,
     saved_results,
 )
-from .requests import (
-    FIELDS,
-    SAMPLING_FIELDS,
-    Request,
-    Result,
-    Task,
-    Tasks,
-    bad_line,
-    group_by_length,
-    make_task,
-    read_requests,
-)
+from .requests import Result, Task, Tasks, bad_line, group_by_length, make_task, model_name, read_lines, result_of
 
 _COUNTERS = ("texts ended", "new tokens", "steps of the bar")  # in the store, by which other ranks report to rank 0
 
 
 def compute(
-    model: Model, groups: Sequence[Tasks], journal: Journal, context: int, ops: Ops, ranks: Ranks | None = None
+    model: Model,
+    name: str,
+    groups: Sequence[Tasks],
+    journal: Journal,
+    context: int,
+    ops: Ops,
+    ranks: Ranks | None = None,
 ) -> None:
-    """Compute the groups one after the other, and save each result when its text ends.
+    """Compute the groups one after the other, and save each result when its texts have ended.
 
-    ranks: as one of several processes; those that share a model take the next group that no others have taken.
+    name: of the model, for the results. ranks: as one of several processes; those that share a model take the next
+    group that no others have taken.
     """
     with _Progress(groups, ranks) as progress:
         for group in groups if ranks is None else _claimed(groups, ranks):
-            rows = [_row(task, model.tokenizer) for task in group]
-            new: list[list[int]] = [[] for _ in group]
-            for place, event in generate_batch(model, rows, context=context, ops=ops):
+            texts = [_Text(task, row, model, ops) for task in group for row in task.rows(model.tokenizer)]
+            for place, event in generate_batch(model, [text.row for text in texts], context=context, ops=ops):
+                text = texts[place]
                 if isinstance(event, StopReason):
-                    result = _result(group[place], new[place], event, model.tokenizer)
-                    journal.write(group[place].request.line, result)
-                    progress.end(group[place], len(new[place]))
+                    text.ended = event
+                    progress.end(text)
+                    _save(text.task, [one for one in texts if one.task is text.task], model.tokenizer, name, journal)
                 else:
-                    new[place].append(event)
-                    progress.step(group[place], len(new[place]))
+                    text.new.append(event)
+                    progress.step(text)
+
+
+class _Text:
+    """A text of a task."""
+
+    def __init__(self, task: Task, row: Row, model: Model, ops: Ops):
+        request = task.line.request
+        self.task, self.new = task, list[int]()
+        self.ended: StopReason | None = None
+        self.n_prompt, self.budget = len(row.ids), task.budget
+        self.scored = None
+        if request.n_top is not None:
+            self.scored = ScoredRow(row, request.n_top, (model, ops) if request.echo else None)
+        self.row = self.scored.row if self.scored else row
+
+    @property
+    def answer(self) -> Answer:
+        """The text, when it has ended."""
+        assert self.ended is not None
+        scored = self.scored
+        return Answer(self.row.ids, self.new, self.ended, scored.prompt if scored else (), scored.new if scored else ())
+
+
+def _save(task: Task, texts: Sequence[_Text], tokenizer: Tokenizer | None, model: str, journal: Journal) -> None:
+    """Save the result of a line if all its texts have ended."""
+    if any(text.ended is None for text in texts):
+        return
+    line = task.line
+    if any(text.ended is StopReason.NOT_NUMBERS for text in texts):
+        result = bad_line(line.number, line.id, line.is_wrapped, UserError(StopReason.NOT_NUMBERS.value))
+    else:
+        result = result_of(task, [text.answer for text in texts], tokenizer, model)
+    journal.write(line.number, result)
 
 
 def _claimed(groups: Sequence[Tasks], ranks: Ranks) -> Iterator[Tasks]:
@@ -99,29 +132,6 @@ def _claimed(groups: Sequence[Tasks], ranks: Ranks) -> Iterator[Tasks]:
         yield groups[number]
 
 
-def _row(task: Task, tokenizer: Tokenizer | None) -> Row:
-    request = task.request
-    stops = [text.encode("utf-8") for text in request.stop]
-
-    def is_over(new: Sequence[int]) -> bool:
-        # a stop text ends in the newest token, and each token has at least one byte of it
-        return any(stop in b"".join(map(tokenizer.token_bytes, new[-len(stop) :])) for stop in stops if tokenizer)
-
-    return Row(task.ids, request.max_tokens, request.sampling, request.seed, is_over, task.stop_ids)
-
-
-def _result(task: Task, new: Sequence[int], reason: StopReason, tokenizer: Tokenizer | None) -> Result:
-    request = task.request
-    if reason is StopReason.NOT_NUMBERS:
-        return bad_line(request.line, request.id, UserError(reason.value))
-    return {
-        "id": request.id,
-        **({"text": "".join(tokenizer.stream(new, request.stop))} if tokenizer else {"tokens": list(new)}),
-        "finish_reason": "stop" if reason is StopReason.END_TOKEN else "length",
-        "usage": {"prompt_tokens": len(task.ids), "completion_tokens": len(new)},
-    }
-
-
 class _Progress:
     """A progress bar over the most tokens that there may be; when a text ends early, the rest counts as done.
 
@@ -130,13 +140,13 @@ class _Progress:
 
     def __init__(self, groups: Sequence[Tasks], ranks: Ranks | None):
         tasks = [task for group in groups for task in group]
-        self._ended, self._all, self._new = 0, len(tasks), 0
+        self._ended, self._all, self._new = 0, sum(task.n_rows for task in tasks), 0
         self._ranks = ranks if ranks is not None and ranks.data.size > 1 else None
         self._is_first = ranks is None or ranks.rank == 0
         self._reports = ranks is not None and ranks.tensor.rank == 0 and ranks.rank > 0
         self._counts = [0, 0, 0]  # _COUNTERS, as last read
         self._last_read = self._start = time.perf_counter()
-        total = sum(len(task.ids) + task.budget for task in tasks)
+        total = sum(sum(map(len, task.prompts)) * task.line.request.n + task.budget * task.n_rows for task in tasks)
         bar_format = "{desc}: {percentage:3.0f}%|{bar}| {postfix}{remaining} left"
         self._bar = tqdm(total=total, desc="prompts", bar_format=bar_format, leave=False, smoothing=0.1)
 
@@ -146,11 +156,11 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def step(self, task: Task, count: int) -> None:
-        """Count token number `count` of a text."""
+    def step(self, text: _Text) -> None:
+        """Count the newest token of a text."""
         self._new += 1
         now = time.perf_counter()
-        steps = 1 + (len(task.ids) if count == 1 else 0)
+        steps = 1 + (text.n_prompt if len(text.new) == 1 else 0)
         if self._ranks is not None and self._is_first and now > self._last_read + 1:
             previous, self._last_read = self._counts, now
             self._counts = [self._ranks.add(name, 0) for name in _COUNTERS]
@@ -162,12 +172,13 @@ class _Progress:
         self._bar.set_postfix_str(f"{self._ended}/{self._all} ended, {speed:.1f} tok/s, ", refresh=False)
         self._bar.update(steps)
 
-    def end(self, task: Task, count: int) -> None:
-        """Count the end of a text after `count` tokens."""
+    def end(self, text: _Text) -> None:
+        """Count the end of a text."""
         self._ended += 1
-        self._bar.update(task.budget - count + (0 if count else len(task.ids)))
+        count = len(text.new)
+        self._bar.update(text.budget - count + (0 if count else text.n_prompt))
         if self._ranks is not None and self._reports:
-            for name, number in zip(_COUNTERS, (1, count, len(task.ids) + task.budget), strict=True):
+            for name, number in zip(_COUNTERS, (1, count, text.n_prompt + text.budget), strict=True):
                 self._ranks.add(name, number)
 
 
@@ -193,7 +204,7 @@ def describe_run(
         "--context": options.context,
         "--max-new-tokens": options.max_new_tokens,
         "--stop": options.stop,
-        **{f"--{name.replace('_', '-')}": getattr(options, name) for name in SAMPLING_FIELDS},
+        **{f"--{name.replace('_', '-')}": getattr(options, name) for name in SAMPLING},
         "--seed": options.seed,
     }
 
@@ -202,7 +213,9 @@ def build_parser() -> ArgumentParser:
     """Return the parser of `python -m llama3_raw.batch`."""
     parser = ArgumentParser(prog="python -m llama3_raw.batch", description=__doc__)
     parser.add_argument(
-        "prompts", metavar="PROMPTS", help=f"file with one JSON object per line; fields: {', '.join(FIELDS)}"
+        "prompts",
+        metavar="PROMPTS",
+        help=f"file with one JSON object per line; fields: id, messages, {', '.join(USED['completion'])}",
     )
     parser.add_argument("-o", "--output", required=True, type=not_empty, metavar="OUT", help="the file to write")
     parser.add_argument(
@@ -257,24 +270,24 @@ def _batch(options: argparse.Namespace, ranks: Ranks | None) -> int:
     content = Path(options.prompts).read_bytes()
     if out == Path(options.prompts).resolve():
         raise UserError(f"-o {options.output}: is the file with the prompts; choose another name")
-    defaults = Request(0, None, "", options.max_new_tokens, sampling, options.seed or 0, tuple(options.stop))
-    requests, bad = read_requests(content, defaults)
-    if not requests and not bad:
+    defaults = Defaults(options.max_new_tokens, sampling, tuple(options.stop), options.seed or 0)
+    lines, bad = read_lines(content, defaults)
+    if not lines and not bad:
         raise UserError(f'{options.prompts}: is empty; give lines such as {{"prompt": "Once upon a time"}}')
-    has_text = any(request.stop or not isinstance(request.prompt[0], int) for request in requests)
-    chosen = choose_model(options, needs_tokenizer=has_text)
+    # OpenAI's files have answers in text
+    chosen = choose_model(options, needs_tokenizer=any(line.request.has_text or line.is_wrapped for line in lines))
     longest = chosen.checkpoint.params.max_seq_len
     check_context(options.context, longest)
     context = options.context or longest
-    has_dialogs = any(isinstance(request.prompt[0], Message) for request in requests)
+    has_dialogs = any(line.request.messages for line in lines)
     dialog_format = format_of(chosen.tokenizer, options.template) if has_dialogs and chosen.tokenizer else None
     more_stop_ids = chosen_stop_ids(options, chosen.tokenizer, chosen.checkpoint.params.vocab_size)
     tasks = []
-    for request in requests:
+    for line in lines:
         try:
-            tasks.append(make_task(request, chosen, context, dialog_format, more_stop_ids))
+            tasks.append(make_task(line, chosen, context, dialog_format, more_stop_ids))
         except UserError as error:
-            bad[request.line] = bad_line(request.line, request.id, error)
+            bad[line.number] = bad_line(line.number, line.id, line.is_wrapped, error)
     run = describe_run(options, content, chosen, ranks)
     if ranks is not None and ranks.everyone.broadcast(run) != run:
         raise UserError(
@@ -287,11 +300,12 @@ def _batch(options: argparse.Namespace, ranks: Ranks | None) -> int:
     if ranks is not None and ranks.rank > 0:
         return 0  # the output may be on another machine
     results = [json.loads(line) for line in out.read_bytes().split(b"\n") if line]
-    failed = [result for result in results if "error" in result]
+    failed = [result for result in results if result.get("error")]
     if failed:
+        reason = failed[0]["error"]
         print(
             f"llama3_raw: {len(failed)} of {len(results)} lines could not be computed; line {failed[0]['line']}: "
-            f"{failed[0]['error']}",
+            f"{reason if isinstance(reason, str) else reason['message']}",
             file=sys.stderr,
         )
     return len(failed)
@@ -317,21 +331,21 @@ def _run(
         print(f"llama3_raw: {options.output} is finished already; remove it to compute it again", file=sys.stderr)
         return
     # a group with a missing row is computed again as a whole, because its rows depend on each other by rounding
-    missing = [group for group in groups if any(task.request.line not in done for task in group)]
+    missing = [group for group in groups if any(task.line.number not in done for task in group)]
     if missing:
         if done:
             print(f"llama3_raw: continuing; {len(done)} texts are done already", file=sys.stderr)
         model, ops, which = load_model(chosen, run_shape(missing), options.reference, ranks)
         print(f"llama3_raw: {which}", file=sys.stderr)
-        if any(isinstance(task.request.prompt[0], Message) for group in missing for task in group):
+        if any(task.line.request.messages for group in missing for task in group):
             warn_of_base_model(model)
         with process_journal(out, run, done, ranks) as journal:
-            compute(model, missing, journal, context, ops, ranks)
+            compute(model, model_name(chosen), missing, journal, context, ops, ranks)
     if ranks is not None:
         ranks.everyone.barrier()
     if is_first:
         results = read_results(out, run)
-        lacking = sum(task.request.line not in results for group in groups for task in group)
+        lacking = sum(task.line.number not in results for group in groups for task in group)
         if lacking:
             raise UserError(
                 f"{out}: the results of {lacking} lines are not there; let all processes write into one folder, shared "
@@ -344,7 +358,7 @@ def _run(
             part.write_bytes(json_line({**run, "output": hashlib.sha256(content).hexdigest()}))
         for file in journal_files(out):
             file.unlink()
-        count = sum("error" not in result for result in results.values())
+        count = sum(not result.get("error") for result in results.values())
         print(f"llama3_raw: wrote {options.output}: {count} texts", file=sys.stderr)
 
 
@@ -352,12 +366,15 @@ def run_shape(groups: Sequence[Tasks]) -> RunShape:
     """Return the shape of the run, with the rows of the group that needs the largest cache."""
 
     def text_length(group: Tasks) -> int:
-        return max(len(task.ids) + task.budget for task in group)
+        return max(task.length + task.budget for task in group)
 
-    largest = max(groups, key=lambda group: len(group) * text_length(group))
-    prompt = max(len(task.ids) for group in groups for task in group)
+    def n_rows(group: Tasks) -> int:
+        return sum(task.n_rows for task in group)
+
+    largest = max(groups, key=lambda group: n_rows(group) * text_length(group))
+    prompt = max(task.length for group in groups for task in group)
     text, generated = max(text_length(largest), prompt), max(task.budget for group in groups for task in group)
-    return RunShape(prompt, text, least=prompt + 1, rows=len(largest), generated=generated)
+    return RunShape(prompt, text, least=prompt + 1, rows=n_rows(largest), generated=generated)
 
 
 if __name__ == "__main__":

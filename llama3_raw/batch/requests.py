@@ -1,195 +1,208 @@
-"""Requests: the lines of a file of prompts, validated."""
+"""The lines of a file of prompts, and the results of each."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..chat.dialog import DialogFormat, Message
+from ..chat.dialog import DialogFormat
 from ..cli.models import ChosenModel
-from ..decoding.sampling import Sampling
-from ..errors import UserError, in_short
+from ..decoding.batch import Row
+from ..errors import UserError
+from ..openai_api import answers
+from ..openai_api.answers import Answer
+from ..openai_api.fields import Kind, shown
+from ..openai_api.requests import Defaults, Request, encoded, parse_request, parsed, rows
+from ..tokenizer import Tokenizer
 
 Result = dict[str, Any]
 """A line of the output."""
 
-SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_KINDS: dict[str, Kind] = {"/v1/completions": "completion", "/v1/chat/completions": "chat"}
 
-FIELDS: dict[str, tuple[tuple[type, ...], str]] = {  # name -> its types, and how errors describe them
-    "id": ((str, int, float), "a string or a number"),
-    "prompt": ((str, list), "a string or a list of token ids"),
-    "messages": ((list,), 'a list of {"role": …, "content": …}'),
-    "max_tokens": ((int,), "an integer"),
-    **dict.fromkeys(SAMPLING_FIELDS, ((int, float), "a number")),
-    "top_k": ((int,), "an integer"),
-    "seed": ((int,), "an integer"),
-    "stop": ((str, list), "a string or a list of strings"),
-}
-
-_ROLES = ("system", "user", "assistant")
+_WRAPPED = {"custom_id", "method", "url", "body"}
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a line asks for."""
+class Line:
+    """A line of the file.
 
-    line: int  # number in the file, from 1
-    id: str | float | None
-    prompt: str | list[int] | list[Message]
-    max_tokens: int
-    sampling: Sampling
-    seed: int
-    stop: tuple[str, ...]
+    number: in the file, from 1. id: its id or custom_id. is_wrapped: whether it is one of OpenAI's batch files, with
+    the request as its body; the result is one of theirs, too.
+    """
+
+    number: int
+    id: Any
+    is_wrapped: bool
+    request: Request
 
 
 class Task(NamedTuple):
-    """A request that can be computed."""
+    """A line that can be computed."""
 
-    request: Request
-    ids: list[int]  # of the prompt
-    budget: int  # the most new tokens
-    stop_ids: frozenset[int] = frozenset()  # tokens that end the text
+    line: Line
+    prompts: list[list[int]]
+    budget: int  # the most new tokens of a text
+    stop_ids: frozenset[int] = frozenset()  # tokens that end a text
+
+    @property
+    def length(self) -> int:
+        """The tokens of the longest prompt."""
+        return max(map(len, self.prompts))
+
+    @property
+    def n_rows(self) -> int:
+        """The number of texts."""
+        return len(self.prompts) * self.line.request.n
+
+    def rows(self, tokenizer: Tokenizer | None) -> list[Row]:
+        """Return the texts as rows of a batch."""
+        return rows(self.line.request, self.prompts, tokenizer, self.stop_ids, self.length + self.budget)
 
 
 Tasks = list[Task]
 """Tasks that are always computed together, in one batch."""
 
 
-def read_requests(content: bytes, defaults: Request) -> tuple[list[Request], dict[int, Result]]:
-    """Parse the lines of a file. Return the requests, and an error result for each bad line, by line number.
+def read_lines(content: bytes, defaults: Defaults) -> tuple[list[Line], dict[int, Result]]:
+    """Parse the lines of a file. Return them, and an error result for each bad line, by line number.
 
-    defaults: used for fields that a line leaves out; the default seed is its seed plus the line number. Blank lines are
+    defaults: for fields that a line leaves out; the default seed is its seed plus the line number. Blank lines are
     skipped.
     """
-    requests, bad = [], {}
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
+    lines, bad = [], {}
+    for number, text in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not text.strip():
             continue
         fields: Any = None
         try:
-            fields = _parsed(line)
-            requests.append(_request(number, fields, defaults))
+            fields = parsed(text)
+            lines.append(_line(number, fields, defaults._replace(seed=((defaults.seed or 0) + number) % 2**63)))
         except UserError as error:
-            bad[number] = bad_line(number, fields.get("id") if isinstance(fields, dict) else None, error)
-    return requests, bad
+            bad[number] = bad_line(number, *_identity(fields), error)
+    return lines, bad
 
 
-def bad_line(number: int, id: Any, error: UserError) -> Result:
+def bad_line(number: int, id: Any, is_wrapped: bool, error: UserError) -> Result:
     """Return the result for a line that cannot be computed."""
-    return {"line": number, "id": id if type(id) in FIELDS["id"][0] else None, "error": str(error)}
+    if is_wrapped:
+        return {"line": number, "custom_id": id, "response": None, "error": {"code": None, "message": str(error)}}
+    return {"line": number, "id": id, "error": str(error)}
 
 
-def _parsed(line: bytes) -> Any:
-    """Parse a line. Raises UserError if it is not JSON."""
-    try:
-        fields = json.loads(line.decode("utf-8"))
-        json.dumps(fields, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"is not valid UTF-8 at byte {error.start} of the line") from error
-    except UnicodeEncodeError as error:  # "\ud800"
-        raise UserError("holds half a character (a lone surrogate), which is not text") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"is not JSON: {in_short(error)}") from error
-    return fields
-
-
-def _request(number: int, fields: Any, defaults: Request) -> Request:
-    """Build the request of a line. Raises UserError for fields that are missing, unknown or invalid."""
-    given = _given(fields)
-    max_tokens = given.get("max_tokens", defaults.max_tokens)
-    if max_tokens < 1:
-        raise UserError(f"max_tokens should be 1 or more, is {max_tokens}")
-    seed = given.get("seed", (defaults.seed + number) % 2**63)
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed should be from 0 to 2**63 - 1, is {seed}")
-    stop = given.get("stop", list(defaults.stop))
-    stop = [stop] if isinstance(stop, str) else stop
-    if not all(isinstance(text, str) and text for text in stop):
-        raise UserError("stop should be a string or a list of strings, none of them empty")
-    try:
-        settings = {name: float(given[name]) for name in SAMPLING_FIELDS if name in given and name != "top_k"}
-    except OverflowError as error:
-        raise UserError(f"a number is too large ({error})") from error
-    settings |= {"top_k": given["top_k"]} if "top_k" in given else {}
-    sampling = Sampling(**{**asdict(defaults.sampling), **settings})
-    return Request(number, given.get("id"), _prompt(given), max_tokens, sampling, seed, tuple(stop))
-
-
-def _given(fields: Any) -> dict[str, Any]:
-    """Return the fields of a line that are not null. Raises UserError for an unknown field or a wrong type."""
+def _identity(fields: Any) -> tuple[Any, bool]:
+    """Return the id of a line, or None if it is none, and whether the line is one of OpenAI's batch files."""
     if not isinstance(fields, dict):
-        raise UserError(f'should be an object, {{"prompt": …}}, is {in_short(json.dumps(fields))}')
-    given = {name: value for name, value in fields.items() if value is not None}
-    for name, value in given.items():
-        if name not in FIELDS:
-            raise UserError(f"{in_short(name)}: there is no such field; there are {', '.join(FIELDS)}")
-        types, expected = FIELDS[name]
-        if type(value) not in types:
-            raise UserError(f"{name} should be {expected}, is {in_short(json.dumps(value, ensure_ascii=False))}")
-    return given
+        return None, False
+    is_wrapped = "body" in fields or "custom_id" in fields
+    id = fields.get("custom_id" if is_wrapped else "id")
+    return id if type(id) in (str, int, float) else None, is_wrapped
 
 
-def _prompt(given: dict[str, Any]) -> str | list[int] | list[Message]:
-    """Return the prompt or the messages. Raises UserError unless a line has exactly one of them."""
-    if ("prompt" in given) == ("messages" in given):
-        raise UserError("should have a prompt or messages" + (", not both" if "prompt" in given else ""))
-    prompt = _messages(given["messages"]) if "messages" in given else given["prompt"]
-    if not prompt:
-        raise UserError(f"{'messages' if 'messages' in given else 'prompt'} should not be empty")
-    if isinstance(given.get("prompt"), list) and any(type(token) is not int for token in prompt):
-        raise UserError("prompt should be a string or a list of token ids, holds something else")
-    return prompt
+def _line(number: int, fields: Any, defaults: Defaults) -> Line:
+    """Build a line. Raises UserError for fields that are missing, unknown or invalid."""
+    if not isinstance(fields, dict):
+        raise UserError(f'should be an object, {{"prompt": …}}, is {shown(fields)}')
+    id, is_wrapped = _identity(fields)
+    if is_wrapped:
+        kind, body = _unwrapped(fields)
+    else:
+        if id is None and fields.get("id") is not None:
+            raise UserError(f"id should be a string or a number, is {shown(fields['id'])}")
+        body = {name: value for name, value in fields.items() if name != "id" and value is not None}
+        if "prompt" in body and "messages" in body:
+            raise UserError("should have a prompt or messages, not both")
+        kind = "chat" if "messages" in body else "completion"
+        if not body:
+            raise UserError("should have a prompt or messages")
+    request = parse_request(body, kind, defaults)
+    if request.stream:
+        raise UserError("is for the server; leave it out", argument="stream")
+    return Line(number, id, is_wrapped, request)
 
 
-def _messages(entries: list[Any]) -> list[Message]:
-    """Return the messages. Raises UserError unless they are a dialog that ends with a question."""
-    messages = []
-    for entry in entries:
-        if not isinstance(entry, dict) or entry.keys() != {"role", "content"} or not isinstance(entry["content"], str):
-            raise UserError('messages should be a list of {"role": …, "content": …}, with text as content')
-        if entry["role"] not in _ROLES:
-            raise UserError(f"role should be one of {', '.join(_ROLES)}, is {in_short(json.dumps(entry['role']))}")
-        messages.append(Message(**entry))
-    if messages and messages[-1].role == "assistant":
-        raise UserError("messages should end with the user's, which the model answers")
-    return messages
+def _unwrapped(fields: dict[str, Any]) -> tuple[Kind, dict[str, Any]]:
+    """Return what a line of OpenAI's batch files asks for."""
+    if fields.keys() != _WRAPPED or type(fields["custom_id"]) is not str or type(fields["body"]) is not dict:
+        raise UserError('should be {"custom_id": "…", "method": "POST", "url": "/v1/…", "body": {…}}, and no more')
+    if fields["method"] != "POST":
+        raise UserError(f"method should be POST, is {shown(fields['method'])}")
+    if type(fields["url"]) is not str or fields["url"] not in _KINDS:
+        raise UserError(f"url should be {' or '.join(_KINDS)}, is {shown(fields['url'])}")
+    return _KINDS[fields["url"]], fields["body"]
 
 
 def make_task(
-    request: Request,
+    line: Line,
     chosen: ChosenModel,
     context: int,
     dialog_format: DialogFormat | None,
     stop_ids: frozenset[int] = frozenset(),
 ) -> Task:
-    """Tokenize a request. Raises UserError if the model cannot compute it.
+    """Tokenize a line. Raises UserError if the model cannot compute it.
 
     dialog_format: needed for messages. stop_ids: tokens that end the text besides the model's own.
     """
-    tokenizer, prompt = chosen.tokenizer, request.prompt
-    if isinstance(prompt, str):
-        assert tokenizer is not None  # checked by choose_model
-        ids = tokenizer.encode(prompt, bos=True)
-    elif isinstance(prompt[0], Message):
+    request, name = line.request, model_name(chosen)
+    if request.model not in (None, name):
+        raise UserError(f"is {shown(request.model)}, and this run has the model {name}; leave it out", argument="model")
+    if request.messages:
         assert dialog_format is not None
-        ids = dialog_format.encode(prompt)
         stop_ids |= dialog_format.stop_ids
+    prompts = encoded(request, chosen.tokenizer, dialog_format)
+    longest = max(map(len, prompts))
+    for prompt in prompts:
+        chosen.checkpoint.params.check_ids(prompt)
+    if longest > context:
+        raise UserError(f"the prompt has {longest} tokens, the context holds {context}; shorten it")
+    budget = context if request.max_tokens is None else max(request.max_tokens, 1)
+    return Task(line, prompts, min(budget, context - longest), stop_ids | chosen.stop_ids)
+
+
+def model_name(chosen: ChosenModel) -> str:
+    """Return the name that requests and answers have for a model."""
+    return chosen.folder.path.resolve().name
+
+
+def result_of(task: Task, ended: Sequence[Answer], tokenizer: Tokenizer | None, model: str) -> Result:
+    """Return the result of a line whose texts have all ended."""
+    line, request = task.line, task.line.request
+    if tokenizer is None:
+        choices = [{"tokens": [*one.new], "finish_reason": answers.finish_reason(one.reason)} for one in ended]
     else:
-        ids = prompt
-    chosen.checkpoint.params.check_ids(ids)
-    if len(ids) > context:
-        raise UserError(f"the prompt has {len(ids)} tokens, the context holds {context}; shorten it")
-    return Task(request, ids, min(request.max_tokens, context - len(ids)), stop_ids | chosen.stop_ids)
+        choices = [answers.choice(request, number, one, tokenizer) for number, one in enumerate(ended)]
+    usage = answers.usage(request, ended)
+    if line.is_wrapped:
+        # neither a random id nor the time, so that a run that is continued writes the same bytes
+        head = answers.head(request, model, number=line.number, created=0)
+        body = {**head, "choices": choices, "usage": usage}
+        return {"custom_id": line.id, "response": {"status_code": 200, "body": body}, "error": None}
+    del usage["total_tokens"]
+    texts = [_flat(choice, request) for choice in choices]
+    return {"id": line.id, **(texts[0] if len(texts) == 1 else {"choices": texts}), "usage": usage}
+
+
+def _flat(choice: dict[str, Any], request: Request) -> dict[str, Any]:
+    """Return a choice with its text first, and scores only if they were asked for."""
+    text = {"text": choice["message"]["content"]} if "message" in choice else {}
+    kept = ("text", "tokens", "finish_reason", *(("logprobs",) if request.n_top is not None else ()))
+    return {**text, **{name: choice[name] for name in kept if name in choice}}
 
 
 def group_by_length(tasks: Iterable[Task], size: int) -> list[Tasks]:
-    """Group tasks of about the same length, the longest first.
+    """Group tasks of about the same length, the longest first, with at most `size` texts, or a single task.
 
     The groups depend only on the input and the settings, so that a group has the same results whichever process
     computes it. The longest come first: a batch that does not fit fails at once, and several processes finish at about
     the same time.
     """
-    ordered = sorted(tasks, key=lambda task: (-len(task.ids), -task.budget, task.request.line))
-    return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
+    groups: list[Tasks] = []
+    n_rows = size
+    for task in sorted(tasks, key=lambda task: (-task.length, -task.budget, task.line.number)):
+        if n_rows + task.n_rows > size:
+            groups.append([])
+            n_rows = 0
+        groups[-1].append(task)
+        n_rows += task.n_rows
+    return groups

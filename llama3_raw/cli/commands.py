@@ -10,6 +10,7 @@ COMMANDS = {
     "perplexity": "measure how well a model predicts a text",
     "evaluate": "run benchmarks, or measure what a compression costs",
     "convert": "change between Meta's and Hugging Face's format",
+    "serve": "answer requests in the form of OpenAI's API, and show a live page",
     "bench": "measure speed, or estimate it for a GPU",
 }
 """What each command does, except the main one, `python -m llama3_raw`."""

@@ -31,8 +31,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         "--weights",
         type=not_empty,
         metavar="MODEL",
-        help="folder, *.gguf, name in weights/, cached org/repo[@revision] (default: $LLAMA3_RAW_WEIGHTS, "
-        f"{DEFAULT_MODEL}, the only one in weights/, built-in)",
+        help="folder, *.gguf, name in weights/, cached org/repo (default: docs/cli.md)",
     )
     group.add_argument(
         "--format",

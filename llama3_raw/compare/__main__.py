@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,33 +24,37 @@ from ..cli.options import DTYPES_BY_NAME, add_model_options, add_prompt_options,
 from ..errors import UserError, in_short
 from ..params import Params
 from ..quantization.matrix import FORMATS
-from ..tracing.names import FIRST, named_tensors
-from ..tracing.record import Origin, Trace, load_trace, shape_difference, trace
+from ..tracing.names import FIRST
+from ..tracing.record import Origin, Trace, shape_difference, trace
 from ..tracing.taps import Patterns, check_names
 from ..weights import Model
 from .comparison import Comparison, Step, compare, of_any_layer, shared_tensors
 from .difference import TOP_K
+from .files import SUFFIXES, load_tensors
 from .references import check_hf, check_meta, trace_hf, trace_meta
+from .rounding import coarser
 
 
 class Other(NamedTuple):
     """What --with names, before it runs."""
 
     name: str
-    run: Callable[[], Trace]
+    run: Callable[[], Mapping[str, Any]]
     origin: Origin | None = None  # of a file, which may be of other weights or another prompt by mistake
     params: Params | None = None  # if they may differ from the model's
     format: str | None = None  # of its matrices, if they are quantized
+    is_file: bool = False
 
 
 def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) -> Other:
     """Return the other run that --with names, checked without reading its weights. Raises UserError."""
     name: str = options.other
     file = Path(name)
-    if (file.is_file() and not is_gguf(file)) or file.suffix == ".safetensors":
-        loaded = load_trace(file)
-        shared_tensors(loaded, named_tensors(chosen.checkpoint.params))
-        return Other(name, lambda: loaded, loaded.origin, loaded.origin.params if loaded.origin else None)
+    if (file.is_file() and not is_gguf(file)) or file.suffix in SUFFIXES:
+        loaded = load_tensors(file)
+        shared_tensors(loaded, chosen.checkpoint.params)
+        origin = loaded.origin if isinstance(loaded, Trace) else None
+        return Other(name, lambda: loaded, origin, origin.params if origin else None, is_file=True)
     if name in ("hf", "meta"):
         _check_reference(name, chosen)
         return Other(name, lambda: _run_implementation(trace_hf if name == "hf" else trace_meta, chosen, ids))
@@ -246,12 +250,15 @@ def main(arguments: Sequence[str]) -> int:
     if other.origin:
         other.origin.check(model, ids, other.name)
     print(f"llama3_raw: {which}, with {other.name}", file=sys.stderr)
+    rounding = DTYPES_BY_NAME.get(options.rounding)
+    if rounding is None and not other.is_file:  # of two runs of this program, the coarser is expected
+        rounding = coarser(model.weights.norm.dtype, *(tensor.dtype for tensor in tensors.values()))
     comparison = compare(
         model,
         ids,
         tensors,
         tolerance=options.tolerance,
-        rounding=DTYPES_BY_NAME.get(options.rounding),
+        rounding=rounding,
         ops=ops,
         progress=True,
     )

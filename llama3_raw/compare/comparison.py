@@ -6,30 +6,28 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
 from ..errors import UserError, in_short
 from ..model import REFERENCE, forward
 from ..ops import Ops, Tap
+from ..params import Params
 from ..tracing.names import FIRST, LAST, NamedTensor, named_tensors
 from ..tracing.record import Trace, check_trace, count_layers, tokens_of_one_prompt
 from ..tracing.taps import chain
 from ..weights import Model, dtype_name
-from .difference import Difference, Logits, difference, in_our_layout
+from .difference import Difference, Logits, Measured, incomparable, measure
+from .files import as_tensor
+from .forms import Reader, part_of
+from .names import Renamed, renamed
+from .rounding import Limits, Precision, Simulation, Swap, eps_of, judged, swaps
 
 _COMPARABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# A step may differ by this multiple of what simulated rounding does to it (`_rounding`). The largest that was measured,
-# on three trained models (4, 6 and 30 layers) and prompts of 1 to 128 tokens, against transformers, the fast operations
-# and other dtypes: 2.8 in fp32, where sums have another order, 1.4 in bf16 and fp16.
-_ALLOWED, _ALLOWED_IN_16_BITS = 8.0, 2.5
-
-# End to end, where differences accumulate, twice as much is allowed; the largest measured were 3.7 and 2.4.
-_ALLOWED_END_TO_END = 2.0
+Padding = Literal["left", "right"]
 
 
 class Step(NamedTuple):
@@ -42,11 +40,63 @@ class Step(NamedTuple):
     rounding_end_to_end: float
     own: Difference  # the step alone: computed from the other run's tensors
     rounding: float
+    whole_measured: Measured
+    whole_limits: Limits
+    own_measured: Measured
+    own_limits: Limits
+
+    @staticmethod
+    def of(
+        name: str,
+        shapes: tuple[tuple[int, ...], tuple[int, ...]],
+        whole: tuple[Measured, Limits],
+        own: tuple[Measured, Limits],
+    ) -> Step:
+        """Return the step of a tensor with our shape and theirs, and its differences with what explains them."""
+        (end_to_end, whole_limits), (alone, limits) = whole, own
+        return Step(
+            name,
+            *shapes,
+            end_to_end.difference,
+            whole_limits.row,
+            alone.difference,
+            limits.row,
+            end_to_end,
+            whole_limits,
+            alone,
+            limits,
+        )
+
+    @property
+    def excess(self) -> float:
+        """The difference of the step alone as a multiple of what rounding explains."""
+        return max(self.own.relative / self.rounding, judged(self.own_measured, self.own_limits))
+
+    @property
+    def excess_end_to_end(self) -> float:
+        """The difference end to end as a multiple of what rounding explains."""
+        return max(self.whole.relative / self.rounding_end_to_end, judged(self.whole_measured, self.whole_limits))
 
     @property
     def diverges(self) -> bool:
         """Whether the step alone differs by more than rounding explains."""
-        return self.own.relative > self.rounding
+        return self.excess > 1
+
+    @property
+    def kind(self) -> str:
+        """What tells most that the step alone differs: all its "rows" together, its worst "row", or a "value"."""
+        figures = zip(("row", "value", "rows"), self._figures, strict=True)
+        return max(figures, key=lambda figure: figure[1][0] / figure[1][1])[0]
+
+    @property
+    def telling(self) -> tuple[float, float]:
+        """The relative difference of that kind, and what rounding explains."""
+        return self._figures[("row", "value", "rows").index(self.kind)]
+
+    @property
+    def _figures(self) -> tuple[tuple[float, float], ...]:
+        found, limits = self.own_measured, self.own_limits
+        return (self.own.relative, self.rounding), (found.value, limits.value), (found.rms, limits.rms)
 
 
 class Comparison(NamedTuple):
@@ -59,6 +109,8 @@ class Comparison(NamedTuple):
     dtype: torch.dtype  # its rounding is allowed
     tolerance: float | None  # None: what rounding explains
     made: Mapping[str, NamedTensor]
+    swaps: tuple[Swap, ...] = ()  # where the most likely tokens differ
+    notes: tuple[str, ...] = ()  # what was understood of the other run's tensors, as text
 
     @property
     def diverged(self) -> list[Step]:
@@ -70,7 +122,7 @@ class Comparison(NamedTuple):
         """The step with the largest difference end to end, relative to rounding if there is no tolerance."""
         if self.tolerance is not None:
             return max(self.steps, key=lambda step: step.whole.relative)
-        return max(self.steps, key=lambda step: step.whole.relative / step.rounding_end_to_end)
+        return max(self.steps, key=lambda step: step.excess_end_to_end)
 
     @property
     def first_beyond_tolerance(self) -> Step | None:
@@ -80,20 +132,29 @@ class Comparison(NamedTuple):
         return next((step for step in self.steps if step.whole.relative > self.tolerance), None)
 
     @property
+    def unexplained_swaps(self) -> list[Swap]:
+        """The positions at which the most likely tokens differ by more than rounding explains."""
+        return [swap for swap in self.swaps if not swap.is_explained]
+
+    @property
     def agree(self) -> bool:
         """Whether no tensor differs by more than the tolerance, or without one, by more than rounding explains."""
         if self.tolerance is not None:
             return self.first_beyond_tolerance is None
-        return not self.diverged and self.worst.whole.relative <= self.worst.rounding_end_to_end
+        return not self.diverged and self.worst.excess_end_to_end <= 1 and not self.unexplained_swaps
 
     def verdict(self, other: str = "the other run") -> str:
         """Return a few lines that say where the runs diverge; `other` is the name of the other run."""
+        return "\n".join([self._finding(other), *self._swapped(), *(f"Understood: {note}." for note in self.notes)])
+
+    def _finding(self, other: str) -> str:
         if not self.diverged and all(step.whole.relative == 0 for step in self.steps):
             return f"They are equal: all {len(self.steps)} tensors, value by value."
         worst, rounding = self.worst, f"rounding in {dtype_name(self.dtype)} explains"
         at_worst = f"{worst.whole.relative:.2g} (relative) at {worst.name}"
         if self.tolerance is not None and self.agree:
-            text = f"They agree within a tolerance of {self.tolerance:g}: the runs differ by at most {at_worst}."
+            they = "They stay" if self.unexplained_swaps else "They agree"
+            text = f"{they} within a tolerance of {self.tolerance:g}: the runs differ by at most {at_worst}."
             if self.diverged:
                 text += f"\nThe first step that differs alone is {self._first_place(other)}"
         elif self.diverged:
@@ -106,33 +167,46 @@ class Comparison(NamedTuple):
         elif self.tolerance is not None:
             text = f"They differ by up to {at_worst}, but no step alone by more than {rounding}."
         else:
-            text = (
-                f"They drift apart: no step alone differs by more than {rounding}.\nBut differences accumulate to "
-                f"{at_worst}, where rounding explains {worst.rounding_end_to_end:.2g}."
-            )
+            text = f"They drift apart: no step alone differs by more than {rounding}."
+            if worst.excess_end_to_end > 1:
+                text += (
+                    f"\nBut differences accumulate to {at_worst}, {worst.excess_end_to_end:.2g} times what rounding "
+                )
+                text += "explains."
         beyond = self.first_beyond_tolerance
         if beyond is not None:
             text += f"\nThe first tensor beyond the tolerance of {self.tolerance:g} is {beyond.name}, "
             text += f"with a relative difference of {beyond.whole.relative:.2g}."
         return text
 
+    def _swapped(self) -> list[str]:
+        """Return a line on the positions at which the most likely tokens differ."""
+        unexplained = self.unexplained_swaps
+        if not self.swaps:
+            return []
+        swap = unexplained[0] if unexplained else self.swaps[0]
+        where = f"position {swap.position}: {swap.ours} here, {swap.theirs} there"
+        if len(unexplained or self.swaps) > 1:
+            where += f"; {len(unexplained or self.swaps)} positions in all"
+        if unexplained:
+            return [
+                f"The most likely token differs at {where}. Their logits moved by {swap.moved:.2g}, where rounding "
+                f"explains {swap.explained:.2g}."
+            ]
+        return [f"The most likely token differs at {where}; the two are so close that rounding decides."]
+
     def _first_place(self, other: str) -> str:
         first, *others = self.diverged
         made = self.made[first.name]
-        check, largest = made.check, f"{first.own.absolute:.2g}"
+        check = made.check
         if first.own.unlike:
             differs = f"cannot be compared: in {other}, {first.own.unlike}"
             if first.shape != first.their_shape:
                 check = "its layout, which should be that of model.py"
                 if first.name == FIRST and first.shape[1:] == first.their_shape[-1:]:
                     check = "the tokens, of which one run has more (BOS?)"
-        elif math.isinf(first.own.relative):
-            differs = f"has rows that are all zeros in {other} but not here (up to {largest})"
         else:
-            differs = (
-                f"differs by {first.own.relative:.2g} (relative; {largest} absolute); rounding in "
-                f"{dtype_name(self.dtype)} explains {first.rounding:.2g}"
-            )
+            differs = self._how(first, other)
         text = f"{first.name} (in model.py, {made.made_by}).\nFrom the same input, it {differs}.\nLook at: {check}."
         unseen = self._unseen_before(first.name)
         if unseen:
@@ -143,6 +217,22 @@ class Comparison(NamedTuple):
             listed = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in places.items())
             text += f"\nThese differ alone too: {listed}."
         return text
+
+    def _how(self, step: Step, other: str) -> str:
+        """Return how far a step differs that can be compared, by the figure that tells most."""
+        largest = f"{step.own.absolute:.2g}"
+        if math.isinf(step.own.relative):
+            return f"has rows that are all zeros in {other} but not here (up to {largest})"
+        figure, explained = step.telling
+        explains = f"rounding in {dtype_name(self.dtype)} explains {explained:.2g}"
+        if step.kind == "value":
+            at = ", ".join(map(str, step.own_measured.at))
+            return (
+                f"differs most in one value, [{at}], by {figure:.2g} of its size or its row's RMS ({largest} absolute "
+                f"at most); {explains}"
+            )
+        rows = " over all rows" if step.kind == "rows" else ""
+        return f"differs by {figure:.2g}{rows} (relative; {largest} absolute); {explains}"
 
     def _unseen_before(self, name: str) -> list[str]:
         """Return the tensors between this one and those before it that the other run has, in the order of the pass."""
@@ -176,6 +266,11 @@ class Comparison(NamedTuple):
             "missing": len(self.missing),
             "unknown": len(self.unknown),
             "logits": logits,
+            "value": first and _finite(first.own_measured.value),
+            "value_rounding": first and _finite(first.own_limits.value),
+            "at": first and list(first.own_measured.at),
+            "swaps": [swap._asdict() | {"is_explained": swap.is_explained} for swap in self.swaps[:20]],
+            "understood": list(self.notes),
         }
 
 
@@ -190,23 +285,28 @@ def compare(
     *,
     tolerance: float | None = None,
     rounding: torch.dtype | None = None,
+    padding: Padding | None = None,
     ops: Ops = REFERENCE,
     progress: bool = False,
 ) -> Comparison:
     """Compare another run over the prompt with the model's own, and find where it diverges.
 
-    The model runs twice over the prompt: alone, and with the other run's tensor put in at each name, so that an error
-    does not reach the next step. It runs twice more, over two rows each, with every tensor of one row perturbed as
+    The model runs twice over the prompt: with the other run's tensor put in at each name, so that an error does not
+    reach the next step, and alone. It runs twice more, over two rows each, with every tensor of one row perturbed as
     rounding does, to measure what rounding explains.
 
     Args:
-        model: the weights to run; a mapping cannot tell whether it is of the same ones.
+        model: the weights to run; a mapping cannot tell whether it is of the same ones. If the tensors are of a finer
+            dtype than the weights, as most of their values show, it runs in fp32.
         ids: the prompt, [T].
-        other: tensors or arrays of the other run by tap name, any subset, in the layout of model.py. A batch dimension
-            of 1, joined heads, and scores masked by a large negative number are accepted.
+        other: tensors or arrays of the other run by tap name, any subset, in the layout of model.py. Names of Hugging
+            Face's and Meta's modules are accepted too, and the usual forms of ports (see docs/compare.md);
+            `Comparison.notes` says which were understood.
         tolerance: the largest relative difference that counts as agreement. None: what rounding explains, end to end
             and for each step alone.
-        rounding: the dtype whose rounding to expect. None: the coarsest of the model and the tensors.
+        rounding: the dtype whose rounding to expect. None: that which most tensors are in, or the model's if it is
+            coarser; a single tensor in a coarser one is judged by that.
+        padding: the side on which the other run's prompt was padded.
         ops: the operations of the model's own run.
         progress: show bars on stderr.
 
@@ -214,132 +314,175 @@ def compare(
         UserError: no name is a tap name, a tensor is not floating point of 16 bits or more or only of the last
             position, the tolerance is below 0, or `trace` raises it.
     """
-    params = model.params
+    params, weights_dtype = model.params, model.weights.norm.dtype
     ids = tokens_of_one_prompt(ids, params)
-    _check_settings(tolerance, rounding)
-    made = named_tensors(params)
-    shared = shared_tensors(other, made)
-    dtype = rounding or max((model.weights.norm.dtype, *(shared[name].dtype for name in shared)), key=_eps)
+    _check_settings(tolerance, rounding, padding)
+    named = shared_tensors(other, params)
+    precision = Precision.of(weights_dtype, named.tensors, rounding)
     # two rows take as much memory as somewhat more tokens, since scores grow with the square
-    check_trace(params, model.weights.norm.dtype, math.ceil(1.5 * len(ids)), LAST, ops=ops)
-    shapes: dict[str, tuple[int, ...]] = {}
-    whole: dict[str, Difference] = {}
-    own: dict[str, Difference] = {}
-    logits: list[Logits] = []
-
-    def measure(name: str, tensor: Tensor) -> Tensor:
-        if name in shared:
-            shapes[name] = tuple(tensor.shape)
-            shared[name] = in_our_layout(shared[name], tensor.shape)
-            whole[name] = difference(tensor, shared[name])
-            if name == LAST and shared[name].shape == tensor.shape:
-                logits.append(Logits.of(tensor.cpu(), shared[name].cpu()))
-        return tensor
-
-    def measure_and_replace(name: str, tensor: Tensor) -> Tensor:
-        if name in shared:
-            own[name] = difference(tensor, shared[name])
-        return _replaced(name, tensor, shared)
-
-    def run(tap: Tap, rows: int | None = None) -> None:
-        tokens = torch.tensor(ids if rows is None else [ids] * rows, device=model.weights.norm.device)
-        with count_layers(params, progress) as count, torch.no_grad():
-            forward(model.weights, params, tokens, ops=ops, tap=chain(tap, count))
-
-    run(measure)
-    run(measure_and_replace)
-    allowed = _ALLOWED if _eps(dtype) <= _eps(torch.float32) else _ALLOWED_IN_16_BITS
-    explained: list[dict[str, float]] = []
-    for fed in (shared, {}):
-        levels: dict[str, float] = {}
-        run(_rounding(fed, _eps(dtype), levels), rows=2)
-        explained.append({name: allowed * level for name, level in levels.items()})
-    steps = tuple(
-        Step(
-            name,
-            shapes[name],
-            tuple(shared[name].shape),
-            whole[name],
-            _ALLOWED_END_TO_END * explained[1][name],
-            own[name],
-            explained[0][name],
-        )
-        for name in made
-        if name in shared
-    )
+    check_trace(params, precision.run, math.ceil(1.5 * len(ids)), LAST, ops=ops)
+    reader = Reader(named.tensors, params, len(ids), padding)
+    passes = _Passes(model, ids, ops if precision.run == weights_dtype else _in_fp32(ops), reader, progress)
+    own, (whole, shapes, logits) = passes.fed(), passes.alone()
+    fed, free = (passes.simulated(precision, is_fed=is_fed) for is_fed in (True, False))
+    made = named_tensors(params)
+    steps = []
+    for name in (name for name in made if name in reader.others):
+        limits = precision.limits(name, fed.levels[name], end_to_end=False)
+        whole_limits = precision.limits(name, free.levels[name], end_to_end=True)
+        shape = tuple(reader.others[name].shape)
+        steps.append(Step.of(name, (shapes[name], shape), (whole[name], whole_limits), (own[name], limits)))
+    assert free.of_logits is not None
     return Comparison(
-        steps=steps,
-        missing=tuple(name for name in made if name not in shared),
-        unknown=tuple(name for name in other if name not in made),
-        logits=logits[0] if logits else None,
-        dtype=dtype,
+        steps=tuple(steps),
+        missing=tuple(name for name in made if name not in reader.others),
+        unknown=named.unknown,
+        logits=Logits.of(*logits) if logits else None,
+        dtype=precision.rounding,
         tolerance=tolerance,
         made=made,
+        swaps=swaps(*logits, free.of_logits, eps_of(precision.rounding)) if logits else (),
+        notes=tuple(filter(None, (precision.note, *named.notes, *_understood(reader)))),
     )
 
 
-def _check_settings(tolerance: float | None, rounding: torch.dtype | None) -> None:
+class _Passes:
+    """The passes of the model over a prompt, with the other run's tensors beside its own."""
+
+    def __init__(self, model: Model, ids: Sequence[int], ops: Ops, reader: Reader, progress: bool):
+        self._model, self._ids, self._ops, self._reader, self._progress = model, ids, ops, reader, progress
+
+    def fed(self) -> dict[str, Measured]:
+        """Read the other run's tensors, and return the difference of each step alone."""
+        own: dict[str, Measured] = {}
+
+        def measure_and_replace(name: str, tensor: Tensor) -> Tensor:
+            if name in self._reader.others:
+                self._reader.read(name, tensor, self._model.weights.norm)
+            if name in self._reader.others:
+                own[name] = self._measured(name, tensor)
+            return self._replaced(name, tensor)
+
+        self._run(measure_and_replace)
+        return own
+
+    def alone(self) -> tuple[dict[str, Measured], dict[str, tuple[int, ...]], tuple[Tensor, Tensor] | None]:
+        """Return each difference end to end, the shape of each of our tensors, and the logits of both if comparable."""
+        whole: dict[str, Measured] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        logits: tuple[Tensor, Tensor] | None = None
+
+        def measure_alone(name: str, tensor: Tensor) -> Tensor:
+            nonlocal logits
+            if name in self._reader.others:
+                ours, theirs = self._part(name, tensor), self._reader.others[name]
+                shapes[name] = tuple(ours.shape)
+                whole[name] = self._measured(name, tensor)
+                if name == LAST and ours.shape == theirs.shape:
+                    logits = ours.cpu(), theirs.cpu()
+            return tensor
+
+        self._run(measure_alone)
+        return whole, shapes, logits
+
+    def simulated(self, precision: Precision, *, is_fed: bool) -> Simulation:
+        """Return what rounding does to each tensor, from the other run's tensors or from the beginning."""
+
+        def unchanged(name: str, tensor: Tensor) -> Tensor:
+            return tensor
+
+        simulation = Simulation(precision, self._replaced if is_fed else unchanged, self._part, is_fed)
+        self._run(simulation, rows=2)
+        return simulation
+
+    def _run(self, tap: Tap, rows: int | None = None) -> None:
+        weights, params, ids = self._model.weights, self._model.params, self._ids
+        tokens = torch.tensor(ids if rows is None else [ids] * rows, device=weights.norm.device)
+        with count_layers(params, self._progress) as count, torch.no_grad():
+            forward(weights, params, tokens, ops=self._ops, tap=chain(tap, count))
+
+    def _part(self, name: str, tensor: Tensor) -> Tensor:
+        theirs = self._reader.others.get(name)
+        return tensor if theirs is None else part_of(name, tensor, theirs)
+
+    def _measured(self, name: str, tensor: Tensor) -> Measured:
+        unlike = self._reader.unlike.get(name)
+        if unlike:
+            return incomparable(unlike)
+        return measure(self._part(name, tensor), self._reader.others[name])
+
+    def _replaced(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the other run's tensor where it has one of the same shape, else `tensor`."""
+        theirs = self._reader.others.get(name)
+        if theirs is None or self._part(name, tensor).shape != theirs.shape:
+            return tensor
+        if theirs.shape == tensor.shape:
+            return theirs.to(tensor)
+        replaced = tensor.clone()
+        self._part(name, replaced).copy_(theirs)
+        return replaced
+
+
+def _in_fp32(ops: Ops) -> Ops:
+    """Return the operations with fp32 from the embeddings on; `linear` converts the weights piece by piece."""
+    return ops._replace(embed=lambda tokens, table: ops.embed(tokens, table).float())
+
+
+def _understood(reader: Reader) -> list[str]:
+    """Return what was understood of the tensors, each with the names that it is of."""
+    lines = []
+    for note, names in reader.notes.items():
+        places = list(dict.fromkeys(map(of_any_layer, names)))
+        of = ", ".join(places[:4]) + (", …" if len(places) > 4 else "")
+        lines.append(f"{note} ({of})" if of else note)
+    return lines
+
+
+def _check_settings(tolerance: float | None, rounding: torch.dtype | None, padding: str | None) -> None:
     if tolerance is not None and not tolerance >= 0:
         raise UserError(f"the tolerance should be a number of 0 or more, such as 0.01, is {tolerance}")
     if rounding is not None and rounding not in _COMPARABLE:
         raise UserError(f"the rounding should be that of a dtype such as torch.bfloat16, is {rounding!r}")
+    if padding not in (None, "left", "right"):
+        raise UserError(f'the padding should be "left" or "right", the side that it is on, is {padding!r}')
 
 
-def shared_tensors(other: Mapping[str, Tensor], made: Mapping[str, NamedTensor]) -> dict[str, Tensor]:
+def shared_tensors(other: Mapping[str, Any], params: Params) -> Renamed:
     """Return the other run's tensors that a pass has too. Raises UserError if there are none, or for other dtypes."""
     if isinstance(other, Trace) and other.last_position:
         what = "the trace is of the last position only; make one without {argument}"
         raise UserError(what, argument="last_position")
-    shared = {name: _as_floats(name, other[name]) for name in other if name in made}
-    if not shared:
+    named = renamed(other, params)
+    if not named.tensors:
         names = ", ".join(in_short(name) for name in list(other)[:3])
         raise UserError(
             f"none of the {len(other)} tensors to compare with has a name of this pass ({names or 'there are none'}); "
             f"it has {FIRST}, layers.0.attention_norm, layers.0.attention.q, … {LAST} (see docs/tracing.md)"
         )
-    return shared
+    return named._replace(tensors={name: as_tensor(name, given) for name, given in named.tensors.items()})
 
 
-def _as_floats(name: str, given: Any) -> Tensor:
-    try:
-        tensor = given if isinstance(given, Tensor) else torch.tensor(numpy.asarray(given))
-    except (TypeError, ValueError):
-        tensor = None
-    if tensor is None or tensor.dtype not in _COMPARABLE:
-        kind = getattr(given, "dtype", type(given).__name__)
-        raise UserError(f"the tensor {name} to compare with is {kind}; it should be of floats in 16 or 32 bits")
-    return tensor
+def assert_matches(
+    model: Model, ids: Sequence[int] | Tensor, tensors: Mapping[str, Tensor], **settings: Any
+) -> Comparison:
+    """Assert in a test that another run agrees with the model's own; the message is the verdict.
 
+    Args:
+        model: as in `compare`.
+        ids: as in `compare`.
+        tensors: of the other run, as `other` in `compare`.
+        settings: those of `compare`, such as tolerance.
 
-def _eps(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps
-
-
-def _replaced(name: str, tensor: Tensor, others: Mapping[str, Tensor]) -> Tensor:
-    """Return the other run's tensor if it has one of the same shape, else `tensor`."""
-    theirs = others.get(name)
-    return tensor if theirs is None or theirs.shape != tensor.shape else theirs.to(tensor)
-
-
-def _rounding(others: Mapping[str, Tensor], eps: float, levels: dict[str, float]) -> Tap:
-    """Return a tap for two rows [2, T] that perturbs every tensor of the second by up to eps, as rounding does.
-
-    `levels` gets the relative difference that this causes in each tensor. Both rows continue with the other run's
-    tensor if there is one, so that the sensitivity of each step is measured: a sum of two large opposite terms, for
-    example, passes on much more rounding than it adds.
+    Raises:
+        AssertionError: they do not agree.
+        UserError: as in `compare`.
     """
-    generators: dict[torch.device, torch.Generator] = {}
-
-    def perturb(name: str, rows: Tensor) -> Tensor:
-        exact, perturbed = rows
-        levels[name] = difference(perturbed, exact).relative + eps
-        exact, perturbed = _replaced(name, exact, others), _replaced(name, perturbed, others)
-        generator = generators.setdefault(rows.device, torch.Generator(rows.device).manual_seed(0))
-        noise = torch.rand(perturbed.shape, generator=generator, device=rows.device).mul_(2 * eps).add_(1 - eps)
-        return torch.stack((exact, (perturbed * noise).to(rows.dtype)))
-
-    return perturb
+    found = compare(model, ids, tensors, **settings)
+    if not found.agree:
+        raise AssertionError(found.verdict("the port"))
+    return found
 
 
 def of_any_layer(name: str) -> str:
+    """layers.3.attention.q -> layers.*.attention.q"""
     return re.sub(r"\.\d+\.", ".*.", name)

@@ -23,6 +23,20 @@ class Difference(NamedTuple):
     unlike: str | None = None  # why they cannot be compared, as text
 
 
+class Measured(NamedTuple):
+    """A difference in four figures: the largest value, and three relative ones that rounding is judged by."""
+
+    difference: Difference  # its `relative` is that of the worst row
+    rms: float  # the root mean square of all rows' relative differences
+    value: float  # the largest |a - b| of a value, relative to |b| or, if that is larger, to the RMS of its row
+    at: tuple[int, ...]  # the index of that value
+
+    @property
+    def figures(self) -> tuple[float, float, float]:
+        """The relative figures: of the whole tensor, the worst row and the worst value."""
+        return self.rms, self.difference.relative, self.value
+
+
 def difference(a: Tensor, b: Tensor) -> Difference:
     """Return the difference between a and b, both [..., n], over the rows of the last dimension.
 
@@ -30,8 +44,17 @@ def difference(a: Tensor, b: Tensor) -> Difference:
     would hide all others. A row shorter than the median is measured against the median length: a few scores that
     happen to be near zero say nothing about rounding. Computed on the CPU, which has fp64 for the norms.
     """
+    return measure(a, b).difference
+
+
+def measure(a: Tensor, b: Tensor) -> Measured:
+    """Return the difference between a and b, both [..., n], by tensor, by row (see `difference`) and by value.
+
+    A row of 128,256 logits hides a single wrong one, so values are measured too: against their own size, as rounding
+    is in proportion to it, or that of their row.
+    """
     if a.shape != b.shape:
-        return Difference(math.inf, math.inf, f"its shape is {list(b.shape)}, not {list(a.shape)}")
+        return incomparable(f"its shape is {list(b.shape)}, not {list(a.shape)}")
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     a, b = a.to("cpu", dtype), b.to("cpu", dtype)
     masked = ((a == -torch.inf) & (b <= _MASKED)) | ((a <= _MASKED) & (b == -torch.inf))
@@ -39,14 +62,24 @@ def difference(a: Tensor, b: Tensor) -> Difference:
     finite = a.isfinite() & b.isfinite() & ~masked
     unlike = int((~same & ~finite).sum())
     if unlike:
-        what = f"{unlike:,} of its {a.numel():,} values are infinite or NaN on one side only"
-        return Difference(math.inf, math.inf, what)
-    apart = torch.where(finite, a - b, 0.0)
+        return incomparable(f"{unlike:,} of its {a.numel():,} values are infinite or NaN on one side only")
+    apart, b = torch.where(finite, a - b, 0.0), torch.where(finite, b, 0.0)
     # in fp64 the square of the most negative fp32 number, which some use as a mask, is finite
     lengths = vector_norm(apart, dim=-1, dtype=torch.float64)  # [...]
-    sizes = vector_norm(torch.where(finite, b, 0.0), dim=-1, dtype=torch.float64)
-    relative = torch.where(lengths == 0, 0.0, lengths / sizes.clamp(min=sizes.median()))
-    return Difference(float(apart.abs().max()), float(relative.max()))
+    sizes = vector_norm(b, dim=-1, dtype=torch.float64)
+    sizes = sizes.clamp(min=sizes.median())
+    relative = torch.where(lengths == 0, 0.0, lengths / sizes)
+    typical = sizes / finite.sum(-1).clamp(min=1).sqrt()  # the RMS of the row
+    apart = apart.abs()
+    values = torch.where(apart == 0, 0.0, apart / b.abs().maximum(typical.unsqueeze(-1).to(dtype)))
+    at = tuple(int(i) for i in torch.unravel_index(values.argmax(), values.shape))
+    found = Difference(float(apart.max()), float(relative.max()))
+    return Measured(found, float(relative.square().mean().sqrt()), float(values[at]), at)
+
+
+def incomparable(why: str) -> Measured:
+    """Return the figures of tensors that cannot be compared, infinite ones."""
+    return Measured(Difference(math.inf, math.inf, why), math.inf, math.inf, ())
 
 
 class Logits(NamedTuple):
@@ -80,11 +113,3 @@ class Logits(NamedTuple):
             float(nats.mean()),
             float(nats[-1]),
         )
-
-
-def in_our_layout(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """Return a tensor without a batch dimension of 1, and with its heads separate; any other tensor unchanged."""
-    for joined in (shape, torch.Size((*shape[:-2], shape[-2] * shape[-1]))):
-        if tensor.shape in (joined, (1, *joined)):
-            return tensor.reshape(shape)
-    return tensor

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from ..backends.choose import ops_for
 from ..errors import UserError
 from ..model import KVCache
-from ..ops import Ops
+from ..ops import Ops, Tap, no_tap
 from ..weights import Model
-from .loop import Event, StopReason, Text, decode, seeded_generator, tokens_to_stop_at
+from .loop import Event, OnLogits, StopReason, Text, decode, seeded_generator, tokens_to_stop_at
 from .runner import BatchRunner
 from .sampling import Sampling
 
@@ -22,6 +22,8 @@ class Row(NamedTuple):
     """A prompt of a batch and its settings.
 
     seed, stop_ids: as in `generate`. is_over: called after each token with all new tokens so far; True ends the text.
+    tap: sees the passes over the prompt, which is then computed alone. on_logits: called with each next token,
+    a stop token too, and the logits [vocab] that it came from.
     """
 
     ids: Sequence[int]
@@ -30,6 +32,8 @@ class Row(NamedTuple):
     seed: int | None = None
     is_over: Callable[[Sequence[int]], bool] = lambda new: False
     stop_ids: Collection[int] | None = None
+    tap: Tap = no_tap
+    on_logits: OnLogits | None = None
 
 
 def generate_batch(
@@ -67,11 +71,12 @@ def generate_batch(
         if len(row.ids) > limit:
             raise UserError(f"a prompt needs {len(row.ids)} positions, but the context holds {limit}; shorten it")
     ends = tokens_to_stop_at(model, stop_ids)
-    texts = [_text(model, number, row, limit, ends) for number, row in enumerate(rows)]
+    texts = [text_of(model, number, row, limit, ends) for number, row in enumerate(rows)]
     return _decode(model, texts, ops or ops_for(model.weights), shares_beginning)
 
 
-def _text(model: Model, number: int, row: Row, limit: int, ends: Collection[int]) -> Text:
+def text_of(model: Model, number: int, row: Row, limit: int, ends: Collection[int]) -> Text:
+    """Return the text that continues a row within `limit` tokens. ends: its stop tokens if it has none of its own."""
     budget = max(0, min(row.max_new_tokens, limit - len(row.ids)))
     return Text(
         number,
@@ -82,6 +87,8 @@ def _text(model: Model, number: int, row: Row, limit: int, ends: Collection[int]
         generator=seeded_generator(model, row.seed),
         stop_ids=ends if row.stop_ids is None else row.stop_ids,
         is_over=row.is_over,
+        tap=row.tap,
+        on_logits=row.on_logits,
     )
 
 

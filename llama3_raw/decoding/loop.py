@@ -43,6 +43,9 @@ class StopReason(enum.Enum):
 Event = tuple[int, int | StopReason]
 """(number of the text, its next token), or (number of the text, why it ended)."""
 
+OnLogits = Callable[[Tensor, int], None]
+"""on_logits(logits [vocab], token): called with each next token, a stop token too, and the logits that it came from."""
+
 
 @dataclass
 class Text:
@@ -59,6 +62,8 @@ class Text:
     earlier: Sequence[int] = ()  # the text before the prompt
     draft: Draft = field(default_factory=NoDraft)
     is_over: Callable[[Sequence[int]], bool] = lambda new: False  # whether the text ends after these new tokens
+    tap: Tap = no_tap  # sees the passes over the prompt
+    on_logits: OnLogits | None = None
     new: list[int] = field(default_factory=list)
     ended: StopReason | None = None
 
@@ -100,42 +105,55 @@ class Text:
         return self.number, self.ended
 
 
+Arrivals = Callable[[int], Sequence[Text]]
+"""arrivals(number of running texts) -> the texts that join them now; called between passes. It may wait."""
+
+
 @torch.no_grad()
-def decode(texts: Sequence[Text], runner: Runner) -> Iterator[Event]:
-    """Continue texts together until all have ended. Each has a budget of at least one token.
+def decode(texts: Sequence[Text], runner: Runner, arrivals: Arrivals = lambda running: ()) -> Iterator[Event]:
+    """Continue texts together until all have ended and no more arrive. Each has a budget of at least one token.
 
     A text whose logits are not numbers ends alone.
 
     A pass gives every text its next token. For a single text it also checks the draft: each row of logits gives one
-    more token, as long as that token is the proposed one.
+    more token, as long as that token is the proposed one. A text that arrives gets its prompt computed and the next row
+    of the cache, and from then on it is one of them.
     """
-    running = list(texts)
-    logits = runner.prefill([text.prompt for text in running])  # [texts, 1, vocab]
+    running: list[Text] = []
+    joining = list(texts or arrivals(0))
     proposed: list[int] = []
-    started: float | None = (
-        None  # start of the pass and its draft; None for prefill, whose time does not predict that of decode
-    )
-    while True:
+    ahead: Tensor | None = None  # logits of the next pass, if it was started already
+    while running or joining:
+        started = None if joining else time.perf_counter()  # prefill does not predict the time of decode
+        if len(running) == 1 and not joining:
+            proposed = running[0].draft.propose(running[0].budget - len(running[0].new) - 1)
+        passes = [_step(running, proposed, runner) if ahead is None else ahead] if running else []
+        if joining:
+            prompts, taps = [text.prompt for text in joining], [text.tap for text in joining]
+            passes.append(runner.prefill(prompts, len(running), taps))
+            running += joining
+        logits = torch.cat(passes) if len(passes) > 1 else passes[0]  # [texts, 1 + proposed, vocab]
         for row, expected in zip(logits.unbind(1), [*proposed, None], strict=True):  # [texts, vocab]
             tokens, are_sound, ahead = _next_tokens(row, running, runner)
             if started is not None:
                 running[0].draft.observe(len(proposed), time.perf_counter() - started)
                 started = None
-            for text, token, sound in zip(running, tokens, are_sound, strict=True):
+            for text, token, sound, seen in zip(running, tokens, are_sound, row, strict=True):
+                if sound and text.on_logits:
+                    text.on_logits(seen, token)
                 yield from text.append(token) if sound else [text.end_without_token()]
             if tokens[0] != expected or running[0].ended:
                 break
             running[0].draft.accept()
+        proposed = []
         _remove_ended(running, runner)
-        if not running:
-            return
-        started = time.perf_counter()
-        if len(running) == 1:
-            proposed = running[0].draft.propose(running[0].budget - len(running[0].new) - 1)
-        if ahead is None:
-            last = torch.tensor([[text.new[-1], *proposed] for text in running], device=runner.device)
-            ahead = runner.step(last, [text.position for text in running])
-        logits = ahead  # [texts, 1 + proposed, vocab]
+        joining = list(arrivals(len(running)))
+
+
+def _step(texts: Sequence[Text], proposed: Sequence[int], runner: Runner) -> Tensor:
+    """Compute the last token of each text, and the proposed ones after that of a single text."""
+    last = torch.tensor([[text.new[-1], *proposed] for text in texts], device=runner.device)
+    return runner.step(last, [text.position for text in texts])
 
 
 def _next_tokens(logits: Tensor, texts: Sequence[Text], runner: Runner) -> tuple[list[int], list[int], Tensor | None]:
@@ -168,11 +186,11 @@ def _remove_ended(running: list[Text], runner: Runner) -> None:
     for place in reversed(range(len(running))):
         if running[place].ended is None:
             continue
+        if running[place].ended is StopReason.NOT_NUMBERS:
+            runner.clear(place)
         last = running.pop()
         if place < len(running):
-            # all positions: a NaN that is left after the text would reach it, as 0 * NaN is NaN
-            is_dirty = running[place].ended is StopReason.NOT_NUMBERS
-            runner.move(len(running), place, None if is_dirty else last.position)
+            runner.move(len(running), place, last.position)
             running[place] = last
 
 

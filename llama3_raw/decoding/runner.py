@@ -24,14 +24,20 @@ class Runner(Protocol):
     def runs_ahead(self) -> bool:
         """Whether a pass over one token returns before it is computed, so that the CPU need not know the token."""
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Compute the prompts; return the logits after each, [texts, 1, vocab]."""
+    def prefill(self, prompts: Sequence[Sequence[int]], first: int = 0, taps: Sequence[Tap] | None = None) -> Tensor:
+        """Compute the prompts in the rows from `first` on; return the logits after each, [texts, 1, vocab].
+
+        taps: one for each prompt, which sees the passes over it; with a tap other than `no_tap` it is computed alone.
+        """
 
     def step(self, tokens: Tensor, positions: Sequence[int]) -> Tensor:
         """Compute tokens [texts, T], from a position of each text on; return the logits, [texts, T, vocab]."""
 
-    def move(self, source: int, target: int, length: int | None) -> None:
-        """Move the text in row `source`, the first `length` positions of the cache or all, to row `target`."""
+    def move(self, source: int, target: int, length: int) -> None:
+        """Move the text in row `source`, the first `length` positions of the cache, to row `target`."""
+
+    def clear(self, row: int) -> None:
+        """Forget a row whose text ended in NaN: its cache would reach a later text, as 0 * NaN is NaN."""
 
 
 class SingleRunner:
@@ -51,7 +57,7 @@ class SingleRunner:
     def runs_ahead(self) -> bool:
         return self._graphs is not None and self._graphs.are_ready(1)
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]], first: int = 0, taps: Sequence[Tap] | None = None) -> Tensor:
         (prompt,) = prompts
         for begin in range(0, len(prompt), self._ops.prefill_chunk):
             tokens = torch.tensor(prompt[begin : begin + self._ops.prefill_chunk], device=self.device)
@@ -71,8 +77,11 @@ class SingleRunner:
             logits = self._forward(row, position, -1 if len(row) == 1 else None)
         return logits.view(1, len(row), -1)
 
-    def move(self, source: int, target: int, length: int | None) -> None:
+    def move(self, source: int, target: int, length: int) -> None:
         raise AssertionError("there is only one text")
+
+    def clear(self, row: int) -> None:
+        pass  # no other text uses the cache
 
     def _forward(self, tokens: Tensor, position: int, logits_at: int | None) -> Tensor:
         weights, params = self._model[:2]
@@ -99,8 +108,9 @@ class BatchRunner:
         self._model, self._cache, self._ops, self._shares_beginning = model, cache, ops, shares_beginning
         self._start = 0  # tokens in each row of the cache before the rest of its prompt
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]], first: int = 0, taps: Sequence[Tap] | None = None) -> Tensor:
         """Compute consecutive short prompts together, and a long prompt alone, in chunks as `generate` does."""
+        taps = taps or [no_tap] * len(prompts)
         if self._shares_beginning and len(prompts) > 1:
             # each prompt keeps a token of its own, whose logits are wanted
             shared = _common_beginning([list(prompt[:-1]) for prompt in prompts])
@@ -114,21 +124,21 @@ class BatchRunner:
         begin = 0
         while begin < len(prompts):
             end, width = begin + 1, len(prompts[begin])
-            while end < len(prompts):
+            while end < len(prompts) and taps[begin] is taps[end] is no_tap:
                 wider = max(width, len(prompts[end]))
                 if (end + 1 - begin) * wider > self._ops.max_packed:
                     break
                 end, width = end + 1, wider
             if end - begin == 1:
-                logits.append(self._prefill_alone(begin, prompts[begin]))
+                logits.append(self._prefill_alone(first + begin, prompts[begin], taps[begin]))
             else:
-                logits.append(self._prefill_together(begin, prompts[begin:end], width))
+                logits.append(self._prefill_together(first + begin, prompts[begin:end], width))
             begin = end
         return torch.cat(logits)
 
-    def _prefill_alone(self, row: int, prompt: Sequence[int]) -> Tensor:
+    def _prefill_alone(self, row: int, prompt: Sequence[int], tap: Tap = no_tap) -> Tensor:
         cache = _cache_view(self._cache, row, self._start + len(prompt))
-        return SingleRunner(self._model, cache, self._start, self._ops, no_tap, None).prefill([prompt])
+        return SingleRunner(self._model, cache, self._start, self._ops, tap, None).prefill([prompt])
 
     def _prefill_together(self, first: int, prompts: Sequence[Sequence[int]], width: int) -> Tensor:
         """Compute prompts padded on the right; cached padding is overwritten before a token attends to it.
@@ -151,9 +161,13 @@ class BatchRunner:
         start = positions[0] if is_even else torch.tensor(positions, device=self.device)
         return self._forward(tokens, cache, start, None)
 
-    def move(self, source: int, target: int, length: int | None) -> None:
+    def move(self, source: int, target: int, length: int) -> None:
         for cached in (*self._cache.keys, *self._cache.values):
             cached[target, :length] = cached[source, :length]
+
+    def clear(self, row: int) -> None:
+        for cached in (*self._cache.keys, *self._cache.values):
+            cached[row] = 0
 
     def _forward(self, tokens: Tensor, cache: KVCache, start: int | Tensor, logits_at: int | Tensor | None) -> Tensor:
         weights, params = self._model[:2]

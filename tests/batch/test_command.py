@@ -18,9 +18,10 @@ from llama3_raw import Model, generate
 from llama3_raw.batch import __main__ as batch
 from llama3_raw.batch.__main__ import main
 from llama3_raw.batch.journal import Journal
-from llama3_raw.batch.requests import Request, Task, group_by_length
+from llama3_raw.batch.requests import Line, Task, group_by_length
 from llama3_raw.decoding.batch import Row, generate_batch
 from llama3_raw.decoding.sampling import Sampling
+from llama3_raw.openai_api.requests import Defaults, parse_request
 from tests.damage import CHECKPOINT, copy_tiny
 from tests.decoding.test_batch import PROMPTS
 from tests.paths import ROOT, TINY
@@ -113,14 +114,17 @@ BAD = {
     "not JSON": (b"once upon", "is not JSON: Expecting value"),
     "not an object": (b'["a"]', "should be an object"),
     "too deep": (b"[" * 100_000, "is not JSON"),
-    "not UTF-8": (b'{"prompt": "\xff"}', "is not valid UTF-8 at byte 12 of the line"),
+    "not UTF-8": (b'{"prompt": "\xff"}', "is not valid UTF-8 at byte 12"),
     "half a character": (b'{"prompt": "\\ud800"}', "holds half a character"),
-    "unknown field": (b'{"promt": "a"}', "promt: there is no such field; there are id, prompt"),
+    "unknown field": (b'{"promt": "a"}', "promt: there is no such field; there are prompt"),
     "nothing": (b"{}", "should have a prompt or messages"),
     "both": (b'{"prompt": "a", "messages": []}', "should have a prompt or messages, not both"),
     "empty prompt": (b'{"prompt": ""}', "prompt should not be empty"),
     "no messages": (b'{"messages": []}', "messages should not be empty"),
-    "no tokens": (b'{"prompt": [1, "a"]}', "a list of token ids, holds something else"),
+    "no tokens": (
+        b'{"prompt": [1, "a"]}',
+        "prompt should be a string, a list of token ids, or a list of either, holds something else",
+    ),
     "token": (b'{"prompt": [99999]}', "token id 99999 is outside"),
     "id": (b'{"prompt": "a", "id": [1]}', "id should be a string or a number, is [1]"),
     "true": (b'{"prompt": "a", "max_tokens": true}', "max_tokens should be an integer, is true"),
@@ -129,7 +133,7 @@ BAD = {
     "below 0": (b'{"prompt": "a", "temperature": -1}', "temperature should be 0 (greedy) or more, is -1.0"),
     "NaN": (b'{"prompt": "a", "top_p": NaN}', "top_p should be above 0 and at most 1, is nan"),
     "penalty": (b'{"prompt": "a", "repetition_penalty": 0}', "repetition_penalty should be from 0.01 to 100, is 0.0"),
-    "a large number": (b'{"prompt": "a", "top_p": 1' + b"0" * 400 + b"}", "a number is too large"),
+    "a large number": (b'{"prompt": "a", "top_p": 1' + b"0" * 400 + b"}", "top_p is too large a number"),
     "seed": (b'{"prompt": "a", "seed": -1}', "seed should be from 0 to 2**63 - 1, is -1"),
     "stop": (b'{"prompt": "a", "stop": ["b", ""]}', "stop should be a string or a list of strings, none of them empty"),
     "role": (
@@ -397,13 +401,13 @@ def test_runs_killed_at_random_points_end_with_the_same_file(tmp_path: Path) -> 
 
 def test_groups_do_not_depend_on_the_order_of_lines() -> None:
     def task(line: int, length: int, budget: int) -> Task:
-        request = Request(line, None, [1], budget, Sampling(), 0, ())
-        return Task(request, [1] * length, budget)
+        request = parse_request({"prompt": [1]}, "completion", Defaults(budget, Sampling()))
+        return Task(Line(line, None, False, request), [[1] * length], budget)
 
     tasks = [task(1, 5, 10), task(2, 90, 10), task(3, 5, 30), task(4, 7, 1), task(5, 5, 10)]
     expected = [[2, 4], [3, 1], [5]]
-    assert [[task.request.line for task in group] for group in group_by_length(tasks, 2)] == expected
-    assert [[task.request.line for task in group] for group in group_by_length(tasks[::-1], 2)] == expected
+    assert [[task.line.number for task in group] for group in group_by_length(tasks, 2)] == expected
+    assert [[task.line.number for task in group] for group in group_by_length(tasks[::-1], 2)] == expected
 
 
 def test_files_that_only_look_like_journals(tmp_path: Path) -> None:
@@ -442,3 +446,64 @@ def test_a_missing_result_is_an_error(
     assert "the results of 1 lines are not there" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
     assert (tmp_path / "out.jsonl.part").exists()
+
+
+CHAT = {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}]}
+
+
+def wrapped(id: str, url: str, body: dict[str, Any]) -> dict[str, Any]:
+    return {"custom_id": id, "method": "POST", "url": f"/v1/{url}", "body": body}
+
+
+def test_files_of_openai_s_batches(tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bodies are those of the API; fields in a flat line mean the same."""
+    from openai.types import Completion
+    from openai.types.chat import ChatCompletion
+
+    prompt = {"prompt": "Once upon a time", "max_tokens": 5}
+    chat = {**CHAT, "max_completion_tokens": 4, "model": "tiny", "user": "me", "temperature": 1, "seed": 3}
+    scored = {**prompt, "logprobs": 2, "echo": True}
+    lines = [
+        wrapped("a", "completions", {**scored, "prompt": [prompt["prompt"], [2048, 300]]}),
+        wrapped("b", "chat/completions", {**chat, "n": 2, "logprobs": True, "top_logprobs": 1}),
+        {"id": 1, **scored},
+        {"id": 2, **chat, "n": 3},
+        wrapped("c", "chat/completions", {"messages": [{"role": "tool", "content": "x"}]}),
+        wrapped("d", "chat/completions", {"messages": [{"role": "developer", "content": "x"}]}),
+        wrapped("e", "completions", {**prompt, "logit_bias": {"5": 1}}),
+        wrapped("f", "completions", {**prompt, "model": "gpt-9"}),
+        {**wrapped("g", "embeddings", {"input": "x"})},
+        {"id": 3, **prompt, "stream": True},
+    ]
+    status, err = call(capsys, write_lines(tmp_path, lines))
+    assert (status, "6 of 10 lines could not be computed; line 5: messages: role should be" in err) == (1, True)
+    results = results_in(tmp_path)
+    assert [result.get("custom_id") for result in results] == ["a", "b", None, None, "c", "d", "e", "f", "g", None]
+    for result, kind in zip(results[:2], (Completion, ChatCompletion), strict=True):
+        assert (result["response"]["status_code"], result["error"]) == (200, None)
+        body = json.loads(json.dumps(result["response"]["body"]))
+        for choice in body["choices"] if kind is Completion else ():
+            for name in ("token_logprobs", "top_logprobs"):
+                assert choice["logprobs"][name].pop(0) is None  # of the first token, which the client's types leave out
+        kind.model_validate(body, strict=True)
+    texts = results[0]["response"]["body"]["choices"]
+    assert {name: texts[0][name] for name in ("text", "finish_reason", "logprobs")} == {
+        name: results[2][name] for name in ("text", "finish_reason", "logprobs")
+    }
+    assert texts[0]["text"] == "Once upon a time, there was a little"
+    assert [len(choice["logprobs"]["tokens"]) for choice in texts] == [5 + 5, 2 + 5]
+    answers = [choice["message"]["content"] for choice in results[1]["response"]["body"]["choices"]]
+    assert [choice["text"] for choice in results[3]["choices"]][:2] == answers
+    assert len({choice["text"] for choice in results[3]["choices"]}) > 1  # each text has a seed of its own
+    assert results[3]["usage"] == {"prompt_tokens": 17, "completion_tokens": 12}
+    reasons = [
+        'role should be one of system, user, assistant, is "tool"',
+        'role should be one of system, user, assistant, is "developer"',
+        "logit_bias is not supported, other than {}",
+        'model is "gpt-9", and this run has the model tiny',
+        "url should be /v1/completions or /v1/chat/completions",
+    ]
+    for result, reason in zip(results[4:9], reasons, strict=True):
+        assert reason in result["error"]["message"]
+        assert result["response"] is None
+    assert results[9]["error"] == "stream is for the server; leave it out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,8 +14,9 @@ import llama3_raw
 from llama3_raw import REFERENCE, KVCache, Model, UserError, forward, generate
 from llama3_raw.backends.cpu import fast_ops
 from llama3_raw.decoding import runner
-from llama3_raw.decoding.batch import Row, generate_batch
-from llama3_raw.decoding.loop import StopReason
+from llama3_raw.decoding.batch import Row, generate_batch, text_of
+from llama3_raw.decoding.loop import StopReason, Text, decode
+from llama3_raw.decoding.runner import BatchRunner
 from llama3_raw.decoding.sampling import Sampling
 from llama3_raw.ops import Ops
 from tests.references import cast, run
@@ -232,3 +234,68 @@ def test_a_pass_over_a_batch_has_the_same_bits_as_its_rows_alone(tiny: Model) ->
         for row, (start, copy) in enumerate(zip(starts, copies, strict=True)):
             alone = forward(tiny.weights, tiny.params, new[row], cache=copy, start=start, ops=ops)
             assert torch.equal(together[row], alone)
+
+
+def run_arriving(
+    model: Model, rows: Sequence[Row], times: Sequence[int], n_rows: int, ops: Ops
+) -> list[tuple[list[int], StopReason]]:
+    """Decode rows, each of which arrives before the pass of its time, or when a row of the cache is free."""
+    cache = KVCache.allocate(model.params, max_seq_len=64, like=model.weights, batch=(n_rows,))
+    texts = [text_of(model, number, row, 64, ()) for number, row in enumerate(rows)]
+    waiting = sorted(texts, key=lambda text: times[text.number])
+    passes = itertools.count()
+
+    def arrivals(running: int) -> list[Text]:
+        now = next(passes) if running else times[waiting[0].number] if waiting else 0
+        joining: list[Text] = []
+        while waiting and times[waiting[0].number] <= now and running + len(joining) < n_rows:
+            joining.append(waiting.pop(0))
+        return joining
+
+    tokens: list[list[int]] = [[] for _ in rows]
+    reasons = {}
+    for number, event in decode([], BatchRunner(model, cache, ops), arrivals):
+        if isinstance(event, StopReason):
+            reasons[number] = event
+        else:
+            tokens[number].append(event)
+    return [(new, reasons[number]) for number, new in enumerate(tokens)]
+
+
+@needs_kernels
+def test_a_text_that_arrives_later_has_the_same_bits_as_alone(tiny: Model, prompts: list[list[int]]) -> None:
+    """Texts join running ones, and take rows that others left. One has its prompt computed alone, for its tap."""
+    model = tiny._replace(weights=cast(tiny.weights, torch.bfloat16))
+    seen: list[list[torch.Tensor]] = [[] for _ in prompts]
+    tapped: list[str] = []
+    rows = [
+        Row(ids, budget, stop_ids=(), on_logits=lambda row, token, kept=logits: kept.append(row))
+        for ids, budget, logits in zip(prompts, (20, 7, 12, 9, 1, 16, 11), seen, strict=True)
+    ]
+    rows[3] = rows[3]._replace(tap=lambda name, tensor: (tapped.append(name), tensor)[1])
+    together = run_arriving(model, rows, (0, 0, 3, 3, 5, 30, 60), n_rows=3, ops=fast_ops())
+    assert "norm" in tapped
+    for row, (new, reason), logits in zip(rows, together, seen, strict=True):
+        alone: list[torch.Tensor] = []
+
+        def keep(name: str, tensor: torch.Tensor, alone: list[torch.Tensor] = alone) -> torch.Tensor:
+            if name == "logits":
+                alone.append(tensor)
+            return tensor
+
+        single = generate(model, row.ids, max_new_tokens=row.max_new_tokens, stop_ids=(), tap=keep)
+        assert (new, reason) == run(single)
+        assert len(logits) == len(alone)
+        assert all(torch.equal(one, other.view(-1)) for one, other in zip(logits, alone, strict=True))
+
+
+def test_a_text_takes_the_row_of_one_that_was_not_numbers(tiny: Model, prompts: list[list[int]]) -> None:
+    """NaN in the cache after a text would reach the next text in its row, as 0 * NaN is NaN."""
+    damaged = tiny.weights.tok_embeddings.float()
+    token = max(set(range(1000)) - {token for ids in prompts for token in ids})
+    damaged[token] = torch.nan
+    model = tiny._replace(weights=cast(tiny.weights, torch.float32)._replace(tok_embeddings=damaged))
+    rows = [Row([*prompts[0], token], 5), Row(prompts[3], 8, stop_ids=()), Row(prompts[6], 9, stop_ids=())]
+    together = run_arriving(model, rows, (0, 1, 1), n_rows=2, ops=REFERENCE)  # reads the whole row, and masks it
+    assert together[0] == ([], StopReason.NOT_NUMBERS)
+    assert [new for new, _ in together[1:]] == [new for new, _ in run_each(model, rows[1:], stop_ids=(), ops=REFERENCE)]

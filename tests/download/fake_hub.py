@@ -66,7 +66,8 @@ class FakeHub:
         self.hub = self._serve(_HubHandler, certificate)
         self.storage = self._serve(_StorageHandler, None)
         self.url = f"http{'s' if certificate else ''}://127.0.0.1:{self.hub.server_port}"
-        self.storage_url = f"http://127.0.0.1:{self.storage.server_port}"
+        # of another name than the hub: huggingface_hub 1.33 follows a redirect to the same one
+        self.storage_url = f"http://localhost:{self.storage.server_port}"
 
     def _serve(self, handler: type[_Handler], certificate: str | None) -> ThreadingHTTPServer:
         server = ThreadingHTTPServer(("127.0.0.1", 0), type(handler.__name__, (handler,), {"fake": self}))

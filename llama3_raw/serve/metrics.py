@@ -1,0 +1,46 @@
+"""What `/metrics` says, in the text format of Prometheus."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_WINDOW = 10  # seconds
+
+
+class Metrics:
+    """The counters of one server."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("llama3_raw_requests", "Answered requests.", ("path", "status"), registry=registry)
+        self.prompt_tokens = Counter("llama3_raw_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self.tokens = Counter("llama3_raw_generated_tokens", "New tokens.", registry=registry)
+        self.speed = Gauge("llama3_raw_tokens_per_second", "New tokens in the last ten seconds.", registry=registry)
+        self.running = Gauge("llama3_raw_running_texts", "Texts in the batch.", registry=registry)
+        self.waiting = Gauge("llama3_raw_waiting_texts", "Texts that wait for a row.", registry=registry)
+        self.first_token = Histogram(
+            "llama3_raw_first_token_seconds", "From arrival to the first token.", buckets=_SECONDS, registry=registry
+        )
+        self.whole_text = Histogram(
+            "llama3_raw_text_seconds", "From arrival to the end of a text.", buckets=_SECONDS, registry=registry
+        )
+
+        self._tokens_of_second: deque[list[int]] = deque(maxlen=_WINDOW + 1)  # [second, tokens]; the last goes on
+        self.speed.set_function(self._speed)
+
+    def count_token(self) -> None:
+        """Count a new token."""
+        self.tokens.inc()
+        second = int(time.monotonic())
+        if not self._tokens_of_second or self._tokens_of_second[-1][0] != second:
+            self._tokens_of_second.append([second, 0])
+        self._tokens_of_second[-1][1] += 1
+
+    def _speed(self) -> float:
+        now = int(time.monotonic())
+        counts = list(self._tokens_of_second)
+        return sum(count for second, count in counts if now - _WINDOW <= second < now) / _WINDOW
