@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from .tracing.circuits import qk_circuits as qk_circuits
     from .tracing.circuits import repeated_tokens as repeated_tokens
     from .tracing.debugger import break_at as break_at
-    from .tracing.padding import pad as pad
-    from .tracing.gradients import estimate_sweep as estimate_sweep
-    from .tracing.gradients import trace_gradients as trace_gradients
     from .tracing.gradients import estimate_sweep as estimate_sweep
     from .tracing.gradients import trace_gradients as trace_gradients
     from .tracing.padding import pad as pad
