@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from .tracing.circuits import ov_circuits as ov_circuits
     from .tracing.circuits import qk_circuits as qk_circuits
     from .tracing.circuits import repeated_tokens as repeated_tokens
+    from .tracing.collect import Collection as Collection
+    from .tracing.collect import collect as collect
+    from .tracing.collect import load_collection as load_collection
     from .tracing.debugger import break_at as break_at
     from .tracing.gradients import estimate_sweep as estimate_sweep
     from .tracing.gradients import trace_gradients as trace_gradients
@@ -68,6 +71,7 @@ _PUBLIC_NAMES = {  # module -> the public names defined there
     "tracing.padding": ("pad",),
     "tracing.gradients": ("estimate_sweep", "trace_gradients"),
     "tracing.patching": ("ablation", "path_patch", "sweep", "tap_names"),
+    "tracing.collect": ("Collection", "collect", "load_collection"),
     "tracing.record": ("Trace", "load_trace", "trace"),
     "tracing.taps": ("chain", "patch"),
     "weights": ("LayerWeights", "Model", "Weights"),

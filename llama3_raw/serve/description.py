@@ -65,7 +65,7 @@ def describe() -> Schema:
 def _operation(summary: str, returns: str, body: Schema | None = None) -> Schema:
     content = {"application/json": {"schema": {"type": returns}}}
     if body and "stream" in body["properties"]:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": {"type": "object"}}  # of an event
     operation: Schema = {
         "summary": summary,
         "responses": {

@@ -169,6 +169,8 @@ class Engine:
             if future.cancelled():
                 return
             try:
+                if self._is_closed:
+                    raise Closed
                 result = function()
             except BaseException as error:
                 loop.call_soon_threadsafe(settle, future.set_exception, error)
@@ -182,12 +184,14 @@ class Engine:
         """Decode until the engine is closed. An error, such as a lack of memory, ends the running texts only."""
         torch.set_num_threads(self._threads)  # OpenMP counts them for each thread
         while not self._is_closed:
-            error: Exception = Closed()
+            error: Exception
             try:
                 for number, event in decode([], self._runner, self._arrivals):
                     self._take(self._running[number], event)
                     if isinstance(event, StopReason):
                         del self._running[number]
+            except Closed as caught:
+                error = caught
             except Exception as caught:
                 traceback.print_exc(file=sys.stderr)
                 error = caught
@@ -197,16 +201,18 @@ class Engine:
             self._tell()
         for job in self._waiting:
             self._end(job, Closed())
+        for call in self._calls:  # which only raise Closed now
+            call()
         self._tell()
 
     def _arrivals(self, running: int) -> list[Text]:
-        """Return the texts that join the running ones; wait for one if there are none. Nothing when closed."""
+        """Return the texts that join the running ones; wait for one if there are none. Raises Closed."""
         self._tell()
         while True:
             self.metrics.running.set(running)
             self._receive(waits=not (running or self._waiting or self._calls or self._is_closed))
             if self._is_closed:
-                return []
+                raise Closed
             if self._calls:
                 self._calls.popleft()()  # one between two passes, so that the texts go on
             joining: list[Text] = []

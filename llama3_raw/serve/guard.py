@@ -35,9 +35,10 @@ class Settings:
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
-    """Return an error in OpenAI's form."""
+    """Return an error in OpenAI's form, its message on one line."""
     kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    message = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(message.split()))
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

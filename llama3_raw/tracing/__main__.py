@@ -15,9 +15,22 @@ from ..backends.choose import showing
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from ..cli.memory_plan import RunShape
 from ..cli.models import choose_model, chosen_ids, load_model
-from ..cli.options import DTYPES_BY_NAME, add_model_options, add_prompt_options, check_output, read_prompt
+from ..cli.options import (
+    DTYPES_BY_NAME,
+    add_model_options,
+    add_prompt_options,
+    check_context,
+    check_output,
+    parse_ids,
+    positive_int,
+    read_prompt,
+    read_text,
+)
+from ..errors import UserError
 from ..weights import dtype_name
+from .collect import collect
 from .record import Trace, check_trace, trace
+from .taps import check_names
 
 
 class Statistics(NamedTuple):
@@ -55,7 +68,7 @@ def build_parser() -> ArgumentParser:
     """Return the parser of `python -m llama3_raw.tracing`."""
     parser = ArgumentParser(
         prog="python -m llama3_raw.tracing",
-        description="Run one forward pass over a prompt and show or save its tensors, by name.",
+        description="Run one forward pass over a prompt and show or save its tensors, by name; or over a whole text.",
     )
     add_prompt_options(parser)
     group = parser.add_argument_group("tensors")
@@ -67,20 +80,55 @@ def build_parser() -> ArgumentParser:
         help="tensors to trace, with * ? [0-9] as in a shell (repeatable; default: all): 'layers.0.*' is all of layer "
         "0, 'layers.*.residual' the output of each layer",
     )
-    group.add_argument("-o", "--output", type=not_empty, metavar="FILE", help="write the tensors as safetensors")
+    group.add_argument(
+        "-o", "--output", type=not_empty, metavar="FILE", help="write the tensors as safetensors; with --text, a folder"
+    )
     group.add_argument("--stats", action="store_true", help="print statistics of each tensor (default without -o)")
     group.add_argument("--last-position", action="store_true", help="keep the last token only")
     group.add_argument("--keep-dtype", choices=DTYPES_BY_NAME, help="keep the tensors as this (default: as computed)")
     group.add_argument("--reference", action="store_true", help="use the exact operations: Meta's bits, but slower")
     group.add_argument("--fast", action="store_true", help=argparse.SUPPRESS)  # the default by now
+    group = parser.add_argument_group("a whole text")
+    group.add_argument(
+        "--text", type=not_empty, metavar="FILE", help="instead of a prompt: collect the tensors of this text in -o"
+    )
+    group.add_argument(
+        "--context", type=positive_int, default=128, metavar="N", help="tokens of a window (%(default)s)"
+    )
+    group.add_argument("--batch", type=positive_int, default=16, metavar="N", help="windows of a pass (%(default)s)")
     add_model_options(parser)
     return parser
+
+
+def collect_text(options: argparse.Namespace) -> int:
+    """Collect the tensors of a text file, and return the exit status."""
+    if options.prompt or options.last_position or options.stats or not options.output:
+        raise UserError("--text FILE goes with -o FOLDER, not with a prompt, --last-position or --stats")
+    text = read_text(options.text)
+    chosen = choose_model(options, needs_tokenizer=not options.ids)
+    check_context(options.context, chosen.checkpoint.params.max_seq_len)
+    if options.ids:
+        ids = parse_ids(text, options.text)
+    else:
+        assert chosen.tokenizer is not None  # checked by choose_model
+        ids = chosen.tokenizer.encode(text, bos=True, allow_special=options.special)
+    names = options.names or ["*"]
+    check_names(chosen.checkpoint.params, *names)
+    shape = RunShape.of_one_pass(options.context * options.batch)
+    model, ops, which = load_model(chosen, shape, reference=options.reference)
+    print(f"llama3_raw: {which}", file=sys.stderr)
+    settings: dict[str, Any] = {"context": options.context, "batch": options.batch, "dtype": options.keep_dtype}
+    collected = collect(model, ids, *names, to=options.output, ops=ops, **settings)
+    print(f"llama3_raw: {options.output}: {collected}", file=sys.stderr)
+    return 0
 
 
 @command_line_tool
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return the exit status."""
     options = build_parser().parse_args(arguments)
+    if options.text:
+        return collect_text(options)
     prompt = read_prompt(options.prompt, "python -m llama3_raw.tracing")
     if options.output:
         check_output("-o", options.output)

@@ -37,7 +37,9 @@ def numpy_port(
         if scaling is not None:
             factor = 8.0 if "RoPE factor 8" in bugs else scaling.factor
             turns = scaling.original_max_seq_len * f / (2 * np.pi)  # over the original context
-            share = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
+            share = np.clip(
+                (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1
+            )
             f = f * share + f / factor * (1 - share)
         first = 1 if "positions from 1" in bugs else 0
         return np.outer(np.arange(first, first + len(ids)), f)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama3_raw import Model, Trace, UserError, ablation, chain, forward, path_patch, sweep, tap_names, trace
-from llama3_raw.ops import Tap
+from llama3_raw import REFERENCE, Model, Trace, UserError, ablation, chain, forward, path_patch, sweep, tap_names, trace
+from llama3_raw.backends.choose import suitable_ops
+from llama3_raw.ops import Ops, Tap
 from tests.tracing.small import CLEAN, HEADS, IDS, KV_HEADS, LAYERS, close, metric, small_model
 
 LENGTH = len(IDS)
@@ -38,18 +39,18 @@ def replacing(name: str, where: tuple[Any, ...], value: Tensor) -> Tap:
     return replace
 
 
-def measured(model: Model, tap: Tap) -> Tensor:
+def measured(model: Model, tap: Tap, ops: Ops = REFERENCE) -> Tensor:
     """The metric of a pass over IDS."""
     with torch.no_grad():
-        return metric(forward(model.weights, model.params, torch.tensor([IDS]), tap=tap))[0]
+        return metric(forward(model.weights, model.params, torch.tensor([IDS]), ops=ops, tap=tap))[0]
 
 
-def by_hand(model: Model, source: Any, names: list[str], wheres: list[tuple[Any, ...]]) -> Tensor:
+def by_hand(model: Model, source: Any, names: list[str], wheres: list[tuple[Any, ...]], ops: Ops = REFERENCE) -> Tensor:
     """What a sweep should return: a pass for each name and index, over a prompt without a batch."""
     batch = [(0, *where) for where in wheres]
     values = {name: source[name].unsqueeze(0) for name in names}
     return torch.stack(
-        [torch.stack([measured(model, replacing(name, at, values[name])) for at in batch]) for name in names]
+        [torch.stack([measured(model, replacing(name, at, values[name]), ops) for at in batch]) for name in names]
     )
 
 
@@ -113,8 +114,8 @@ def test_in_bf16_with_the_fast_operations() -> None:
     model = small_model(torch.bfloat16)
     clean = trace(model, CLEAN, "layers.*.attention.heads", dtype=torch.float32)
     found = sweep(model, IDS, clean, "layers.*.attention.heads", metric, by="head")
-    expected = by_hand(model, clean, list(clean), [(slice(None), i) for i in HEADS])
-    close(found, expected, tolerance=0.03)
+    expected = by_hand(model, clean, list(clean), [(slice(None), i) for i in HEADS], suitable_ops(torch.device("cpu")))
+    close(found, expected, tolerance=1e-6)
 
 
 @pytest.mark.parametrize(
