@@ -10,13 +10,16 @@ from ..model import REFERENCE
 from ..ops import UNFUSED, Ops, Tap, wants
 from ..weights import Weights, devices_of
 from .cpu import fast_ops
-from .cuda import cuda_ops
 from .offload import mixed_ops
 
 
 def suitable_ops(device: torch.device) -> Ops:
     """Return the fast operations of a device, or the exact ones if it has none."""
-    return {"cpu": fast_ops, "cuda": cuda_ops}.get(device.type, lambda: REFERENCE)()
+    if device.type == "cuda":
+        from .cuda import cuda_ops  # not above: it imports Triton
+
+        return cuda_ops()
+    return fast_ops() if device.type == "cpu" else REFERENCE
 
 
 def ops_for(weights: Weights, exact: bool = False) -> Ops:

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -48,10 +49,11 @@ _SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.[ch]"))
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 # -fno-tree-ter keeps GCC from reordering the products of few bits: on AVX2 their sums did not fit into the registers
-_FLAGS = ("-O3", "-fno-tree-ter", "-ffp-contract=fast", "-fopenmp", "-fPIC")
-# compiler flags for each kind of processor; native: this one
+_OPENMP = ("-Xclang", "-fopenmp") if sys.platform == "darwin" else ("-fopenmp",)  # Apple's clang refuses the latter
+_FLAGS = ("-O3", "-fno-tree-ter", "-ffp-contract=fast", *_OPENMP, "-fPIC")
+# compiler flags for each kind of processor; native: this one (clang for ARM knows it only as a CPU)
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
-    "native": ("-march=native",),
+    "native": ("-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native",),
     "amx": (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
     "avx512_vnni": (*_AVX512, "-mavx512vnni"),
@@ -60,6 +62,9 @@ INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "avx2": _AVX2,
     "baseline": (),  # SSE2 on x86, NEON on ARM
 }
+
+
+COMPILERS = ("gcc", "cc", "clang")  # gcc first: its OpenMP is torch's on Linux, and clang's is a library of its own
 
 
 class CannotBuild(Exception):
@@ -109,17 +114,20 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
     """Load the kernels from the user's cache folder, and compile them first if necessary. Raises CannotBuild."""
-    compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or ""]
-    if not compiler[0]:
-        raise CannotBuild("there is no C compiler (cc)")
+    if sys.platform == "win32":
+        raise CannotBuild("the kernels are not built on Windows")
+    compiler = shlex.split(os.environ.get("CC", "")) or list(filter(shutil.which, COMPILERS))[:1]
+    if not compiler:
+        raise CannotBuild(f"there is no C compiler ({', '.join(COMPILERS)})")
     flags = [*_FLAGS, *INSTRUCTION_SETS[instruction_set]]
     # the predefined macros identify the compiler's version and the processor that it compiles for
     defined = _run([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull])
     sources = [file.read_bytes() for file in _SOURCES]
     key = _digest(b"\0".join((*sources, " ".join(flags).encode(), defined)))
     folder = _cache_folder()
+    has_own_openmp = sys.platform == "linux" and b"__clang__" in defined
     library = next(filter(_is_complete, folder.glob(f"cpu_kernels-{key}-*.so")), None) or _build(
-        compiler, flags, folder, f"cpu_kernels-{key}"
+        compiler, flags, folder, f"cpu_kernels-{key}", ("-fopenmp",) if has_own_openmp else ()
     )
     try:
         for library_of_torch in (Path(torch.__file__).parent / "lib").iterdir():
@@ -128,14 +136,20 @@ def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
         kernels = ctypes.CDLL(str(library))
     except OSError as error:
         raise CannotBuild(f"{library} cannot be loaded ({error})") from error
+    if has_own_openmp:
+        kernels.omp_set_num_threads(torch.get_num_threads())
     for name, arguments in _SIGNATURES.items():
         if hasattr(kernels, name):  # linear_tiles is there only with tiles
             getattr(kernels, name).argtypes = arguments
     return kernels
 
 
-def _build(compiler: Sequence[str], flags: Sequence[str], folder: Path, name: str) -> Path:
-    """Compile the kernels. Return the library in `folder`; its name ends with the digest of its content."""
+def _build(compiler: Sequence[str], flags: Sequence[str], folder: Path, name: str, openmp: Sequence[str]) -> Path:
+    """Compile the kernels. Return the library in `folder`; its name ends with the digest of its content.
+
+    openmp: what links them with the compiler's own OpenMP. Without it they use torch's: two pools of threads would
+    compete for the processors.
+    """
     try:
         with tempfile.TemporaryDirectory() as scratch:
             built = Path(scratch, "kernels.so")
@@ -147,9 +161,8 @@ def _build(compiler: Sequence[str], flags: Sequence[str], folder: Path, name: st
 
             with ThreadPoolExecutor() as pool:
                 objects = list(pool.map(compiled, (file for file in _SOURCES if file.suffix == ".c")))
-            # without -fopenmp, so that it uses torch's OpenMP: two thread pools would compete for the processors
             undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-            _run([*compiler, "-shared", *undefined, *objects, "-o", str(built), "-lm"])
+            _run([*compiler, "-shared", *openmp, *undefined, *objects, "-o", str(built), "-lm"])
             content = built.read_bytes()
     except OSError as error:  # of the temporary folder
         raise CannotBuild(f"the kernels cannot be compiled ({error})") from error
@@ -192,7 +205,9 @@ def _run(command: Sequence[str]) -> bytes:
     except OSError as error:
         raise CannotBuild(f"{command[0]}: {error.strerror}") from error
     except subprocess.CalledProcessError as error:
-        raise CannotBuild(f"{command[0]} fails: {error.stderr.decode(errors='replace').strip()[-200:]}") from error
+        lines = error.stderr.decode(errors="replace").strip().splitlines() or [f"status {error.returncode}"]
+        reason = next((line for line in lines if "error" in line), lines[-1]).strip()
+        raise CannotBuild(f"{command[0]} fails: {reason[-200:]}") from error
 
 
 def make_ops(kernels: ctypes.CDLL) -> Ops:

@@ -21,11 +21,9 @@ from ..model import rms_norm, rope
 from ..ops import Ops, Tap
 from ..quantization.int4 import OUTPUTS, Int4, scales_of
 from ..quantization.int8 import Int8
-from ..quantization.matrix import Matrix, embed, linear, tensors_of
+from ..quantization.matrix import DEQUANTIZED_BYTES, Matrix, embed, linear, tensors_of
 from .cpu import MAX_DECODE_ROWS, attend_by_torch
 from .cuda_operators import HAS_TRITON, attend_few, linear_few, linear_few_int4, rms_norm_by_kernel, rope_by_kernel
-
-DEQUANTIZED_BYTES = 1 << 28  # of a matrix at a time: all of it in a layer of 8B; its output matrix in four pieces
 
 
 def fast_linear(x: Tensor, weight: Matrix) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -191,7 +191,8 @@ def two_processes(folder: Path, layers: int, dtype: torch.dtype | None, longest:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
+    pipes: list[Any] = []  # of another type on Windows
+    processes = []
     for rank in range(_PROCESSES):
         ours, theirs = context.Pipe()
         environment = {**address, "RANK": str(rank), "WORLD_SIZE": str(_PROCESSES), "LOCAL_WORLD_SIZE": str(_PROCESSES)}

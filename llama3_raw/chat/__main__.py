@@ -141,9 +141,12 @@ def _read_line(screen: TextIO | None) -> str | None:
 @contextlib.contextmanager
 def _line_editing() -> Iterator[None]:
     """Give input() line editing, a persistent history and tab completion; on Windows the console has its own."""
+    if sys.platform == "win32":
+        yield
+        return
     try:
         import readline
-    except ImportError:
+    except ImportError:  # Python was built without it
         yield
         return
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")

@@ -24,7 +24,7 @@ def find_tokenizer(checkpoint: Checkpoint, given: str | Path | None = None) -> T
     embeddings without a token have one that is never encoded. Raises UserError if the model has fewer rows than tokens.
     """
     vocab_size = checkpoint.params.vocab_size
-    tokenizer = _read(Path(given)) if given else _own_tokenizer(checkpoint)
+    tokenizer = read_named(Path(given)) if given else _own_tokenizer(checkpoint)
     if tokenizer is None:
         return None
     if not tokenizer.n_words <= vocab_size <= 2 * tokenizer.n_words:  # far more rows: of another model
@@ -42,7 +42,7 @@ def find_tokenizer(checkpoint: Checkpoint, given: str | Path | None = None) -> T
     return tokenizer
 
 
-def _read(path: Path) -> Tokenizer:
+def read_named(path: Path) -> Tokenizer:
     """Read the tokenizer that a user names: a file, a GGUF file, or a folder with one of them."""
     found = _in_gguf(path) if is_gguf(path) else _in_folder(path, is_hf=True) if path.is_dir() else read_tokenizer(path)
     if found is None:

@@ -16,14 +16,13 @@ import psutil
 import torch
 
 from ..backends.cpu import QUERIES
-from ..backends.cuda import DEQUANTIZED_BYTES
 from ..checkpoint.checkpoint import Checkpoint, check_quantize, first_layers
 from ..checkpoint.loading import goes_to_gpu
 from ..errors import UserError
 from ..model import REFERENCE
 from ..ops import PREFILL_CHUNK, score_bytes
 from ..quantization.int8 import ROWS_AT_ONCE
-from ..quantization.matrix import FORMATS, nbytes_of
+from ..quantization.matrix import DEQUANTIZED_BYTES, FORMATS, nbytes_of
 from ..system.machine import free_memory
 from ..weights import TensorSpec, dtype_name, format_of
 

@@ -9,150 +9,38 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import re
 import sys
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from ..checkpoint.gguf_reading import is_gguf
+import torch
+
+from ..checkpoint.text import read_named
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
 from ..cli.memory_plan import RunShape
 from ..cli.models import ChosenModel, choose_model, chosen_ids, load_model
-from ..cli.options import DTYPES_BY_NAME, add_model_options, add_prompt_options, read_prompt
+from ..cli.options import (
+    DTYPES_BY_NAME,
+    add_model_options,
+    add_prompt_options,
+    check_output,
+    positive_int,
+    read_prompt,
+)
 from ..errors import UserError, in_short
-from ..params import Params
 from ..quantization.matrix import FORMATS
-from ..tracing.names import FIRST
-from ..tracing.record import Origin, Trace, shape_difference, trace
-from ..tracing.taps import Patterns, check_names
-from ..weights import Model
-from .comparison import Comparison, Step, compare, of_any_layer, shared_tensors
-from .difference import TOP_K
-from .files import SUFFIXES, load_tensors
-from .references import check_hf, check_meta, trace_hf, trace_meta
+from ..tokenizer import Tokenizer
+from ..tracing.taps import check_names
+from ..weights import Model, dtype_name
+from .comparison import Comparison, compare
+from .forms import of_any_layer
+from .generation import TextComparison, compare_texts, first_difference, greedy
+from .gradients import compare_gradients
+from .others import Other, Tensors, by_layer, choose_other, continue_other
+from .report import save_html, save_json, show
 from .rounding import coarser
-
-
-class Other(NamedTuple):
-    """What --with names, before it runs."""
-
-    name: str
-    run: Callable[[], Mapping[str, Any]]
-    origin: Origin | None = None  # of a file, which may be of other weights or another prompt by mistake
-    params: Params | None = None  # if they may differ from the model's
-    format: str | None = None  # of its matrices, if they are quantized
-    is_file: bool = False
-
-
-def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) -> Other:
-    """Return the other run that --with names, checked without reading its weights. Raises UserError."""
-    name: str = options.other
-    file = Path(name)
-    if (file.is_file() and not is_gguf(file)) or file.suffix in SUFFIXES:
-        loaded = load_tensors(file)
-        shared_tensors(loaded, chosen.checkpoint.params)
-        origin = loaded.origin if isinstance(loaded, Trace) else None
-        return Other(name, lambda: loaded, origin, origin.params if origin else None, is_file=True)
-    if name in ("hf", "meta"):
-        _check_reference(name, chosen)
-        return Other(name, lambda: _run_implementation(trace_hf if name == "hf" else trace_meta, chosen, ids))
-    changes: dict[str, Any] = {"tokenizer": None}
-    if name in DTYPES_BY_NAME:
-        changes |= {"dtype": name, "quantize": None}
-    elif name in FORMATS:
-        changes |= {"quantize": name}
-    elif name != "fast":
-        changes |= {"weights": name, "adapter": None, "format": None}
-    with_changes = Namespace(**{**vars(options), **changes})
-    others = choose_model(with_changes, needs_tokenizer=False, named_by="--with")
-    unlike = shape_difference(others.checkpoint.params, chosen.checkpoint.params)
-    if unlike:
-        raise UserError(f"--with {name}: is another model, with {unlike}; compare models of the same shape")
-    return Other(
-        name,
-        lambda: _run_own(others, ids, reference=name != "fast"),
-        params=others.checkpoint.params,
-        format=others.quantize or others.checkpoint.format,
-    )
-
-
-def _check_reference(name: str, chosen: ChosenModel) -> None:
-    """Raise UserError if transformers' or Meta's code cannot run the model as it was chosen."""
-    if chosen.checkpoint.format:
-        raise UserError(
-            f"--with {name}: does not support this {chosen.checkpoint.format} format; give the folder with the "
-            "original weights"
-        )
-    if chosen.max_ram is not None:
-        raise UserError(f"--with {name}: needs all weights in memory; leave --max-ram out")
-    if chosen.gpu_layers is not None:
-        raise UserError(f"--with {name}: needs all weights on one device; leave --gpu-layers out")
-    if name == "hf":
-        check_hf("--with hf")
-    else:
-        check_meta(chosen.checkpoint.params, "--with meta")
-
-
-def _run_own(chosen: ChosenModel, ids: Sequence[int], reference: bool) -> Trace:
-    model, ops, _ = load_model(chosen, RunShape.of_one_pass(len(ids)), reference)
-    return trace(model, ids, ops=ops, device="cpu", progress=True)
-
-
-def _run_implementation(trace_it: Callable[..., Trace], chosen: ChosenModel, ids: Sequence[int]) -> Trace:
-    model, _, _ = load_model(chosen._replace(quantize=None), RunShape.of_one_pass(len(ids)), reference=True)
-    return trace_it(model, ids, progress=True)
-
-
-def show(comparison: Comparison, other: str, patterns: Sequence[str] = ()) -> None:
-    """Print a table (one line for each layer, or each tensor that matches a pattern), the verdict, and JSON."""
-    wanted = Patterns(patterns)
-    names = {name for name in comparison.made if wanted.matching(name)}
-    lines = [[step] for step in comparison.steps if step.name in names] if patterns else _by_layer(comparison.steps)
-    width = max([9, *(len(steps[0].name) for steps in lines)]) if patterns else 9
-    at = 2 if patterns else 21
-    print(f"{'':{width}}{'end to end':>27}{'':{at}}{'each step alone':>22}")
-    figures, place = f"{'relative':>9}{'rounding':>9}", "" if patterns else f"  {'at':<19}"
-    print(f"{'':{width}}{'absolute':>9}{figures}{place}  {figures}{place}".rstrip())
-    for steps in lines:
-        absolute = max(step.whole.absolute for step in steps)
-        whole = max(steps, key=lambda step: step.whole.relative)
-        own = max(steps, key=lambda step: step.own.relative / step.rounding)
-        label = steps[0].name if patterns else _layer_of(steps[0].name)
-        both = f"{absolute:9.1e}{whole.whole.relative:9.1e}{whole.rounding_end_to_end:9.1e}{_at(whole, place)}"
-        each = f"{own.own.relative:9.1e}{own.rounding:9.1e}{_at(own, place).rstrip()}{' *' if own.diverges else ''}"
-        print(f"{label:{width}}{both}  {each}")
-    if comparison.diverged:
-        print("* more than rounding explains")
-    if comparison.logits:
-        logits = comparison.logits
-        print(f"{'logits':<36}{'mean':>12}{'last':>12}")
-        print(f"{f'top {TOP_K} tokens in common':<36}{logits.top_k:12.1%}{logits.top_k_last:12.1%}")
-        last = "yes" if logits.same_likeliest_last else "no"
-        print(f"{'same most likely token':<36}{logits.same_likeliest:12.1%}{last:>12}")
-        print(f"{'KL divergence, nats':<36}{logits.kl:12.2e}{logits.kl_last:12.2e}")
-    print(comparison.verdict(other))
-    print(json.dumps(comparison.to_json()))
-
-
-def _at(step: Step, place: str) -> str:
-    """Return the name within its layer, if the table has a column for it."""
-    short = re.sub(r"layers\.\d+\.", "", step.name)
-    return f"  {short:<{len(place) - 2}}" if place else ""
-
-
-def _layer_of(name: str) -> str:
-    if name.startswith("layers."):
-        return f"layer {name.split('.')[1]}"
-    return "embedding" if name == FIRST else name
-
-
-def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
-    layers: dict[str, list[Step]] = {}
-    for step in steps:
-        layers.setdefault(_layer_of(step.name), []).append(step)
-    return list(layers.values())
+from .tokenizers import compare_tokenizers
 
 
 def _other_numbers(model: Model, other: Other) -> Iterator[str]:
@@ -195,10 +83,10 @@ def build_parser() -> ArgumentParser:
     group.add_argument(
         "--with",
         dest="other",
-        required=True,
         type=not_empty,
         metavar="B",
-        help="a folder or name as for --weights; a trace (FILE.safetensors); or the same weights in another dtype "
+        help="tensors in a file (*.safetensors, *.npz, *.pt); a folder or name as for --weights; or the same weights "
+        "in another dtype "
         f"({', '.join(DTYPES_BY_NAME)}), with the fast operations (fast), quantized ({', '.join(FORMATS)}), in "
         "transformers (hf) or in Meta's code (meta)",
     )
@@ -214,6 +102,20 @@ def build_parser() -> ArgumentParser:
         metavar="DTYPE",
         help="expect the rounding of this dtype, if B was not computed in the dtype that it is saved in",
     )
+    group.add_argument(
+        "--generate",
+        type=positive_int,
+        metavar="N",
+        help="compare greedy texts of N new tokens, with a cache, and the pass of the first token that differs",
+    )
+    group.add_argument(
+        "--backward", action="store_true", help="compare the gradients of the mean next-token loss, by name"
+    )
+    group.add_argument(
+        "--padding", choices=("left", "right"), help="the side on which the prompt of a file's tensors was padded"
+    )
+    group.add_argument("--html", type=not_empty, metavar="FILE", help="write the report as a page, too")
+    group.add_argument("--json", type=not_empty, metavar="FILE", help="write the figures of every tensor as JSON, too")
     group.add_argument(
         "--names",
         action="append",
@@ -238,34 +140,101 @@ def _tolerance(text: str) -> float:
 @command_line_tool
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return the exit status."""
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if not options.other and not options.tokenizer:
+        parser.error("the following arguments are required: --with (or --tokenizer, to compare two tokenizers)")
+    if options.generate and options.backward:
+        parser.error("--generate compares texts, --backward one pass; give one of them")
+    for option, file in (("--html", options.html), ("--json", options.json)):
+        if file:
+            check_output(option, file)
     prompt = read_prompt(options.prompt, "python -m llama3_raw.compare --with B")
+    if not options.other:
+        return _compare_tokenizers(options, prompt)
     chosen = choose_model(options, needs_tokenizer=not options.ids)
     ids = chosen_ids(chosen, prompt, are_ids=options.ids, special=options.special)
     names = options.names or []
     check_names(chosen.checkpoint.params, *names)
     other = choose_other(options, chosen, ids)
+    found = _compare_texts(options, chosen, ids, other) if options.generate else None
+    comparison = found.tensors if found else _compare_pass(options, chosen, ids, other)
+    for line in _left_out(comparison, other.name):
+        print(f"llama3_raw: {line}", file=sys.stderr)
+    show(comparison, names)
+    verdict = (found or comparison).verdict(other.name)
+    figures = (found or comparison).to_json()
+    print(verdict)
+    print(json.dumps(figures))
+    if options.json:
+        save_json(options.json, figures, comparison)
+    if options.html:
+        about = {"model": str(chosen.folder.path), "other run": other.name, "prompt": in_short(prompt)}
+        about |= {"tokens": str(len(ids)), "rounding": dtype_name(comparison.dtype)}
+        save_html(options.html, comparison, verdict, about)
+    return 0 if figures["agree"] else 1
+
+
+def _compare_pass(options: Namespace, chosen: ChosenModel, ids: Sequence[int], other: Other) -> Comparison:
+    """Compare the tensors or gradients of a pass over the prompt."""
     tensors = other.run()  # frees B's weights before ours are loaded
-    model, ops, which = load_model(chosen, RunShape.of_one_pass(len(ids)), reference=True)
+    own, dtype = (chosen, None) if options.backward or not other.by_layer else by_layer(chosen)
+    model, ops, which = load_model(own, RunShape.of_one_pass(len(ids)), reference=True)
     if other.origin:
         other.origin.check(model, ids, other.name)
     print(f"llama3_raw: {which}, with {other.name}", file=sys.stderr)
-    rounding = DTYPES_BY_NAME.get(options.rounding)
-    if rounding is None and not other.is_file:  # of two runs of this program, the coarser is expected
-        rounding = coarser(model.weights.norm.dtype, *(tensor.dtype for tensor in tensors.values()))
-    comparison = compare(
-        model,
-        ids,
-        tensors,
-        tolerance=options.tolerance,
-        rounding=rounding,
-        ops=ops,
-        progress=True,
-    )
-    for line in (*_other_numbers(model, other), *_left_out(comparison, other.name)):
+    for line in _other_numbers(model, other):
         print(f"llama3_raw: {line}", file=sys.stderr)
-    show(comparison, other.name, names)
-    return 0 if comparison.agree else 1
+    rounding = _rounding(options, dtype or model.weights.norm.dtype, tensors, other)
+    settings = {"tolerance": options.tolerance, "rounding": rounding, "ops": ops}
+    if options.backward:
+        return compare_gradients(model, ids, tensors, **settings)
+    return compare(model, ids, tensors, padding=options.padding, dtype=dtype, progress=True, **settings)
+
+
+def _rounding(options: Namespace, own: torch.dtype, tensors: Tensors, other: Other) -> torch.dtype | None:
+    """Return the dtype whose rounding to expect; None: what the tensors of a file show."""
+    if options.rounding:
+        return DTYPES_BY_NAME[options.rounding]
+    if other.is_file:
+        return own if options.dtype and own.itemsize == 2 else None  # a dtype that was asked for is kept
+    return coarser(own, *(tensor.dtype for tensor in tensors.values()))  # of two runs of this program
+
+
+def _compare_texts(options: Namespace, chosen: ChosenModel, ids: Sequence[int], other: Other) -> TextComparison:
+    """Compare greedy texts after the prompt, and the pass of the first token that differs."""
+    n: int = options.generate
+    if other.is_file:
+        raise UserError(
+            f"--generate: {other.name} has the tensors of one pass; let your port generate, and compare the pass of "
+            "the first token that differs: its tensors, with the whole text up to it as the prompt (--ids)"
+        )
+    shape = RunShape(prompt=len(ids), text=len(ids) + n, least=len(ids) + 1, scored=len(ids))
+    model, ops, which = load_model(chosen, shape, reference=True)
+    print(f"llama3_raw: {which}, with {other.name}", file=sys.stderr)
+    for line in _other_numbers(model, other):
+        print(f"llama3_raw: {line}", file=sys.stderr)
+    ours = greedy(model, ids, n, ops)
+    if not ours:
+        raise UserError("--generate: the text ends at once; give another prompt")
+    theirs, tensors = first_difference(ours, continue_other(options, chosen, ids, n))
+    rounding = _rounding(options, model.weights.norm.dtype, tensors, other)
+    return compare_texts(model, ids, ours, theirs, tensors, tolerance=options.tolerance, rounding=rounding, ops=ops)
+
+
+def _compare_tokenizers(options: Namespace, text: str) -> int:
+    """Compare the model's own tokenizer with --tokenizer on the text."""
+    if options.ids:
+        raise UserError("--ids: two tokenizers are compared on a text; leave it out")
+    other: str = options.tokenizer
+    chosen = choose_model(Namespace(**{**vars(options), "tokenizer": None}))
+    ours, theirs = chosen.tokenizer, read_named(Path(other))
+    assert isinstance(ours, Tokenizer)  # checked by choose_model
+    print(f"llama3_raw: {ours.path}, with {other}", file=sys.stderr)
+    cuts = compare_tokenizers(text, ours, theirs, allow_special=options.special)
+    print(cuts.verdict(ours, theirs, other))
+    print(json.dumps(cuts.to_json()))
+    return 0 if cuts.agree else 1
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -21,7 +20,7 @@ from ..tracing.taps import chain
 from ..weights import Model, dtype_name
 from .difference import Difference, Logits, Measured, incomparable, measure
 from .files import as_tensor
-from .forms import Reader, part_of
+from .forms import Reader, of_any_layer, part_of
 from .names import Renamed, renamed
 from .rounding import Limits, Precision, Simulation, Swap, eps_of, judged, swaps
 
@@ -84,19 +83,23 @@ class Step(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What tells most that the step alone differs: all its "rows" together, its worst "row", or a "value"."""
-        figures = zip(("row", "value", "rows"), self._figures, strict=True)
-        return max(figures, key=lambda figure: figure[1][0] / figure[1][1])[0]
+        """What tells that the step alone differs: its worst "row", all "rows" together, or only a single "value"."""
+        times = {kind: figure / limit for kind, (figure, limit) in self._figures.items()}
+        return next((kind for kind, figure in times.items() if figure > 1), max(times, key=lambda kind: times[kind]))
 
     @property
     def telling(self) -> tuple[float, float]:
         """The relative difference of that kind, and what rounding explains."""
-        return self._figures[("row", "value", "rows").index(self.kind)]
+        return self._figures[self.kind]
 
     @property
-    def _figures(self) -> tuple[tuple[float, float], ...]:
+    def _figures(self) -> dict[str, tuple[float, float]]:
         found, limits = self.own_measured, self.own_limits
-        return (self.own.relative, self.rounding), (found.value, limits.value), (found.rms, limits.rms)
+        return {
+            "row": (self.own.relative, self.rounding),
+            "rows": (found.rms, limits.rms),
+            "value": (found.value, limits.value),
+        }
 
 
 class Comparison(NamedTuple):
@@ -111,6 +114,7 @@ class Comparison(NamedTuple):
     made: Mapping[str, NamedTensor]
     swaps: tuple[Swap, ...] = ()  # where the most likely tokens differ
     notes: tuple[str, ...] = ()  # what was understood of the other run's tensors, as text
+    rounded: tuple[str, ...] = ()  # tensors of the other run that are in a coarser dtype than the rest
 
     @property
     def diverged(self) -> list[Step]:
@@ -211,7 +215,8 @@ class Comparison(NamedTuple):
         unseen = self._unseen_before(first.name)
         if unseen:
             where = unseen[0] if len(unseen) == 1 else f"{unseen[0]} … {unseen[-1]}"
-            text += f"\nThe cause may also be {where}, which {other} does not have."
+            has = "has in a coarser dtype only" if set(unseen) <= set(self.rounded) else "does not have"
+            text += f"\nThe cause may also be {where}, which {other} {has}."
         places = Counter(of_any_layer(step.name) for step in others)
         if places:
             listed = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in places.items())
@@ -235,8 +240,11 @@ class Comparison(NamedTuple):
         return f"differs by {figure:.2g}{rows} (relative; {largest} absolute); {explains}"
 
     def _unseen_before(self, name: str) -> list[str]:
-        """Return the tensors between this one and those before it that the other run has, in the order of the pass."""
-        missing, waiting = set(self.missing), [name]
+        """Return the tensors between this one and those before it that the other run has, in the order of the pass.
+
+        Those that it has in a coarser dtype than the rest may hide a difference, and are among them.
+        """
+        missing, waiting = {*self.missing, *self.rounded}, [name]
         unseen: set[str] = set()
         while waiting:
             new = missing.intersection(self.made[waiting.pop()].inputs) - unseen
@@ -278,7 +286,7 @@ def _finite(figure: float) -> float | None:
     return figure if math.isfinite(figure) else None
 
 
-def compare(
+def compare(  # noqa: PLR0913  # what a caller may set
     model: Model,
     ids: Sequence[int] | Tensor,
     other: Mapping[str, Tensor],
@@ -286,6 +294,7 @@ def compare(
     tolerance: float | None = None,
     rounding: torch.dtype | None = None,
     padding: Padding | None = None,
+    dtype: torch.dtype | None = None,
     ops: Ops = REFERENCE,
     progress: bool = False,
 ) -> Comparison:
@@ -307,6 +316,8 @@ def compare(
         rounding: the dtype whose rounding to expect. None: that which most tensors are in, or the model's if it is
             coarser; a single tensor in a coarser one is judged by that.
         padding: the side on which the other run's prompt was padded.
+        dtype: torch.float32 to run in fp32 whatever the weights are in; each matrix is converted as it is used. None:
+            as the weights and the tensors say.
         ops: the operations of the model's own run.
         progress: show bars on stderr.
 
@@ -317,14 +328,16 @@ def compare(
     params, weights_dtype = model.params, model.weights.norm.dtype
     ids = tokens_of_one_prompt(ids, params)
     _check_settings(tolerance, rounding, padding)
+    if dtype not in (None, weights_dtype, torch.float32):
+        raise UserError(f"the model runs in the dtype of its weights or in torch.float32, not in {dtype}")
     named = shared_tensors(other, params)
-    precision = Precision.of(weights_dtype, named.tensors, rounding)
+    precision = Precision.of(dtype or weights_dtype, named.tensors, rounding)
     # two rows take as much memory as somewhat more tokens, since scores grow with the square
     check_trace(params, precision.run, math.ceil(1.5 * len(ids)), LAST, ops=ops)
     reader = Reader(named.tensors, params, len(ids), padding)
-    passes = _Passes(model, ids, ops if precision.run == weights_dtype else _in_fp32(ops), reader, progress)
+    passes = _Passes(model, ids, ops if precision.run == weights_dtype else _in_fp32(ops), reader, precision, progress)
     own, (whole, shapes, logits) = passes.fed(), passes.alone()
-    fed, free = (passes.simulated(precision, is_fed=is_fed) for is_fed in (True, False))
+    fed, free = (passes.simulated(is_fed=is_fed) for is_fed in (True, False))
     made = named_tensors(params)
     steps = []
     for name in (name for name in made if name in reader.others):
@@ -342,15 +355,20 @@ def compare(
         tolerance=tolerance,
         made=made,
         swaps=swaps(*logits, free.of_logits, eps_of(precision.rounding)) if logits else (),
-        notes=tuple(filter(None, (precision.note, *named.notes, *_understood(reader)))),
+        notes=tuple(filter(None, (precision.note, *named.notes, *reader.understood()))),
+        rounded=tuple(precision.of_tensor),
     )
 
 
 class _Passes:
     """The passes of the model over a prompt, with the other run's tensors beside its own."""
 
-    def __init__(self, model: Model, ids: Sequence[int], ops: Ops, reader: Reader, progress: bool):
-        self._model, self._ids, self._ops, self._reader, self._progress = model, ids, ops, reader, progress
+    def __init__(
+        self, model: Model, ids: Sequence[int], ops: Ops, reader: Reader, precision: Precision, progress: bool
+    ):
+        self._model, self._ids, self._ops, self._progress = model, ids, ops, progress
+        self._reader, self._precision = reader, precision
+        self._as_ours: set[str] = set()  # tensors saved in a coarser dtype that are ours, rounded to it
 
     def fed(self) -> dict[str, Measured]:
         """Read the other run's tensors, and return the difference of each step alone."""
@@ -361,6 +379,8 @@ class _Passes:
                 self._reader.read(name, tensor, self._model.weights.norm)
             if name in self._reader.others:
                 own[name] = self._measured(name, tensor)
+                if name in self._precision.of_tensor and own[name].value <= 0.6 * self._precision.eps(name):
+                    self._as_ours.add(name)  # or the next step would be from a rounded input, and the run's was not
             return self._replaced(name, tensor)
 
         self._run(measure_and_replace)
@@ -385,13 +405,13 @@ class _Passes:
         self._run(measure_alone)
         return whole, shapes, logits
 
-    def simulated(self, precision: Precision, *, is_fed: bool) -> Simulation:
+    def simulated(self, *, is_fed: bool) -> Simulation:
         """Return what rounding does to each tensor, from the other run's tensors or from the beginning."""
 
-        def unchanged(name: str, tensor: Tensor) -> Tensor:
-            return tensor
+        def put(name: str, exact: Tensor) -> Tensor | None:
+            return self._replaced(name, exact) if name in self._reader.others else None
 
-        simulation = Simulation(precision, self._replaced if is_fed else unchanged, self._part, is_fed)
+        simulation = Simulation(self._precision.without(self._as_ours), self._part, put if is_fed else None)
         self._run(simulation, rows=2)
         return simulation
 
@@ -414,7 +434,7 @@ class _Passes:
     def _replaced(self, name: str, tensor: Tensor) -> Tensor:
         """Return the other run's tensor where it has one of the same shape, else `tensor`."""
         theirs = self._reader.others.get(name)
-        if theirs is None or self._part(name, tensor).shape != theirs.shape:
+        if theirs is None or self._part(name, tensor).shape != theirs.shape or name in self._as_ours:
             return tensor
         if theirs.shape == tensor.shape:
             return theirs.to(tensor)
@@ -426,16 +446,6 @@ class _Passes:
 def _in_fp32(ops: Ops) -> Ops:
     """Return the operations with fp32 from the embeddings on; `linear` converts the weights piece by piece."""
     return ops._replace(embed=lambda tokens, table: ops.embed(tokens, table).float())
-
-
-def _understood(reader: Reader) -> list[str]:
-    """Return what was understood of the tensors, each with the names that it is of."""
-    lines = []
-    for note, names in reader.notes.items():
-        places = list(dict.fromkeys(map(of_any_layer, names)))
-        of = ", ".join(places[:4]) + (", …" if len(places) > 4 else "")
-        lines.append(f"{note} ({of})" if of else note)
-    return lines
 
 
 def _check_settings(tolerance: float | None, rounding: torch.dtype | None, padding: str | None) -> None:
@@ -481,8 +491,3 @@ def assert_matches(
     if not found.agree:
         raise AssertionError(found.verdict("the port"))
     return found
-
-
-def of_any_layer(name: str) -> str:
-    """layers.3.attention.q -> layers.*.attention.q"""
-    return re.sub(r"\.\d+\.", ".*.", name)

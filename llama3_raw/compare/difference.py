@@ -28,7 +28,9 @@ class Measured(NamedTuple):
 
     difference: Difference  # its `relative` is that of the worst row
     rms: float  # the root mean square of all rows' relative differences
-    value: float  # the largest |a - b| of a value, relative to |b| or, if that is larger, to the RMS of its row
+    value: (
+        float  # the largest |a - b| of a value, relative to the smaller of the two, or to its row's RMS if that is more
+    )
     at: tuple[int, ...]  # the index of that value
 
     @property
@@ -51,7 +53,7 @@ def measure(a: Tensor, b: Tensor) -> Measured:
     """Return the difference between a and b, both [..., n], by tensor, by row (see `difference`) and by value.
 
     A row of 128,256 logits hides a single wrong one, so values are measured too: against their own size, as rounding
-    is in proportion to it, or that of their row.
+    is in proportion to it, or their row's.
     """
     if a.shape != b.shape:
         return incomparable(f"its shape is {list(b.shape)}, not {list(a.shape)}")
@@ -63,7 +65,7 @@ def measure(a: Tensor, b: Tensor) -> Measured:
     unlike = int((~same & ~finite).sum())
     if unlike:
         return incomparable(f"{unlike:,} of its {a.numel():,} values are infinite or NaN on one side only")
-    apart, b = torch.where(finite, a - b, 0.0), torch.where(finite, b, 0.0)
+    apart, a, b = (torch.where(finite, x, 0.0) for x in (a - b, a, b))
     # in fp64 the square of the most negative fp32 number, which some use as a mask, is finite
     lengths = vector_norm(apart, dim=-1, dtype=torch.float64)  # [...]
     sizes = vector_norm(b, dim=-1, dtype=torch.float64)
@@ -71,7 +73,8 @@ def measure(a: Tensor, b: Tensor) -> Measured:
     relative = torch.where(lengths == 0, 0.0, lengths / sizes)
     typical = sizes / finite.sum(-1).clamp(min=1).sqrt()  # the RMS of the row
     apart = apart.abs()
-    values = torch.where(apart == 0, 0.0, apart / b.abs().maximum(typical.unsqueeze(-1).to(dtype)))
+    size = a.abs().minimum(b.abs()).maximum(typical.unsqueeze(-1).to(dtype))
+    values = torch.where(apart == 0, 0.0, apart / size)
     at = tuple(int(i) for i in torch.unravel_index(values.argmax(), values.shape))
     found = Difference(float(apart.max()), float(relative.max()))
     return Measured(found, float(relative.square().mean().sqrt()), float(values[at]), at)

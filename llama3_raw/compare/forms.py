@@ -7,6 +7,7 @@ no value that takes part in the result is changed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from .difference import measure
 _MUCH_CLOSER = 0.5  # times the difference of a layout that comes before it
 _HIDDEN = 60.0  # below the largest score of its row: softmax makes 1e-26 of it
 _NOTHING = 1e-6  # a probability that a sum does not notice
+_ROUGHLY = 0.05  # two probabilities in bf16
 _OLD_MASK = -1e4  # what is lower is a mask without a word
 _PAIRED = ("attention.q", "attention.k", "attention.q_rope", "attention.k_rope")
 _CACHED = ("attention.k", "attention.v", "attention.k_rope")
@@ -56,11 +58,19 @@ class Reader:
     `unlike` says why a tensor cannot be read.
     """
 
-    def __init__(self, others: dict[str, Tensor], params: Params, length: int, padding: str | None = None):
+    def __init__(
+        self,
+        others: dict[str, Tensor],
+        params: Params,
+        length: int,
+        padding: str | None = None,
+        of_gradients: bool = False,
+    ):
         self.others = others
         self.notes: dict[str, dict[str, None]] = {}
         self.unlike: dict[str, str] = {}
         self._params, self._length, self._padding, self._n_padding = params, length, padding, 0
+        self._of_gradients = of_gradients  # which have no mask
         self._made = named_tensors(params)
         self._last_layer = f"layers.{params.n_layers - 1}.residual"
         self._pairs: dict[bool, tuple[str, ...]] = {}  # before RoPE, after it: as in the first clear case
@@ -72,18 +82,27 @@ class Reader:
         if not forms:
             return
         self.unlike.pop(name, None)  # of a layout that it is not in
-        if name == self._last_layer and self._is_after_norm(forms[0].tensor, ours, norm):
+        if name == self._last_layer and not self._of_gradients and self._is_after_norm(forms[0].tensor, ours, norm):
             del self.others[name]
             note = f"{name} is after the norm, as transformers' last hidden state, and compared as norm"
             self.notes.setdefault(note, {})
             self.others.setdefault("norm", theirs)
             return
         form = self._closest(name, forms, ours)
-        if name.endswith("attention.scores"):
+        if name.endswith("attention.scores") and not self._of_gradients:
             form = self._masked(name, form, ours)
         self.others[name] = form.tensor
         for note in form.notes:
             self.notes.setdefault(note, {})[name] = None
+
+    def understood(self) -> list[str]:
+        """Return what was understood of the tensors, as text, each with the names that it is of."""
+        lines = []
+        for note, names in self.notes.items():
+            places = list(dict.fromkeys(map(of_any_layer, names)))
+            of = ", ".join(places[:4]) + (", …" if len(places) > 4 else "")
+            lines.append(f"{note} ({of})" if of else note)
+        return lines
 
     def _layouts(self, name: str, theirs: Tensor) -> Iterator[_Form]:
         """Yield the tensor in the order of model.py, once for each layout that its shape may be."""
@@ -187,7 +206,7 @@ class Reader:
         if hidden.all():
             added = bool((theirs > _OLD_MASK).logical_and(future).any())
             notes = (*form.notes, "masked by a large negative number") if added else form.notes
-        elif hidden.float().mean() <= 0.5 and self._is_masked_later(name):
+        elif hidden.float().mean() <= 0.5 and (self._is_masked_later(name) or not self._is_softmax_of(name, theirs)):
             notes = (*form.notes, "saved before the mask")
         else:
             return form
@@ -204,6 +223,16 @@ class Reader:
             ahead = form.tensor.triu(1) if queries > 1 or end == 1 else form.tensor[..., min(end, keys) :]
             if not (ahead > _NOTHING).any():
                 return True
+        return False
+
+    def _is_softmax_of(self, name: str, scores: Tensor) -> bool:
+        """Whether the other run's probabilities are the softmax of these scores, unmasked or by some other mask."""
+        for form in self._layouts(name.replace("scores", "probs"), self.others[name.replace("scores", "probs")]):
+            probs = form.tensor.to(scores)
+            if probs.shape == scores.shape:
+                expected = scores.masked_fill(probs <= _NOTHING, -torch.inf).float().softmax(-1)
+                if (expected - probs).abs().max() < _ROUGHLY:
+                    return True
         return False
 
     def _with_pairs(self, name: str, form: _Form) -> Iterator[_Form]:
@@ -235,6 +264,11 @@ class Reader:
         ours = part_of(self._last_layer, ours, theirs)
         normed = rms_norm(ours, norm, self._params.norm_eps)
         return measure(normed, theirs).rms < _MUCH_CLOSER * measure(ours, theirs).rms
+
+
+def of_any_layer(name: str) -> str:
+    """layers.3.attention.q -> layers.*.attention.q"""
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def part_of(name: str, ours: Tensor, theirs: Tensor) -> Tensor:

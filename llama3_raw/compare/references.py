@@ -23,9 +23,12 @@ from ..checkpoint.checkpoint import split_pairs
 from ..checkpoint.loading import to_state_dict
 from ..errors import UserError, needed_package
 from ..params import Params, RopeScaling
+from ..quantization.matrix import embed, linear
+from ..tracing.names import FIRST
 from ..tracing.record import Trace, check_trace, count_layers
 from ..tracing.taps import chain
 from ..weights import Model, tensor_specs
+from .gradients import next_token_loss
 
 
 def hf_model(model: Model, attention: str) -> Any:
@@ -41,6 +44,42 @@ def hf_model(model: Model, attention: str) -> Any:
     network.load_state_dict(_hf_state_dict(model), assign=True)
     # its table of frequencies is in no checkpoint, so it is still on the meta device
     network.model.rotary_emb = rotary(config).to(model.weights.norm.device)
+    return network
+
+
+def _hf_layer_by_layer(model: Model, dtype: torch.dtype) -> Any:
+    """Return `hf_model` with eager attention, computing in `dtype`, that has one layer in memory besides the model.
+
+    A layer gets its tensors when it begins, with wq and wk reordered and all converted, and loses them when it ends.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    params, weights = model.params, model.weights
+    config = _hf_config(transformers, model, "eager")
+    with torch.device("meta"):
+        network = transformers.LlamaForCausalLM(config).eval()
+        rotary = type(network.model.rotary_emb)
+    network.model.rotary_emb = rotary(config).to(weights.norm.device)
+    network.model.norm.weight = nn.Parameter(weights.norm.to(dtype))
+    network.model.embed_tokens.forward = lambda tokens: embed(tokens, weights.tok_embeddings).to(dtype)
+    network.lm_head.forward = lambda x: linear(x, weights.output)  # which converts it piece by piece
+
+    def fill(block: nn.Module, i: int) -> None:
+        tensors: dict[str, Tensor] = {}
+        prefix = f"model.layers.{i}."
+        for spec in (spec for spec in tensor_specs(params) if spec.layer == i):
+            matrix = getattr(weights.layers[i], spec.field)
+            tensor = matrix if isinstance(matrix, Tensor) else matrix.dequantize(dtype)
+            split = split_pairs(tensor, params.head_dim) if spec.field in ("wq", "wk") else tensor
+            tensors[spec.hf_name.removeprefix(prefix)] = split.to(dtype)
+        block.load_state_dict(tensors, assign=True)
+
+    def drop(block: nn.Module) -> None:
+        nothing = {name: torch.empty_like(tensor, device="meta") for name, tensor in block.state_dict().items()}
+        block.load_state_dict(nothing, assign=True)
+
+    for i, block in enumerate(network.model.layers):
+        block.register_forward_pre_hook(lambda block, inputs, i=i: fill(block, i))
+        block.register_forward_hook(lambda block, inputs, output: drop(block))
     return network
 
 
@@ -117,6 +156,7 @@ class _Implementation(NamedTuple):
     module: str  # the Python module
     rope: str  # its function (q, k, …) -> (q, k), rotated
     layers: str  # the path of the layers
+    norm: str  # that of the last norm
     layer_names: _Names
     model_names: _Names
     to_our_layout: Callable[[str, Tensor, Params], Tensor]  # (name, tensor [1, …]) -> in the layout of model.py
@@ -142,6 +182,7 @@ _HF = _Implementation(
     module="transformers.models.llama.modeling_llama",
     rope="apply_rotary_pos_emb",
     layers="model.layers",
+    norm="model.norm",
     layer_names={
         "input_layernorm": (None, "attention_norm"),
         "self_attn.q_proj": (None, "attention.q"),
@@ -165,6 +206,7 @@ _META = _Implementation(
     module="llama_models.llama3.model",
     rope="apply_rotary_emb",
     layers="layers",
+    norm="norm",
     layer_names={
         "attention_norm": (None, "attention_norm"),
         "attention.wq": (None, "attention.q"),
@@ -203,14 +245,16 @@ def check_meta(params: Params, needed_by: str) -> None:
         )
 
 
-def trace_hf(model: Model, ids: Sequence[int], progress: bool = False) -> Trace:
+def trace_hf(model: Model, ids: Sequence[int], progress: bool = False, dtype: torch.dtype | None = None) -> Trace:
     """Return a trace of Hugging Face's LlamaForCausalLM (eager attention) over a prompt, ids [T].
 
-    Masked scores are the most negative number of their dtype, not -inf. progress: show a bar on stderr. Needs what
-    `check_hf` checks. Raises UserError if the tensors do not fit into memory.
+    Masked scores are the most negative number of their dtype, not -inf. progress: show a bar on stderr. dtype: compute
+    in this one. None: in that of the weights. Needs what `check_hf` checks. Raises UserError if the tensors do not fit
+    into memory.
     """
-    check_trace(model.params, model.weights.norm.dtype, len(ids), device="cpu")
-    network = hf_model(model, "eager")
+    dtype = dtype or model.weights.norm.dtype
+    check_trace(model.params, dtype, len(ids), device="cpu")
+    network = _hf_layer_by_layer(model, dtype)
     tokens = torch.tensor([ids], device=model.weights.norm.device)
     with _traced(network, _HF, model.params, progress) as seen:
         network(tokens, use_cache=False)
@@ -228,6 +272,66 @@ def trace_meta(model: Model, ids: Sequence[int], progress: bool = False) -> Trac
     with meta_model(model, len(ids)) as network, _traced(network, _META, model.params, progress) as seen:
         network(tokens, 0)
     return seen
+
+
+def gradients_hf(model: Model, ids: Sequence[int]) -> dict[str, Tensor]:
+    """Return the gradients of the mean next-token loss in Hugging Face's code, by tap name."""
+    network = hf_model(model, "eager")
+    tokens = torch.tensor([ids], device=model.weights.norm.device)
+    with _gradients(network, _HF, model.params) as gradients:
+        next_token_loss(network(tokens, use_cache=False).logits.float(), tokens).backward()
+    return gradients
+
+
+def gradients_meta(model: Model, ids: Sequence[int]) -> dict[str, Tensor]:
+    """Return the gradients of the mean next-token loss in Meta's code, by tap name."""
+    tokens = torch.tensor([ids], device=model.weights.norm.device)
+    with meta_model(model, len(ids)) as network, _gradients(network, _META, model.params) as gradients:
+        # its forward is in inference mode, whose tensors have no gradients
+        next_token_loss(type(network).forward.__wrapped__(network, tokens, 0), tokens).backward()
+    return gradients
+
+
+@contextlib.contextmanager
+def _gradients(network: Any, code: _Implementation, params: Params) -> Iterator[dict[str, Tensor]]:
+    """Yield what gets the gradient of every tensor of the pass in the block, when that goes back."""
+    gradients: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor, in_layout: Callable[[Tensor], Tensor]) -> None:
+        tensor.register_hook(lambda gradient: gradients.update({name: in_layout(gradient).clone()}))
+
+    network.requires_grad_(False)
+    first = next(path for path, names in code.model_names.items() if FIRST in names)
+    network.get_submodule(first).register_forward_hook(lambda _, inputs, x: x.requires_grad_())
+    with _watched(network, code, params, keep), torch.enable_grad():
+        yield gradients
+
+
+def continue_hf(model: Model, ids: Sequence[int], n: int) -> Iterator[tuple[int, Trace]]:
+    """Yield the next n tokens of a greedy text by Hugging Face's code, with its cache, and the tensors of each pass."""
+    network = hf_model(model, "eager")
+    cache = importlib.import_module("transformers").DynamicCache(config=network.config)
+    with _traced(network, _HF, model.params, progress=False) as seen:
+        yield from _greedily(ids, n, seen, lambda tokens, start: network(tokens, None, None, cache))
+
+
+def continue_meta(model: Model, ids: Sequence[int], n: int) -> Iterator[tuple[int, Trace]]:
+    """Yield the next n tokens of a greedy text by Meta's code, with its cache, and the tensors of each pass."""
+    length = len(ids) + n
+    with meta_model(model, length) as network, _traced(network, _META, model.params, progress=False) as seen:
+        yield from _greedily(ids, n, seen, network)
+
+
+def _greedily(
+    ids: Sequence[int], n: int, seen: Trace, run: Callable[[Tensor, int], Any]
+) -> Iterator[tuple[int, Trace]]:
+    """Run over the prompt, then over one token at a time, the most likely one; yield it and what was seen."""
+    new, start = list(ids), 0
+    for _ in range(n):
+        run(torch.tensor([new]), start)
+        start += len(new)
+        new = [int(seen["logits"][-1].argmax())]
+        yield new[0], seen
 
 
 class _SeeSoftmax(TorchFunctionMode):
@@ -248,8 +352,24 @@ class _SeeSoftmax(TorchFunctionMode):
 @contextlib.contextmanager
 def _traced(network: Any, code: _Implementation, params: Params, progress: bool) -> Iterator[Trace]:
     """Yield a trace that keeps every tensor of the pass made in the block."""
-    dtype = next(network.parameters()).dtype
     seen = Trace(device="cpu")
+    with count_layers(params, progress) as count:
+        tap = chain(seen, count)
+
+        def keep(name: str, tensor: Tensor, in_layout: Callable[[Tensor], Tensor]) -> None:
+            tap(name, in_layout(tensor))
+
+        with _watched(network, code, params, keep), torch.no_grad():
+            yield seen
+
+
+_Keep = Callable[[str, Tensor, Callable[[Tensor], Tensor]], None]  # (name, tensor, to the layout of model.py)
+
+
+@contextlib.contextmanager
+def _watched(network: Any, code: _Implementation, params: Params, keep: _Keep) -> Iterator[None]:
+    """Call `keep` with every tensor of the passes made in the block."""
+    dtype = network.get_submodule(code.norm).weight.dtype
     layer = ""  # "layers.N." while that layer runs
     module = importlib.import_module(code.module)
     rope = getattr(module, code.rope)
@@ -258,31 +378,29 @@ def _traced(network: Any, code: _Implementation, params: Params, progress: bool)
         nonlocal layer
         layer = name
 
-    with count_layers(params, progress) as count:
-        tap = chain(seen, count)
+    def see(name: str, tensor: Tensor) -> None:
+        # softmax: fp32 in and out
+        keep(layer + name, tensor, lambda seen: code.to_our_layout(name, seen.detach(), params).to(dtype))
 
-        def see(name: str, tensor: Tensor) -> None:
-            tap(layer + name, code.to_our_layout(name, tensor, params).to(dtype))  # softmax: fp32 in and out
+    def hook(module: nn.Module, names: tuple[str | None, str | None]) -> None:
+        before, after = names
+        if before:
+            module.register_forward_pre_hook(lambda _, inputs: see(before, inputs[0]))
+        if after:
+            module.register_forward_hook(lambda _, inputs, output: see(after, output))
 
-        def hook(module: nn.Module, names: tuple[str | None, str | None]) -> None:
-            before, after = names
-            if before:
-                module.register_forward_pre_hook(lambda _, inputs: see(before, inputs[0]))
-            if after:
-                module.register_forward_hook(lambda _, inputs, output: see(after, output))
+    def rope_and_see(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        q, k = rope(*args, **kwargs)
+        see("attention.q_rope", q)
+        see("attention.k_rope", k)
+        return q, k
 
-        def rope_and_see(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            q, k = rope(*args, **kwargs)
-            see("attention.q_rope", q)
-            see("attention.k_rope", k)
-            return q, k
-
-        for i, block in enumerate(network.get_submodule(code.layers)):
-            block.register_forward_pre_hook(lambda _, inputs, name=f"layers.{i}.": enter(name))
-            for path, names in code.layer_names.items():
-                hook(block.get_submodule(path), names)
-            block.register_forward_hook(lambda _, inputs, output: enter(""))
-        for path, names in code.model_names.items():
-            hook(network.get_submodule(path), names)
-        with mock.patch.object(module, code.rope, rope_and_see), _SeeSoftmax(see), torch.no_grad():
-            yield seen
+    for i, block in enumerate(network.get_submodule(code.layers)):
+        block.register_forward_pre_hook(lambda _, inputs, name=f"layers.{i}.": enter(name))
+        for path, names in code.layer_names.items():
+            hook(block.get_submodule(path), names)
+        block.register_forward_hook(lambda _, inputs, output: enter(""))
+    for path, names in code.model_names.items():
+        hook(network.get_submodule(path), names)
+    with mock.patch.object(module, code.rope, rope_and_see), _SeeSoftmax(see):
+        yield

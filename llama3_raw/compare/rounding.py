@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -98,6 +98,10 @@ class Precision(NamedTuple):
         single = {name: dtype for name, dtype in saved.items() if eps_of(dtype) > eps_of(rounding)}
         return Precision(run, rounding, single, note)
 
+    def without(self, names: Collection[str]) -> Precision:
+        """Return the same without these tensors among the single ones."""
+        return self._replace(of_tensor={name: dtype for name, dtype in self.of_tensor.items() if name not in names})
+
     def eps(self, name: str) -> float:
         """Return the eps of a tensor."""
         return eps_of(self.of_tensor.get(name, self.rounding))
@@ -121,22 +125,20 @@ class Simulation:
     """A tap for two rows [2, T] that perturbs every tensor of the second by up to eps, as rounding does.
 
     `levels` gets the relative differences that this causes in each tensor, and `of_logits` the root mean square of that
-    in the logits of each position. put: what the pass continues with in place of a tensor, in both rows: the other
-    run's, so that the sensitivity of each step is measured (a sum of two large opposite terms, for example, passes on
-    much more rounding than it adds), or the tensor itself. part: of a tensor, what is measured.
+    in the logits of each position. put: what both rows continue with in place of the exact one, the other run's tensor:
+    so the sensitivity of each step is measured (a sum of two large opposite terms, for example, passes on much more
+    rounding than it adds). None: each row continues with its own. part: of a tensor, what is measured.
     """
 
     def __init__(
         self,
         precision: Precision,
-        put: Callable[[str, Tensor], Tensor],
         part: Callable[[str, Tensor], Tensor],
-        is_saved: bool,
+        put: Callable[[str, Tensor], Tensor | None] | None,
     ):
         self.levels: dict[str, Limits] = {}
         self.of_logits: Tensor | None = None  # [T]
-        self._precision, self._put, self._part = precision, put, part
-        self._is_saved = is_saved  # the pass continues with what was saved, and rounded once more by that
+        self._precision, self._part, self._put = precision, part, put
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __call__(self, name: str, rows: Tensor) -> Tensor:
@@ -145,12 +147,14 @@ class Simulation:
         self.levels[name] = Limits(*measure(self._part(name, perturbed), self._part(name, exact)).figures)
         if name == LAST:
             self.of_logits = (perturbed - exact).square().mean(-1).sqrt().cpu()
-        exact, perturbed = self._put(name, exact), self._put(name, perturbed)
-        return torch.stack((exact, (perturbed * self.noise(name, perturbed)).to(rows.dtype)))
+        theirs = self._put(name, exact) if self._put else None
+        if theirs is not None:
+            exact = perturbed = theirs
+        eps = eps_of(self._precision.rounding) if theirs is None else self._precision.eps(name)
+        return torch.stack((exact, (perturbed * self.noise(eps, perturbed)).to(rows.dtype)))
 
-    def noise(self, name: str, like: Tensor) -> Tensor:
+    def noise(self, eps: float, like: Tensor) -> Tensor:
         """Return random factors around 1, by up to eps."""
-        eps = self._precision.eps(name) if self._is_saved else eps_of(self._precision.rounding)
         generator = self._generators.setdefault(like.device, torch.Generator(like.device).manual_seed(0))
         return torch.rand(like.shape, generator=generator, device=like.device).mul_(2 * eps).add_(1 - eps)
 

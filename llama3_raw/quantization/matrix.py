@@ -17,6 +17,8 @@ Matrix = Tensor | Quantized
 
 FORMATS: dict[str, type[Int8] | type[Int4]] = {"int8": Int8, "int4": Int4}  # that `quantize` makes of a matrix
 
+DEQUANTIZED_BYTES = 1 << 28  # of a matrix at a time on a GPU: all of it in a layer of 8B; its output matrix in 4 pieces
+
 
 @functools.cache
 def nbytes_of(name: str, shape: tuple[int, ...]) -> int:

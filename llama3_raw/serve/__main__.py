@@ -107,14 +107,21 @@ def main(arguments: Sequence[str]) -> int:
     options = build_parser().parse_args(arguments)
     key = _key(options)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # also of a server that has ended in an orderly way
-    uvicorn = needed_package("uvicorn", "the server", "serve")
-    for name in ("starlette", "prometheus_client"):
+    for name in ("uvicorn", "starlette", "prometheus_client"):
         needed_package(name, "the server", "serve")
+    with _listener(options.host, options.port) as listener:  # taken before the model is loaded
+        _serve(options, key, listener)
+    return 0
+
+
+def _serve(options: argparse.Namespace, key: str | None, listener: socket.socket) -> None:
+    """Load the model, and serve it until a signal."""
+    import uvicorn
+
     from .app import build_app
     from .engine import Engine
     from .guard import Settings
 
-    listener = _listener(options.host, options.port)
     chosen = choose_model(options)
     assert chosen.tokenizer is not None  # checked by choose_model
     longest = chosen.checkpoint.params.max_seq_len
@@ -133,9 +140,8 @@ def main(arguments: Sequence[str]) -> int:
     model, ops, which = load_model(chosen, shape)
     name = model_name(chosen)
     engine = Engine(model, ops, name=name, rows=shape.rows, context=context, queue_length=options.queue)
-    app = build_app(engine, settings)
     config = uvicorn.Config(
-        app,
+        build_app(engine, settings),
         http="h11",
         ws="none",
         lifespan="on",
@@ -152,7 +158,6 @@ def main(arguments: Sequence[str]) -> int:
         print(f"llama3_raw: the page: {page}", file=sys.stderr)
         webbrowser.open(page)
     uvicorn.Server(config).run(sockets=[listener])
-    return 0
 
 
 def _key(options: argparse.Namespace) -> str | None:
@@ -173,7 +178,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _listener(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, taken before the model is loaded. Raises UserError if that is not possible."""
+    """Return a socket that listens. Raises UserError if that is not possible."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)

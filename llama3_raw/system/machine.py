@@ -59,7 +59,9 @@ def default_threads() -> int:
 
 def processors() -> int:
     """Return the number of processors that this process may run on; a core with two hardware threads counts twice."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def physical_cores(system: Path = Path("/sys/devices/system/cpu")) -> int:

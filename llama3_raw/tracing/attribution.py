@@ -1,4 +1,4 @@
-"""Direct logit attribution: how much of a logit each part of the model, and each head, adds by itself."""
+"""Direct logit attribution: how much of a logit each part of the model, and each head, adds."""
 
 from __future__ import annotations
 

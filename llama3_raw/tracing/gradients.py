@@ -80,8 +80,9 @@ def estimate_sweep(
         metric: as in `sweep`; its rows are independent.
         by: as in `sweep`.
         steps: None for the gradients in the unchanged pass. A number for integrated gradients (Sundararajan et al.
-            2017, eq. 3): for each name, the mean of the gradients at so many points between the tensor and that of
-            `source`, in one batch. The changes of all positions then sum to the effect of patching the whole tensor.
+            2017, eq. 3): for each name, the mean of the gradients at that number of points on the way from its tensor
+            to that of `source`, in one batch. The changes of all positions then sum to the effect of patching the
+            whole tensor.
 
     Returns:
         The estimates, [names, n].

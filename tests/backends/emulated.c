@@ -1,35 +1,42 @@
-/* Runs one product of the kernels: reads its sizes and tensors from stdin, and writes the result to stdout. */
+/* Runs the kernels for Python, in an emulator: reads calls from stdin, and writes what they return to stdout. The tensors
+   lie in a file that both processes have mapped, here always at the same address. */
 
+#include <fcntl.h>
 #include <stdint.h>
 #include <stdio.h>
-#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define KERNELS(DO) \
+    DO(linear_bf16) DO(linear_int8) DO(linear_quantized) DO(attend) DO(rms_norm) DO(rope) DO(swiglu) DO(interleave)
+#define DECLARE(name) int name(void);
+#define ADDRESS(name) (Kernel *)(void *)name,
+KERNELS(DECLARE)
+void omp_set_num_threads(int n);
+
+/* The calling convention of aarch64 passes integers and floats in registers of their own, whatever their order. */
+typedef int Kernel(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float);
+static Kernel *const kernels[] = {KERNELS(ADDRESS)};
 
 typedef struct {
-    int64_t kind, n_outputs, length;
-    const void *tensors[3];
-    int64_t is_interleaved;
-} Matrix;
+    int32_t kernel, threads;
+    int64_t integers[7];
+    float number;
+    int32_t unused;
+} Call;
 
-int linear_quantized(const uint16_t *x, const Matrix *w, uint16_t *y, int64_t n_rows);
-int linear_int8(const uint16_t *x, const void *unused, const void *const *w, uint16_t *y, int64_t n_rows,
-                int64_t n_outputs, int64_t length);
-int linear_bf16(const uint16_t *x, const void *w, const void *unused, uint16_t *y, int64_t n_rows, int64_t n_outputs,
-                int64_t length);
-
-int main(void) {
-    int64_t sizes[8]; /* kind, outputs, length, rows, and the bytes of x and of up to three tensors */
-    if (fread(sizes, sizeof sizes, 1, stdin) != 1) return 2;
-    void *read[4];
-    for (int i = 0; i < 4; i++) {
-        read[i] = malloc(sizes[4 + i] + 1);
-        if (sizes[4 + i] && fread(read[i], sizes[4 + i], 1, stdin) != 1) return 3;
+int main(int count, char **arguments) { /* file, its size, the address to map it at */
+    long long size, address;
+    if (count != 4 || sscanf(arguments[2], "%lld", &size) != 1 || sscanf(arguments[3], "%lld", &address) != 1) return 2;
+    int file = open(arguments[1], O_RDWR);
+    void *at = (void *)(intptr_t)address;
+    if (file < 0 || mmap(at, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED_NOREPLACE, file, 0) != at) return 3;
+    Call call;
+    while (read(0, &call, sizeof call) == sizeof call) {
+        const int64_t *i = call.integers;
+        omp_set_num_threads(call.threads);
+        int32_t returned = kernels[call.kernel](i[0], i[1], i[2], i[3], i[4], i[5], i[6], call.number);
+        if (write(1, &returned, sizeof returned) != sizeof returned) return 4;
     }
-    uint16_t *y = malloc(2 * sizes[1] * sizes[3]);
-    Matrix w = {sizes[0], sizes[1], sizes[2], {read[1], read[2], read[3]}, sizes[6] > 0}; /* int4 has scales */
-    int failed;
-    if (sizes[0] == -1) failed = linear_bf16(read[0], read[1], 0, y, sizes[3], sizes[1], sizes[2]);
-    else if (sizes[0] == -2) failed = linear_int8(read[0], 0, w.tensors, y, sizes[3], sizes[1], sizes[2]);
-    else failed = linear_quantized(read[0], &w, y, sizes[3]);
-    fwrite(y, 2, sizes[1] * sizes[3], stdout);
-    return failed;
+    return 0;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import platform
 import re
@@ -24,6 +25,7 @@ from llama3_raw.ops import Ops, no_tap
 from llama3_raw.quantization.blocks import BLOCK_TYPES, Blocks
 from llama3_raw.quantization.int4 import Int4
 from llama3_raw.quantization.int8 import Int8
+from tests.backends.emulated import COMPILER, EMULATOR, PROCESSORS, EmulatedKernels, can_emulate
 from tests.blocks import random_blocks
 from tests.conftest import one_at_a_time
 from tests.paths import ROOT
@@ -49,6 +51,8 @@ THREADS = torch.get_num_threads()
 
 
 def kernels_for(instruction_set: str) -> ctypes.CDLL:
+    if instruction_set in PROCESSORS:
+        return emulated_kernels(instruction_set)
     if not runs_here(instruction_set):
         pytest.skip(f"this processor has no {instruction_set}")
     with one_at_a_time():  # another process of the tests may need the same ones
@@ -61,11 +65,21 @@ def kernels_for(instruction_set: str) -> ctypes.CDLL:
     return kernels
 
 
+@functools.cache
+def emulated_kernels(processor: str) -> Any:
+    if not can_emulate():
+        pytest.skip(f"needs {COMPILER} and {EMULATOR} (Debian's gcc-aarch64-linux-gnu and qemu-user)")
+    return EmulatedKernels(processor)
+
+
 def built_for(instruction_set: str) -> Ops:
     return cpu.make_ops(kernels_for(instruction_set))
 
 
-@pytest.fixture(scope="module", params=list(cpu.INSTRUCTION_SETS))
+ARM = [pytest.param(processor, marks=(pytest.mark.slow, pytest.mark.emulated)) for processor in PROCESSORS]
+
+
+@pytest.fixture(scope="module", params=[*cpu.INSTRUCTION_SETS, *ARM])
 def instruction_set(request: pytest.FixtureRequest) -> str:
     """Each kind of processor that kernels are built for. `native` stands for the strongest one that runs here."""
     strongest = next(name for name in list(cpu.INSTRUCTION_SETS)[1:] if runs_here(name))

@@ -41,7 +41,7 @@ def plain_staging(device: torch.device, largest: int) -> Iterator[Callable[[Tens
 @pytest.fixture
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A fake GPU of 100 GB, with the CPU's random numbers and the exact operations."""
-    monkeypatch.setattr("llama3_raw.backends.choose.cuda_ops", lambda: REFERENCE)
+    monkeypatch.setattr("llama3_raw.backends.cuda.cuda_ops", lambda: REFERENCE)
     generator = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

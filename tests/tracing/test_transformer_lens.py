@@ -147,7 +147,7 @@ def test_sweep_by_head(both: Both, name: str, theirs: str) -> None:
 
 
 @pytest.mark.parametrize("read", ["q", "k", "v"])
-def test_direct_path_patching(both: Both, read: str) -> None:
+def test_direct_path_patching(both: Both, read: Any) -> None:
     params = both.model.params
     if read != "q" and params.n_kv_heads != params.n_heads:
         pytest.skip("TransformerLens has it for k and v only in multi-head attention")
@@ -167,7 +167,7 @@ def test_attribution(both: Both, folded_lens: Any) -> None:
     heads = [[f"L{i}H{head}" for head in range(N_HEADS)] for i in LAYERS]
     theirs: dict[str, float] = {}
     for unit in ("component", "head"):
-        answers = {"answer_tokens": torch.tensor([ANSWER]), "incorrect_tokens": torch.tensor([OTHER])}
+        answers: dict[str, Any] = {"answer_tokens": torch.tensor([ANSWER]), "incorrect_tokens": torch.tensor([OTHER])}
         found = direct_logit_attribution(folded_lens, both.tokens, unit=unit, **answers)
         theirs |= zip(found.labels, found.attribution.flatten().tolist(), strict=True)
     close(ours.by_part, torch.tensor([theirs[label] for label in labels]))

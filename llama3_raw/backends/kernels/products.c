@@ -38,7 +38,7 @@ static inline ints add_integers(ints sums, words x, words w) {
     return sums + (ints)_mm_madd_epi16((__m128i)x, (__m128i)w);
 #elif defined(__ARM_NEON)
     int16x8_t a = vreinterpretq_s16_u32((uint32x4_t)x), b = vreinterpretq_s16_u32((uint32x4_t)w);
-    return sums + (ints)vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b));
+    return (ints)vmlal_high_s16(vmlal_s16((int32x4_t)sums, vget_low_s16(a), vget_low_s16(b)), a, b);
 #else
     return sums + ((ints)(x << 16) >> 16) * ((ints)(w << 16) >> 16) + ((ints)x >> 16) * ((ints)w >> 16);
 #endif

@@ -6,7 +6,6 @@
 
 #pragma once
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -121,6 +120,10 @@ static inline float total(floats sums) {
 typedef __m512bh pairs;
 static inline pairs load_pairs(const bf16 *from) { return (pairs)_mm512_loadu_si512(from); }
 static inline floats add_products(floats sums, pairs x, pairs w) { return (floats)_mm512_dpbf16_ps((__m512)sums, x, w); }
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+typedef bfloat16x8_t pairs;
+static inline pairs load_pairs(const bf16 *from) { return (pairs)load_words(from); }
+static inline floats add_products(floats sums, pairs x, pairs w) { return (floats)vbfdotq_f32((float32x4_t)sums, x, w); }
 #else
 typedef words pairs;
 static inline pairs load_pairs(const bf16 *from) { return load_words(from); }

@@ -7,6 +7,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+int omp_get_max_threads(void); /* of OpenMP, whose header not every system has */
+
 #define COLUMNS 256 /* at a time: together with a block of the matrix they stay in the core's cache */
 #define BLOCK 256   /* rows of the matrix at a time; with few columns: */
 #define BLOCK_FOR_FEW 32

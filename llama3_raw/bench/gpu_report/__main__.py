@@ -117,7 +117,10 @@ def _run_phase(name: str, seconds: float, report: Report, log: TextIO, options: 
 
         def kill() -> None:  # with all that it has started
             cut.set()
-            os.killpg(process.pid, signal.SIGKILL)
+            if sys.platform == "win32":
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
 
         timer = threading.Timer(seconds, kill)
         timer.start()
