@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint.loading import load as load
     from .checkpoint.moving import to as to
+    from .decoding.batch import Row as Row
+    from .decoding.batch import generate_batch as generate_batch
     from .decoding.loop import StopReason as StopReason
     from .decoding.loop import generate as generate
     from .decoding.scoring import score as score
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 _PUBLIC_NAMES = {  # module -> the public names defined there
     "checkpoint.loading": ("load",),
     "checkpoint.moving": ("to",),
+    "decoding.batch": ("Row", "generate_batch"),
     "decoding.loop": ("StopReason", "generate"),
     "decoding.scoring": ("score",),
     "errors": ("UserError",),

@@ -102,6 +102,26 @@ def wants(tap: Tap, name: str) -> bool:
     return tap is not no_tap and (wanted is None or wanted(name))
 
 
+class Rows(NamedTuple):
+    """Which tokens the next pass of a loop computes, for taps that keep several passes."""
+
+    starts: tuple[int, ...]  # the position of the first token of each row
+    lengths: tuple[int, ...]  # the tokens of each row, without padding
+    texts: tuple[tuple[int, ...], ...] | None = None  # which texts each row belongs to; None: there is only one
+    is_batch: bool = False  # whether tensors have a dimension for rows; without it there is one row
+    prompt_goes_on: bool = False  # in the next pass, so that nothing is chosen from these logits
+
+
+def announce(tap: Tap, rows: Rows | None) -> None:
+    """Call tap.begin(rows), if the tap has that method, before a pass; None says that other texts begin.
+
+    Rows of no tokens say where texts end: what was computed of the positions from there on is not of the text.
+    """
+    begin: Callable[[Rows | None], None] | None = getattr(tap, "begin", None)
+    if begin is not None:
+        begin(rows)
+
+
 def score_bytes(itemsize: int) -> int:
     """Return the bytes of memory per attention score with `itemsize` bytes, temporary tensors included. (Measured)"""
     return 12 if itemsize == 4 else 24  # dtypes other than fp32 need each score in fp32 as well

@@ -23,7 +23,7 @@ from .cli.options import add_model_options, check_context, parse_ids, positive_i
 from .decoding.sampling import check_sound, is_sound
 from .errors import UserError
 from .model import KVCache, forward
-from .ops import Ops
+from .ops import Ops, Rows, Tap, announce, no_tap
 from .params import Params
 from .weights import Model
 
@@ -41,6 +41,7 @@ class Score(NamedTuple):
 
     tokens: int  # number of scored tokens
     nats: float  # the sum of -log p over them, where p is the model's probability of the token
+    logprobs: Tensor | None = None  # [length], with per_token: log p of each token of the text, NaN if it is not scored
 
     @property
     def nats_per_token(self) -> float:
@@ -141,7 +142,7 @@ def check_windows(
     return Windows(context, stride)
 
 
-def perplexity(
+def perplexity(  # noqa: PLR0913  # what a caller may set
     model: Model,
     ids: Sequence[int],
     *,
@@ -149,6 +150,8 @@ def perplexity(
     stride: int | None = None,
     windows: Kind = "sliding",
     ops: Ops | None = None,
+    tap: Tap = no_tap,
+    per_token: bool = False,
     progress: bool = False,
 ) -> Score:
     """Score how well the model predicts each of the tokens `ids` from those before it, in windows.
@@ -161,43 +164,60 @@ def perplexity(
             before it (except at the start of the text).
         windows: "llama.cpp" scores the second half of windows that do not overlap, each after BOS, by default of 512
             tokens, as llama.cpp's llama-perplexity does.
-        ops: None chooses the set for the weights.
+        ops: None chooses the set for the weights, with exact attention if the tap may want scores or probs.
+        tap: as in `forward`. Positions count from the beginning of a window, whose last token is not computed. To a
+            `Trace` with every_pass each window is a text of its own.
+        per_token: return the log-probability of each token, too: `Score.logprobs`.
         progress: show a bar on stderr.
 
     Raises:
         UserError: as `check_windows` does, and if the weights are damaged.
     """
     cut = check_windows(model.params, ids, context, stride, windows)
-    ops = ops or ops_for(model.weights)
+    ops = ops or ops_for(model.weights, tap=tap)
     device, bos = model.weights.norm.device, model.tokenizer.bos_id if model.tokenizer else None
     cache = KVCache.allocate(model.params, max_seq_len=min(cut.context, len(ids)), like=model.weights)
     count, nats = 0, 0.0
+    logprobs = torch.full((len(ids),), torch.nan) if per_token else None
     placed = list(cut.over(len(ids)))
     total = sum(window.end - window.first for window in placed)
     with tqdm(total=total, desc="scoring", unit="token", leave=False, disable=not progress) as bar:
-        for window in placed:
+        announce(tap, None)
+        for number, window in enumerate(placed):
             tokens = torch.tensor(cut.tokens(ids, window, bos), device=device)
-            for start, logits in scored_logits(model, tokens, window.first - window.begin, cache, ops):
+            first, texts = window.first - window.begin, ((number,),) if len(placed) > 1 else None
+            for start, logits in scored_logits(model, tokens, first, cache, ops, tap, texts):
                 targets = tokens[start + 1 : start + 1 + len(logits)]
-                losses = F.cross_entropy(logits, targets, reduction="none").tolist()
+                losses = F.cross_entropy(logits, targets, reduction="none")
+                if logprobs is not None:
+                    logprobs[window.begin + start + 1 :][: len(losses)] = -losses
                 count += len(losses)
-                nats += sum(losses)
+                nats += sum(losses.tolist())
                 bar.set_postfix(perplexity=f"{Score(count, nats).perplexity:.3f}", refresh=False)
                 bar.update(len(losses))
-    return Score(count, nats)
+    return Score(count, nats, logprobs)
 
 
 @torch.no_grad()
-def scored_logits(model: Model, window: Tensor, first: int, cache: KVCache, ops: Ops) -> Iterator[tuple[int, Tensor]]:
+def scored_logits(
+    model: Model,
+    window: Tensor,
+    first: int,
+    cache: KVCache,
+    ops: Ops,
+    tap: Tap = no_tap,
+    texts: tuple[tuple[int, ...], ...] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
     """Yield logits [n, vocab] that predict the tokens window[first:], in chunks, so that few are in memory at once.
 
-    With each chunk comes the position of its first row, which predicts the token after it. window: [T] ids. Raises
-    UserError for logits that are not numbers.
+    With each chunk comes the position of its first row, which predicts the token after it. window: [T] ids. texts:
+    for the tap, as in `Rows`. Raises UserError for logits that are not numbers.
     """
     last = len(window) - 1  # the last token predicts nothing
     cuts = [*range(0, first - 1, CHUNK), *range(first - 1, last, CHUNK), last]
     for start, end in itertools.pairwise(cuts):
         is_scored = start >= first - 1
+        announce(tap, Rows((start,), (end - start,), texts, prompt_goes_on=not is_scored))
         logits = forward(
             model.weights,
             model.params,
@@ -206,6 +226,7 @@ def scored_logits(model: Model, window: Tensor, first: int, cache: KVCache, ops:
             start=start,
             logits_at=None if is_scored else -1,
             ops=ops,
+            tap=tap,
         )  # [end - start, vocab] if scored
         if is_scored:
             check_sound(bool(is_sound(logits).all()))
@@ -256,7 +277,8 @@ def show(score: Score, n_bytes: int | None, cut: Windows) -> None:
     if bits_per_byte is not None:
         print(f"bits per byte   {bits_per_byte:17.4f}")
     figures = {
-        **score._asdict(),
+        "tokens": score.tokens,
+        "nats": score.nats,
         "nats_per_token": score.nats_per_token,
         "perplexity": score.perplexity,
         "bits_per_byte": bits_per_byte,

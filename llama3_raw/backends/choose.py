@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from ..model import REFERENCE
-from ..ops import UNFUSED, Ops, Tap, wants
+from ..ops import UNFUSED, Ops, Tap, no_tap, wants
 from ..weights import Weights, devices_of
 from .cpu import fast_ops
 from .offload import mixed_ops
@@ -22,12 +22,17 @@ def suitable_ops(device: torch.device) -> Ops:
     return fast_ops() if device.type == "cpu" else REFERENCE
 
 
-def ops_for(weights: Weights, exact: bool = False) -> Ops:
-    """Return the operations for the weights, which may be on one device or two. exact: use only REFERENCE's."""
+def ops_for(weights: Weights, exact: bool = False, tap: Tap = no_tap) -> Ops:
+    """Return the operations for the weights, which may be on one device or two, and for a tap, as `showing` does.
+
+    exact: use only REFERENCE's.
+    """
     device = weights.norm.device
     ops = REFERENCE if exact else suitable_ops(device)
     others = devices_of(weights) - {device}
-    return mixed_ops(ops, REFERENCE if exact else suitable_ops(others.pop())) if others else ops
+    if others:
+        ops = mixed_ops(ops, REFERENCE if exact else suitable_ops(others.pop()))
+    return showing(ops, tap, range(len(weights.layers)))
 
 
 def showing(ops: Ops, tap: Tap, layers: Iterable[int]) -> Ops:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ..backends.choose import ops_for
 from ..errors import UserError
 from ..model import KVCache
-from ..ops import Ops, Tap, no_tap
+from ..ops import Ops, Tap, announce, no_tap
 from ..weights import Model
 from .loop import Event, OnLogits, StopReason, Text, decode, seeded_generator, tokens_to_stop_at
 from .runner import BatchRunner
@@ -44,6 +44,7 @@ def generate_batch(
     context: int | None = None,
     ops: Ops | None = None,
     shares_beginning: bool = False,
+    tap: Tap = no_tap,
 ) -> Iterator[Event]:
     """Yield (row, token) for each new token, and (row, reason) when a row ends. Rows count from 0.
 
@@ -59,6 +60,9 @@ def generate_batch(
             together, so put prompts of similar length next to each other.
         stop_ids: as in `generate`, for rows that have none of their own; context and ops too.
         shares_beginning: compute the tokens that all prompts begin with once. Rounding then differs in bf16 too.
+        tap: as in `forward`. A pass over a prompt alone has no dimension for rows. Prompts that are computed together
+            are padded on the right, and in the rows of a pass each text is at a position of its own: `patch` with
+            positions and `Trace` with every_pass tell them apart.
 
     Raises:
         UserError: as `generate` does, at the call.
@@ -71,8 +75,11 @@ def generate_batch(
         if len(row.ids) > limit:
             raise UserError(f"a prompt needs {len(row.ids)} positions, but the context holds {limit}; shorten it")
     ends = tokens_to_stop_at(model, stop_ids)
+    if tap is not no_tap and any(row.tap is not no_tap for row in rows):
+        raise UserError("rows have taps of their own, which cannot be combined with {argument}", argument="tap")
     texts = [text_of(model, number, row, limit, ends) for number, row in enumerate(rows)]
-    return _decode(model, texts, ops or ops_for(model.weights), shares_beginning)
+    announce(tap, None)
+    return _decode(model, texts, ops or ops_for(model.weights, tap=tap), shares_beginning, tap)
 
 
 def text_of(model: Model, number: int, row: Row, limit: int, ends: Collection[int]) -> Text:
@@ -92,11 +99,12 @@ def text_of(model: Model, number: int, row: Row, limit: int, ends: Collection[in
     )
 
 
-def _decode(model: Model, texts: Sequence[Text], ops: Ops, shares_beginning: bool) -> Iterator[Event]:
+def _decode(model: Model, texts: Sequence[Text], ops: Ops, shares_beginning: bool, tap: Tap) -> Iterator[Event]:
     """Decode the texts; the cache is allocated at the first `next`, and only for texts with a budget."""
     running = [text for text in texts if text.budget]
     yield from ((text.number, text.when_spent) for text in texts if not text.budget)
     if running:
         longest = max(len(text.prompt) + text.budget for text in running) - 1  # nothing attends to the last token
         cache = KVCache.allocate(model.params, max_seq_len=longest, like=model.weights, batch=(len(running),))
-        yield from decode(running, BatchRunner(model, cache, ops, shares_beginning))
+        numbers = [(text.number,) for text in running]
+        yield from decode(running, BatchRunner(model, cache, ops, shares_beginning, tap, numbers))

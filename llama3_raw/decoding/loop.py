@@ -17,7 +17,7 @@ from ..backends.choose import ops_for
 from ..backends.cuda_graphs import CudaGraphs, copy_to_host_async
 from ..errors import UserError
 from ..model import KVCache
-from ..ops import Ops, Tap, no_tap
+from ..ops import Ops, Tap, announce, no_tap
 from ..weights import Model
 from .draft_model import DraftModel
 from .drafts import Draft, NoDraft
@@ -239,7 +239,7 @@ def generate(  # noqa: PLR0913  # what a caller may set
             limits what it costs if it does not pay. It keeps what it learned for the next call.
         earlier: the text before `ids`, such as what the cache holds. The repetition penalty covers it as well as `ids`
             and the new tokens, and lookup proposes from it.
-        ops: None chooses the set for the weights.
+        ops: None chooses the set for the weights, with exact attention if the tap may want scores or probs.
         tap: as in `forward`. With lookup or a draft it also sees a row for each proposed token, and the rows after the
             first wrong one are not used. It does not see the passes of the draft.
         captured: on a GPU, replay passes over few tokens from a CUDA graph, which needs the fast operations and no
@@ -267,11 +267,12 @@ def generate(  # noqa: PLR0913  # what a caller may set
     budget = min(max_new_tokens, limit - start - len(prompt))
     if cache is None:
         cache = KVCache.allocate(model.params, max_seq_len=start + len(prompt) + budget, like=model.weights)
-    ops = ops or ops_for(model.weights)
+    tap = no_tap if tap is None else tap
+    ops = ops or ops_for(model.weights, tap=tap)
     graphs = captured or None
     if isinstance(graphs, CudaGraphs) and graphs.cache is not cache:
         raise ValueError("the captured passes are those of another cache")
-    if tap is not None:  # a graph would not call it
+    if tap is not no_tap:  # a graph would not call it
         graphs = None
     elif graphs is True:
         graphs = CudaGraphs.where_possible(model, cache, ops, compiled=budget >= COMPILED_FROM)
@@ -291,18 +292,22 @@ def generate(  # noqa: PLR0913  # what a caller may set
         if draft is None
         else draft.of_text(known, start + len(prompt) - 1, cache, sampling, generator),
     )
-    runner = SingleRunner(model, cache, start, ops, no_tap if tap is None else tap, graphs)
-    return _tokens_of(text, runner)
+    if start == 0:
+        announce(tap, None)
+    return _tokens_of(text, SingleRunner(model, cache, start, ops, tap, graphs))
 
 
-def _tokens_of(text: Text, runner: Runner) -> Generator[int, None, StopReason]:
+def _tokens_of(text: Text, runner: SingleRunner) -> Generator[int, None, StopReason]:
     """Yield the tokens of a single text, and return the reason why it ended."""
-    for _, event in decode([text], runner) if text.budget else ():
-        if isinstance(event, StopReason):
-            check_sound(event is not StopReason.NOT_NUMBERS)
-            return event
-        yield event
-    return text.when_spent
+    try:
+        for _, event in decode([text], runner) if text.budget else ():
+            if isinstance(event, StopReason):
+                check_sound(event is not StopReason.NOT_NUMBERS)
+                return event
+            yield event
+        return text.when_spent
+    finally:
+        runner.end(text.position + 1)
 
 
 def _checked_prompt(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ..backends.choose import ops_for
 from ..errors import UserError
 from ..model import KVCache
-from ..ops import Ops
+from ..ops import Ops, Tap, announce, no_tap
 from ..weights import Model
 from .runner import BatchRunner
 from .sampling import check_sound, is_sound
@@ -48,7 +48,12 @@ class Question(NamedTuple):
 
 
 def score(
-    model: Model, prompt: Sequence[int], continuations: Sequence[Sequence[int]], *, ops: Ops | None = None
+    model: Model,
+    prompt: Sequence[int],
+    continuations: Sequence[Sequence[int]],
+    *,
+    ops: Ops | None = None,
+    tap: Tap = no_tap,
 ) -> list[ContinuationScore]:
     """Return how probable each continuation of the prompt is. The prompt is computed once for all of them.
 
@@ -57,18 +62,25 @@ def score(
         prompt: token ids, at least one: an empty text is the begin-of-text alone.
         continuations: token ids, at least one in each. Encode prompt and continuation as one text and cut the ids, or
             the tokens at the border may differ from those that the model was trained on.
-        ops: None chooses the set for the weights.
+        ops: None chooses the set for the weights, with exact attention if the tap may want scores or probs.
+        tap: as in `forward`. It sees the prompt once, and then the continuations after their first tokens as rows of
+            a batch, padded on the right. To a `Trace` with every_pass each continuation is a text with the prompt.
 
     Raises:
         UserError: for an empty prompt or continuation, ids outside the vocabulary, a text longer than the model's
             context, and logits that are not numbers.
     """
-    return score_together(model, [Question(prompt, continuations)], ops=ops)[0]
+    return score_together(model, [Question(prompt, continuations)], ops=ops, tap=tap)[0]
 
 
 @torch.no_grad()
 def score_together(
-    model: Model, questions: Sequence[Question], *, ops: Ops | None = None, rows: int = MAX_ROWS
+    model: Model,
+    questions: Sequence[Question],
+    *,
+    ops: Ops | None = None,
+    rows: int = MAX_ROWS,
+    tap: Tap = no_tap,
 ) -> list[list[ContinuationScore]]:
     """Return what `score` returns for each question. What all prompts begin with is computed once.
 
@@ -77,20 +89,23 @@ def score_together(
     """
     for question in questions:
         _check(model, question)
-    ops = ops or ops_for(model.weights)
+    ops = ops or ops_for(model.weights, tap=tap)
     # a prompt moves only to later rows, so those with continuations of several tokens come first
     order = sorted(range(len(questions)), key=lambda i: max(map(len, questions[i].continuations), default=0) < 2)
     ordered = [questions[i] for i in order]
     texts = [(row, list(text)) for row, question in enumerate(ordered) for text in question.continuations]
-    longer = [(row, text) for row, text in texts if len(text) > 1]
+    longer = [(row, number) for number, (row, text) in enumerate(texts) if len(text) > 1]
     n_rows = max(len(ordered), min(len(longer), rows) if len(ordered) == 1 else len(longer))
     longest = cached_tokens(ordered)
     cache = KVCache.allocate(model.params, max_seq_len=longest, like=model.weights, batch=(n_rows,))
-    runner = BatchRunner(model, cache, ops, shares_beginning=True)
+    numbers = [tuple(number for number, (row, _) in enumerate(texts) if row == place) for place in range(n_rows)]
+    announce(tap, None)
+    runner = BatchRunner(model, cache, ops, shares_beginning=True, tap=tap, texts=numbers)
     logits = runner.prefill([question.prompt for question in ordered]).squeeze(1)  # [questions, vocab]
     check_sound(bool(is_sound(logits).all()))
     logprobs, top = logits.log_softmax(dim=-1), logits.argmax(dim=-1).tolist()
-    rest = iter(_score_rest(runner, [len(question.prompt) for question in ordered], longer, n_rows))
+    lengths = [len(question.prompt) for question in ordered]
+    rest = iter(_score_rest(runner, lengths, longer, [text for _, text in texts], n_rows))
     results: list[list[ContinuationScore]] = [[] for _ in questions]
     for row, text in texts:
         later = next(rest) if len(text) > 1 else ContinuationScore([], True)
@@ -114,11 +129,12 @@ def _check(model: Model, question: Question) -> None:
 
 
 def _score_rest(
-    runner: BatchRunner, lengths: Sequence[int], rows: Sequence[tuple[int, list[int]]], n_rows: int
+    runner: BatchRunner, lengths: Sequence[int], rows: Sequence[tuple[int, int]], texts: list[list[int]], n_rows: int
 ) -> list[ContinuationScore]:
     """Score the tokens after the first of each continuation.
 
-    lengths: of the prompts, which are in the first rows of the cache. rows: (row of the prompt, continuation), by row.
+    lengths: of the prompts, which are in the first rows of the cache. rows: (row of the prompt, number of the
+    continuation in `texts`), by row.
     """
     for target in reversed(range(min(n_rows, len(rows)))):  # from the last one on: a row is read before it is written
         source = rows[target][0]
@@ -127,7 +143,8 @@ def _score_rest(
     results = []
     for begin in range(0, len(rows), n_rows):  # later ones of a single prompt overwrite only what came after it
         part = rows[begin : begin + n_rows]
-        results += _score_rows(runner, [lengths[row] for row, _ in part], [text for _, text in part])
+        runner.texts = [(number,) for _, number in part]
+        results += _score_rows(runner, [lengths[row] for row, _ in part], [texts[number] for _, number in part])
     return results
 
 
@@ -139,7 +156,8 @@ def _score_rows(runner: BatchRunner, positions: list[int], texts: list[list[int]
     step = max(1, _LOGITS_AT_ONCE // len(texts))
     for begin in range(0, width - 1, step):
         end = min(begin + step, width - 1)
-        logits = runner.extend(padded[:, begin:end], [position + begin for position in positions])
+        lengths = [max(0, min(end, len(text) - 1) - begin) for text in texts]  # the last token is predicted only
+        logits = runner.extend(padded[:, begin:end], [position + begin for position in positions], lengths)
         check_sound(bool(is_sound(logits).all()))
         targets = padded[:, begin + 1 : end + 1]
         logprobs.append(-F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets))

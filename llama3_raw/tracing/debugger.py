@@ -74,7 +74,7 @@ class _Debugger(pdb.Pdb):
             stdout=None if sys.stdout.isatty() else sys.stderr,  # stdout is for the generated text only
             nosigint=True,  # the command handles Ctrl-C
             # do not step into the code that sets up a stop, nor into taps
-            skip=("bdb", __name__, f"{__package__}.taps", f"{__package__}.record", Scoped.__module__),
+            skip=("bdb", f"{__package__}.*", Scoped.__module__),
         )
         self._to_show: tuple[str, Tensor] | None = None
         self._input_ended = False

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..ops import Rows
 from ..params import Params
 
 Ids = Sequence[int] | Tensor
@@ -43,6 +44,15 @@ class Prompts(NamedTuple):
         if self.lengths is None:
             return ids
         return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths.tolist(), strict=True)]
+
+    @property
+    def rows(self) -> Rows:
+        """What a pass over them computes."""
+        if self.tokens.dim() == 1:
+            return Rows((0,), (len(self.tokens),))
+        n_rows, length = self.tokens.shape
+        lengths = [length] * n_rows if self.lengths is None else self.lengths.tolist()
+        return Rows((0,) * n_rows, tuple(lengths), tuple((row,) for row in range(n_rows)), is_batch=True)
 
 
 def read_prompts(ids: Ids | Sequence[Ids], lengths: Ids | None, params: Params) -> Prompts:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..backends.choose import ops_for, showing
 from ..errors import UserError, in_short
 from ..model import REFERENCE, forward
-from ..ops import Ops, Tap, no_tap, score_bytes
+from ..ops import Ops, Rows, Tap, announce, no_tap, score_bytes
 from ..params import Params, RopeScaling
 from ..system.files import atomic_write, read_beginning
 from ..system.machine import free_memory
@@ -30,6 +30,8 @@ from .names import FIRST, LAST, token_dimension
 from .padding import Ids, as_index, read_prompts, select_token
 from .padding import tokens_of_one_prompt as tokens_of_one_prompt
 from .partial import check_start, ending_after, from_layer, names_of_pass, needed_names
+from .passes import JoinedPasses
+from .positions import ThisPass
 from .taps import PatternTap, chain, dry_run
 
 
@@ -85,9 +87,9 @@ class Trace(PatternTap, Mapping[str, Tensor]):
     """A tap that keeps a copy of every tensor that matches a pattern; without patterns, of every tensor.
 
     A mapping from name to tensor, in the order of the forward pass. After several passes (`generate` runs one for each
-    token) it has the tensors of the last; after a pass that failed, those computed until then. The copies are detached,
-    and nothing that the pass does later changes them. Two traces are equal if they have the same names, and under each
-    the same tensor: its dtype, shape and bits, wherever it is stored.
+    token) it has the tensors of the last, or with `every_pass` those of all; after a pass that failed, those computed
+    until then. The copies are detached, and nothing that the pass does later changes them. Two traces are equal if they
+    have the same names, and under each the same tensor: its dtype, shape and bits, wherever it is stored.
 
     Args:
         patterns: tap names, with the wildcards of `Patterns`.
@@ -96,14 +98,19 @@ class Trace(PatternTap, Mapping[str, Tensor]):
         last_position: keep the last token only, without the dimension T. In `trace` with `lengths`, the last one of
             each text; elsewhere also the last one of the padding, so give `at` for a padded batch.
         at: keep this token only, without the dimension T: an index into T, or a tensor [B] of one for each row.
+        every_pass: join the tensors of all passes over a text along T, as one pass over the whole text would return
+            them up to rounding. Of several texts (`generate_batch`, `score`, the windows of `perplexity`) tensors are
+            [texts, T, …]; what is beyond a text is 0, and -inf in scores. Logits have a row for each next token that
+            was chosen from them, and in `perplexity` and `score` for each that was scored.
 
     Attributes:
         at: as given; -1 for last_position.
-        lengths: the lengths [B] of the texts of a padded batch, if known: `trace` sets it.
+        lengths: the lengths [B] of the texts of a padded batch, if known: `trace` and every_pass set it.
         origin: the model and the tokens, if known: `trace` sets it, `save` and `load_trace` keep it.
 
     Raises:
-        UserError: the dtype is not floating point, `at` is no index, or a pattern matched nothing by the end of a pass.
+        UserError: the dtype is not floating point, `at` is no index or given with every_pass, or a pattern matched
+            nothing by the end of a pass.
     """
 
     def __init__(
@@ -113,11 +120,14 @@ class Trace(PatternTap, Mapping[str, Tensor]):
         dtype: torch.dtype | None = None,
         last_position: bool = False,
         at: int | Ids | None = None,
+        every_pass: bool = False,
     ):
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise UserError(f"dtype should be a floating-point dtype such as torch.float32, is {dtype!r}")
         if last_position and at is not None:
             raise UserError("and last_position both choose a token; leave one of them out", argument="at")
+        if every_pass and (last_position or at is not None):
+            raise UserError("keeps all tokens; leave last_position and at out", argument="every_pass")
         super().__init__(patterns or ("*",))
         self._device = device
         self._dtype = dtype
@@ -125,28 +135,62 @@ class Trace(PatternTap, Mapping[str, Tensor]):
         self.at = -1 if last_position else as_index(at)
         self.lengths: Tensor | None = None
         self._dimensions = 0  # of the embeddings, so of any tensor [..., T, n]
-        self._tensors: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._passes = JoinedPasses() if every_pass else None
+        self._has_begun = False  # a loop has announced the pass
         self.origin: Origin | None = None
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         """Keep a copy of the tensor if a pattern matches its name, and return the tensor itself: a tap."""
         if name == FIRST:
             self._dimensions = tensor.dim()
-            self._tensors.clear()  # of an earlier pass
+            if not self._has_begun:
+                self._begin(None if self._passes is None else ThisPass.of_caller(name, tensor).rows())
+        self._has_begun = False
         if self._patterns.matching(name):
-            kept = self._chosen(name, tensor.detach())
+            is_selected = name == LAST and tensor.dim() < self._dimensions  # by logits_at
+            if self.at is None or is_selected:
+                kept = tensor.detach()
+            else:
+                kept = select_token(tensor.detach(), token_dimension(name), self.at)
             # exactly one copy, also if device and dtype are the same
-            self._tensors[name] = torch.empty_like(
+            copy = torch.empty_like(
                 kept,
                 device=self._device or kept.device,
                 dtype=self._dtype or kept.dtype,
                 memory_format=torch.contiguous_format,
             ).copy_(kept)
+            if self._passes is None:
+                self._kept[name] = copy
+            else:
+                self._passes.add(name, copy, is_selected)
+                self._kept.clear()
         return tensor
 
-    def _chosen(self, name: str, tensor: Tensor) -> Tensor:
-        is_chosen = name == LAST and tensor.dim() < self._dimensions  # by logits_at
-        return tensor if self.at is None or is_chosen else select_token(tensor, token_dimension(name), self.at)
+    def begin(self, rows: Rows | None) -> None:
+        """Begin a pass over these tokens: forget those of the pass before, or the texts that they do not continue.
+
+        The loops of this package call it.
+        """
+        if rows is None:
+            self._kept.clear()
+            self._passes = self._passes and JoinedPasses()
+        elif any(rows.lengths) or self._passes is not None:
+            self._has_begun = any(rows.lengths)
+            self._dimensions = 2 + rows.is_batch
+            self._begin(rows)
+
+    def _begin(self, rows: Rows | None) -> None:
+        self._kept.clear()
+        if self._passes is not None and rows is not None:
+            self._passes.begin(rows)
+            self.lengths = self._passes.lengths
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        if self._passes is not None and not self._kept:
+            self._kept = self._passes.joined()
+        return self._kept
 
     def __getitem__(self, name: str) -> Tensor:
         try:
@@ -220,7 +264,7 @@ def load_trace(file: str | Path) -> Trace:
         with safe_open(file, "pt") as opened:
             about = json.loads((opened.metadata() or {}).get("llama3_raw", "{}"))
             for name in about.get("names") or opened.keys():
-                loaded._tensors[name] = opened.get_tensor(name)
+                loaded._kept[name] = opened.get_tensor(name)
             loaded.last_position = bool(about.get("last_position"))
             loaded.at = as_index(about.get("at"))
             loaded.lengths = None if about.get("lengths") is None else torch.tensor(about["lengths"])
@@ -296,6 +340,8 @@ def trace(  # noqa: PLR0913  # what a caller may set
     kept.origin = Origin.of(model, prompts.ids)
     with count_layers(model.params, progress) as count, ending_after(names[-1]) as end, torch.no_grad():
         tap = chain(tap, kept, count, end)
+        announce(tap, None)
+        announce(tap, prompts.rows)
         weights = model.weights
         if first is not None and residual is not None:
             weights, tap = weights._replace(layers=weights.layers[first:]), from_layer(first, residual, tap)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import inspect
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..ops import UNFUSED, Tap, checked_result, no_tap, wants
+from ..ops import UNFUSED, Rows, Tap, announce, checked_result, no_tap, wants
 from ..params import Params
 from ..weights import dtype_name
 from .names import LAST, named_tensors
+from .positions import ThisPass, checked_positions, rows_at, spread
 
 
 class Patterns:
@@ -127,6 +129,11 @@ class Chain:
             tensor = checked_result(tap, name, tap(name, tensor))
         return tensor
 
+    def begin(self, rows: Rows | None) -> None:
+        """Tell the taps which tokens the next pass computes."""
+        for tap in self._taps:
+            announce(tap, rows)
+
     def wants(self, name: str) -> bool:
         """Whether one of the taps looks at the tensor of this name."""
         return any(wants(tap, name) for tap in self._taps)
@@ -149,62 +156,90 @@ def chain(*taps: Tap) -> Chain:
     return Chain(taps)
 
 
-Replacement = Tensor | Callable[[Tensor], Tensor] | Callable[[Tensor, str], Tensor]
-"""What `patch` puts in the place of a tensor: another one, or a function of the tensor, or of it and its name."""
+_WithName = Callable[[Tensor, str], Tensor]
+Replacement = Tensor | Callable[[Tensor], Tensor] | _WithName
+"""What takes the place of a tensor: another one, or a function of the tensor, or of it and its name."""
 
 
 class Patch(PatternTap):
-    """A tap that replaces tensors by name: what `patch` returns."""
+    """The tap that `patch` returns."""
 
-    def __init__(self, replacements: Mapping[str, Replacement]):
+    def __init__(self, replacements: Mapping[str, Replacement], positions: list[int] | None):
         super().__init__(list(replacements))
-        self._functions = {pattern: _function_of(pattern, given) for pattern, given in replacements.items()}
+        self._replacements = {pattern: _with_name(pattern, given) for pattern, given in replacements.items()}
+        self._positions = positions
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         for pattern in self._patterns.matching(name):
-            result = self._functions[pattern](tensor, name)
-            if not isinstance(result, Tensor) or _kind(result) != _kind(tensor):
-                got = _kind(result) if isinstance(result, Tensor) else type(result).__name__
-                raise UserError(f"the patch of {name} should return a tensor {_kind(tensor)}, returns {got}")
-            tensor = result
+            given = self._replacements[pattern]
+            if self._positions is None:
+                tensor = _checked(name, tensor, given if isinstance(given, Tensor) else given(tensor, name))
+            else:
+                tensor = self._at_positions(given, name, tensor, self._positions)
         return tensor
 
+    def _at_positions(self, given: Tensor | _WithName, name: str, tensor: Tensor, wanted: list[int]) -> Tensor:
+        this = ThisPass.of_caller(name, tensor)
+        if this.is_whole and max(wanted) >= this.length:
+            raise UserError(f"{max(wanted)}: the text has only {this.length} tokens", argument="positions")
+        positions, dimension = this.positions(name, tensor.device)
+        is_wanted = torch.isin(positions, torch.tensor(wanted, device=tensor.device))
+        if not is_wanted.any():
+            return tensor
+        if isinstance(given, Tensor):
+            result = rows_at(given, name, positions, wanted, dimension)
+            with contextlib.suppress(RuntimeError):  # the shape is reported below
+                result = result.expand_as(tensor)
+        else:
+            result = given(tensor, name)
+        return torch.where(spread(is_wanted, tensor, dimension), _checked(name, tensor, result), tensor)
 
-def patch(replacements: Mapping[str, Replacement]) -> Patch:
+
+def patch(replacements: Mapping[str, Replacement], *, positions: int | Sequence[int] | Tensor | None = None) -> Patch:
     """Return a tap that replaces tensors by name, for activation patching, ablation of a head, or steering.
 
     Args:
         replacements: for each tap name or pattern, a tensor to put in the place of the one of the pass, or a function
             of that tensor, or of that tensor and its name. The pass continues with it. The shapes are those stated in
             model.py. If several patterns match a name, they replace it one after another.
+        positions: replace these tokens of the text only, in whichever pass they are computed; the first token has
+            position 0. A function gets the whole tensor of a pass that has one of them. A tensor has a row for each of
+            the positions, or for each token of a text, or one for all; in scores and probs, rows are queries. None:
+            every token.
 
     Raises:
-        UserError: by the tap, if a result is not a tensor of the same shape, dtype and device, and at the end of a
-            pass in which a pattern matched nothing. By `patch`, if a pattern is not a str, or what should replace a
-            tensor is neither a tensor nor a function.
+        UserError: by the tap, if a result is not a tensor of the same shape, dtype and device, if a text that is
+            computed in one pass has no such position, and at the end of a pass in which a pattern matched nothing. By
+            `patch`, if a pattern is not a str, what should replace a tensor is neither a tensor nor a function, or the
+            positions are not integers from 0 on.
     """
-    return Patch(replacements)
+    return Patch(replacements, None if positions is None else checked_positions(positions))
 
 
-def _function_of(pattern: str, given: Replacement) -> Callable[[Tensor, str], Tensor]:
-    """Return what replaces a tensor, as a function of the tensor and its name."""
+def _with_name(pattern: str, given: Replacement) -> Tensor | _WithName:
+    """Return a tensor as it is, and a function as one of the tensor and its name.
+
+    It gets the name if it has a second parameter that is called name, or has no default.
+    """
     if isinstance(given, Tensor):
-        return lambda tensor, name: given
+        return given
     if not callable(given):
         raise UserError(f"the patch of {pattern} should be a tensor or a function, is a {type(given).__name__}")
     function: Callable[..., Tensor] = given
-    return function if _takes_name(function) else lambda tensor, name: function(tensor)
-
-
-def _takes_name(function: Callable[..., Tensor]) -> bool:
-    """Whether a function has a second parameter for the name: called so, or without a default."""
     try:
-        parameters = list(inspect.signature(function).parameters.values())
+        second = list(inspect.signature(function).parameters.values())[1:2]
     except (TypeError, ValueError):  # as of torch's own functions
-        return False
-    second = parameters[1:2]
+        second = []
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return any(it.kind in by_position and (it.name == "name" or it.default is it.empty) for it in second)
+    takes_name = any(it.kind in by_position and (it.name == "name" or it.default is it.empty) for it in second)
+    return function if takes_name else lambda tensor, name: function(tensor)
+
+
+def _checked(name: str, tensor: Tensor, result: Tensor) -> Tensor:
+    if isinstance(result, Tensor) and _kind(result) == _kind(tensor):
+        return result
+    got = _kind(result) if isinstance(result, Tensor) else type(result).__name__
+    raise UserError(f"the patch of {name} should return a tensor {_kind(tensor)}, returns {got}")
 
 
 def _kind(tensor: Tensor) -> str:
