@@ -95,6 +95,11 @@ def make_notebook() -> NotebookNode:
     cells = [new_markdown_cell(OPENING), new_code_cell(OPEN_MODEL)]
     for lesson in sorted(HERE.glob("[0-9][0-9]_*.py")):
         cells += cells_of(lesson)
+    return notebook_of(cells)
+
+
+def notebook_of(cells: Sequence[NotebookNode]) -> NotebookNode:
+    """Return the cells as a notebook."""
     for number, cell in enumerate(cells):
         cell["id"] = f"cell-{number}"  # fixed ids keep the diff of a new run small
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -102,22 +107,26 @@ def make_notebook() -> NotebookNode:
     return notebook
 
 
-@command_line_tool
-def main(arguments: Sequence[str]) -> int:
-    """Run the command and return the exit status."""
-    ArgumentParser(description=__doc__).parse_args(arguments)
-    notebook = make_notebook()
+def run_notebook(notebook: NotebookNode, file: Path, folder: Path) -> None:
+    """Run the cells in a folder, and write the notebook with their outputs."""
     client = NotebookClient(
         notebook,
-        resources={"metadata": {"path": str(HERE)}},
+        resources={"metadata": {"path": str(folder)}},
         record_timing=False,
         extra_arguments=["--log-level=ERROR"],  # otherwise it warns about its port
     )
     with client.setup_kernel():
         for number, cell in enumerate(tqdm(notebook.cells, desc="running the cells", unit="cell")):
             client.execute_cell(cell, number)
-    with atomic_write(NOTEBOOK) as part:
+    with atomic_write(file) as part:
         nbformat.write(notebook, part)
+
+
+@command_line_tool
+def main(arguments: Sequence[str]) -> int:
+    """Run the command and return the exit status."""
+    ArgumentParser(description=__doc__).parse_args(arguments)
+    run_notebook(make_notebook(), NOTEBOOK, HERE)
     return 0
 
 
