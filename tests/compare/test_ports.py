@@ -242,7 +242,8 @@ def unmasked(exact: dict[str, Tensor], name: str) -> Tensor:
     prefix = name.removesuffix("scores")
     q, k = exact[prefix + "q_rope"], exact[prefix + "k_rope"]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    return q.transpose(0, 1) @ k.permute(1, 2, 0) / q.shape[-1] ** 0.5
+    scores: Tensor = q.transpose(0, 1) @ k.permute(1, 2, 0) / q.shape[-1] ** 0.5
+    return scores
 
 
 Change = Callable[[str, Tensor, dict[str, Tensor]], "Tensor | None"]
@@ -518,7 +519,7 @@ def gradients_of_weights(model: Model, ids: list[int], bug: str = "") -> dict[st
     logits = port(torch.tensor([ids]))[0]
     targets = torch.tensor(ids)
     loss = F.cross_entropy(logits, targets) if bug == "not shifted" else F.cross_entropy(logits[:-1], targets[1:])
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return {f"{name}.grad": weight.grad for name, weight in port.named_parameters() if weight.grad is not None}
 
 

@@ -83,8 +83,8 @@ def test_origins(guarded: TestClient, server: Server) -> None:
     asked = {"Origin": "https://lessons.example", "Access-Control-Request-Method": "POST"}
     asked["Access-Control-Request-Headers"] = "authorization"
     assert guarded.options("/v1/models", headers=asked).status_code == 200
-    answer = httpx.get(f"{server.url}/v1/models", headers={"Origin": server.url})
-    assert (answer.status_code, "access-control-allow-origin" in answer.headers) == (200, False)
+    own = httpx.get(f"{server.url}/v1/models", headers={"Origin": server.url})
+    assert (own.status_code, "access-control-allow-origin" in own.headers) == (200, False)
 
 
 def test_unknown_paths_and_methods(server: Server) -> None:
