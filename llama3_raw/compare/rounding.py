@@ -25,7 +25,7 @@ _ALLOWED, _ALLOWED_IN_16_BITS = (2.5, 4.0, 6.0), (1.0, 1.5, 2.5)
 _END_TO_END, _END_TO_END_IN_16_BITS = (2.5, 5.0, 6.0), (1.2, 2.5, 3.0)
 
 # Two logits may move towards each other by this multiple of what simulated rounding does, as a root mean square. The
-# largest that was measured in the same runs, for the two likeliest of each position: 3.2 in fp32, 1.6 in 16 bits.
+# largest that was measured in the same runs, for the two most likely of each position: 3.2 in fp32, 1.6 in 16 bits.
 _ALLOWED_OF_LIKELIEST = 6.0
 
 

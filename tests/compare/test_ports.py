@@ -25,7 +25,7 @@ from llama3_raw.compare.rounding import shown_dtype
 from llama3_raw.params import RopeScaling
 from tests.compare.ports import TorchPort, numpy_port
 from tests.paths import TINY
-from tests.references import cast, random_weights
+from tests.references import cast, dense, random_weights
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
 OWN_WEIGHTS = ["--weights", str(TINY)]
@@ -242,7 +242,8 @@ def unmasked(exact: dict[str, Tensor], name: str) -> Tensor:
     prefix = name.removesuffix("scores")
     q, k = exact[prefix + "q_rope"], exact[prefix + "k_rope"]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    return q.transpose(0, 1) @ k.permute(1, 2, 0) / q.shape[-1] ** 0.5
+    scores: Tensor = q.transpose(0, 1) @ k.permute(1, 2, 0) / q.shape[-1] ** 0.5
+    return scores
 
 
 Change = Callable[[str, Tensor, dict[str, Tensor]], "Tensor | None"]
@@ -518,7 +519,7 @@ def gradients_of_weights(model: Model, ids: list[int], bug: str = "") -> dict[st
     logits = port(torch.tensor([ids]))[0]
     targets = torch.tensor(ids)
     loss = F.cross_entropy(logits, targets) if bug == "not shifted" else F.cross_entropy(logits[:-1], targets[1:])
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return {f"{name}.grad": weight.grad for name, weight in port.named_parameters() if weight.grad is not None}
 
 
@@ -603,7 +604,7 @@ def test_transformers_runs_a_layer_at_a_time(tiny: Model, ids: list[int], monkey
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", remember)
     tensors = trace_hf(tiny, ids, dtype=torch.float32)
-    one_layer = sum(4 * tensor.numel() for tensor in tiny.weights.layers[0])
+    one_layer = sum(4 * dense(matrix).numel() for matrix in tiny.weights.layers[0])
     assert alive == [one_layer] * tiny.params.n_layers
     assert {p.device.type for layer in networks[0].model.layers for p in layer.parameters()} == {"meta"}
     assert compare(tiny, ids, tensors, dtype=torch.float32).agree
