@@ -191,7 +191,8 @@ class _Passes:
         if self._precision.run != weights.norm.dtype:
             ops = ops._replace(embed=lambda ids, table: self._ops.embed(ids, table).float())
         with torch.enable_grad():
-            next_token_loss(forward(weights, params, tokens, ops=ops, tap=tap), tokens).backward()
+            loss = next_token_loss(forward(weights, params, tokens, ops=ops, tap=tap), tokens)
+            loss.backward()
         return gradients | {name: leaf.grad.cpu() for name, leaf in leaves.items() if leaf.grad is not None}
 
 

@@ -25,7 +25,7 @@ from llama3_raw.compare.rounding import shown_dtype
 from llama3_raw.params import RopeScaling
 from tests.compare.ports import TorchPort, numpy_port
 from tests.paths import TINY
-from tests.references import cast, random_weights
+from tests.references import cast, dense, random_weights
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
 OWN_WEIGHTS = ["--weights", str(TINY)]
@@ -604,7 +604,7 @@ def test_transformers_runs_a_layer_at_a_time(tiny: Model, ids: list[int], monkey
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", remember)
     tensors = trace_hf(tiny, ids, dtype=torch.float32)
-    one_layer = sum(4 * tensor.numel() for tensor in tiny.weights.layers[0])
+    one_layer = sum(4 * dense(matrix).numel() for matrix in tiny.weights.layers[0])
     assert alive == [one_layer] * tiny.params.n_layers
     assert {p.device.type for layer in networks[0].model.layers for p in layer.parameters()} == {"meta"}
     assert compare(tiny, ids, tensors, dtype=torch.float32).agree
