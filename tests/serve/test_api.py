@@ -9,7 +9,7 @@ import subprocess
 from dataclasses import asdict
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import openai
 import pytest
 
@@ -125,13 +125,15 @@ def test_scores_are_those_of_the_engine(client: openai.OpenAI, tiny: Model) -> N
 
     assert tiny.tokenizer is not None
     ids = tiny.tokenizer.encode(PROMPTS[1], bos=True)
-    (choice,) = client.completions.create(model="tiny", prompt=ids, max_tokens=0, echo=True, logprobs=1).choices
+    asked: dict[str, Any] = {"model": "tiny", "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1}
+    (choice,) = client.completions.create(**asked).choices
     (expected,) = score(tiny, ids[:3], [ids[3:]])
     assert choice.logprobs.token_logprobs[0] is None
     assert choice.logprobs.token_logprobs[3:] == pytest.approx(expected.logprobs, abs=1e-6)
     assert choice.text == PROMPTS[1]
     assert choice.finish_reason == "length"
-    ended = client.completions.create(model="tiny", prompt="The end.", max_tokens=400, temperature=0, logprobs=0)
+    asked = {"model": "tiny", "prompt": "The end.", "max_tokens": 400, "temperature": 0, "logprobs": 0}
+    ended = client.completions.create(**asked)
     assert ended.choices[0].finish_reason == "stop"
     assert len(ended.choices[0].logprobs.tokens) == ended.usage.completion_tokens + 1
     assert ended.choices[0].logprobs.tokens[-1] == "<|end_of_text|>"

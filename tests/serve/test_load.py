@@ -8,7 +8,7 @@ import random
 import time
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import pytest
 
 from llama3_raw import Model, generate
