@@ -86,7 +86,9 @@ def read_request(body: Any, params: Params) -> PassRequest:
 
 def read_ids(value: Any, name: str, params: Params) -> tuple[int, ...]:
     """Return the token ids of a prompt. Raises UserError unless there are 1 to MAX_TOKENS of the vocabulary."""
-    if not isinstance(value, list) or not value:
+    if value == []:
+        raise UserError("the prompt is empty; give at least one token")
+    if not isinstance(value, list):
         raise UserError("should be a list of token ids", argument=name)
     if len(value) > min(MAX_TOKENS, params.max_seq_len):
         raise UserError(

@@ -20,7 +20,8 @@ from tests.paths import TINY
 def serving(model: Model, api_key: str | None = None) -> Iterator[str]:
     """Serve a model, and yield the address."""
     engine = Engine(model, REFERENCE, name="tiny", source=str(TINY), rows=2, context=64)
-    server = uvicorn.Server(uvicorn.Config(build_app(engine, Settings(api_key=api_key)), port=0, log_level="warning"))
+    app = build_app(engine, Settings(api_key=api_key))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -133,7 +133,8 @@ def test_tokens_have_ids_text_and_bytes(tiny: Model, url: str) -> None:
     [
         ("[]", "the body should be a JSON object"),
         ("{", "the body should be a JSON object"),
-        ('{"ids": []}', "ids should be a list of token ids"),
+        ('{"ids": "1"}', "ids should be a list of token ids"),
+        ('{"ids": []}', "the prompt is empty; give at least one token"),
         ('{"ids": [2304]}', "ids should hold integers from 0 to 2303, holds 2304"),
         ('{"ids": [true]}', "ids should hold integers"),
         ('{"ids": [1], "temperature": 1}', "'temperature' is not one of ids, changes, lens, attention"),

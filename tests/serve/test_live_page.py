@@ -216,12 +216,17 @@ def test_quick_keys_are_not_lost(opened: Live, tiny: Model) -> None:
     opened.settle()
     ids = encoded(tiny, "Lily and Tom went to the")
     assert opened.ids() == [*ids, int(last_logits(tiny, ids).argmax())]
+    opened.page.fill("#prompt", "Tom")
+    opened.click("#switches td.switch")  # ends what runs, which was to read the text
+    assert opened.ids() == encoded(tiny, "Tom")
+    assert opened.bars()[0].before is not None
 
 
 SAMPLINGS = [
     Sampling(temperature=0.5),
     Sampling(temperature=2, top_k=3),
     Sampling(temperature=1.5, top_p=0.9),
+    Sampling(temperature=2, min_p=0.2),
     Sampling(temperature=1.2, top_k=8, top_p=0.97, min_p=0.05),
 ]
 
@@ -432,6 +437,17 @@ def test_a_slow_pass_shows_how_far_it_is(browser: Any, url: str, tiny: Model, mo
             assert live_page.page.evaluate("getComputedStyle(document.getElementById('progress')).opacity") == "1"
     assert len(seen) >= 4
     assert live_page.bars() != before
+    live_page.context.close()
+
+
+def test_the_lens_of_a_large_model_is_computed_only_where_it_is_opened(
+    browser: Any, url: str, tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "_LARGE", 0)
+    live_page = Live(browser, url)
+    assert live_page.page.locator("#lens td").count() == 0
+    live_page.page.click("#lens-view > summary")
+    live_page.page.wait_for_selector("#lens td")
     live_page.context.close()
 
 

@@ -16,8 +16,8 @@ const TYPING = 120; // milliseconds without a key before a text is sent
 let model = null;
 let lens = null;
 let probs = null; // of the next token, as the bars show them
-const first = { text: "", tokens: [], chosen: [] }; // chosen: ids that were added to the prompt
-const other = { text: "", tokens: [], chosen: [] };
+const first = { box: byId("prompt"), text: null, tokens: [], chosen: [] }; // chosen: ids added to the prompt
+const other = { box: byId("other"), text: "", tokens: [], chosen: [] }; // text: that of the tokens
 const changes = { heads: [], feed_forward: [], scales: [], patches: [] };
 const sampling = { ...NEUTRAL };
 
@@ -34,9 +34,22 @@ function requestOf(prompt, withChanges, views) {
   return request;
 }
 
+// Brings the tokens of a prompt up to its text. An empty second prompt is none at all.
+async function readText(prompt, signal) {
+  const text = prompt.box.value;
+  if (text === prompt.text) return;
+  const tokens = text === "" && prompt === other ? [] : await askTokens(text, signal);
+  Object.assign(prompt, { text, tokens, chosen: [] });
+  changes.patches = [];
+  drawTokens(); // at once: the pass may take a while
+}
+
 // Runs what the views need, and draws them when all of it is there.
-async function update() {
+async function update(delay = 0) {
   await work(async (signal) => {
+    await new Promise((resolve) => setTimeout(resolve, delay));
+    signal.throwIfAborted();
+    for (const prompt of [first, other]) await readText(prompt, signal);
     const views = { lens: isOpen("lens") || isOpen("compare") };
     if (isOpen("attention")) views.attention = Number(byId("layer").value);
     const now = await resultOf(requestOf(first, hasChanges(), views), signal);
@@ -113,20 +126,9 @@ function goBack(length) {
   update();
 }
 
-// A text was typed: its tokens come at once, the pass when the typing pauses.
-function onTyping(prompt, box) {
+function onTyping(box) {
   fit(box);
-  work(async (signal) => {
-    await new Promise((resolve) => setTimeout(resolve, TYPING));
-    signal.throwIfAborted();
-    const tokens = box.value === "" && prompt === other ? [] : await askTokens(box.value, signal);
-    Object.assign(prompt, { text: box.value, tokens, chosen: [] });
-    changes.patches = [];
-    return () => {
-      drawTokens();
-      update();
-    };
-  });
+  update(TYPING);
 }
 
 function fit(box) {
@@ -194,9 +196,9 @@ function reset(...names) {
 // the beginning
 
 function listen() {
-  byId("prompt").addEventListener("input", () => onTyping(first, byId("prompt")));
-  byId("prompt").addEventListener("keydown", onPromptKey);
-  byId("other").addEventListener("input", () => onTyping(other, byId("other")));
+  first.box.addEventListener("input", () => onTyping(first.box));
+  first.box.addEventListener("keydown", onPromptKey);
+  other.box.addEventListener("input", () => onTyping(other.box));
   document.addEventListener("keydown", onKey);
   for (const [id, action] of Object.entries(ACTIONS)) byId(id).addEventListener("click", () => whenReady(action));
   byId("sampling").addEventListener("input", onSampling);
@@ -204,8 +206,8 @@ function listen() {
   byId("undo-patches").addEventListener("click", () => reset("patches"));
   byId("align").addEventListener("change", () => reset("patches"));
   byId("copy-prompt").addEventListener("click", () => {
-    byId("other").value = byId("prompt").value;
-    onTyping(other, byId("other"));
+    other.box.value = first.box.value;
+    onTyping(other.box);
   });
   for (const view of document.querySelectorAll("details.view")) view.addEventListener("toggle", () => update());
   for (const part of document.querySelectorAll(".python")) {
@@ -241,7 +243,8 @@ async function begin() {
       lens = new LensGrid(byId("lens"), "Logit lens", byId("lens-readout"));
       listen();
       onSampling();
-      onTyping(first, byId("prompt"));
+      fit(first.box);
+      update();
     };
   });
 }
