@@ -39,7 +39,7 @@ def test_the_parts_are_those_of_the_names(model: Model, kept: Trace) -> None:
     weights, stream = model.weights, kept["layers.2.residual"][-1]
     rms = (stream.square().mean() + model.params.norm_eps).sqrt()
     for name, value in zip(found.names, found.by_part, strict=True):
-        logits = weights.output @ (kept[name][-1] / rms * weights.norm)  # type: ignore[operator]
+        logits = weights.output @ (kept[name][-1] / rms * weights.norm)
         torch.testing.assert_close(value, logits[ANSWER] - logits[OTHER], rtol=0, atol=1e-5)
 
 
@@ -53,6 +53,17 @@ def test_a_batch_and_the_last_position(model: Model, kept: Trace) -> None:
     close(found.by_head[1], expected.by_head)
     last = trace(model, IDS, "tok_embeddings", "*.heads", "*.out", last_position=True)
     close(attribute(last, model, ANSWER).by_head, attribute(kept, model, ANSWER).by_head)
+
+
+def test_the_last_position_of_each_prompt_of_a_padded_batch(model: Model) -> None:
+    prompts = [CLEAN[:4], IDS]
+    padded = trace(model, prompts, "tok_embeddings", "*.heads", "*.out", "logits")
+    for position in (-1, -2, 1):
+        by_part, by_head = attribute(padded, model, (ANSWER, OTHER), position)
+        for row, prompt in enumerate(prompts):
+            one = attribute(trace(model, prompt), model, (ANSWER, OTHER), position)
+            close(by_part[row], one.by_part)
+            close(by_head[row], one.by_head)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
