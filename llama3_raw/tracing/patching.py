@@ -147,7 +147,7 @@ def path_patch(  # noqa: PLR0913  # what a caller may set
     read = [[_slice_of(end, params, "receiver", _RECEIVERS) for end in group] for group in groups]
     _check_source(params, len(ids), source, [name for name, _ in sent])
     ops = ops or ops_showing(model.weights, ())
-    _check_memory(model, len(ids), rows, ops)
+    _check_memory(model, len(ids), min(rows, len(sent) * len(read)), ops)
     frozen = tap_names(params, "layers.*.attention.heads", *(["layers.*.feed_forward.out"] if direct else []))
     base = Base(model, ids, trace(model, ids, *STREAM, *frozen, ops=ops), ops)
 
@@ -158,7 +158,8 @@ def path_patch(  # noqa: PLR0913  # what a caller may set
     for chunk in _chunks(sent, rows, "path patching", progress):
         seen = Trace(*{name for group in read for name, _ in group})
         changes = [[Change(name, where, source[name][where])] for name, where in chunk]
-        base.run(0, len(chunk), chain(freeze, _replacing(changes), seen))
+        with torch.no_grad():
+            base.run(0, len(chunk), chain(freeze, _replacing(changes), seen))
         cells = [
             [[Change(name, where, seen[name][row][where]) for name, where in group] for group in read]
             for row in range(len(chunk))
