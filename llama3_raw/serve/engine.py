@@ -143,7 +143,7 @@ class Engine:
     ) -> Asked:
         """Give the engine texts that fit into its context, from the event loop. Raises Busy, or Closed.
 
-        n_top: score the new tokens, with so many alternatives; with_prompt: those of the prompt too. streams: whether
+        n_top: score the new tokens, with this many alternatives; with_prompt: those of the prompt too. streams: whether
         the reader is told of each token, or only of the end.
         """
         self._check_open(len(rows))

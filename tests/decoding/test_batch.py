@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import pytest
@@ -262,6 +263,10 @@ def run_arriving(
     return [(new, reasons[number]) for number, new in enumerate(tokens)]
 
 
+def keep_logits(kept: list[torch.Tensor], logits: torch.Tensor, token: int) -> None:
+    kept.append(logits)
+
+
 @needs_kernels
 def test_a_text_that_arrives_later_has_the_same_bits_as_alone(tiny: Model, prompts: list[list[int]]) -> None:
     """Texts join running ones, and take rows that others left. One has its prompt computed alone, for its tap."""
@@ -269,7 +274,7 @@ def test_a_text_that_arrives_later_has_the_same_bits_as_alone(tiny: Model, promp
     seen: list[list[torch.Tensor]] = [[] for _ in prompts]
     tapped: list[str] = []
     rows = [
-        Row(ids, budget, stop_ids=(), on_logits=lambda row, token, kept=logits: kept.append(row))
+        Row(ids, budget, stop_ids=(), on_logits=partial(keep_logits, logits))
         for ids, budget, logits in zip(prompts, (20, 7, 12, 9, 1, 16, 11), seen, strict=True)
     ]
     rows[3] = rows[3]._replace(tap=lambda name, tensor: (tapped.append(name), tensor)[1])

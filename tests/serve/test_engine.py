@@ -54,8 +54,7 @@ def test_texts_that_arrive_at_any_time_are_those_of_texts_alone(tiny: Model) -> 
 
             async def ask(number: int) -> Asked:
                 await asyncio.sleep(0.01 * number)
-                scores = {"n_top": 1, "with_prompt": number == 4} if number % 4 == 0 else {}
-                asked = engine.submit([rows[number]], **scores)
+                asked = engine.submit([rows[number]], n_top=1 if number % 4 == 0 else None, with_prompt=number == 4)
                 await engine.alone(lambda: None)
                 await asked.end()
                 return asked
@@ -123,7 +122,7 @@ def test_only_so_many_wait(tiny: Model) -> None:
 
 
 def test_an_error_ends_the_running_texts_only(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
-    """Such as a lack of memory. The thread goes on."""
+    """Such as a lack of memory. The thread continues."""
 
     def fail(name: str, tensor: torch.Tensor) -> torch.Tensor:
         raise MemoryError("too large")

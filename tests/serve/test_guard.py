@@ -6,7 +6,7 @@ import json
 import socket
 from collections.abc import Iterator
 
-import httpx
+import httpx2 as httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -54,7 +54,7 @@ def test_the_key(guarded: TestClient) -> None:
     for path in ("/v1/models", "/metrics", "/openapi.json", "/live/x", "/nothing", "/tokenizer_info"):
         assert guarded.get(path).status_code == 401
     for value in ("s3cret", "Bearer", "Bearer wrong", "Bearer s3cret2", "Basic s3cret", "Bearer s3cr\xe9t"):
-        answer = guarded.get("/v1/models", headers={"Authorization": value.encode("latin-1")})  # type: ignore[dict-item]
+        answer = guarded.get("/v1/models", headers={b"authorization": value.encode("latin-1")})
         assert answer.status_code == 401
         assert (
             answer.json()["error"]["message"]
