@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 import sys
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..cli.entry_point import answer_help
+from .parser import build_parser
+
+answer_help(__name__, build_parser)
+
 from ..checkpoint.gguf_reading import is_gguf
-from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
+from ..cli.entry_point import command_line_tool
 from ..cli.memory_plan import RunShape
-from ..cli.models import ChosenModel, choose_model, chosen_ids, load_model
-from ..cli.options import DTYPES_BY_NAME, add_model_options, add_prompt_options, read_prompt
+from ..cli.models import DTYPES_BY_NAME, ChosenModel, choose_model, chosen_ids, load_model
+from ..cli.options import read_prompt
 from ..errors import UserError, in_short
 from ..params import Params
 from ..quantization.matrix import FORMATS
@@ -177,58 +181,6 @@ def _left_out(comparison: Comparison, other: str) -> Iterator[str]:
     if missing:
         names = ", ".join(list(missing)[:3]) + (", …" if len(missing) > 3 else "")
         yield f"{other} does not have {names}: a difference there shows at the next tensor that it has"
-
-
-def build_parser() -> ArgumentParser:
-    """Return the parser of `python -m llama3_raw.compare`."""
-    parser = ArgumentParser(
-        prog="python -m llama3_raw.compare",
-        description="Run a prompt with the exact operations, and find the first tensor at which another run diverges. "
-        "Exit status 0: they agree; 1: they do not; 2: the comparison is not possible.",
-    )
-    add_prompt_options(parser)
-    group = parser.add_argument_group("comparison")
-    group.add_argument(
-        "--with",
-        dest="other",
-        required=True,
-        type=not_empty,
-        metavar="B",
-        help="a folder or name as for --weights; a trace (FILE.safetensors); or the same weights in another dtype "
-        f"({', '.join(DTYPES_BY_NAME)}), with the fast operations (fast), quantized ({', '.join(FORMATS)}), in "
-        "transformers (hf) or in Meta's code (meta)",
-    )
-    group.add_argument(
-        "--tolerance",
-        type=_tolerance,
-        metavar="X",
-        help="agree if no tensor has a larger relative difference (default: what rounding explains)",
-    )
-    group.add_argument(
-        "--rounding",
-        choices=DTYPES_BY_NAME,
-        metavar="DTYPE",
-        help="expect the rounding of this dtype, if B was not computed in the dtype that it is saved in",
-    )
-    group.add_argument(
-        "--names",
-        action="append",
-        type=not_empty,
-        metavar="PATTERN",
-        help="show one line for each matching tensor instead of each layer (repeatable)",
-    )
-    add_model_options(parser)
-    return parser
-
-
-def _tolerance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not value >= 0:
-        raise ArgumentTypeError(f"should be a number of 0 or more, such as 0.01, is {text!r}")
-    return value
 
 
 @command_line_tool

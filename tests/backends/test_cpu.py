@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import functools
 import os
@@ -50,7 +49,7 @@ def runs_here(instruction_set: str) -> bool:
 THREADS = torch.get_num_threads()
 
 
-def kernels_for(instruction_set: str) -> ctypes.CDLL:
+def kernels_for(instruction_set: str) -> Any:
     if instruction_set in PROCESSORS:
         return emulated_kernels(instruction_set)
     if not runs_here(instruction_set):
