@@ -24,7 +24,7 @@ PROCESSORS = {  # flags of the compiler for each kind
 }
 _KERNELS = ("linear_bf16", "linear_int8", "linear_quantized", "attend", "rms_norm", "rope", "swiglu", "interleave")
 _SIZE, _ADDRESS = 1 << 28, 1 << 40
-_BLOCKS: list[tuple[int, int]] = [(kind.n_values, kind.n_bytes) for kind in BLOCK_TYPES.values()]
+_BLOCKS = [(kind.n_values, kind.n_bytes) for kind in BLOCK_TYPES.values()]
 
 
 def can_emulate() -> bool:
@@ -149,5 +149,5 @@ def _n_bytes(w: Any) -> int:
     """Return the bytes of the values of a matrix of few bits."""
     if w.kind == len(_BLOCKS):  # int4, padded to 16 outputs
         return -(-int(w.n_outputs) // 16) * 16 * int(w.length) // 2
-    values_per_block, bytes_per_block = _BLOCKS[w.kind]
+    values_per_block, bytes_per_block = _BLOCKS[int(w.kind)]
     return int(w.n_outputs * w.length) // values_per_block * bytes_per_block
