@@ -15,31 +15,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .cli.entry_point import answer_help
+from .cli.main_parser import build_parser
+
+answer_help(__name__, build_parser)
+
 import torch
 from torch import Tensor
 
 from .chat.dialog import DialogFormat, warn_of_base_model
 from .chat.formats import format_of, note_format
 from .checkpoint.writing import save_quantized
-from .cli.commands import COMMANDS
 from .cli.drafts import choose_draft, load_draft
-from .cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
+from .cli.entry_point import command_line_tool, for_several_processes
 from .cli.memory_plan import RunShape
 from .cli.models import ChosenModel, choose_device, choose_model, load_model
 from .cli.options import (
-    add_compile_option,
-    add_draft_option,
-    add_lookup_option,
-    add_model_options,
-    add_sampling_options,
-    add_special_option,
-    add_stop_token_option,
-    add_template_option,
     check_context,
     chosen_sampling,
     chosen_stop_ids,
     parse_ids,
-    positive_int,
     read_prompt,
     read_text,
 )
@@ -52,7 +47,6 @@ from .ops import Tap
 from .quantization.matrix import Quantized
 from .system.machine import peak_memory
 from .system.process_groups import Ranks, init
-from .system.version import VERSION
 from .tokenizer import Tokenizer
 from .tracing.debugger import break_at
 from .tracing.taps import chain, check_names
@@ -62,64 +56,6 @@ FIRST_STEPS = """\
   python -m llama3_raw "Once upon a time"                  continue a text with the built-in model
   python -m llama3_raw.explain "Once upon a time"          follow it to the next token on a page
   python -m llama3_raw.download --list                     the models that can be downloaded"""
-
-EXAMPLE = 'python -m llama3_raw --weights Meta-Llama-3-8B --stats "The capital of France is"'
-
-
-def build_parser() -> ArgumentParser:
-    """Return the parser of `python -m llama3_raw`."""
-    others = "\n".join(f"  {name:<12} {purpose}" for name, purpose in COMMANDS.items())
-    parser = ArgumentParser(
-        prog="python -m llama3_raw",
-        usage="python -m llama3_raw [options] PROMPT",
-        description="Continue a text with a Llama 3 model: the text goes to stdout, everything else to stderr.",
-        epilog=f"example: {EXAMPLE}\n\nother commands, as python -m llama3_raw.NAME or llama3-raw NAME:\n{others}",
-    )
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue; - reads it from stdin")
-    parser.add_argument("--version", action="version", version=f"llama3_raw {VERSION}")
-    group = parser.add_argument_group("prompt and text")
-    group.add_argument("--ids", action="store_true", help="read and print token ids; needs no tokenizer")
-    group.add_argument("--chat", action="store_true", help="the prompt is a question for an Instruct model")
-    group.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
-    add_template_option(group)
-    add_special_option(group)
-    group.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="stop after N tokens (default: %(default)s)"
-    )
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT (repeatable)")
-    add_stop_token_option(group)
-    group.add_argument("--context", type=positive_int, metavar="N", help="at most N tokens, prompt included")
-    add_lookup_option(group)
-    add_draft_option(group)
-    add_sampling_options(parser)
-    add_compile_option(add_model_options(parser))
-    parser.add_argument(
-        "--save-quantized",
-        type=not_empty,
-        metavar="FOLDER",
-        help="write the model to FOLDER, in int8 or as --quantize says",
-    )
-    parser.add_argument(
-        "--calibrate",
-        nargs="?",
-        const="",
-        metavar="FILE",
-        help="with it: round int4 for this text (default: the model's own)",
-    )
-    group = parser.add_argument_group("inspection")
-    group.add_argument("--reference", action="store_true", help="use the exact operations: Meta's bits, but slower")
-    group.add_argument(
-        "--break",
-        dest="break_at",
-        action="append",
-        default=[],
-        type=not_empty,
-        metavar="NAME",
-        help="stop in pdb after a tensor, e.g. 'layers.0.*' (repeatable)",
-    )
-    group.add_argument("--top", type=positive_int, metavar="N", help="show the N most likely tokens at each step")
-    group.add_argument("--stats", choices=("text", "json"), metavar="json", help="report speed and memory on stderr")
-    return parser
 
 
 def _with_plain_stats(arguments: Sequence[str]) -> list[str]:

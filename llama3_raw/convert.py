@@ -13,7 +13,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, get_args
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+from .cli.convert_parser import AnyFormat, build_parser
+from .cli.entry_point import answer_help
+
+answer_help(__name__, build_parser)
 
 import torch
 from torch import Tensor
@@ -22,7 +27,7 @@ from tqdm import tqdm
 from .chat.dialog import FORMAT_TOKENS, is_base_model
 from .checkpoint.checkpoint import Checkpoint, interleave_pairs, open_checkpoint, split_pairs
 from .checkpoint.files import SMALL_FILES, FileFormat
-from .checkpoint.gguf import Q8_0, TYPE_NAMES, GgufTensor, gguf_tensor, has_rows, rope_divisors, write_gguf_file
+from .checkpoint.gguf import TYPE_NAMES, GgufTensor, gguf_tensor, has_rows, rope_divisors, write_gguf_file
 from .checkpoint.gguf_header import read_header
 from .checkpoint.gguf_reading import is_gguf, read_gguf
 from .checkpoint.gguf_vocabulary import as_tokenizer_json, read_vocabulary
@@ -36,9 +41,8 @@ from .checkpoint.tokenizer_files import (
     tokenizer_model,
 )
 from .checkpoint.writing import write_at, write_empty_checkpoint, write_empty_safetensors
-from .cli.entry_point import ArgumentParser, command_line_tool, not_empty
+from .cli.entry_point import command_line_tool
 from .cli.models import find_model
-from .cli.options import positive_int
 from .errors import UserError
 from .params import Params
 from .system.files import atomic_folder, read_json
@@ -47,8 +51,6 @@ from .tokenizer import Tokenizer
 from .weights import Model, TensorSpec, Weights, dtype_name
 
 Format = Literal["meta", "hf"]
-AnyFormat = Literal["meta", "hf", "gguf"]
-
 _MAX_SHARDS = 100  # numbered from 00 to 99
 LARGEST_FILE = 5_000_000_000  # bytes of tensors in one safetensors file, unless a single tensor is larger
 CHUNK = 1 << 22  # bytes of a tensor in memory at once
@@ -460,52 +462,6 @@ def open_source(folder: Path, file_format: FileFormat | None = None) -> Checkpoi
         if any(shard.dtype != shards[0].dtype for shard in shards):
             raise UserError(f"{folder}: the shards have {spec.meta_name} in several dtypes; keep those of one model")
     return checkpoint
-
-
-def build_parser() -> ArgumentParser:
-    """Return the parser of `python -m llama3_raw.convert`."""
-    parser = ArgumentParser(
-        prog="python -m llama3_raw.convert",
-        description="Convert a model to another format, or another number of Meta's shards, with all values unchanged "
-        "(unless --outtype rounds them).",
-    )
-    parser.add_argument(
-        "source",
-        type=not_empty,
-        metavar="SOURCE",
-        help="folder, name in weights/, GGUF file, or org/repo in the Hugging Face cache",
-    )
-    parser.add_argument("target", type=not_empty, metavar="TARGET", help="the folder to write, or a file NAME.gguf")
-    parser.add_argument(
-        "--format",
-        choices=get_args(FileFormat),
-        help="in a SOURCE with both: Meta's files (original) or Hugging Face's (default: those in the folder itself)",
-    )
-    parser.add_argument(
-        "--to",
-        choices=get_args(AnyFormat),
-        help="Meta's format (params.json, consolidated.*.pth), Hugging Face's (config.json, *.safetensors) or "
-        "llama.cpp's, a single file (default: gguf if TARGET ends in .gguf, else the one that SOURCE is not in; with "
-        "--shards, Meta's)",
-    )
-    parser.add_argument(
-        "--shards",
-        type=positive_int,
-        metavar="N",
-        help="number of Meta's files (default: 1); Meta's own code supports at most as many as there are kv heads",
-    )
-    parser.add_argument(
-        "--outtype",
-        choices=[kind.lower() for kind in ("F32", "F16", "BF16", Q8_0)],
-        help="the type of the matrices in a GGUF file (default: as stored); q8_0 are blocks of 32 int8 with a scale",
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="read the files back and compare each tensor with SOURCE, bit by bit; if TARGET exists, only compare",
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
 
 
 @command_line_tool

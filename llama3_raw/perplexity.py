@@ -1,8 +1,7 @@
-"""Measure how well a model predicts a text. Figures go to stdout, everything else to stderr."""
+"""Measure how well a model predicts a text."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -10,16 +9,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
+from .cli.entry_point import answer_help
+from .cli.perplexity_parser import build_parser
+
+answer_help(__name__, build_parser)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from .backends.choose import ops_for
-from .cli.entry_point import ArgumentParser, command_line_tool
+from .cli.entry_point import command_line_tool
 from .cli.memory_plan import RunShape
 from .cli.models import choose_model, load_model
-from .cli.options import add_model_options, check_context, parse_ids, positive_int, read_text
+from .cli.options import check_context, parse_ids, read_text
 from .decoding.sampling import check_sound, is_sound
 from .errors import UserError
 from .model import KVCache, forward
@@ -231,40 +235,6 @@ def scored_logits(
         if is_scored:
             check_sound(bool(is_sound(logits).all()))
             yield start, logits
-
-
-def add_windows_option(parser: ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add --windows."""
-    parser.add_argument(
-        "--windows",
-        choices=get_args(Kind),
-        default="sliding",
-        metavar="KIND",
-        help=f"sliding, or llama.cpp: score the second half of windows of {LLAMA_CPP_CONTEXT} (default: sliding)",
-    )
-
-
-def build_parser() -> ArgumentParser:
-    """Return the parser of `python -m llama3_raw.perplexity`."""
-    parser = ArgumentParser(prog="python -m llama3_raw.perplexity", description=__doc__)
-    parser.add_argument("file", metavar="FILE", help="a text in UTF-8; - reads stdin")
-    parser.add_argument("--ids", action="store_true", help="FILE holds token ids; needs no tokenizer, and adds no BOS")
-    parser.add_argument(
-        "--context",
-        type=positive_int,
-        metavar="N",
-        help=f"tokens in a window (default: the model's context, at most {DEFAULT_CONTEXT:,})",
-    )
-    parser.add_argument(
-        "--stride",
-        type=positive_int,
-        metavar="N",
-        help="tokens from one window to the next (default: half of --context)",
-    )
-    add_windows_option(parser)
-    parser.add_argument("--reference", action="store_true", help="use the exact operations: Meta's bits, but slower")
-    add_model_options(parser)
-    return parser
 
 
 def show(score: Score, n_bytes: int | None, cut: Windows) -> None:

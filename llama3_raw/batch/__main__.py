@@ -1,8 +1,4 @@
-"""Complete a file of prompts, several at a time. PROMPTS and OUT have one JSON object per line.
-
-Each result is saved when its text ends. After any interruption, the same command continues where it stopped, and OUT is
-the same in the end.
-"""
+"""python -m llama3_raw.batch: complete a file of prompts, as parser.py says."""
 
 from __future__ import annotations
 
@@ -15,31 +11,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..cli.entry_point import answer_help
+from .parser import build_parser
+
+answer_help(__name__, build_parser)
+
 from tqdm import tqdm
 
-from ..backends.cpu import MAX_DECODE_ROWS
 from ..chat.dialog import warn_of_base_model
 from ..chat.formats import format_of, note_format
-from ..cli.entry_point import ArgumentParser, command_line_tool, for_several_processes, not_empty
+from ..cli.entry_point import command_line_tool, for_several_processes
 from ..cli.memory_plan import RunShape
 from ..cli.models import ChosenModel, choose_device, choose_model, load_model
 from ..cli.options import (
-    add_model_options,
-    add_sampling_options,
-    add_stop_token_option,
-    add_template_option,
     check_context,
     check_output,
     chosen_sampling,
     chosen_stop_ids,
-    positive_int,
 )
 from ..decoding.batch import Row, generate_batch
 from ..decoding.logprobs import ScoredRow
 from ..decoding.loop import StopReason
 from ..errors import UserError
 from ..openai_api.answers import Answer
-from ..openai_api.fields import SAMPLING, USED
+from ..openai_api.fields import SAMPLING
 from ..openai_api.requests import Defaults
 from ..ops import Ops
 from ..system.files import atomic_write
@@ -207,45 +202,6 @@ def describe_run(
         **{f"--{name.replace('_', '-')}": getattr(options, name) for name in SAMPLING},
         "--seed": options.seed,
     }
-
-
-def build_parser() -> ArgumentParser:
-    """Return the parser of `python -m llama3_raw.batch`."""
-    parser = ArgumentParser(prog="python -m llama3_raw.batch", description=__doc__)
-    parser.add_argument(
-        "prompts",
-        metavar="PROMPTS",
-        help=f"file with one JSON object per line; fields: id, messages, {', '.join(USED['completion'])}",
-    )
-    parser.add_argument("-o", "--output", required=True, type=not_empty, metavar="OUT", help="the file to write")
-    parser.add_argument(
-        "--batch-size",
-        type=positive_int,
-        default=MAX_DECODE_ROWS,
-        metavar="N",
-        help="texts at a time (default: %(default)s, the most that a CPU computes for the cost of a few)",
-    )
-    group = parser.add_argument_group("text, for fields that a line leaves out")
-    group.add_argument(
-        "--max-new-tokens", type=positive_int, default=256, metavar="N", help="max_tokens (default: %(default)s)"
-    )
-    group.add_argument(
-        "--stop", action="append", default=[], type=not_empty, metavar="TEXT", help="stop before TEXT (repeatable)"
-    )
-    parser.add_argument(
-        "--tp",
-        type=positive_int,
-        metavar="N",
-        help="under torchrun: every N processes share one copy of the model, and the copies take different prompts "
-        "(default: one copy)",
-    )
-    parser.add_argument("--context", type=positive_int, metavar="N", help="at most N tokens, prompt included")
-    add_stop_token_option(group)
-    add_template_option(group)
-    add_sampling_options(parser)
-    add_model_options(parser)
-    parser.add_argument("--reference", action="store_true", help="use the exact operations: Meta's bits, but slower")
-    return parser
 
 
 @command_line_tool

@@ -1,9 +1,4 @@
-"""Measure how fast a model runs, compared with what the memory allows and with other engines.
-
---make-synthetic SIZE measures on random weights of true size, created on the device; with a FOLDER it writes them there
-instead. --taps measures the cost of taps and traces. --estimate MODEL computes what a model needs on GPUs that you do
-not have.
-"""
+"""python -m llama3_raw.bench: measure how fast a model runs, as parser.py says."""
 
 from __future__ import annotations
 
@@ -19,29 +14,41 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..cli.entry_point import answer_help
+from .parser import PLOTTED, build_parser
+
+answer_help(__name__, build_parser)
+
 import torch
 
 from ..backends.choose import suitable_ops
 from ..checkpoint.checkpoint import first_layers
-from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
+from ..cli.entry_point import command_line_tool
 from ..cli.memory_plan import MemoryPlan, RunShape, check_memory
-from ..cli.models import REPACK_FROM, ChosenModel, ModelFolder, check_fast, choose_device, choose_model, load_model
-from ..cli.options import DTYPES_BY_NAME, add_model_options, positive_int, seed
+from ..cli.models import (
+    DTYPES_BY_NAME,
+    REPACK_FROM,
+    ChosenModel,
+    ModelFolder,
+    check_fast,
+    choose_device,
+    choose_model,
+    load_model,
+)
 from ..errors import UserError, in_short, needed_package
 from ..ops import Ops
 from ..system.files import atomic_write
 from ..system.machine import set_threads
 from ..weights import Model, dtype_name
-from .baselines import BASELINES, baseline_name, check_baselines, open_baselines
+from .baselines import check_baselines, open_baselines
 from .engines import Batch
 from .estimate import run_estimate
-from .llama_cpp import LLAMA_CPP, is_llama_cpp
+from .llama_cpp import is_llama_cpp
 from .measure import Figures, longest_text, measure
 from .synthetic import SYNTHETIC, make_synthetic, random_weights, synthetic_checkpoint
 from .tap_overhead import LENGTH, TapFigures, measure_taps
 
 _PREFILL = (17, 256, 2048)
-_PLOTTED = (17, 256, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -201,79 +208,6 @@ def plot(figures: Figures, file: Path, title: str) -> None:
         figure.savefig(part, dpi=150)
 
 
-def build_parser() -> ArgumentParser:
-    """Return the parser of `python -m llama3_raw.bench`."""
-    parser = ArgumentParser(prog="python -m llama3_raw.bench", description=__doc__)
-    parser.add_argument(
-        "--make-synthetic",
-        nargs="+",
-        metavar=("SIZE", "FOLDER"),
-        help="measure on random weights of true size, created on the device; with a FOLDER, write them there "
-        f"instead of measuring; SIZE is one of {', '.join(SYNTHETIC)}",
-    )
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the random weights (default: %(default)s)")
-    parser.add_argument(
-        "--prefill",
-        type=positive_int,
-        nargs="+",
-        metavar="N",
-        help="prompts of N tokens; on the CPU, those of more than 1,000 are measured only once (default: 17 256 2048)",
-    )
-    parser.add_argument(
-        "--contexts",
-        type=positive_int,
-        nargs="+",
-        metavar="N",
-        help="decode with N tokens in the cache (default: as many as the shortest prompt; with --plot "
-        f"{' '.join(map(str, _PLOTTED))})",
-    )
-    parser.add_argument(
-        "--new-tokens",
-        type=positive_int,
-        metavar="N",
-        help="tokens decoded per round (default: 4, on a GPU 64)",
-    )
-    parser.add_argument(
-        "--rounds", type=positive_int, default=5, metavar="N", help="rounds to measure (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--vs",
-        nargs="+",
-        type=baseline_name,
-        default=[],
-        metavar="NAME",
-        help="also measure these engines on the same weights, interleaved with this one: "
-        f"{', '.join(BASELINES)}; TYPE is one of llama-quantize's, such as Q4_K_M",
-    )
-    parser.add_argument(
-        "--batch",
-        type=positive_int,
-        metavar="N",
-        help="also measure N texts at a time, as python -m llama3_raw.batch computes them, interleaved with one alone",
-    )
-    parser.add_argument(
-        "--gguf",
-        type=not_empty,
-        metavar="FILE",
-        help=f"for {LLAMA_CPP}: the weights in its format, written if missing; those of a TYPE are kept beside it "
-        "(default: the model's own file, or else temporary files)",
-    )
-    parser.add_argument(
-        "--taps",
-        action="store_true",
-        help="measure the cost of taps and traces instead: the default tap compared with no taps, for a prompt of "
-        f"{LENGTH} tokens and for one token, and a trace of every tensor",
-    )
-    parser.add_argument(
-        "--estimate",
-        metavar="MODEL",
-        help="measure nothing: estimate memory and speed on GPUs; --estimate MODEL --help shows its own options",
-    )
-    parser.add_argument("--plot", type=not_empty, metavar="FILE", help="plot tokens/s against the context (.png, .svg)")
-    add_model_options(parser)
-    return parser
-
-
 def _lengths_within(
     context: int, given: Sequence[int] | None, default: Sequence[int], option: str, new_tokens: int
 ) -> list[int]:
@@ -338,7 +272,7 @@ def _measure(options: argparse.Namespace) -> int:
     max_context = chosen.checkpoint.params.max_seq_len
     new_tokens = options.new_tokens or (4 if chosen.device.type == "cpu" else 64)
     prefill = _lengths_within(max_context, options.prefill, _PREFILL, "--prefill", new_tokens + 1)
-    default = _PLOTTED if options.plot else prefill[:1]
+    default = PLOTTED if options.plot else prefill[:1]
     contexts = _lengths_within(max_context, options.contexts, default, "--contexts", new_tokens + 1)
     longest = longest_text(prefill, contexts, new_tokens)
     shape = RunShape(prompt=prefill[-1], text=longest, least=longest, rows=options.batch or 1)

@@ -10,22 +10,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from ..cli.entry_point import answer_help
+from .parser import COMMANDS, build_parser
+
+answer_help(__name__, build_parser)
+
 from ..cli.drafts import choose_draft, load_draft
-from ..cli.entry_point import ArgumentParser, command_line_tool, describe
+from ..cli.entry_point import command_line_tool, describe
 from ..cli.memory_plan import RunShape
 from ..cli.models import choose_model, load_model
 from ..cli.options import (
-    add_compile_option,
-    add_draft_option,
-    add_lookup_option,
-    add_model_options,
-    add_sampling_options,
-    add_stop_token_option,
-    add_template_option,
     check_context,
     chosen_sampling,
     chosen_stop_ids,
-    positive_int,
 )
 from ..decoding.loop import StopReason
 from ..decoding.prompt_lookup import LookupPolicy
@@ -36,17 +33,6 @@ from .dialog import read_dialog, warn_of_base_model, write_dialog
 from .formats import format_of, note_format
 
 PROMPT = "> "
-
-
-COMMANDS = {
-    "/reset": "forget the conversation, but not the system message",
-    "/system [TEXT]": "set the system message; without TEXT, remove it",
-    "/save FILE": "write the conversation as JSON",
-    "/load FILE": "continue a saved conversation",
-    "/stats": "show tokens, speed and memory",
-    "/exit": "end the chat, as Ctrl-D does",
-    "/help": "show this list",
-}
 
 
 def run_command(conversation: Conversation, line: str) -> None:
@@ -169,38 +155,6 @@ def _line_editing() -> Iterator[None]:
             if state != "~/.local/state":  # not expanded: a user without a home, as in some containers
                 history.parent.mkdir(parents=True, exist_ok=True)
                 readline.write_history_file(history)
-
-
-def build_parser() -> ArgumentParser:
-    """Return the parser of `python -m llama3_raw.chat`."""
-    commands = "\n".join(f"  {usage:<16}{meaning}" for usage, meaning in COMMANDS.items())
-    parser = ArgumentParser(
-        prog="python -m llama3_raw.chat",
-        description="Talk to an Instruct model. Its answers go to stdout, everything else to stderr. If stdin is not a "
-        "terminal, each of its lines is a question or a command.",
-        epilog=f"commands in the chat:\n{commands}\n\nCtrl-C stops an answer.",
-    )
-    group = parser.add_argument_group("conversation")
-    group.add_argument("--system", default="", metavar="TEXT", help="the system message (default: none)")
-    group.add_argument(
-        "--context",
-        type=positive_int,
-        metavar="N",
-        help=f"tokens in the window (default: the model's context, at most {DEFAULT_CONTEXT} to save memory); when it "
-        "is full, the oldest turns are dropped",
-    )
-    group.add_argument(
-        "--max-new-tokens", type=positive_int, metavar="N", help="stop an answer after N tokens (default: no limit)"
-    )
-    add_template_option(group)
-    add_stop_token_option(group)
-    add_lookup_option(group)
-    add_draft_option(group)
-    add_compile_option(group)
-    add_sampling_options(parser)
-    parser.set_defaults(temperature=0.6, top_p=0.9)  # as in Meta's example_chat_completion.py
-    add_model_options(parser)
-    return parser
 
 
 @command_line_tool

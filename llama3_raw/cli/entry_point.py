@@ -47,6 +47,19 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def answer_help(
+    module: str, build_parser: Callable[[], argparse.ArgumentParser], arguments: Sequence[str] | None = None
+) -> None:
+    """Answer --help and --version, and exit, if `module` is the one that Python runs.
+
+    It is called before the imports of torch, which take seconds. arguments: by default those of the process.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if module == "__main__" and not {"-h", "--help", "--version"}.isdisjoint(arguments):
+        with contextlib.suppress(UserError):  # main() reports it
+            build_parser().parse_args(arguments)
+
+
 class EntryPoint(Protocol):
     """main(): takes its arguments from sys.argv unless they are given, and returns the exit status."""
 

@@ -36,9 +36,11 @@ from ..system.machine import set_threads
 from ..system.process_groups import Ranks
 from ..system.processes import local_rank, world_size
 from ..tokenizer import SPECIAL_TOKENS, Tokenizer
-from ..weights import Model, Weights, dtype_name
+from ..weights import DTYPES, Model, Weights, dtype_name
 from .memory_plan import MemoryPlan, RunShape, available, check_memory, memory_for_weights, needed
-from .options import DEFAULT_MODEL, DTYPES_BY_NAME, parse_ids
+from .options import DEFAULT_MODEL, parse_ids
+
+DTYPES_BY_NAME = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 
 REPACK_FROM = 64  # tokens to generate, for which the copy pays (docs/benchmarks.md, "GGUF")
 

@@ -8,20 +8,17 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING
 
-from ..checkpoint.files import FileFormat
-from ..decoding.drafts import MAX_DRAFT_TOKENS
-from ..decoding.sampling import Sampling
 from ..errors import UserError, in_short
-from ..quantization.matrix import FORMATS
-from ..tokenizer import Tokenizer
-from ..weights import DTYPES, dtype_name
 from .entry_point import not_empty
+from .shown import DTYPES, FILE_FORMATS, MAX_DRAFT_TOKENS, QUANTIZED
+
+if TYPE_CHECKING:
+    from ..decoding.sampling import Sampling
+    from ..tokenizer import Tokenizer
 
 DEFAULT_MODEL = "Meta-Llama-3-8B"
-
-DTYPES_BY_NAME = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -35,7 +32,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     )
     group.add_argument(
         "--format",
-        choices=get_args(FileFormat),
+        choices=FILE_FORMATS,
         metavar="FORMAT",
         help="in a folder with both: original (Meta's files) or safetensors",
     )
@@ -46,11 +43,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         metavar="FILE",
         help="tokenizer.model or .json (default: the model's own)",
     )
+    group.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: as stored)")
     group.add_argument(
-        "--dtype", choices=DTYPES_BY_NAME, metavar="DTYPE", help=f"{', '.join(DTYPES_BY_NAME)} (default: as stored)"
-    )
-    group.add_argument(
-        "--quantize", choices=FORMATS, metavar="FORMAT", help=f"round matrices to {' or '.join(FORMATS)} while loading"
+        "--quantize",
+        choices=QUANTIZED,
+        metavar="FORMAT",
+        help=f"round matrices to {' or '.join(QUANTIZED)} while loading",
     )
     group.add_argument(
         "--repack",
@@ -200,6 +198,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def chosen_sampling(options: argparse.Namespace) -> Sampling:
     """Return the settings that `add_sampling_options` read. Raises UserError for a value out of range."""
+    from ..decoding.sampling import Sampling  # not above: it imports torch
+
     return Sampling(
         temperature=options.temperature,
         top_k=options.top_k,

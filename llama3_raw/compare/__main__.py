@@ -8,29 +8,25 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import sys
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from ..cli.entry_point import answer_help
+from .parser import build_parser
+
+answer_help(__name__, build_parser)
 
 import torch
 from tqdm import tqdm
 
 from ..checkpoint.text import read_named
-from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
+from ..cli.entry_point import command_line_tool
 from ..cli.memory_plan import RunShape
-from ..cli.models import ChosenModel, choose_model, chosen_ids, load_model
-from ..cli.options import (
-    DTYPES_BY_NAME,
-    add_model_options,
-    add_prompt_options,
-    check_output,
-    positive_int,
-    read_prompt,
-)
+from ..cli.models import DTYPES_BY_NAME, ChosenModel, choose_model, chosen_ids, load_model
+from ..cli.options import check_output, read_prompt
 from ..errors import UserError, in_short
-from ..quantization.matrix import FORMATS
 from ..tokenizer import Tokenizer
 from ..tracing.taps import check_names
 from ..weights import Model, dtype_name
@@ -70,72 +66,6 @@ def _left_out(comparison: Comparison, other: str) -> Iterator[str]:
     if missing:
         names = ", ".join(list(missing)[:3]) + (", …" if len(missing) > 3 else "")
         yield f"{other} does not have {names}: a difference there shows at the next tensor that it has"
-
-
-def build_parser() -> ArgumentParser:
-    """Return the parser of `python -m llama3_raw.compare`."""
-    parser = ArgumentParser(
-        prog="python -m llama3_raw.compare",
-        description="Run a prompt with the exact operations, and find the first tensor at which another run diverges. "
-        "Exit status 0: they agree; 1: they do not; 2: the comparison is not possible.",
-    )
-    add_prompt_options(parser)
-    group = parser.add_argument_group("comparison")
-    group.add_argument(
-        "--with",
-        dest="other",
-        type=not_empty,
-        metavar="B",
-        help="tensors in a file (*.safetensors, *.npz, *.pt); a folder or name as for --weights; or the same weights "
-        "in another dtype "
-        f"({', '.join(DTYPES_BY_NAME)}), with the fast operations (fast), quantized ({', '.join(FORMATS)}), in "
-        "transformers (hf) or in Meta's code (meta)",
-    )
-    group.add_argument(
-        "--tolerance",
-        type=_tolerance,
-        metavar="X",
-        help="agree if no tensor has a larger relative difference (default: what rounding explains)",
-    )
-    group.add_argument(
-        "--rounding",
-        choices=DTYPES_BY_NAME,
-        metavar="DTYPE",
-        help="expect the rounding of this dtype, if B was not computed in the dtype that it is saved in",
-    )
-    group.add_argument(
-        "--generate",
-        type=positive_int,
-        metavar="N",
-        help="compare greedy texts of N new tokens, with a cache, and the pass of the first token that differs",
-    )
-    group.add_argument(
-        "--backward", action="store_true", help="compare the gradients of the mean next-token loss, by name"
-    )
-    group.add_argument(
-        "--padding", choices=("left", "right"), help="the side on which the prompt of a file's tensors was padded"
-    )
-    group.add_argument("--html", type=not_empty, metavar="FILE", help="write the report as a page, too")
-    group.add_argument("--json", type=not_empty, metavar="FILE", help="write the figures of every tensor as JSON, too")
-    group.add_argument(
-        "--names",
-        action="append",
-        type=not_empty,
-        metavar="PATTERN",
-        help="show one line for each matching tensor instead of each layer (repeatable)",
-    )
-    add_model_options(parser)
-    return parser
-
-
-def _tolerance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not value >= 0:
-        raise ArgumentTypeError(f"should be a number of 0 or more, such as 0.01, is {text!r}")
-    return value
 
 
 @command_line_tool

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..checkpoint.gguf_reading import is_gguf
 from ..cli.memory_plan import RunShape
-from ..cli.models import ChosenModel, choose_model, load_model
-from ..cli.options import DTYPES_BY_NAME
+from ..cli.models import DTYPES_BY_NAME, ChosenModel, choose_model, load_model
 from ..errors import UserError
 from ..params import Params
 from ..quantization.matrix import FORMATS

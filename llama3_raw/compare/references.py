@@ -106,8 +106,8 @@ def _hf_state_dict(model: Model) -> dict[str, Tensor]:
 def meta_model(model: Model, length: int) -> Iterator[Any]:
     """Yield Meta's Transformer on the tensors of the model itself, for a prompt of `length` tokens.
 
-    It needs a process group (fairscale): one that is there, or this process alone, until the block ends. Needs the packages
-    llama-models and fairscale.
+    It needs a process group (fairscale): one that is there, or this process alone, until the block ends. Needs the
+    packages llama-models and fairscale.
     """
     params, weights = model.params, model.weights
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # fairscale prints its progress

@@ -1,4 +1,4 @@
-"""Measure what a model knows, and what a compression costs. Results go to stdout, everything else to stderr."""
+"""python -m llama3_raw.evaluate: measure what a model knows, and what a compression costs."""
 
 from __future__ import annotations
 
@@ -12,27 +12,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..cli.entry_point import answer_help
+from .parser import build_parser
+
+answer_help(__name__, build_parser)
+
 from ..batch.journal import Journal, describe_model, exclusive, open_journal
-from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
+from ..cli.entry_point import command_line_tool
 from ..cli.memory_plan import RunShape
 from ..cli.models import choose_model, load_model
-from ..cli.options import check_context, check_output, positive_int, read_text
+from ..cli.options import check_context, check_output, read_text
 from ..decoding.scoring import MAX_ROWS, ContinuationScore, score
 from ..errors import UserError, in_short, needed_package
 from ..ops import Ops
-from ..perplexity import CHUNK, add_windows_option, check_windows
+from ..perplexity import CHUNK, check_windows
 from ..system.files import atomic_write
 from ..tokenizer import Tokenizer
 from ..weights import Model
 from .divergence import as_json, measure, table
-from .options import add_engine_options
-
-MODES = """\
-one of these:
-  --tasks NAMES               benchmarks of lm-evaluation-harness
-  --compare-to WEIGHTS TEXT   perplexity and KL divergence next to another model
-  --score FILE                how probable given continuations of prompts are
-  lm_eval ARGUMENTS           lm-eval's own command line, where this engine is --model llama3_raw"""
 
 _MODES = ("tasks", "compare_to", "score")
 
@@ -49,42 +46,6 @@ _MODES_OF = {
     "windows": ("compare_to",),
     "context": ("tasks", "compare_to"),
 }
-
-
-def build_parser() -> ArgumentParser:
-    """Return the parser of `python -m llama3_raw.evaluate`."""
-    parser = ArgumentParser(prog="python -m llama3_raw.evaluate", description=f"{__doc__}\n\n{MODES}")
-    parser.add_argument("text", nargs="?", metavar="TEXT", help="a file in UTF-8, for --compare-to; - reads stdin")
-    parser.add_argument("--tasks", type=not_empty, metavar="NAMES", help="names of tasks, separated by commas")
-    parser.add_argument(
-        "--compare-to", type=not_empty, metavar="WEIGHTS", help="the model that --weights is compared to"
-    )
-    parser.add_argument(
-        "--score",
-        type=not_empty,
-        metavar="FILE",
-        help='lines of {"prompt": …, "continuations": [… , …]}, in text or token ids; - reads stdin',
-    )
-    group = parser.add_argument_group("tasks")
-    group.add_argument(
-        "-o", "--output", type=not_empty, metavar="OUT", help="write lm-eval's results as JSON; resumable"
-    )
-    group.add_argument("--limit", type=positive_int, metavar="N", help="only the first N documents of each task")
-    group.add_argument(
-        "--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)"
-    )
-    group.add_argument(
-        "--include-path", type=not_empty, metavar="FOLDER", help="a folder with tasks of your own (YAML)"
-    )
-    group.add_argument(
-        "--chat", action="store_true", help="put the questions in the dialog format, for Instruct models"
-    )
-    group.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
-    group = parser.add_argument_group("comparison")
-    group.add_argument("--stride", type=positive_int, metavar="N", help="as of the command perplexity")
-    add_windows_option(group)
-    add_engine_options(parser)
-    return parser
 
 
 @command_line_tool

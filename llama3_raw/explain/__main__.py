@@ -8,37 +8,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
+from ..cli.entry_point import answer_help
+from .parser import build_parser
+
+answer_help(__name__, build_parser)
+
+from ..cli.entry_point import command_line_tool
 from ..cli.memory_plan import RunShape
 from ..cli.models import choose_model, chosen_ids, load_model
-from ..cli.options import add_model_options, check_output, read_prompt
+from ..cli.options import check_output, read_prompt
 from ..errors import UserError, needed_package
 from ..system.files import atomic_write
 from ..tracing.record import check_trace
-
-
-def build_parser() -> ArgumentParser:
-    """Return the parser of `python -m llama3_raw.explain`."""
-    parser = ArgumentParser(
-        prog="python -m llama3_raw.explain",
-        description="Write an HTML page that follows a prompt from its text to the next token, with the numbers of "
-        "this run.",
-    )
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to follow; - reads it from stdin")
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=not_empty,
-        default="page.html",
-        metavar="FILE",
-        help="the file to write (default: %(default)s)",
-    )
-    for option, noun in (("--layer", "layer"), ("--head", "attention head")):
-        parser.add_argument(
-            option, type=int, default=0, metavar="N", help=f"the {noun} to show step by step (default: %(default)s)"
-        )
-    add_model_options(parser)
-    return parser
 
 
 @command_line_tool

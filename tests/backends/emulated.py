@@ -149,5 +149,5 @@ def _n_bytes(w: Any) -> int:
     """Return the bytes of the values of a matrix of few bits."""
     if w.kind == len(_BLOCKS):  # int4, padded to 16 outputs
         return -(-int(w.n_outputs) // 16) * 16 * int(w.length) // 2
-    n_values, n_bytes = _BLOCKS[w.kind]
-    return int(int(w.n_outputs) * int(w.length) // n_values * n_bytes)
+    values_per_block, bytes_per_block = _BLOCKS[int(w.kind)]
+    return int(w.n_outputs * w.length) // values_per_block * bytes_per_block

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import functools
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -50,10 +50,9 @@ def runs_here(instruction_set: str) -> bool:
 THREADS = torch.get_num_threads()
 
 
-def kernels_for(instruction_set: str) -> ctypes.CDLL:
+def kernels_for(instruction_set: str) -> Any:
     if instruction_set in PROCESSORS:
-        emulated: ctypes.CDLL = emulated_kernels(instruction_set)  # has the same functions
-        return emulated
+        return emulated_kernels(instruction_set)
     if not runs_here(instruction_set):
         pytest.skip(f"this processor has no {instruction_set}")
     with one_at_a_time():  # another process of the tests may need the same ones
@@ -627,6 +626,31 @@ def test_without_a_compiler_torch_computes(tmp_path: Path) -> None:
     assert "false" in lines[2][0]
 
 
+def test_what_a_compiler_says_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "compiler"
+    script.write_text(
+        "#!/bin/sh\necho In a function >&2\necho 'x.c:1: error: no such thing' >&2\necho the end >&2\nexit 1\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    with pytest.raises(cpu.CannotBuild) as raised:
+        cpu.build_kernels()
+    assert str(raised.value) == f"{script} fails: x.c:1: error: no such thing"
+
+
+@pytest.mark.usefixtures("new_cache")
+@pytest.mark.skipif(not shutil.which("clang"), reason="needs clang")
+def test_clang_builds_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its own OpenMP, whose number of threads is torch's."""
+    monkeypatch.setenv("CC", "clang")
+    kernels = cpu.build_kernels()
+    assert kernels.omp_get_max_threads() == torch.get_num_threads()
+    x = torch.randn(3, 64).bfloat16()
+    y = torch.empty_like(x)
+    kernels.swiglu(x.data_ptr(), x.data_ptr(), y.data_ptr(), x.numel())
+    assert torch.equal(y, torch.nn.functional.silu(x) * x)
+
+
 @pytest.fixture
 def new_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache folder without kernels, and sources that are compiled in a second."""
@@ -670,7 +694,9 @@ def test_a_cache_folder_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/self/maps")
 def test_there_is_one_thread_pool() -> None:
-    """The kernels use torch's OpenMP: no second library with its own pool is loaded."""
+    """The kernels, built by gcc, use torch's OpenMP: no second library with its own pool is loaded."""
+    if "clang" in os.environ.get("CC", ""):
+        pytest.skip("clang has an OpenMP of its own")
     code = "from llama3_raw.backends.cpu import build_kernels\nbuild_kernels()\nprint(open('/proc/self/maps').read())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(set(re.findall(r"\S+/lib[gi]?omp[^/\s]*", done.stdout))) == 1

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import llama3_raw
-from llama3_raw.__main__ import build_parser, main
+from llama3_raw.__main__ import main
 from llama3_raw.backends import cpu
 from llama3_raw.backends.repacking import repack
 from llama3_raw.batch.__main__ import main as batch
 from llama3_raw.chat.__main__ import main as chat
 from llama3_raw.checkpoint.checkpoint import open_checkpoint
 from llama3_raw.cli import models
+from llama3_raw.cli.main_parser import build_parser
 from llama3_raw.cli.memory_plan import MemoryPlan, RunShape, check_memory, needed
 from llama3_raw.convert import main as convert
 from llama3_raw.errors import UserError

@@ -27,11 +27,12 @@ from llama3_raw import Model, Params, UserError
 from llama3_raw.bench import __main__ as bench
 from llama3_raw.bench import baselines, engines, llama_cpp, roofline
 from llama3_raw.bench import measure as measuring
-from llama3_raw.bench.__main__ import build_parser, main
+from llama3_raw.bench.__main__ import main
 from llama3_raw.bench.baselines import CompiledTransformers, Transformers, check_baselines, open_baselines
 from llama3_raw.bench.engines import ThisEngine, bytes_per_token
 from llama3_raw.bench.llama_cpp import LlamaBench, Xllamacpp
 from llama3_raw.bench.measure import Probes, Task, compare, measure, probes_of, ratios_by_round
+from llama3_raw.bench.parser import build_parser
 from llama3_raw.bench.roofline import copy_speed, multiply_speed, seconds_of
 from llama3_raw.checkpoint.gguf import is_gguf_of, write_gguf
 from llama3_raw.cli import memory_plan, models

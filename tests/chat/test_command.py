@@ -15,9 +15,9 @@ import pytest
 
 from llama3_raw import Model
 from llama3_raw.__main__ import main as continue_text
-from llama3_raw.chat import __main__ as chat
 from llama3_raw.chat.conversation import Conversation
 from llama3_raw.chat.dialog import Message, encode_dialog, read_dialog
+from llama3_raw.chat.parser import build_parser
 from llama3_raw.decoding.loop import generate
 from tests.chat.conftest import Talk
 from tests.chat.fakes import ask, taught
@@ -64,9 +64,9 @@ def test_commands(talk: Talk, tiny: Model, tmp_path: Path) -> None:
 
 
 def test_sampling_is_as_in_metas_example() -> None:
-    options = chat.build_parser().parse_args([])
+    options = build_parser().parse_args([])
     assert (options.temperature, options.top_p) == (0.6, 0.9)
-    text = chat.build_parser().format_help()
+    text = build_parser().format_help()
     assert "default: 0.6" in text
     assert max(map(len, text.splitlines())) <= 100
 

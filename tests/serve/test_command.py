@@ -13,7 +13,8 @@ import httpx2 as httpx
 import psutil
 import pytest
 
-from llama3_raw.serve.__main__ import build_parser, main
+from llama3_raw.serve.__main__ import main
+from llama3_raw.serve.parser import build_parser
 from tests.damage import copy_tiny
 from tests.paths import TINY
 

@@ -19,8 +19,9 @@ import llama3_raw
 from llama3_raw import Model, forward, trace
 from llama3_raw.cli.models import choose_model
 from llama3_raw.serve import live, live_pass
-from llama3_raw.serve.__main__ import build_parser, load_python
+from llama3_raw.serve.__main__ import load_python
 from llama3_raw.serve.live_pass import PassRequest, Report, run_pass
+from llama3_raw.serve.parser import build_parser
 from llama3_raw.tracing import plots
 from tests.paths import TINY
 from tests.serve.live_serving import serving

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama3_raw import Model, Trace, UserError, estimate_sweep, forward, patch, sweep, trace, trace_gradients
-from tests.references import quantized_weights
+from llama3_raw import REFERENCE, Model, Trace, UserError, estimate_sweep, forward, patch, sweep, trace, trace_gradients
+from tests.references import cast, quantized_weights
 from tests.tracing.small import ANSWER, CLEAN, IDS, OTHER, close, metric, small_model
 
 
@@ -51,15 +51,16 @@ def test_the_tensors_are_those_of_a_trace(model: Model) -> None:
     ],
 )
 def test_a_small_step_changes_the_scalar_by_the_gradient(model: Model, name: str) -> None:
+    model = model._replace(weights=cast(model.weights, torch.float64))
     _, gradients = trace_gradients(model, IDS, of, name)
-    step = torch.randn(gradients[name].shape, generator=torch.Generator().manual_seed(2)) * 1e-3
-    values = []
-    for sign in (1, -1):
-        logits = trace(model, IDS, "logits", tap=patch({name: lambda x, sign=sign: x + sign * step}))["logits"]
-        values.append(float(of(logits.double())))
-    expected = (values[0] - values[1]) / 2
-    assert expected != 0
-    assert float((gradients[name] * step).sum()) == pytest.approx(expected, rel=0.02)
+    step = torch.randn(gradients[name].shape, generator=torch.Generator().manual_seed(2)).double() * 1e-5
+    there, back = (
+        of(trace(model, IDS, "logits", ops=REFERENCE, tap=patch({name: move}))["logits"])
+        for move in (lambda x: x + step, lambda x: x - step)
+    )
+    expected = float(there - back) / 2
+    assert abs(expected) > 1e-7
+    assert float((gradients[name] * step).sum()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_batch_has_the_gradients_of_each_prompt(model: Model) -> None:
@@ -71,6 +72,20 @@ def test_a_batch_has_the_gradients_of_each_prompt(model: Model) -> None:
             torch.testing.assert_close(
                 gradients[name][row], one[name], rtol=0, atol=1e-5 * float(one[name].abs().max())
             )
+
+
+def test_prompts_of_unequal_length(model: Model) -> None:
+    """`of` picks the last position of each; the padding has no gradient."""
+    last = torch.tensor([3, len(IDS)]) - 1
+    _, gradients = trace_gradients(
+        model, [CLEAN[:3], IDS], lambda logits: logits[torch.arange(2), last, ANSWER].sum(), "layers.1.residual"
+    )
+    for row, prompt in enumerate((CLEAN[:3], IDS)):
+        _, one = trace_gradients(model, prompt, lambda logits: logits[-1, ANSWER], "layers.1.residual")
+        close(gradients["layers.1.residual"][row, : len(prompt)], one["layers.1.residual"])
+    assert not gradients["layers.1.residual"][0, 3:].any()
+    assert gradients.lengths is not None
+    assert gradients.lengths.tolist() == [3, len(IDS)]
 
 
 def test_in_bf16_and_int8(model: Model) -> None:
@@ -115,7 +130,7 @@ def test_wrong_scalars_names_and_prompts_are_refused(model: Model) -> None:
             trace_gradients(model, IDS, function)
     with pytest.raises(UserError, match="nearest"):
         trace_gradients(model, IDS, of, "layers.3.residual")
-    for ids in ([], [100], [[1, 2], [3, 100]], [[1], [2, 3]], "Once"):
+    for ids in ([], [100], [[1, 2], [3, 100]], "Once"):
         with pytest.raises(UserError):
             trace_gradients(model, ids, of)  # type: ignore[arg-type]
 
