@@ -100,6 +100,7 @@ def test_of_a_text_that_is_continued(fp32: Model, ids: list[int]) -> None:
     assert len(kept["logits"]) == 10
     # only the rest
     late = Trace("norm", every_pass=True)
+    list(generate(fp32, ids[:2], max_new_tokens=1, tap=late))  # a text that the rest does not continue
     list(generate(fp32, more, start=start, tap=late, **settings))
     assert close(late["norm"], kept["norm"][start:])
 
