@@ -139,6 +139,7 @@ def test_of_generate_batch(fp32: Model, ids: list[int], packed: int, shares: boo
 
 def test_of_a_batch_of_one(fp32: Model, ids: list[int]) -> None:
     kept = Trace("norm", every_pass=True)
+    list(generate_batch(fp32, [Row(ids, 1), Row(ids[:3], 4)], tap=kept))  # no text of an earlier batch is left
     list(generate_batch(fp32, [Row(ids, 1)], tap=kept))
     assert kept["norm"].shape == (1, len(ids), 192)
 
