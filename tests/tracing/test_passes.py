@@ -201,13 +201,14 @@ def test_of_forward_itself(fp32: Model, ids: list[int]) -> None:
 
 def test_in_trace(fp32: Model, ids: list[int]) -> None:
     prompts = [ids, ids[:4]]
-    kept = Trace("norm", every_pass=True)
+    kept = Trace("norm", "logits", every_pass=True)
     whole = trace(fp32, prompts, "logits", tap=kept)
     assert whole.lengths.tolist() == kept.lengths.tolist() == [10, 4]
     assert not kept["norm"][1, 4:].any()  # the padding is not of the text
     residual = trace(fp32, ids, "layers.1.residual")["layers.1.residual"]
     trace(fp32, ids, "logits", start_at="layers.2", residual=residual, tap=kept)
     assert kept["norm"].shape == (10, 192)
+    assert kept["logits"].shape == (10, fp32.params.vocab_size)
     plain = Trace("layers.*.residual")
     trace(fp32, ids, "logits", tap=plain)
     trace(fp32, ids, "logits", start_at="layers.2", residual=residual, tap=plain)
