@@ -209,6 +209,8 @@ def test_in_trace(fp32: Model, ids: list[int]) -> None:
     trace(fp32, ids, "logits", start_at="layers.2", residual=residual, tap=kept)
     assert kept["norm"].shape == (10, 192)
     assert kept["logits"].shape == (10, fp32.params.vocab_size)
+    forward(fp32.weights, fp32.params, torch.tensor(ids[:3]), tap=kept)  # announced by no loop
+    assert kept["norm"].shape == (3, 192)
     plain = Trace("layers.*.residual")
     trace(fp32, ids, "logits", tap=plain)
     trace(fp32, ids, "logits", start_at="layers.2", residual=residual, tap=plain)
