@@ -28,6 +28,7 @@ from ..cli.options import (
     read_text,
 )
 from ..errors import UserError
+from ..model import REFERENCE
 from ..weights import dtype_name
 from .collect import collect
 from .record import Trace, check_trace, trace
@@ -102,8 +103,8 @@ def main(arguments: Sequence[str]) -> int:
     names = options.names or ["*"]
     settings: dict[str, Any] = {"dtype": DTYPES_BY_NAME.get(options.keep_dtype), "last_position": options.last_position}
     # before the weights are read, which may take a while
-    compute_dtype = chosen.dtype or chosen.checkpoint.dtype
-    check_trace(chosen.checkpoint.params, compute_dtype, len(ids), *names, **settings)
+    compute_dtype, exact = chosen.dtype or chosen.checkpoint.dtype, REFERENCE if options.reference else None
+    check_trace(chosen.checkpoint.params, compute_dtype, len(ids), *names, **settings, ops=exact)
     model, ops, which = load_model(chosen, RunShape.of_one_pass(len(ids)), reference=options.reference)
     print(f"llama3_raw: {which}", file=sys.stderr)
     ops = showing(ops, Trace(*names), range(model.params.n_layers))

@@ -100,6 +100,7 @@ def test_of_a_text_that_is_continued(fp32: Model, ids: list[int]) -> None:
     assert len(kept["logits"]) == 10
     # only the rest
     late = Trace("norm", every_pass=True)
+    list(generate(fp32, ids[:2], max_new_tokens=1, tap=late))  # a text that the rest does not continue
     list(generate(fp32, more, start=start, tap=late, **settings))
     assert close(late["norm"], kept["norm"][start:])
 
@@ -138,6 +139,7 @@ def test_of_generate_batch(fp32: Model, ids: list[int], packed: int, shares: boo
 
 def test_of_a_batch_of_one(fp32: Model, ids: list[int]) -> None:
     kept = Trace("norm", every_pass=True)
+    list(generate_batch(fp32, [Row(ids, 1), Row(ids[:3], 4)], tap=kept))  # no text of an earlier batch is left
     list(generate_batch(fp32, [Row(ids, 1)], tap=kept))
     assert kept["norm"].shape == (1, len(ids), 192)
 
@@ -199,13 +201,16 @@ def test_of_forward_itself(fp32: Model, ids: list[int]) -> None:
 
 def test_in_trace(fp32: Model, ids: list[int]) -> None:
     prompts = [ids, ids[:4]]
-    kept = Trace("norm", every_pass=True)
+    kept = Trace("norm", "logits", every_pass=True)
     whole = trace(fp32, prompts, "logits", tap=kept)
     assert whole.lengths.tolist() == kept.lengths.tolist() == [10, 4]
     assert not kept["norm"][1, 4:].any()  # the padding is not of the text
     residual = trace(fp32, ids, "layers.1.residual")["layers.1.residual"]
     trace(fp32, ids, "logits", start_at="layers.2", residual=residual, tap=kept)
     assert kept["norm"].shape == (10, 192)
+    assert kept["logits"].shape == (10, fp32.params.vocab_size)
+    forward(fp32.weights, fp32.params, torch.tensor(ids[:3]), tap=kept)  # announced by no loop
+    assert kept["norm"].shape == (3, 192)
     plain = Trace("layers.*.residual")
     trace(fp32, ids, "logits", tap=plain)
     trace(fp32, ids, "logits", start_at="layers.2", residual=residual, tap=plain)

@@ -165,6 +165,9 @@ def test_in_generate(fp32: Model, ids: list[int], chunk: int) -> None:
     tokens = list(generate(fp32, ids, max_new_tokens=9, tap=tap, ops=ops, stop_ids=()))
     # the new token after position p is number p + 1 - len(ids)
     assert places_of(tokens, token) == [2, 5]
+    logits = torch.zeros(fp32.params.vocab_size).index_fill(0, torch.tensor([token]), 9.0)
+    forced = patch({"logits": logits}, positions=[len(ids) - 1, len(ids) + 2])
+    assert places_of(list(generate(fp32, ids, max_new_tokens=5, tap=forced, ops=ops, stop_ids=())), token) == [0, 3]
     in_prompt = patch({LAST: steer(fp32, token)}, positions=len(ids) - 1)
     assert places_of(list(generate(fp32, ids, max_new_tokens=5, tap=in_prompt, ops=ops)), token) == [0]
 
@@ -195,7 +198,15 @@ def test_in_generate_batch(fp32: Model, ids: list[int], together: int) -> None:
     """Rows of unequal length: one position is in the prompt of one text and among the new tokens of another."""
     token = fp32.tokenizer.encode("zz")[0]
     prompts = [ids[:3], ids, ids[:6]]
-    tap = patch({LAST: steer(fp32, token)}, positions=[7, 11])
+    logits = torch.zeros(fp32.params.vocab_size).index_fill(0, torch.tensor([token]), 9.0)
+    for tap in (
+        patch({LAST: steer(fp32, token)}, positions=[7, 11]),
+        patch({"logits": logits}, positions=[7, 11]),
+    ):
+        check_batch(fp32, prompts, tap, token, together)
+
+
+def check_batch(fp32: Model, prompts: list[list[int]], tap: Tap, token: int, together: int) -> None:
     ops = REFERENCE._replace(max_packed=together)
     rows = [Row(prompt, budget) for prompt, budget in zip(prompts, (12, 3, 9), strict=True)]
     new: list[list[int]] = [[], [], []]
