@@ -26,14 +26,15 @@ from .record import Trace
 
 needed_package("matplotlib", "llama3_raw.plots", "explain")
 from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.colors import LinearSegmentedColormap  # noqa: E402
+from matplotlib.colors import LinearSegmentedColormap, to_rgba  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 BLUE, ORANGE = "#3b7dd8", "#e8731a"  # distinct for the colour-blind, and on either background
 _SIGNED = LinearSegmentedColormap.from_list(
     "signed", [(0.0, (BLUE, 1.0)), (0.5, (BLUE, 0.0)), (0.5, (ORANGE, 0.0)), (1.0, (ORANGE, 1.0))]
 )
-_SHARE = LinearSegmentedColormap.from_list("share", [(BLUE, 0.0), (BLUE, 1.0)])
+# matplotlib 3.10, the last for Python 3.10, would take (color, alpha) for (position, color)
+_SHARE = LinearSegmentedColormap.from_list("share", [to_rgba(BLUE, 0.0), to_rgba(BLUE, 1.0)])
 _BY_POSITION = LinearSegmentedColormap.from_list("position", [ORANGE, BLUE])
 MAX_COLUMNS = 64  # in a plot of vectors; more would be thinner than a pixel
 _MAX_LEGEND_LINES = 12
