@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -96,7 +97,7 @@ def options_of(tree: ast.Module) -> list[str]:
     assert isinstance(parser, argparse.ArgumentParser)
     used = {ast.unparse(node).partition(".")[2] for node in ast.walk(tree) if ast.unparse(node).startswith("options.")}
     defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name in used - {"picture"}}
-    found = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
+    found = ", ".join(f"{name}={json.dumps(value)}" for name, value in defaults.items())
     return ["from types import SimpleNamespace", "", f"options = SimpleNamespace({found})"]
 
 
