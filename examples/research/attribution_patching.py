@@ -20,7 +20,7 @@ from llama3_raw import estimate_sweep, load, plots, sweep, trace
 from llama3_raw.tracing.patching import By
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("model", nargs="?", default="tiny", help="a name, a folder or a .gguf file")
+parser.add_argument("model", nargs="?", default="weights/tiny", help="a folder or a .gguf file")
 parser.add_argument("--picture", metavar="FILE", help="draw the effects of heads, patched and estimated, to FILE")
 options = parser.parse_args()
 
