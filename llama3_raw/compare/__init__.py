@@ -2,3 +2,4 @@
 
 from .comparison import assert_matches as assert_matches
 from .comparison import compare as compare
+from .gradients import compare_gradients as compare_gradients

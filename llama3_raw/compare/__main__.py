@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ..checkpoint.text import read_named
 from ..cli.entry_point import ArgumentParser, command_line_tool, not_empty
@@ -217,7 +218,8 @@ def _compare_texts(options: Namespace, chosen: ChosenModel, ids: Sequence[int], 
     ours = greedy(model, ids, n, ops)
     if not ours:
         raise UserError("--generate: the text ends at once; give another prompt")
-    theirs, tensors = first_difference(ours, continue_other(options, chosen, ids, n))
+    others = tqdm(continue_other(options, chosen, ids, n), total=n, desc="tokens", leave=False, delay=1)
+    theirs, tensors = first_difference(ours, others)
     rounding = _rounding(options, model.weights.norm.dtype, tensors, other)
     return compare_texts(model, ids, ours, theirs, tensors, tolerance=options.tolerance, rounding=rounding, ops=ops)
 

@@ -26,6 +26,8 @@ from .rounding import Limits, Precision, Simulation, Swap, eps_of, judged, swaps
 
 _COMPARABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+_SINGLE = 10.0  # as much more of what rounding explains is in one value than in its row, if no other one is wrong
+
 Padding = Literal["left", "right"]
 
 
@@ -85,6 +87,8 @@ class Step(NamedTuple):
     def kind(self) -> str:
         """What tells that the step alone differs: its worst "row", all "rows" together, or only a single "value"."""
         times = {kind: figure / limit for kind, (figure, limit) in self._figures.items()}
+        if times["value"] > _SINGLE * max(times["row"], times["rows"]):
+            return "value"
         return next((kind for kind, figure in times.items() if figure > 1), max(times, key=lambda kind: times[kind]))
 
     @property

@@ -28,7 +28,7 @@ def load_tensors(file: Path) -> Mapping[str, Any]:
     if file.suffix == ".npz":
         read_beginning(file)
         try:
-            with numpy.load(file, allow_pickle=False) as arrays:
+            with open(file, "rb") as opened, numpy.load(opened, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
         except (ValueError, OSError, zipfile.BadZipFile, AttributeError, EOFError) as error:
             raise UserError(
@@ -69,8 +69,9 @@ def as_tensor(name: str, given: Any) -> Tensor:
             array = numpy.asarray(given)
             is_bfloat16 = array.dtype.name == "bfloat16" or array.dtype == numpy.dtype("V2")
             given = torch.tensor(array.view(numpy.int16)).view(torch.bfloat16) if is_bfloat16 else torch.tensor(array)
-        if given.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            return given.detach()
+        tensor: Tensor = given.detach()
+        if tensor.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            return tensor
     except (TypeError, ValueError):
         pass
     kind = getattr(given, "dtype", type(given).__name__)

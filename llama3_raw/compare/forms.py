@@ -214,13 +214,15 @@ class Reader:
 
     def _is_masked_later(self, name: str) -> bool:
         """Whether the probabilities, if the other run has them, are 0 wherever the mask hides a score."""
-        probs = name.replace("scores", "probs")
-        if probs not in self.others:
+        its_probs = name.replace("scores", "probs")
+        if its_probs not in self.others:
             return True
-        for form in self._layouts(probs, self.others[probs]):
-            queries, keys = form.tensor.shape[-2:]
-            end = self._length + (self._n_padding if self._padding == "left" else 0)
-            ahead = form.tensor.triu(1) if queries > 1 or end == 1 else form.tensor[..., min(end, keys) :]
+        for form in self._layouts(its_probs, self.others[its_probs]):
+            begin, probs = self._n_padding if self._padding == "left" else 0, form.tensor
+            if probs.shape[-2] >= begin + self._length:
+                probs = probs.narrow(-2, begin, self._length)
+            is_last = probs.shape[-2] < self._length
+            ahead = probs[..., begin + self._length :] if is_last else probs.triu(1 + begin)
             if not (ahead > _NOTHING).any():
                 return True
         return False

@@ -186,24 +186,27 @@ class _Passes:
             tensor.register_hook(partial(keep, name))
             return tensor
 
-        leaves, weights = _leaves(weights, params, self._of_weights)
+        leaves, weights = _leaves(weights, params, self._of_weights, self._precision.run)
         ops = self._ops
         if self._precision.run != weights.norm.dtype:
             ops = ops._replace(embed=lambda ids, table: self._ops.embed(ids, table).float())
         with torch.enable_grad():
-            next_token_loss(forward(weights, params, tokens, ops=ops, tap=tap), tokens).backward()  # type: ignore[no-untyped-call]
+            loss = next_token_loss(forward(weights, params, tokens, ops=ops, tap=tap), tokens)
+            loss.backward()
         return gradients | {name: leaf.grad.cpu() for name, leaf in leaves.items() if leaf.grad is not None}
 
 
-def _leaves(weights: Weights, params: Params, names: Sequence[str]) -> tuple[dict[str, Tensor], Weights]:
-    """Return the tensors of these names, each to get its gradient, and the weights with them."""
+def _leaves(
+    weights: Weights, params: Params, names: Sequence[str], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], Weights]:
+    """Return the tensors of these names, each to get its gradient, which is in `dtype`, and the weights with them."""
     leaves: dict[str, Tensor] = {}
     layers, top = [layer._asdict() for layer in weights.layers], weights._asdict()
 
     def leaf(spec: TensorSpec, tensor: Any) -> Tensor:
         if not isinstance(tensor, Tensor):
             raise UserError(f"{spec.meta_name} is quantized, so it has no gradient; give the original weights")
-        leaves[spec.meta_name] = tensor.detach().requires_grad_()
+        leaves[spec.meta_name] = tensor.detach().to(dtype).requires_grad_()
         return leaves[spec.meta_name]
 
     tied = weights.output is weights.tok_embeddings

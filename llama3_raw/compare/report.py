@@ -15,7 +15,8 @@ from ..system.files import atomic_write
 from ..tracing.names import FIRST
 from ..tracing.taps import Patterns
 from .comparison import Comparison, Step
-from .difference import TOP_K, Logits
+from .difference import TOP_K, Logits, Measured
+from .rounding import Limits
 
 _PAGE = Path(__file__).with_name("report.html")
 
@@ -80,32 +81,28 @@ def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
     return list(layers.values())
 
 
-def save_json(file: str, figures: Mapping[str, Any], comparison: Comparison | None) -> None:
-    """Write the figures of the report's last line, and those of every tensor; infinite ones as null."""
-    steps = [] if comparison is None else [_step_figures(step) for step in comparison.steps]
+def save_json(file: str, figures: Mapping[str, Any], comparison: Comparison) -> None:
+    """Write the figures of the report's last line, and under "steps" those of every tensor; infinite ones as null."""
+    steps = [
+        {
+            "name": step.name,
+            "diverges": step.diverges,
+            "unlike": step.own.unlike,
+            "end_to_end": _figures(step.whole_measured, step.whole_limits),
+            "alone": _figures(step.own_measured, step.own_limits),
+        }
+        for step in comparison.steps
+    ]
     with atomic_write(file) as part:
         Path(part).write_text(json.dumps({**figures, "steps": steps}, indent=1) + "\n", encoding="utf-8")
 
 
-def _step_figures(step: Step) -> dict[str, Any]:
-    own, whole = step.own_measured, step.whole_measured
-    figures = {
-        "absolute": whole.difference.absolute,
-        **dict(zip(("rows", "row", "value"), whole.figures, strict=True)),
-        **{f"{kind}_rounding": limit for kind, limit in zip(("rows", "row", "value"), step.whole_limits, strict=True)},
-    }
-    alone = {
-        "absolute": own.difference.absolute,
-        **dict(zip(("rows", "row", "value"), own.figures, strict=True)),
-        **{f"{kind}_rounding": limit for kind, limit in zip(("rows", "row", "value"), step.own_limits, strict=True)},
-    }
-    return {
-        "name": step.name,
-        "diverges": step.diverges,
-        "unlike": step.own.unlike,
-        "end_to_end": {name: figure if math.isfinite(figure) else None for name, figure in figures.items()},
-        "alone": {name: figure if math.isfinite(figure) else None for name, figure in alone.items()},
-    }
+def _figures(found: Measured, limits: Limits) -> dict[str, float | None]:
+    """Return the figures of a difference, and what rounding explains."""
+    figures = {"absolute": found.difference.absolute}
+    for kind, figure, limit in zip(("rows", "row", "value"), found.figures, limits, strict=True):
+        figures |= {kind: figure, f"{kind}_rounding": limit}
+    return {name: figure if math.isfinite(figure) else None for name, figure in figures.items()}
 
 
 def save_html(file: str, comparison: Comparison, verdict: str, about: Mapping[str, str]) -> None:

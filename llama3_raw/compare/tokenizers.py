@@ -58,10 +58,11 @@ class Cuts(NamedTuple):
                     f"{differ} byte {first.begin}, in {first.text!r}:\n  {_cut(first.ours, ours)} here"
                     f"\n  {_cut(first.theirs, theirs)} in {other}"
                 )
-        lines.append(
-            f"{len(cut)} pieces are cut differently, {len(renumbered)} have other ids; {len(self.ours)} tokens here, "
-            f"{len(self.theirs)} there."
-        )
+        if self.pieces:
+            lines.append(
+                f"{len(cut)} pieces are cut differently, {len(renumbered)} have other ids; {len(self.ours)} tokens "
+                f"here, {len(self.theirs)} there."
+            )
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

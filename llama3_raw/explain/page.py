@@ -57,6 +57,7 @@ _PLOT_STYLE: dict[Any, Any] = {
     "font.size": 9,
 }
 _PARTS = Path(__file__).parent / "page_parts"
+_STYLES = ("base.css", "style.css")  # the first is also that of the live page
 
 
 class Merge(NamedTuple):
@@ -400,6 +401,6 @@ def build_page(
         heads=heads_data(trace, params, layer),
         sources=sources(),
         figures=_figures(trace, model, prefix, input_name, layer, head),
-        style=(_PARTS / "style.css").read_text(encoding="utf-8") + syntax_colours(),
+        style="".join((_PARTS / name).read_text(encoding="utf-8") for name in _STYLES) + syntax_colours(),
         script=(_PARTS / "page.js").read_text(encoding="utf-8"),
     )

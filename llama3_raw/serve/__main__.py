@@ -139,7 +139,8 @@ def _serve(options: argparse.Namespace, key: str | None, listener: socket.socket
     shape = _shape(chosen, context, options.rows)
     model, ops, which = load_model(chosen, shape)
     name = model_name(chosen)
-    engine = Engine(model, ops, name=name, rows=shape.rows, context=context, queue_length=options.queue)
+    source = str(chosen.folder.path)
+    engine = Engine(model, ops, name=name, rows=shape.rows, context=context, queue_length=options.queue, source=source)
     config = uvicorn.Config(
         build_app(engine, settings),
         http="h11",

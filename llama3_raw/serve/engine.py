@@ -93,10 +93,14 @@ class Asked:
 class Engine:
     """A model that continues up to `rows` texts of `context` tokens at a time, in a thread of its own.
 
-    `queue_length` texts may wait. Raises UserError if the cache does not fit into memory.
+    `queue_length` texts may wait. `source` is what `load` takes, for the Python that the page shows. Raises UserError
+    if the cache does not fit into memory.
     """
 
-    def __init__(self, model: Model, ops: Ops, *, name: str, rows: int, context: int, queue_length: int = 256):
+    def __init__(
+        self, model: Model, ops: Ops, *, name: str, rows: int, context: int, queue_length: int = 256, source: str = ""
+    ):
+        self.source = source or name
         self.model, self.ops, self.name, self.rows, self.context = model, ops, name, rows, context
         self.queue_length = queue_length
         self.metrics = Metrics()

@@ -49,7 +49,8 @@ def attribute(
         model: the model of the trace.
         direction: a token for its logit; two tokens for the logit of the first minus that of the second; or a vector
             [dim] in the space of the final norm's output, such as `logit_direction` returns.
-        position: the position in the prompt whose logits are split. Unused if the trace has only one.
+        position: the position in the prompt whose logits are split; a negative one counts from the end of each prompt
+            of a padded batch. Unused if the trace has one position only.
 
     Raises:
         UserError: the trace lacks a tensor, the position is not in it, or the direction is none of these.
@@ -67,12 +68,15 @@ def attribute(
         if name not in kept:
             raise UserError(f"the trace lacks {name!r}; trace 'tok_embeddings', '*.heads' and '*.out'")
         tensor = kept[name].to(device, torch.float32)
-        if getattr(kept, "last_position", False):
-            return tensor
+        if getattr(kept, "last_position", False) or getattr(kept, "at", None) is not None:
+            return tensor  # the trace has one position only
         length = tensor.shape[-dimensions]
         if not -length <= position < length:
             raise UserError(f"{position} is not in a prompt of {length} tokens", argument="position")
-        return tensor.select(-dimensions, position)
+        lengths = getattr(kept, "lengths", None)  # of the prompts of a padded batch
+        if lengths is None or position >= 0:
+            return tensor.select(-dimensions, position)
+        return tensor[range(len(lengths)), lengths + position]
 
     names = Attribution(torch.empty(0), torch.empty(len(layers), 0)).names
     parts = torch.stack([at_position(name, 2) for name in names], dim=-2)  # [..., parts, dim]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -60,13 +60,11 @@ def read_prompts(ids: Ids | Sequence[Ids], lengths: Ids | None, params: Params) 
 
     Raises UserError unless they are token ids of the model that fit into its context, and the lengths fit the batch.
     """
-    if isinstance(ids, Tensor) or _is_one_prompt(ids):
-        prompts = Prompts(_tokens_of(ids), None if lengths is None else torch.as_tensor(lengths).cpu())
+    if lengths is None and _are_prompts(ids):
+        prompts = Prompts(*pad(ids))
     else:
-        prompts = Prompts(*pad(ids))  # type: ignore[arg-type]
-        if lengths is not None:
-            raise UserError("belong to a padded batch; a list of prompts says how long each is", argument="lengths")
-    _check_lengths(prompts)
+        tokens = _tokens_of(ids)
+        prompts = Prompts(tokens, None if lengths is None else _checked_lengths(lengths, tokens))
     params.check_ids(prompts.tokens.flatten().tolist())
     needed, limit = prompts.tokens.shape[-1], params.max_seq_len
     if needed > limit:
@@ -81,8 +79,11 @@ def tokens_of_one_prompt(ids: Ids, params: Params) -> list[int]:
     return checked
 
 
-def _is_one_prompt(ids: Ids | Sequence[Ids]) -> bool:
-    return not (isinstance(ids, Sequence) and len(ids) and all(isinstance(row, (list, tuple, Tensor)) for row in ids))
+def _are_prompts(ids: Ids | Sequence[Ids]) -> TypeGuard[Sequence[Ids]]:
+    """Whether ids are a sequence of prompts: not a tensor, nor the tokens of one."""
+    if not isinstance(ids, Sequence) or not len(ids):
+        return False
+    return all(row.dim() > 0 if isinstance(row, Tensor) else isinstance(row, (list, tuple)) for row in ids)
 
 
 def _ids_of(ids: Ids) -> list[int]:
@@ -95,43 +96,44 @@ def _ids_of(ids: Ids) -> list[int]:
 
 def _tokens_of(ids: object) -> Tensor:
     """Return ids [T] or [B, T] as a tensor on the CPU. Raises UserError if they are something else, or empty."""
-    try:
-        tokens = torch.as_tensor(ids).cpu()
-    except (TypeError, ValueError, RuntimeError):
-        tokens = torch.zeros(())
-    if tokens.dim() not in (1, 2) or (tokens.numel() and (tokens.is_floating_point() or tokens.is_complex())):
+    tokens = integers(ids)
+    if tokens is None or tokens.dim() not in (1, 2):
         raise UserError("ids should be the tokens of one prompt, as tokenizer.encode returns them, or a batch [B, T]")
     if not tokens.numel():
         raise UserError("the prompt is empty; give at least one token")
-    return tokens
+    return tokens.long()
 
 
-def _check_lengths(prompts: Prompts) -> None:
-    tokens, lengths = prompts
-    if lengths is None:
-        return
-    shape = list(tokens.shape)
-    if tokens.dim() != 2 or lengths.shape != tokens.shape[:1] or lengths.is_floating_point():
-        raise UserError(
-            f"should be one length for each row of ids [B, T], as pad returns them; ids are {shape}", argument="lengths"
-        )
-    if not 1 <= int(lengths.min()) <= int(lengths.max()) <= tokens.shape[1]:
-        raise UserError(
-            f"{lengths.tolist()}: each should be from 1 to the {shape[1]} tokens of a row", argument="lengths"
-        )
+def _checked_lengths(lengths: Ids, tokens: Tensor) -> Tensor:
+    """Return the lengths [B] of the rows of tokens [B, T]. Raises UserError if they are something else."""
+    shape, checked = tokens.shape, integers(lengths)
+    if checked is None or len(shape) != 2 or checked.shape != shape[:1]:
+        what = f"should be one length for each row of ids [B, T], as pad returns them; ids are {list(shape)}"
+        raise UserError(what, argument="lengths")
+    if not 1 <= int(checked.min()) <= int(checked.max()) <= shape[1]:
+        what = f"{checked.tolist()}: each should be from 1 to the {shape[1]} tokens of a row"
+        raise UserError(what, argument="lengths")
+    return checked
+
+
+def integers(values: object) -> Tensor | None:
+    """Return values as a tensor on the CPU; None if they are no integers, or not in the form of a tensor."""
+    try:
+        tensor = torch.as_tensor(values).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    is_other = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+    return None if is_other and tensor.numel() else tensor
 
 
 def as_index(at: int | Ids | None) -> int | Tensor | None:
     """Return an index into T, or a tensor [B] of one for each row. Raises UserError if it is something else."""
-    if at is None or (isinstance(at, int) and not isinstance(at, bool)):
-        return at
-    try:
-        rows = torch.as_tensor(at).cpu()
-    except (TypeError, ValueError, RuntimeError):
-        rows = torch.zeros(0)
-    if rows.dtype != torch.long or not rows.numel():
+    if at is None:
+        return None
+    rows = integers(at)
+    if rows is None or not rows.numel():
         raise UserError(f"should be an index of a token, or a tensor of one for each row, is {at!r}", argument="at")
-    return rows if rows.dim() else int(rows)
+    return rows.long() if rows.dim() else int(rows)
 
 
 def select_token(tensor: Tensor, dimension: int, at: int | Tensor) -> Tensor:

@@ -16,19 +16,20 @@ from tqdm import tqdm
 from ..backends.choose import ops_for
 from ..errors import UserError, in_short
 from ..model import REFERENCE, forward
-from ..ops import UNFUSED, Ops, Tap, score_bytes
+from ..ops import Ops, Tap, score_bytes
 from ..params import Params
 from ..system.machine import free_memory
 from ..weights import Model, Weights
 from .names import FIRST, named_tensors, token_dimension, within_layer
 from .record import Trace, tokens_of_one_prompt, trace
-from .taps import Patterns, chain, dry_run
+from .taps import Patterns, chain
 
 By = Literal["position", "head", "layer"]
 Metric = Callable[[Tensor], Tensor]  # logits [rows, T, vocab_size] -> one value a row, [rows]
 End = str | tuple[str, int]  # of a path: a tap name, or a tap name and one of its heads
 _SENDERS = ("tok_embeddings", "attention.heads", "attention.out", "feed_forward.out")  # are added to the stream
 _RECEIVERS = ("attention_norm", "attention.q", "attention.k", "attention.v", "ffn_norm", "norm")  # are read from it
+_SQUARE = ("attention.scores", "attention.probs")  # [n_heads, T, T]; fused attention has neither
 STREAM = (FIRST, "layers.*.residual")
 
 Item = TypeVar("Item")
@@ -94,7 +95,7 @@ def sweep(  # noqa: PLR0913  # what a caller may set
     ids = tokens_of_one_prompt(ids, model.params)
     cells = cells_of(model.params, len(ids), source, names, by)
     ops = ops or ops_showing(model.weights, {change.name for row in cells for cell in row for change in cell})
-    _check_memory(model, len(ids), rows, ops)
+    _check_memory(model, len(ids), min(rows, sum(map(len, cells))), ops)
     return _measure(Base(model, ids, trace(model, ids, *STREAM, ops=ops), ops), cells, metric, rows, progress)
 
 
@@ -188,12 +189,12 @@ def ablation(
     """
     replaced, row = {}, None
     for name, tensor in kept.items():
-        unfused = within_layer(name) in UNFUSED
-        prompts = tensor.reshape(-1, *tensor.shape[-3 if unfused else token_dimension(name) :])  # [B, T, …]
-        shape = prompts.shape[1:] if unfused else (length or prompts.shape[1], *prompts.shape[2:])
+        square = within_layer(name) in _SQUARE
+        prompts = tensor.reshape(-1, *tensor.shape[-3 if square else token_dimension(name) :])  # [B, T, …]
+        shape = prompts.shape[1:] if square else (length or prompts.shape[1], *prompts.shape[2:])
         if how == "zero":
             replaced[name] = prompts.new_zeros(()).expand(shape)
-        elif how == "mean" and not unfused:
+        elif how == "mean" and not square:
             replaced[name] = prompts.float().mean((0, 1)).to(tensor.dtype).expand(shape)
         elif how == "resample" and len(prompts) > 1:
             row = int(torch.randint(len(prompts), (), generator=generator)) if row is None else row
@@ -223,8 +224,6 @@ class Base(NamedTuple):
         weights = model.weights._replace(layers=model.weights.layers[first:])
 
         def renamed(name: str, tensor: Tensor) -> Tensor:
-            if name == FIRST:
-                return tensor if first else tap(name, tensor)
             if name.startswith("layers."):
                 _, layer, rest = name.split(".", 2)
                 name = f"layers.{int(layer) + first}.{rest}"
@@ -237,8 +236,9 @@ class Base(NamedTuple):
 def ops_showing(weights: Weights, names: Collection[str]) -> Ops:
     """Return the fast operations for the weights, with exact attention if scores or probs are among the names."""
     ops = ops_for(weights)
-    unfused = any(within_layer(name) in UNFUSED for name in names)
-    return ops._replace(attend=REFERENCE.attend, has_scores=True) if unfused else ops
+    if ops.has_scores or not any(within_layer(name) in _SQUARE for name in names):
+        return ops
+    return ops._replace(attend=REFERENCE.attend, has_scores=True)
 
 
 def cells_of(
@@ -293,13 +293,13 @@ def _slice_of(end: End, params: Params, role: str, allowed: Sequence[str]) -> tu
 
 def _check_source(params: Params, length: int, source: Mapping[str, Tensor], names: Sequence[str]) -> None:
     """Raise UserError unless the source has these tensors, in the shapes of a prompt of this length."""
-    planned = Trace(device="meta")
-    dry_run(params, torch.float32, [length], list(named_tensors(params)), planned)
     for name in names:
         if name not in source:
             raise UserError(f"the source lacks {name!r}; trace that name too, or trace without patterns")
-        if source[name].shape != planned[name].shape:
-            got, expected = list(source[name].shape), list(planned[name].shape)
+        sizes = named_tensors(params)[name].shape.split()
+        expected = [length if size == "T" else getattr(params, size) for size in sizes]
+        if list(source[name].shape) != expected:
+            got = list(source[name].shape)
             raise UserError(f"the source's {name} is {got}, not {expected}; trace one prompt of as many tokens as ids")
 
 

@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..model import forward, token_positions
 from ..ops import Rows
 from .names import LAST, token_dimension
+from .padding import integers
 
 
 class ThisPass(NamedTuple):
@@ -63,11 +64,8 @@ class ThisPass(NamedTuple):
 
 def checked_positions(positions: int | Sequence[int] | Tensor) -> list[int]:
     """Return positions of a text as a list. Raises UserError unless they are integers from 0 on, at least one."""
-    try:
-        given = torch.as_tensor(list(positions) if isinstance(positions, range) else positions)
-    except (TypeError, ValueError, RuntimeError):
-        given = torch.zeros(1)
-    if given.dim() > 1 or not given.numel() or given.dtype != torch.long or int(given.min()) < 0:
+    given = integers(positions)
+    if given is None or given.dim() > 1 or not given.numel() or int(given.min()) < 0:
         what = f"should be tokens of the text, counted from 0, such as range(5, 9); is {positions!r}"
         raise UserError(what, argument="positions")
     listed: list[int] = given.view(-1).tolist()

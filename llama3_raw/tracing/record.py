@@ -95,8 +95,8 @@ class Trace(PatternTap, Mapping[str, Tensor]):
         patterns: tap names, with the wildcards of `Patterns`.
         device: where the copies are kept. None: where the tensor is.
         dtype: the dtype of the copies. None: that of the tensor.
-        last_position: keep the last token only, without the dimension T. In `trace` with `lengths`, the last one of
-            each text; elsewhere also the last one of the padding, so give `at` for a padded batch.
+        last_position: keep the last token only, without the dimension T: the last of each text in `trace` and other
+            loops, which know the lengths. For a padded batch of your own in `forward` give `at`.
         at: keep this token only, without the dimension T: an index into T, or a tensor [B] of one for each row.
         every_pass: join the tensors of all passes over a text along T, as one pass over the whole text would return
             them up to rounding. Of several texts (`generate_batch`, `score`, the windows of `perplexity`) tensors are
@@ -104,7 +104,7 @@ class Trace(PatternTap, Mapping[str, Tensor]):
             was chosen from them, and in `perplexity` and `score` for each that was scored.
 
     Attributes:
-        at: as given; -1 for last_position.
+        at: as given; for last_position, where that token is in the last pass.
         lengths: the lengths [B] of the texts of a padded batch, if known: `trace` and every_pass set it.
         origin: the model and the tokens, if known: `trace` sets it, `save` and `load_trace` keep it.
 
@@ -178,6 +178,8 @@ class Trace(PatternTap, Mapping[str, Tensor]):
         elif any(rows.lengths) or self._passes is not None:
             self._has_begun = any(rows.lengths)
             self._dimensions = 2 + rows.is_batch
+            if self.last_position:
+                self.at = torch.tensor(rows.lengths) - 1 if rows.is_batch else -1
             self._begin(rows)
 
     def _begin(self, rows: Rows | None) -> None:
@@ -324,20 +326,14 @@ def trace(  # noqa: PLR0913  # what a caller may set
             is longer than the context, or the tensors do not fit into memory. Also whatever `tap` raises.
     """
     prompts = read_prompts(ids, lengths, model.params)
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "last_position": last_position, "at": at}
-    kept = Trace(*patterns, **options)
-    kept.lengths = prompts.lengths
-    if last_position and prompts.lengths is not None:
-        options |= {"last_position": False, "at": prompts.lengths - 1}
-        kept.at = as_index(options["at"])
+    options: dict[str, Any] = {"dtype": dtype, "last_position": last_position, "at": at}
+    kept, planned = Trace(*patterns, device=device, **options), Trace(*patterns, device="meta", **options)
     shape, norm = tuple(prompts.tokens.shape), model.weights.norm
     first = check_start(start_at, residual, model, shape)
     ops = ops or showing(ops_for(model.weights), chain(tap, kept), range(first or 0, model.params.n_layers))
     names = needed_names(names_of_pass(model.params, ops, first), chain(tap, kept))
-    _check_memory(
-        model.params, norm.dtype, shape, names, Trace(*patterns, **options | {"device": "meta"}), norm.device, device
-    )
-    kept.origin = Origin.of(model, prompts.ids)
+    _check_memory(model.params, norm.dtype, shape, names, planned, norm.device, device)
+    kept.origin, kept.lengths = Origin.of(model, prompts.ids), prompts.lengths
     with count_layers(model.params, progress) as count, ending_after(names[-1]) as end, torch.no_grad():
         tap = chain(tap, kept, count, end)
         announce(tap, None)

@@ -150,4 +150,4 @@ def _n_bytes(w: Any) -> int:
     if w.kind == len(_BLOCKS):  # int4, padded to 16 outputs
         return -(-int(w.n_outputs) // 16) * 16 * int(w.length) // 2
     n_values, n_bytes = _BLOCKS[w.kind]
-    return int(w.n_outputs) * int(w.length) // n_values * n_bytes
+    return int(int(w.n_outputs) * int(w.length) // n_values * n_bytes)

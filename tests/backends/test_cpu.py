@@ -52,7 +52,8 @@ THREADS = torch.get_num_threads()
 
 def kernels_for(instruction_set: str) -> ctypes.CDLL:
     if instruction_set in PROCESSORS:
-        return emulated_kernels(instruction_set)
+        emulated: ctypes.CDLL = emulated_kernels(instruction_set)  # has the same functions
+        return emulated
     if not runs_here(instruction_set):
         pytest.skip(f"this processor has no {instruction_set}")
     with one_at_a_time():  # another process of the tests may need the same ones

@@ -479,7 +479,8 @@ def test_files_of_openai_s_batches(tmp_path: Path, tiny: Model, capsys: pytest.C
     assert (status, "6 of 10 lines could not be computed; line 5: messages: role should be" in err) == (1, True)
     results = results_in(tmp_path)
     assert [result.get("custom_id") for result in results] == ["a", "b", None, None, "c", "d", "e", "f", "g", None]
-    for result, kind in zip(results[:2], (Completion, ChatCompletion), strict=True):
+    kinds: tuple[Any, ...] = (Completion, ChatCompletion)
+    for result, kind in zip(results[:2], kinds, strict=True):
         assert (result["response"]["status_code"], result["error"]) == (200, None)
         body = json.loads(json.dumps(result["response"]["body"]))
         for choice in body["choices"] if kind is Completion else ():

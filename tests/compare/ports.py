@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-Array = np.ndarray[Any, Any]
+Array = Any  # np.ndarray, whose operators have no types
 
 
 def numpy_port(
@@ -58,15 +58,13 @@ def numpy_port(
     for i in range(params.n_layers):
         at = f"layers.{i}."
         h = seen[at + "attention_norm"] = norm(x, at + "attention_norm")
-        q, k, v = (h @ w(f"{at}attention.w{which}").T for which in "qkv")
-        seen |= {at + "attention.q": q, at + "attention.k": k, at + "attention.v": v}
-        q, k = rotate(heads(q, params.n_heads)), rotate(heads(k, params.n_kv_heads))
-        seen |= {at + "attention.q_rope": q, at + "attention.k_rope": k}
+        q, k, v = (seen.setdefault(f"{at}attention.{which}", h @ w(f"{at}attention.w{which}").T) for which in "qkv")
+        q = seen[at + "attention.q_rope"] = rotate(heads(q, params.n_heads))
+        k = seen[at + "attention.k_rope"] = rotate(heads(k, params.n_kv_heads))
         times = params.n_heads // params.n_kv_heads
         k, v = (np.repeat(heads_of, times, 0) for heads_of in (k, heads(v, params.n_kv_heads)))
         scale = params.head_dim if "no square root" in bugs else math.sqrt(params.head_dim)
-        scores = q @ k.swapaxes(1, 2) / dtype(scale)
-        seen[at + "attention.scores"] = scores
+        scores = seen[at + "attention.scores"] = q @ k.swapaxes(1, 2) / dtype(scale)
         future = np.triu(np.ones((len(ids), len(ids)), bool), 2 if "sees ahead" in bugs else 1)
         scores = scores if "no mask" in bugs else np.where(future, dtype(-1e30), scores)
         over = 0 if "softmax over heads" in bugs else -1
@@ -78,15 +76,17 @@ def numpy_port(
         h = seen[at + "ffn_norm"] = norm(x, at + "ffn_norm")
         gate = seen[at + "feed_forward.gate"] = h @ w(at + "feed_forward.w1").T
         up = seen[at + "feed_forward.up"] = h @ w(at + "feed_forward.w3").T
-        silu = gate / (1 + np.exp(-gate))
-        if "gelu" in bugs:
-            silu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+        silu = _gelu(gate) if "gelu" in bugs else gate / (1 + np.exp(-gate))
         hidden = seen[at + "feed_forward.hidden"] = silu * up
         out = seen[at + "feed_forward.out"] = hidden @ w(at + "feed_forward.w2").T
         x = seen[at + "residual"] = x + out
     x = seen["norm"] = norm(x, "norm")
     seen["logits"] = x @ w("output" if "output.weight" in weights else "tok_embeddings").T
     return {name: np.ascontiguousarray(array, dtype) for name, array in seen.items()}
+
+
+def _gelu(x: Array) -> Array:
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
 class _Norm(nn.Module):

@@ -269,7 +269,7 @@ def test_a_text_that_arrives_later_has_the_same_bits_as_alone(tiny: Model, promp
     seen: list[list[torch.Tensor]] = [[] for _ in prompts]
     tapped: list[str] = []
     rows = [
-        Row(ids, budget, stop_ids=(), on_logits=lambda row, token, kept=logits: kept.append(row))
+        Row(ids, budget, stop_ids=(), on_logits=lambda row, token, kept=logits: kept.append(row))  # type: ignore[misc]
         for ids, budget, logits in zip(prompts, (20, 7, 12, 9, 1, 16, 11), seen, strict=True)
     ]
     rows[3] = rows[3]._replace(tap=lambda name, tensor: (tapped.append(name), tensor)[1])
@@ -283,7 +283,7 @@ def test_a_text_that_arrives_later_has_the_same_bits_as_alone(tiny: Model, promp
                 alone.append(tensor)
             return tensor
 
-        single = generate(model, row.ids, max_new_tokens=row.max_new_tokens, stop_ids=(), tap=keep)
+        single = generate(model, row.ids, max_new_tokens=row.max_new_tokens, stop_ids=(), ops=fast_ops(), tap=keep)
         assert (new, reason) == run(single)
         assert len(logits) == len(alone)
         assert all(torch.equal(one, other.view(-1)) for one, other in zip(logits, alone, strict=True))

@@ -9,7 +9,7 @@ import subprocess
 from dataclasses import asdict
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import openai
 import pytest
 
@@ -59,7 +59,8 @@ def test_a_stream_is_the_same_text(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": [PROMPTS[0], "é"], "max_tokens": 24, "temperature": 0, "n": 2}
     asked |= {"logprobs": 2, "echo": True, "stop": [" play", "zebra"]}
     whole = client.completions.create(**asked)
-    texts, scores = [""] * 4, [{"tokens": [], "token_logprobs": [], "text_offset": []} for _ in range(4)]
+    texts = [""] * 4
+    scores: list[dict[str, list[Any]]] = [{"tokens": [], "token_logprobs": [], "text_offset": []} for _ in range(4)]
     reasons, usage = {}, None
     for chunk in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage
@@ -110,7 +111,7 @@ def test_async_clients_together(server: Server, tiny: Model) -> None:
                 if number % 2:
                     stream = await client.completions.create(**asked, temperature=0, stream=True)
                     return "".join([chunk.choices[0].text async for chunk in stream])
-                return (await client.completions.create(**asked, temperature=0)).choices[0].text
+                return str((await client.completions.create(**asked, temperature=0)).choices[0].text)
 
             return await asyncio.gather(*map(one, range(14)))
 
@@ -124,13 +125,15 @@ def test_scores_are_those_of_the_engine(client: openai.OpenAI, tiny: Model) -> N
 
     assert tiny.tokenizer is not None
     ids = tiny.tokenizer.encode(PROMPTS[1], bos=True)
-    (choice,) = client.completions.create(model="tiny", prompt=ids, max_tokens=0, echo=True, logprobs=1).choices
+    asked: dict[str, Any] = {"model": "tiny", "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1}
+    (choice,) = client.completions.create(**asked).choices
     (expected,) = score(tiny, ids[:3], [ids[3:]])
     assert choice.logprobs.token_logprobs[0] is None
     assert choice.logprobs.token_logprobs[3:] == pytest.approx(expected.logprobs, abs=1e-6)
     assert choice.text == PROMPTS[1]
     assert choice.finish_reason == "length"
-    ended = client.completions.create(model="tiny", prompt="The end.", max_tokens=400, temperature=0, logprobs=0)
+    asked = {"model": "tiny", "prompt": "The end.", "max_tokens": 400, "temperature": 0, "logprobs": 0}
+    ended = client.completions.create(**asked)
     assert ended.choices[0].finish_reason == "stop"
     assert len(ended.choices[0].logprobs.tokens) == ended.usage.completion_tokens + 1
     assert ended.choices[0].logprobs.tokens[-1] == "<|end_of_text|>"

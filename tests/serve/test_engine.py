@@ -54,7 +54,7 @@ def test_texts_that_arrive_at_any_time_are_those_of_texts_alone(tiny: Model) -> 
 
             async def ask(number: int) -> Asked:
                 await asyncio.sleep(0.01 * number)
-                scores = {"n_top": 1, "with_prompt": number == 4} if number % 4 == 0 else {}
+                scores: dict[str, Any] = {"n_top": 1, "with_prompt": number == 4} if number % 4 == 0 else {}
                 asked = engine.submit([rows[number]], **scores)
                 await engine.alone(lambda: None)
                 await asked.end()

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import pytest
 
 from .servers import Server, running
@@ -117,7 +117,7 @@ def test_malformed_requests(server: Server, most: int) -> None:
     operations = [result.ok() for result in schema.get_all_operations()]
     cases = st.one_of(
         *(
-            operation.as_strategy(generation_mode=mode)
+            operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode))
             for operation in operations
             for mode in (schemathesis.GenerationMode.NEGATIVE, schemathesis.GenerationMode.POSITIVE)
         )

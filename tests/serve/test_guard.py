@@ -54,7 +54,7 @@ def test_the_key(guarded: TestClient) -> None:
     for path in ("/v1/models", "/metrics", "/openapi.json", "/live/x", "/nothing", "/tokenizer_info"):
         assert guarded.get(path).status_code == 401
     for value in ("s3cret", "Bearer", "Bearer wrong", "Bearer s3cret2", "Basic s3cret", "Bearer s3cr\xe9t"):
-        answer = guarded.get("/v1/models", headers={"Authorization": value.encode("latin-1")})  # type: ignore[dict-item]
+        answer = guarded.get("/v1/models", headers={"Authorization": value.encode("latin-1")})  # type: ignore[arg-type]
         assert answer.status_code == 401
         assert (
             answer.json()["error"]["message"]
@@ -83,8 +83,8 @@ def test_origins(guarded: TestClient, server: Server) -> None:
     asked = {"Origin": "https://lessons.example", "Access-Control-Request-Method": "POST"}
     asked["Access-Control-Request-Headers"] = "authorization"
     assert guarded.options("/v1/models", headers=asked).status_code == 200
-    answer = httpx.get(f"{server.url}/v1/models", headers={"Origin": server.url})
-    assert (answer.status_code, "access-control-allow-origin" in answer.headers) == (200, False)
+    own = httpx.get(f"{server.url}/v1/models", headers={"Origin": server.url})
+    assert (own.status_code, "access-control-allow-origin" in own.headers) == (200, False)
 
 
 def test_unknown_paths_and_methods(server: Server) -> None:

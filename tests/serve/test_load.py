@@ -8,7 +8,7 @@ import random
 import time
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import pytest
 
 from llama3_raw import Model, generate
@@ -23,7 +23,7 @@ LENGTHS = (1, 3, 8, 15, 24)
 def expected(tiny: Model) -> dict[tuple[str, int], str]:
     """The text of each prompt and length, computed alone."""
     assert tiny.tokenizer is not None
-    texts = {}
+    texts: dict[tuple[str, int], str] = {}
     for prompt in PROMPTS:
         new = [*generate(tiny, tiny.tokenizer.encode(prompt, bos=True), max_new_tokens=max(LENGTHS))]
         texts |= {(prompt, length): tiny.tokenizer.decode(new[:length]) for length in LENGTHS}

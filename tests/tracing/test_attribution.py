@@ -39,7 +39,7 @@ def test_the_parts_are_those_of_the_names(model: Model, kept: Trace) -> None:
     weights, stream = model.weights, kept["layers.2.residual"][-1]
     rms = (stream.square().mean() + model.params.norm_eps).sqrt()
     for name, value in zip(found.names, found.by_part, strict=True):
-        logits = weights.output @ (kept[name][-1] / rms * weights.norm)  # type: ignore[operator]
+        logits = weights.output @ (kept[name][-1] / rms * weights.norm)
         torch.testing.assert_close(value, logits[ANSWER] - logits[OTHER], rtol=0, atol=1e-5)
 
 

@@ -75,7 +75,7 @@ def test_folded_norms_leave_the_logits(model: Model, tied: bool) -> None:
     assert folded.tok_embeddings is weights.tok_embeddings
     assert folded.output is not weights.output
     after = [tensor for layer in weights.layers for tensor in layer]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     rounded = small_model(torch.bfloat16)
     assert fold_norms(rounded.weights).layers[0].w1.dtype == torch.bfloat16
 

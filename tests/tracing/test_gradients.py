@@ -55,7 +55,7 @@ def test_a_small_step_changes_the_scalar_by_the_gradient(model: Model, name: str
     step = torch.randn(gradients[name].shape, generator=torch.Generator().manual_seed(2)) * 1e-3
     values = []
     for sign in (1, -1):
-        logits = trace(model, IDS, "logits", tap=patch({name: lambda x, sign=sign: x + sign * step}))["logits"]  # type: ignore[misc]
+        logits = trace(model, IDS, "logits", tap=patch({name: lambda x, sign=sign: x + sign * step}))["logits"]
         values.append(float(of(logits.double())))
     expected = (values[0] - values[1]) / 2
     assert expected != 0
@@ -155,7 +155,7 @@ def test_integrated_gradients_sum_to_the_whole_effect(model: Model, clean: Trace
                 model.weights,
                 model.params,
                 torch.tensor(IDS),
-                tap=patch({name: lambda _, name=name: clean[name]}),  # type: ignore[misc]
+                tap=patch({name: lambda _, name=name: clean[name]}),
             )
         whole = metric(logits[None]) - base
         assert abs(float(whole)) > 0.1

@@ -54,6 +54,8 @@ def test_a_batch_has_the_tensors_of_each_prompt_alone(fp32: Model, prompts: list
     together = trace(fp32, tokens, *names, lengths=lengths)
     assert together.lengths.tolist() == lengths.tolist()
     assert together == trace(fp32, prompts, *names)  # a list of prompts is padded
+    assert together == trace(fp32, tokens.tolist(), *names, lengths=lengths.tolist())
+    assert trace(fp32, list(tokens[0]), "norm") == trace(fp32, tokens[0], "norm")  # numbers in tensors of their own
     for row, prompt in enumerate(prompts):
         alone, n = trace(fp32, prompt, *names), len(prompt)
         for name, tensor in alone.items():
@@ -75,6 +77,11 @@ def test_the_last_token_of_each_text(fp32: Model, prompts: list[list[int]]) -> N
             of_text = last[name][row]
             of_text = of_text[:, : len(prompt)] if name.endswith(("scores", "probs")) else of_text
             assert close(of_text, tensor), name
+    tap = Trace(last_position=True)
+    trace(fp32, prompts, tap=tap)
+    assert tap == last
+    trace(fp32, prompts[2], tap=tap)
+    assert tap == trace(fp32, prompts[2], last_position=True)
     kept = Trace("layers.*.residual", "layers.2.attention.probs", "logits", at=lengths - 1)
     with torch.no_grad():
         forward(fp32.weights, fp32.params, tokens, tap=kept)
@@ -109,9 +116,10 @@ def test_a_batch_without_padding(fp32: Model, prompts: list[list[int]]) -> None:
 @pytest.mark.parametrize(
     ("ids", "settings", "complaint"),
     [
-        ([[1, 2, 3], [4, 5, 6]], {"lengths": [3, 3]}, "lengths belong to a padded batch"),
+        ([[1, 2, 3], [4, 5]], {"lengths": [3, 2]}, r"ids should be the tokens of one prompt, .* or a batch \[B, T\]"),
         (torch.ones(2, 3).long(), {"lengths": [3]}, r"lengths should be one length for each row of ids .* \[2, 3\]"),
         (torch.ones(2, 3).long(), {"lengths": [1.5, 2.0]}, "lengths should be one length for each row"),
+        (torch.ones(2, 3).long(), {"lengths": "ab"}, "lengths should be one length for each row"),
         (torch.ones(3).long(), {"lengths": [3]}, "lengths should be one length for each row"),
         (torch.ones(2, 3).long(), {"lengths": [0, 3]}, r"lengths \[0, 3\]: each should be from 1 to the 3 tokens"),
         (torch.ones(2, 3).long(), {"lengths": [1, 4]}, r"lengths \[1, 4\]: each should be from 1 to the 3 tokens"),

@@ -148,8 +148,8 @@ def test_wrong_sources_metrics_and_rows_are_refused(
             sweep(model, IDS, clean, "norm", function)
     with pytest.raises(UserError, match="rows should be at least 1"):
         sweep(model, IDS, clean, "norm", metric, rows=0)
-    monkeypatch.setattr("llama3_raw.tracing.patching.free_memory", lambda device: 10**5)
-    with pytest.raises(UserError, match=r"rows: a pass of 1000 prompts needs 0\.\d+ GB"):
+    monkeypatch.setattr("llama3_raw.tracing.patching.free_memory", lambda device: 10**4)
+    with pytest.raises(UserError, match=r"rows: a pass of 6 prompts needs 0\.\d+ GB"):
         sweep(model, IDS, clean, "norm", metric, rows=1000)
 
 
