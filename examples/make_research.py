@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -116,6 +117,7 @@ def make_notebook() -> NotebookNode:
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return the exit status."""
     ArgumentParser(description=__doc__).parse_args(arguments)
+    os.environ["TQDM_DISABLE"] = "1"  # no progress bars in the notebook
     run_notebook(make_notebook(), NOTEBOOK, FOLDER)
     return 0
 
