@@ -20,7 +20,7 @@ LAYER = "layers.2.residual"
 CONTEXT = 96  # tokens
 N_STORIES = 160
 N_FEATURES, N_ACTIVE = 1536, 16
-STEPS, ROWS = 600, 512  # of training, with so many tokens each
+STEPS, ROWS = 600, 512  # of training, and tokens in each
 
 
 class Autoencoder(NamedTuple):

@@ -27,7 +27,7 @@ def stream_after(text: str) -> Tensor:
 
 
 def steered(amount: float) -> Tap:
-    """A tap that adds so many times the direction to the stream of every token."""
+    """A tap that adds the direction, times the amount, to the stream of every token."""
     return llama3_raw.patch({LAYER: lambda x: x + amount * direction})
 
 

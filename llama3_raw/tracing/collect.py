@@ -106,7 +106,7 @@ def collect(
 ) -> Collection:
     """Run a model over a corpus, in windows that do not overlap, and store the tensors that match the patterns.
 
-    If it is interrupted or killed, the same call goes on where it was.
+    If it is interrupted or killed, the same call continues where it was.
 
     Args:
         model: the model to run.
@@ -228,7 +228,7 @@ def _windows(ids: Sequence[int] | Tensor, context: int, params: Params) -> tuple
 
 
 def _batches(tokens: Tensor, finished: int, context: int, batch: int) -> Iterator[Tensor]:
-    """Yield the windows after the finished tokens, `batch` at a time; a shorter last one by itself: [B, T]."""
+    """Yield the windows after the finished tokens, `batch` at a time; a shorter last one alone: [B, T]."""
     whole = len(tokens) // context * context
     for begin in range(finished, whole, batch * context):
         yield tokens[begin : min(begin + batch * context, whole)].view(-1, context)
@@ -320,7 +320,7 @@ def _errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or in_short(error)
-        raise UserError(f"{folder}: cannot be written ({reason}); when it can, the same collect goes on") from error
+        raise UserError(f"{folder}: cannot be written ({reason}); make room, and run the same collect again") from error
 
 
 def _record(folder: Path, of: Mapping[str, Any], finished: int) -> None:

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.paths import EXAMPLES
+from llama3_raw import Model
+from tests.paths import CACHE, EXAMPLES
 
 pytestmark = pytest.mark.slow  # they run a model for up to a minute
 
 
-def printed_by(script: str, folder: Path) -> str:
+def printed_by(script: str, folder: Path, *options: str) -> str:
     """Run a script as a reader does, with every warning an error, and return what it prints."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / "research" / script)],
+        [sys.executable, "-W", "error", str(EXAMPLES / "research" / script), *options],
         capture_output=True,
         encoding="utf-8",
         cwd=folder,
@@ -58,3 +59,34 @@ def test_steering(tmp_path: Path) -> None:
     assert odds == sorted(odds)
     assert odds[0] < -3
     assert odds[-1] > 2
+
+
+def test_activation_patching(tmp_path: Path) -> None:
+    """The animal moves from its own token to the last one, by one head."""
+    printed = printed_by("activation_patching.py", tmp_path, "--picture", "heat.svg")
+    cat, big = (figures(printed, rf"^ +{word} +([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+$")[0] for word in ("cat", "big"))
+    assert cat > 0.9
+    assert big < 0.1
+    assert "layer 2, head 4: 0.74; token 14 attends to ' dog'" in printed
+    assert "<svg" in (tmp_path / "heat.svg").read_text()
+
+
+def test_direct_attribution(tmp_path: Path) -> None:
+    """The parts sum to the difference of the logits."""
+    printed = printed_by("direct_attribution.py", tmp_path)
+    whole, total = re.findall(r"^dog - cat: ([\d.]+); the sum of 9 parts: ([\d.]+)$", printed, re.M)[0]
+    assert abs(float(whole) - float(total)) <= 0.002
+    assert "layer 2, head 4 " in printed
+
+
+def test_induction_heads(smollm2: Model, tmp_path: Path) -> None:
+    """What repeats costs little, unless these heads are ablated."""
+    del smollm2  # its file is there by now
+    file = CACHE / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    printed = printed_by("induction_heads.py", tmp_path, str(file), "--picture", "scores.svg")
+    whole, without, others = figures(printed, r"^(?:all|without) .* [\d.]+ +([\d.]+)$")
+    assert whole < 4
+    assert without > 3 * whole
+    assert others < 1.5 * whole
+    assert "layer 18, head 6: 0.90" in printed
+    assert (tmp_path / "scores.svg").exists()
