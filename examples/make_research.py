@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from make_walkthrough import notebook_of, run_notebook
+from make_walkthrough import notebook_of, run_notebook, write_notebook
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
@@ -113,12 +112,21 @@ def make_notebook() -> NotebookNode:
     return notebook_of(cells)
 
 
+def is_progress(output: NotebookNode) -> bool:
+    """Whether an output of a cell is a progress bar, which returns to the beginning of its line."""
+    return output.get("name") == "stderr" and "\r" in output.text
+
+
 @command_line_tool
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return the exit status."""
     ArgumentParser(description=__doc__).parse_args(arguments)
-    os.environ["TQDM_DISABLE"] = "1"  # no progress bars in the notebook
-    run_notebook(make_notebook(), NOTEBOOK, FOLDER)
+    notebook = make_notebook()
+    run_notebook(notebook, FOLDER)
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if not is_progress(output)]
+    write_notebook(notebook, NOTEBOOK)
     return 0
 
 

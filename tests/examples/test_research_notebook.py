@@ -45,7 +45,6 @@ def test_cells_have_no_command_line_and_show_the_figure(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_notebook_runs_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make_research, "NOTEBOOK", tmp_path / "made.ipynb")
-    monkeypatch.setenv("TQDM_DISABLE", "1")  # undone afterwards
     assert make_research.main([]) == 0
     for cell in nbformat.read(tmp_path / "made.ipynb", as_version=4).cells:
         for output in cell.get("outputs", []):
