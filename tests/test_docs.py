@@ -33,7 +33,7 @@ from tests.paths import ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / "examples" / "README.md", ROOT / "weights" / "README.md", ROOT / "weights" / "tiny" / "README.md"]
 SHOWN_ONLY = {"text", "json"}
-PACKAGES = {"evaluate.md": "lm_eval"}  # of extras, which a page needs
+PACKAGES = {"evaluate.md": "lm_eval", "serve.md": "openai"}  # of extras, which a page needs
 
 
 class Block(NamedTuple):

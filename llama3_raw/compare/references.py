@@ -106,7 +106,7 @@ def _hf_state_dict(model: Model) -> dict[str, Tensor]:
 def meta_model(model: Model, length: int) -> Iterator[Any]:
     """Yield Meta's Transformer on the tensors of the model itself, for a prompt of `length` tokens.
 
-    It needs a process group (fairscale), which here is this process alone and ends with the block. Needs the packages
+    It needs a process group (fairscale): one that is there, or this process alone, until the block ends. Needs the packages
     llama-models and fairscale.
     """
     params, weights = model.params, model.weights
@@ -116,8 +116,10 @@ def meta_model(model: Model, length: int) -> Iterator[Any]:
         arguments: Any = importlib.import_module("llama_models.llama3.args")
         parallel: Any = importlib.import_module("fairscale.nn.model_parallel.initialize")
         distributed: Any = torch.distributed
-        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-        parallel.initialize_model_parallel(1)
+        is_ours = not parallel.model_parallel_is_initialized()  # else the process runs Meta's code itself
+        if is_ours:
+            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+            parallel.initialize_model_parallel(1)
     dtype = torch.get_default_dtype()
     try:
         torch.set_default_dtype(weights.norm.dtype)
@@ -143,8 +145,9 @@ def meta_model(model: Model, length: int) -> Iterator[Any]:
         yield network
     finally:
         torch.set_default_dtype(dtype)
-        parallel.destroy_model_parallel()
-        distributed.destroy_process_group()
+        if is_ours:
+            parallel.destroy_model_parallel()
+            distributed.destroy_process_group()
 
 
 _Names = Mapping[str, tuple[str | None, str | None]]  # module -> the names of its input and its output

@@ -107,7 +107,7 @@ class CompletionScores:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def lists(self, tokens: Sequence[int], scores: Sequence[TokenScore | None]) -> Body:
-        """Return tokens, and log p of each, where there is one, as lists."""
+        """Return tokens and the log-probability of each, or None, as lists."""
         name, offsets = self._tokenizer.name, []
         for token in tokens:
             offsets.append(self._offset)

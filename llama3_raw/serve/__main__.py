@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import json
 import os
 import signal
 import socket
@@ -139,8 +140,15 @@ def _serve(options: argparse.Namespace, key: str | None, listener: socket.socket
     shape = _shape(chosen, context, options.rows)
     model, ops, which = load_model(chosen, shape)
     name = model_name(chosen)
-    source = str(chosen.folder.path)
-    engine = Engine(model, ops, name=name, rows=shape.rows, context=context, queue_length=options.queue, source=source)
+    engine = Engine(
+        model,
+        ops,
+        name=name,
+        rows=shape.rows,
+        context=context,
+        queue_length=options.queue,
+        load_python=load_python(options, chosen),
+    )
     config = uvicorn.Config(
         build_app(engine, settings),
         http="h11",
@@ -169,6 +177,23 @@ def _key(options: argparse.Namespace) -> str | None:
     if key is None and not _is_loopback(options.host):
         raise UserError(f"--host {options.host}: others can reach it, so it needs --api-key KEY or ${_KEY_VARIABLE}")
     return key
+
+
+def load_python(options: argparse.Namespace, chosen: ChosenModel) -> str:
+    """Return the Python that loads the model as it is served."""
+    arguments = {
+        "device": None if chosen.device.type == "cpu" else str(chosen.device),
+        "dtype": chosen.dtype,
+        "layers": options.layers,
+        "tokenizer": options.tokenizer,
+        "quantize": chosen.quantize,
+        "gpu_layers": chosen.gpu_layers,
+        "format": options.format,
+        "adapter": options.adapter,
+    }
+    given = {name: value for name, value in arguments.items() if value is not None}
+    texts = [f"{name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in given.items()]
+    return f"llama3_raw.load({', '.join([json.dumps(str(chosen.folder.path)), *texts])})"
 
 
 def _is_loopback(host: str) -> bool:

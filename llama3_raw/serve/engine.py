@@ -93,14 +93,22 @@ class Asked:
 class Engine:
     """A model that continues up to `rows` texts of `context` tokens at a time, in a thread of its own.
 
-    `queue_length` texts may wait. `source` is what `load` takes, for the Python that the page shows. Raises UserError
+    `queue_length` texts may wait. `load_python` is the Python that loads the model, for the page. Raises UserError
     if the cache does not fit into memory.
     """
 
     def __init__(
-        self, model: Model, ops: Ops, *, name: str, rows: int, context: int, queue_length: int = 256, source: str = ""
+        self,
+        model: Model,
+        ops: Ops,
+        *,
+        name: str,
+        rows: int,
+        context: int,
+        queue_length: int = 256,
+        load_python: str = "",
     ):
-        self.source = source or name
+        self.load_python = load_python
         self.model, self.ops, self.name, self.rows, self.context = model, ops, name, rows, context
         self.queue_length = queue_length
         self.metrics = Metrics()
@@ -135,7 +143,7 @@ class Engine:
     ) -> Asked:
         """Give the engine texts that fit into its context, from the event loop. Raises Busy, or Closed.
 
-        n_top: score the new tokens, with so many alternatives; with_prompt: those of the prompt too. streams: whether
+        n_top: score the new tokens, with this many alternatives; with_prompt: those of the prompt too. streams: whether
         the reader is told of each token, or only of the end.
         """
         self._check_open(len(rows))

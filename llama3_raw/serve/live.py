@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ..errors import UserError, in_short
-from ..weights import devices_of, dtype_name, format_name, tensor_specs
+from ..weights import dtype_name, tensor_specs
 from .engine import Closed, Engine
 from .live_pass import MAX_TOKENS, PassRequest, read_request, run_pass, token_json
 
@@ -63,40 +63,23 @@ async def _model(engine: Engine, _: Request) -> Response:
     params, weights = engine.model.params, engine.model.weights
     is_tied = weights.output is weights.tok_embeddings
     n_weights = sum(math.prod(spec.shape) for spec in tensor_specs(params, is_tied))
-    tokenizer = engine.model.tokenizer
-    if tokenizer is None:
-        return _error("the model has no tokenizer, which the page needs; serve it with --tokenizer FILE")
     return JSONResponse(
         {
             "name": engine.name,
-            "load": load_python(engine),
+            "load": engine.load_python,
             "n_weights": n_weights,
             "is_large": n_weights + (params.n_layers + 1) * params.vocab_size * params.dim >= _LARGE,
             "dtype": dtype_name(weights.norm.dtype),
-            "matrices": format_name(weights.layers[0].wq),
-            "max_tokens": min(MAX_TOKENS, params.max_seq_len),
-            "stop_ids": sorted(engine.model.stop_ids or tokenizer.stop_ids),
-            **{name: getattr(params, name) for name in ("n_layers", "n_heads", "n_kv_heads", "dim", "vocab_size")},
+            **{name: getattr(params, name) for name in ("n_layers", "n_heads", "vocab_size")},
         }
     )
-
-
-def load_python(engine: Engine) -> str:
-    """Return the Python that loads the model of the server."""
-    weights = engine.model.weights
-    options = ""
-    (device, *others) = devices_of(weights)
-    if device.type != "cpu" and not others:
-        options += f', device="{device}"'
-    if format_name(weights.layers[0].wq) in ("int8", "int4"):
-        options += f', quantize="{format_name(weights.layers[0].wq)}"'
-    return f"llama3_raw.load({json.dumps(engine.source)}{options})"
 
 
 async def _tokens(engine: Engine, request: Request) -> Response:
     body = await _json(request)
     tokenizer = engine.model.tokenizer
-    if not isinstance(body, dict) or not isinstance(body.get("text"), str) or tokenizer is None:
+    assert tokenizer is not None  # build_app refuses a model without one
+    if not isinstance(body, dict) or not isinstance(body.get("text"), str):
         return _error("text: should be a string")
     text = body["text"].encode("utf-8", "replace").decode()  # half of a pair of surrogates is no text
     if len(text) > 100 * MAX_TOKENS:  # no token is so long
@@ -120,8 +103,8 @@ async def _json(request: Request) -> Any:
         return None
 
 
-def _error(message: str, status: int = 400) -> Response:
-    return JSONResponse({"error": {"message": message}}, status)
+def _error(message: str) -> Response:
+    return JSONResponse({"error": {"message": message}}, 400)
 
 
 class _GoneError(Exception):

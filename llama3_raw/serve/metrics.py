@@ -29,7 +29,7 @@ class Metrics:
             "llama3_raw_text_seconds", "From arrival to the end of a text.", buckets=_SECONDS, registry=registry
         )
 
-        self._tokens_of_second: deque[list[int]] = deque(maxlen=_WINDOW + 1)  # [second, tokens]; the last goes on
+        self._tokens_of_second: deque[list[int]] = deque(maxlen=_WINDOW + 1)  # [second, tokens]; the last is not over
         self.speed.set_function(self._speed)
 
     def count_token(self) -> None:

@@ -14,6 +14,7 @@ from ..quantization.int8 import ROWS_AT_ONCE
 from ..quantization.matrix import Matrix
 from ..weights import Model
 from .circuits import dense
+from .padding import select_token
 
 
 class Attribution(NamedTuple):
@@ -68,15 +69,14 @@ def attribute(
         if name not in kept:
             raise UserError(f"the trace lacks {name!r}; trace 'tok_embeddings', '*.heads' and '*.out'")
         tensor = kept[name].to(device, torch.float32)
-        if getattr(kept, "last_position", False) or getattr(kept, "at", None) is not None:
+        if getattr(kept, "at", None) is not None:
             return tensor  # the trace has one position only
         length = tensor.shape[-dimensions]
         if not -length <= position < length:
             raise UserError(f"{position} is not in a prompt of {length} tokens", argument="position")
         lengths = getattr(kept, "lengths", None)  # of the prompts of a padded batch
-        if lengths is None or position >= 0:
-            return tensor.select(-dimensions, position)
-        return tensor[range(len(lengths)), lengths + position]
+        at = position if lengths is None or position >= 0 else lengths + position
+        return select_token(tensor, -dimensions, at)
 
     names = Attribution(torch.empty(0), torch.empty(len(layers), 0)).names
     parts = torch.stack([at_position(name, 2) for name in names], dim=-2)  # [..., parts, dim]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +11,15 @@ from ..errors import UserError
 from ..model import REFERENCE, forward
 from ..ops import Ops, Tap, no_tap
 from ..weights import Model
+from .padding import Ids, read_prompts, tokens_of_one_prompt
 from .patching import STREAM, Base, By, Metric, cells_of, layer_of, tap_names
-from .record import Origin, Trace, tokens_of_one_prompt, trace
+from .record import Origin, Trace, trace
 from .taps import Patterns, chain
 
 
 def trace_gradients(
     model: Model,
-    ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+    ids: Ids | Sequence[Ids],
     of: Callable[[Tensor], Tensor],
     *patterns: str,
     ops: Ops = REFERENCE,
@@ -31,7 +31,7 @@ def trace_gradients(
 
     Args:
         model: the model to run.
-        ids: the prompt [T], or prompts of equal length [B, T].
+        ids: the prompt [T], a batch [B, T], or a list of prompts of any length, which are padded as `pad` does.
         of: a function of the logits [..., T, vocab_size] that returns a scalar, such as
             `lambda logits: logits[-1, answer] - logits[-1, other]`.
         patterns: tap names, with the wildcards of `Patterns`; without any, every tensor. The pass is differentiated
@@ -43,7 +43,8 @@ def trace_gradients(
         UserError: before anything is computed, if a pattern matches nothing or an id is not in the vocabulary; and if
             `of` returns no scalar that depends on the logits.
     """
-    tokens = _tokens(ids, model)
+    prompts = read_prompts(ids, None, model.params)
+    tokens = prompts.tokens.to(model.weights.norm.device)
     tap_names(model.params, *patterns)  # raises for a pattern that matches nothing
     kept, gradients = Trace(*patterns), Trace()
     watched: dict[str, Tensor] = {}
@@ -52,8 +53,8 @@ def trace_gradients(
         value = of(forward(model.weights, model.params, tokens, ops=ops, tap=seeing))
         for name, gradient in _gradients(value, watched, "of").items():
             gradients(name, gradient)
-    if tokens.dim() == 1:
-        kept.origin = gradients.origin = Origin.of(model, tokens.tolist())
+    kept.origin = gradients.origin = Origin.of(model, prompts.ids)
+    kept.lengths = gradients.lengths = prompts.lengths
     return kept, gradients
 
 
@@ -145,16 +146,3 @@ def _gradients(value: Tensor, watched: Mapping[str, Tensor], argument: str) -> d
         raise UserError(f"should return a scalar that is computed from the logits, returns {got}", argument=argument)
     found = torch.autograd.grad(value.sum(), list(watched.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(watched, found, strict=True))
-
-
-def _tokens(ids: Any, model: Model) -> Tensor:
-    """Return ids [T] or [B, T] on the model's device. Raises UserError if they are not tokens of the vocabulary."""
-    checked = [tokens_of_one_prompt(row, model.params) for row in (ids if _is_batch(ids) else [ids])]
-    return torch.tensor(checked if _is_batch(ids) else checked[0], device=model.weights.norm.device)
-
-
-def _is_batch(ids: Any) -> bool:
-    try:
-        return torch.as_tensor(ids).dim() == 2
-    except (TypeError, ValueError, RuntimeError):
-        return False

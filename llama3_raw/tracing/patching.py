@@ -16,12 +16,13 @@ from tqdm import tqdm
 from ..backends.choose import ops_for
 from ..errors import UserError, in_short
 from ..model import REFERENCE, forward
-from ..ops import Ops, Tap, score_bytes
+from ..ops import UNFUSED, Ops, Tap, score_bytes
 from ..params import Params
 from ..system.machine import free_memory
 from ..weights import Model, Weights
 from .names import FIRST, named_tensors, token_dimension, within_layer
-from .record import Trace, tokens_of_one_prompt, trace
+from .padding import tokens_of_one_prompt
+from .record import Trace, trace
 from .taps import Patterns, chain
 
 By = Literal["position", "head", "layer"]
@@ -29,7 +30,6 @@ Metric = Callable[[Tensor], Tensor]  # logits [rows, T, vocab_size] -> one value
 End = str | tuple[str, int]  # of a path: a tap name, or a tap name and one of its heads
 _SENDERS = ("tok_embeddings", "attention.heads", "attention.out", "feed_forward.out")  # are added to the stream
 _RECEIVERS = ("attention_norm", "attention.q", "attention.k", "attention.v", "ffn_norm", "norm")  # are read from it
-_SQUARE = ("attention.scores", "attention.probs")  # [n_heads, T, T]; fused attention has neither
 STREAM = (FIRST, "layers.*.residual")
 
 Item = TypeVar("Item")
@@ -147,7 +147,7 @@ def path_patch(  # noqa: PLR0913  # what a caller may set
     read = [[_slice_of(end, params, "receiver", _RECEIVERS) for end in group] for group in groups]
     _check_source(params, len(ids), source, [name for name, _ in sent])
     ops = ops or ops_showing(model.weights, ())
-    _check_memory(model, len(ids), rows, ops)
+    _check_memory(model, len(ids), min(rows, len(sent) * len(read)), ops)
     frozen = tap_names(params, "layers.*.attention.heads", *(["layers.*.feed_forward.out"] if direct else []))
     base = Base(model, ids, trace(model, ids, *STREAM, *frozen, ops=ops), ops)
 
@@ -158,7 +158,8 @@ def path_patch(  # noqa: PLR0913  # what a caller may set
     for chunk in _chunks(sent, rows, "path patching", progress):
         seen = Trace(*{name for group in read for name, _ in group})
         changes = [[Change(name, where, source[name][where])] for name, where in chunk]
-        base.run(0, len(chunk), chain(freeze, _replacing(changes), seen))
+        with torch.no_grad():
+            base.run(0, len(chunk), chain(freeze, _replacing(changes), seen))
         cells = [
             [[Change(name, where, seen[name][row][where]) for name, where in group] for group in read]
             for row in range(len(chunk))
@@ -174,38 +175,46 @@ def ablation(
     length: int | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Return what replaces each tensor of a trace when it is ablated: a `source` for `sweep`.
+    """Return what replaces each tensor of a trace when it is ablated: a `source` for `sweep`, and what `patch` takes.
 
     Args:
         kept: the tensors by tap name, such as a trace: of one prompt [T, …], or of a batch of prompts [B, T, …].
-        how: "zero"; "mean", over all prompts and positions; or "resample", all tensors of one prompt of the batch,
-            chosen at random. (The trace of one other prompt is a source as it is.)
+        how: "zero"; "mean", over all prompts and positions without padding; or "resample", all tensors of one prompt
+            of the batch, chosen at random. (The trace of one other prompt is a source as it is.)
         length: the number of positions of the zeros or means. None: T.
         generator: chooses the prompt. None: torch's own.
 
     Raises:
         UserError: another `how`, the mean of scores or probs (whose keys are others at each position), or resampling
-            of the trace of one prompt.
+            of the trace of one prompt, or of prompts of unequal length.
     """
+    if how not in ("zero", "mean", "resample"):
+        raise UserError(f"should be 'zero', 'mean' or 'resample', is {how!r}", argument="how")
+    lengths = getattr(kept, "lengths", None)  # [B], of a padded batch
     replaced, row = {}, None
     for name, tensor in kept.items():
-        square = within_layer(name) in _SQUARE
+        square = within_layer(name) in UNFUSED  # [n_heads, T, T]
         prompts = tensor.reshape(-1, *tensor.shape[-3 if square else token_dimension(name) :])  # [B, T, …]
         shape = prompts.shape[1:] if square else (length or prompts.shape[1], *prompts.shape[2:])
         if how == "zero":
             replaced[name] = prompts.new_zeros(()).expand(shape)
-        elif how == "mean" and not square:
-            replaced[name] = prompts.float().mean((0, 1)).to(tensor.dtype).expand(shape)
-        elif how == "resample" and len(prompts) > 1:
+        elif how == "mean":
+            if square:
+                raise UserError(f"{name} has no mean over positions, whose keys differ; ablate attention.heads or v")
+            texts = prompts.unbind() if lengths is None else map(_beginning, prompts, lengths.tolist())
+            replaced[name] = torch.cat(list(texts)).float().mean(0).to(tensor.dtype).expand(shape)
+        elif len(prompts) == 1:
+            raise UserError("the trace is of one prompt; give one of a batch, or use it as the source as it is")
+        elif lengths is not None and len(lengths.unique()) > 1:
+            raise UserError("the prompts of the trace have unequal lengths; trace prompts of as many tokens as ids")
+        else:
             row = int(torch.randint(len(prompts), (), generator=generator)) if row is None else row
             replaced[name] = prompts[row]
-        elif how == "mean":
-            raise UserError(f"{name} has no mean over positions, whose keys differ; ablate attention.heads or v")
-        elif how == "resample":
-            raise UserError("the trace is of one prompt; give one of a batch, or use it as the source as it is")
-        else:
-            raise UserError(f"should be 'zero', 'mean' or 'resample', is {how!r}", argument="how")
     return replaced
+
+
+def _beginning(tensor: Tensor, length: int) -> Tensor:
+    return tensor[:length]
 
 
 class Base(NamedTuple):
@@ -236,7 +245,7 @@ class Base(NamedTuple):
 def ops_showing(weights: Weights, names: Collection[str]) -> Ops:
     """Return the fast operations for the weights, with exact attention if scores or probs are among the names."""
     ops = ops_for(weights)
-    if ops.has_scores or not any(within_layer(name) in _SQUARE for name in names):
+    if ops.has_scores or not any(within_layer(name) in UNFUSED for name in names):
         return ops
     return ops._replace(attend=REFERENCE.attend, has_scores=True)
 

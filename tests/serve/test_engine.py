@@ -123,7 +123,7 @@ def test_only_so_many_wait(tiny: Model) -> None:
 
 
 def test_an_error_ends_the_running_texts_only(tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
-    """Such as a lack of memory. The thread goes on."""
+    """Such as a lack of memory. The thread continues."""
 
     def fail(name: str, tensor: torch.Tensor) -> torch.Tensor:
         raise MemoryError("too large")

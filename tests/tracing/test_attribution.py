@@ -55,6 +55,17 @@ def test_a_batch_and_the_last_position(model: Model, kept: Trace) -> None:
     close(attribute(last, model, ANSWER).by_head, attribute(kept, model, ANSWER).by_head)
 
 
+def test_the_last_position_of_each_prompt_of_a_padded_batch(model: Model) -> None:
+    prompts = [CLEAN[:4], IDS]
+    padded = trace(model, prompts, "tok_embeddings", "*.heads", "*.out", "logits")
+    for position in (-1, -2, 1):
+        by_part, by_head = attribute(padded, model, (ANSWER, OTHER), position)
+        for row, prompt in enumerate(prompts):
+            one = attribute(trace(model, prompt), model, (ANSWER, OTHER), position)
+            close(by_part[row], one.by_part)
+            close(by_head[row], one.by_head)
+
+
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_quantized_weights(model: Model, quantize: str) -> None:
     weights = quantized_weights(model.weights, quantize)

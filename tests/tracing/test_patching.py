@@ -9,7 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama3_raw import REFERENCE, Model, Trace, UserError, ablation, chain, forward, path_patch, sweep, tap_names, trace
+from llama3_raw import (
+    REFERENCE,
+    Model,
+    Trace,
+    UserError,
+    ablation,
+    chain,
+    forward,
+    patch,
+    path_patch,
+    sweep,
+    tap_names,
+    trace,
+)
 from llama3_raw.backends.choose import suitable_ops
 from llama3_raw.ops import Ops, Tap
 from tests.tracing.small import CLEAN, HEADS, IDS, KV_HEADS, LAYERS, close, metric, small_model
@@ -214,6 +227,10 @@ def test_ablations(model: Model, clean: Trace) -> None:
     several = Trace(heads, probs, "norm")
     with torch.no_grad():
         forward(model.weights, model.params, torch.tensor([CLEAN, IDS, CLEAN[::-1]]), tap=several)
+    padded = ablation(trace(model, [CLEAN[:2], IDS], heads), "mean", length=9)[heads]  # without the padding
+    texts = torch.cat([trace(model, CLEAN[:2], heads)[heads], trace(model, IDS, heads)[heads]])
+    close(padded, texts.mean(0).expand_as(padded))
+    assert len(padded) == 9
     means = ablation({"norm": several["norm"]}, "mean", length=9)
     close(means["norm"], several["norm"].mean((0, 1)).expand(9, -1))
     seen = set()
@@ -227,10 +244,14 @@ def test_ablations(model: Model, clean: Trace) -> None:
         sweep(model, IDS, zero, "layers.*.attention.heads", metric, by="head"),
         by_hand(model, zero, [f"layers.{i}.attention.heads" for i in LAYERS], [(slice(None), i) for i in HEADS]),
     )
+    patched = trace(model, IDS, "logits", tap=patch(ablation(trace(model, IDS, heads), "mean")))
+    by_layer = sweep(model, IDS, ablation(trace(model, IDS, heads), "mean"), heads, metric, by="layer")
+    torch.testing.assert_close(by_layer[0], metric(patched["logits"][None]), rtol=0, atol=1e-5)
     for kept, how, message in (
         (clean, "median", "how should be 'zero', 'mean' or 'resample', is 'median'"),
         (clean, "mean", r"layers\.0\.attention\.scores has no mean over positions"),
         (clean, "resample", "the trace is of one prompt"),
+        (trace(model, [CLEAN[:2], IDS]), "resample", "the prompts of the trace have unequal lengths"),
     ):
         with pytest.raises(UserError, match=message):
             ablation(kept, how)  # type: ignore[arg-type]
