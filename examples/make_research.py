@@ -3,19 +3,21 @@
     pip install -e '.[examples]' && python examples/make_research.py
 
 A script's docstring becomes text; a cell has its imports, functions and constants; and a further cell begins at each
-comment below a blank line. Options have their defaults, and the figure of --picture is shown.
+comment below a blank line. MODEL is the built-in one, other options have their defaults, and the figure of --picture
+is shown.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import json
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from make_walkthrough import notebook_of, run_notebook
+from make_walkthrough import notebook_of, run_notebook, write_notebook
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
@@ -84,19 +86,21 @@ def adapted(lines: list[str], statement: ast.stmt, tree: ast.Module) -> list[str
         last = max((node.lineno for node in statement.body if any(s in ast.walk(node) for s in saves)), default=0)
         body = textwrap.dedent("\n".join(lines[first : last - statement.lineno + 1]))
         return [f"{body.partition('.savefig(')[0]}"]
-    return lines
+    if text == "import sys":
+        return []
+    return [line.replace("sys.argv[1] if len(sys.argv) > 1 else ", "") for line in lines]
 
 
 def options_of(tree: ast.Module) -> list[str]:
-    """Return a line that sets the options that the code uses to their defaults."""
+    """Return a line that sets the options that the code uses, for the built-in model."""
     names: dict[str, object] = {"argparse": argparse, "__doc__": None}
     about = [node for node in tree.body if ast.unparse(node).startswith("parser")]
     exec(compile(ast.Module(about, []), "<options>", "exec"), names)
     parser = names["parser"]
     assert isinstance(parser, argparse.ArgumentParser)
     used = {ast.unparse(node).partition(".")[2] for node in ast.walk(tree) if ast.unparse(node).startswith("options.")}
-    defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name in used - {"picture"}}
-    found = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
+    defaults = {name: value for name, value in vars(parser.parse_args(["tiny"])).items() if name in used - {"picture"}}
+    found = ", ".join(f"{name}={json.dumps(value)}" for name, value in defaults.items())
     return ["from types import SimpleNamespace", "", f"options = SimpleNamespace({found})"]
 
 
@@ -108,11 +112,21 @@ def make_notebook() -> NotebookNode:
     return notebook_of(cells)
 
 
+def is_progress(output: NotebookNode) -> bool:
+    """Whether an output of a cell is a progress bar, which returns to the beginning of its line."""
+    return output.get("name") == "stderr" and "\r" in output.text
+
+
 @command_line_tool
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return the exit status."""
     ArgumentParser(description=__doc__).parse_args(arguments)
-    run_notebook(make_notebook(), NOTEBOOK, FOLDER)
+    notebook = make_notebook()
+    run_notebook(notebook, FOLDER)
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if not is_progress(output)]
+    write_notebook(notebook, NOTEBOOK)
     return 0
 
 

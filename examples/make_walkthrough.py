@@ -107,8 +107,8 @@ def notebook_of(cells: Sequence[NotebookNode]) -> NotebookNode:
     return notebook
 
 
-def run_notebook(notebook: NotebookNode, file: Path, folder: Path) -> None:
-    """Run the cells in a folder, and write the notebook with their outputs."""
+def run_notebook(notebook: NotebookNode, folder: Path) -> None:
+    """Run the cells in a folder; the notebook then has their outputs."""
     client = NotebookClient(
         notebook,
         resources={"metadata": {"path": str(folder)}},
@@ -118,6 +118,10 @@ def run_notebook(notebook: NotebookNode, file: Path, folder: Path) -> None:
     with client.setup_kernel():
         for number, cell in enumerate(tqdm(notebook.cells, desc="running the cells", unit="cell")):
             client.execute_cell(cell, number)
+
+
+def write_notebook(notebook: NotebookNode, file: Path) -> None:
+    """Write the notebook to a file."""
     with atomic_write(file) as part:
         nbformat.write(notebook, part)
 
@@ -126,7 +130,9 @@ def run_notebook(notebook: NotebookNode, file: Path, folder: Path) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return the exit status."""
     ArgumentParser(description=__doc__).parse_args(arguments)
-    run_notebook(make_notebook(), NOTEBOOK, HERE)
+    notebook = make_notebook()
+    run_notebook(notebook, HERE)
+    write_notebook(notebook, NOTEBOOK)
     return 0
 
 

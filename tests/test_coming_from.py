@@ -198,7 +198,7 @@ def test_the_names_of_transformer_lens(
         is_logits = name == "logits"
         pair = (folded.log_softmax(-1), kept[name].log_softmax(-1)) if is_logits else (folded, kept[name])
         assert_same(f"folded {name}", *pair)
-    known = {"kept": kept, "model": model, "weights": model.weights, "torch": torch, "i": 1}
+    known = {"head_results": llama3_raw.head_results, "kept": kept, "model": model, "weights": model.weights, "i": 1}
     for hook, expression in other_hooks().items():
         assert_same(hook, results["others"][hook], eval(expression, known))
 
