@@ -86,13 +86,13 @@ def estimate_sweep(
             whole tensor.
 
     Returns:
-        The estimates, [names, n].
+        The estimates, in the shape of what `sweep` returns.
 
     Raises:
         UserError: as `sweep` does.
     """
     ids = tokens_of_one_prompt(ids, model.params)
-    cells = cells_of(model.params, len(ids), source, names, by)
+    cells, sizes = cells_of(model.params, len(ids), source, names, by)
     names = list(dict.fromkeys(change.name for row in cells for cell in row for change in cell))
     base = Base(model, ids, trace(model, ids, *STREAM, *names, ops=REFERENCE), REFERENCE)
     # the masked scores, -inf in both, do not differ
@@ -105,11 +105,9 @@ def estimate_sweep(
         gradients = {name: gradient[0].float() for name, gradient in _gradients(value, watched, "metric").items()}
         if steps is not None:
             gradients = {name: _mean_gradient(base, name, changes[name], metric, steps) for name in names}
-    effects = [
-        [sum((changes[change.name] * gradients[change.name])[change.where].sum() for change in cell) for cell in row]
-        for row in cells
-    ]
-    return value.detach() + torch.tensor(effects, device=value.device)
+    products = {name: changes[name] * gradients[name] for name in names}
+    effects = [[sum(float(products[name][where].sum()) for name, where, _ in cell) for cell in row] for row in cells]
+    return value.detach() + torch.tensor(effects, device=value.device).unflatten(1, sizes)
 
 
 def _mean_gradient(base: Base, name: str, change: Tensor, metric: Metric, steps: int) -> Tensor:

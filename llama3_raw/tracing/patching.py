@@ -6,6 +6,7 @@ changes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeVar, get_args
 
@@ -25,7 +26,8 @@ from .padding import tokens_of_one_prompt
 from .record import Trace, trace
 from .taps import Patterns, chain
 
-By = Literal["position", "head", "layer"]
+Axis = Literal["position", "head", "key"]
+By = Axis | Literal["layer"] | tuple[Axis, ...]
 Metric = Callable[[Tensor], Tensor]  # logits [rows, T, vocab_size] -> one value a row, [rows]
 End = str | tuple[str, int]  # of a path: a tap name, or a tap name and one of its heads
 _SENDERS = ("tok_embeddings", "attention.heads", "attention.out", "feed_forward.out")  # are added to the stream
@@ -77,15 +79,18 @@ def sweep(  # noqa: PLR0913  # what a caller may set
             `lambda logits: logits[:, -1, answer] - logits[:, -1, other]`.
         by: what a slice is, and so what the columns are. "position": one position of one tensor (of scores and probs,
             that of the query); [names, T]. "head": one head of one tensor, at all positions; [names, heads], where k,
-            k_rope and v have n_kv_heads, and the others with heads n_heads. "layer": the whole tensor of one layer;
-            the result has a row for each tensor within a layer, such as attention.out, and a column for each layer in
-            `names`: [1, n_layers] for "layers.*.residual".
+            k_rope and v have n_kv_heads, and the others with heads n_heads. "key": one key of scores or probs;
+            [names, T]. Several of these as a tuple: ("position", "head") is one head at one position,
+            [names, T, heads]. "layer": the whole tensor of one layer; the result has a row for each tensor within a
+            layer, such as attention.out, and a column for each layer in `names`: [1, n_layers] for
+            "layers.*.residual".
         rows: how many slices share a pass; fewer need less memory.
         ops: the operations. None: the fast ones of the device, with exact attention if scores or probs are patched.
         progress: show a bar on stderr, if it takes longer than a second.
 
     Returns:
-        The metric of each pass, [names, n]. Subtract that of an unchanged pass for the effects.
+        The metric of each pass, [names, n], or [names, *sizes] for several axes. Subtract that of an unchanged pass
+        for the effects.
 
     Raises:
         UserError: before anything is computed, if a name matches nothing or has no such slices, `source` lacks a
@@ -93,10 +98,11 @@ def sweep(  # noqa: PLR0913  # what a caller may set
             one value a row.
     """
     ids = tokens_of_one_prompt(ids, model.params)
-    cells = cells_of(model.params, len(ids), source, names, by)
+    cells, sizes = cells_of(model.params, len(ids), source, names, by)
     ops = ops or ops_showing(model.weights, {change.name for row in cells for cell in row for change in cell})
     _check_memory(model, len(ids), min(rows, sum(map(len, cells))), ops)
-    return _measure(Base(model, ids, trace(model, ids, *STREAM, ops=ops), ops), cells, metric, rows, progress)
+    base = Base(model, ids, trace(model, ids, *STREAM, ops=ops), ops)
+    return _measure(base, cells, metric, rows, progress).unflatten(1, sizes)
 
 
 def path_patch(  # noqa: PLR0913  # what a caller may set
@@ -252,16 +258,23 @@ def ops_showing(weights: Weights, names: Collection[str]) -> Ops:
 
 def cells_of(
     params: Params, length: int, source: Mapping[str, Tensor], names: str | Sequence[str], by: By
-) -> list[list[list[Change]]]:
-    """Return the changes of each pass of a sweep, [names, n]. Raises UserError as `sweep` does."""
+) -> tuple[list[list[list[Change]]], list[int]]:
+    """Return the changes of each pass of a sweep, [names, n], and the sizes of the axes that n covers.
+
+    Raises UserError as `sweep` does.
+    """
     patterns = [names] if isinstance(names, str) else list(names)
     expanded = list(dict.fromkeys(name for pattern in patterns for name in tap_names(params, pattern)))
-    if by not in get_args(By):
-        raise UserError(f"should be 'position', 'head' or 'layer', is {by!r}", argument="by")
+    axes = by if isinstance(by, tuple) else (by,)
+    if axes != ("layer",) and (not axes or len({*axes}) < len(axes) or not {*axes} <= {*get_args(Axis)}):
+        raise UserError(
+            f"should be 'layer', or 'position', 'head', 'key' or a tuple of these, is {by!r}", argument="by"
+        )
     if not expanded:
         raise UserError("is empty", argument="names")
     _check_source(params, length, source, expanded)
     table: dict[str, dict[int, list[Change]]] = {}  # row -> column -> changes
+    sizes = []
     for name in expanded:
         shape = named_tensors(params)[name].shape.split()
         if by == "layer":
@@ -269,13 +282,31 @@ def cells_of(
                 raise UserError(f"{name} is in no layer; leave it out, or use by='position'")
             table.setdefault(within_layer(name), {})[int(name.split(".")[1])] = [Change(name, (), source[name])]
         else:
-            axis = shape.index("T") if by == "position" else _head_axis(shape, name)
-            wheres = [(slice(None),) * axis + (i,) for i in range(source[name].shape[axis])]
+            dims = [_dimension_of(axis, shape, name) for axis in axes]
+            sizes = [source[name].shape[dim] for dim in dims]
+            wheres = [_where(dict(zip(dims, index, strict=True))) for index in itertools.product(*map(range, sizes))]
             table[name] = {i: [Change(name, where, source[name][where])] for i, where in enumerate(wheres)}
     if len({tuple(row) for row in table.values()}) > 1:
         counts = ", ".join(f"{name} {len(row)}" for name, row in table.items())
-        raise UserError(f"the names do not have the same {by}s ({in_short(counts)}); sweep them one by one")
-    return [list(row.values()) for row in table.values()]
+        raise UserError(
+            f"the names do not have the same {' and '.join(axes)}s ({in_short(counts)}); sweep them one by one"
+        )
+    cells = [list(row.values()) for row in table.values()]
+    return cells, sizes or [len(cells[0])]
+
+
+def _dimension_of(axis: str, shape: Sequence[str], name: str) -> int:
+    """Return which dimension of a tensor of this shape an axis of a sweep is."""
+    if axis == "key" and shape.count("T") < 2:
+        raise UserError(f"{name} has no keys; attention.scores and probs have", argument="by")
+    if axis == "head":
+        return _head_axis(shape, name)
+    return shape.index("T") if axis == "position" else len(shape) - 1
+
+
+def _where(index_of: Mapping[int, int]) -> tuple[int | slice, ...]:
+    """Return the index that has these numbers in these dimensions, and all of the others."""
+    return tuple(index_of.get(dim, slice(None)) for dim in range(max(index_of) + 1))
 
 
 def _head_axis(shape: Sequence[str], name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,27 @@ def test_by_head(model: Model, clean: Trace, name: str) -> None:
     close(sweep(model, IDS, clean, names, metric, by="head", rows=3), by_hand(model, clean, names, wheres))
 
 
+@pytest.mark.parametrize(
+    ("name", "by", "where"),
+    [
+        ("heads", ("position", "head"), lambda i, head: (i, head)),
+        ("heads", ("head", "position"), lambda head, i: (i, head)),
+        ("k", ("position", "head"), lambda i, head: (i, head)),
+        ("probs", ("key",), lambda key: (slice(None), slice(None), key)),
+        ("probs", ("head", "position", "key"), lambda *index: index),
+    ],
+)
+def test_by_several_axes(
+    model: Model, clean: Trace, name: str, by: tuple[Any, ...], where: Callable[..., tuple[Any, ...]]
+) -> None:
+    names = [f"layers.{i}.attention.{name}" for i in (0, 2)]
+    sizes = [len(KV_HEADS if name == "k" else HEADS) if axis == "head" else LENGTH for axis in by]
+    found = sweep(model, IDS, clean, names, metric, by=by)
+    assert found.shape == (2, *sizes)
+    wheres = [where(*index) for index in itertools.product(*map(range, sizes))]
+    close(found.flatten(1), by_hand(model, clean, names, wheres))
+
+
 def test_by_layer(model: Model, clean: Trace) -> None:
     found = sweep(model, IDS, clean, ["layers.*.attention.out", "layers.*.feed_forward.out"], metric, by="layer")
     expected = [by_hand(model, clean, [f"layers.{i}.{part}.out" for i in LAYERS], [()]).T for part in PARTS]
@@ -134,13 +156,16 @@ def test_in_bf16_with_the_fast_operations() -> None:
 @pytest.mark.parametrize(
     ("names", "by", "message"),
     [
-        ("layers.*.residual", "token", "by should be 'position', 'head' or 'layer', is 'token'"),
+        ("layers.*.residual", "token", "by should be 'layer', or 'position', 'head', 'key' or a tuple of these, is 'token'"),
         ([], "position", "names is empty"),
         ("layers.*.residul", "position", r"nearest are layers\.\*\.residual"),
         ("layers.0.residual", "head", r"layers\.0\.residual has no heads"),
         (["layers.0.attention.q", "layers.0.attention.k"], "head", "do not have the same heads"),
         (["layers.[01].ffn_norm", "layers.[12].residual"], "layer", "do not have the same layers"),
         ("norm", "layer", "norm is in no layer"),
+        ("layers.*.attention.heads", ("position", "key"), r"layers\.0\.attention\.heads has no keys"),
+        ("layers.*.residual", ("position", "layer"), "by should be 'layer', or"),
+        ("layers.*.residual", ("position", "position"), "by should be 'layer', or"),
     ],
 )
 def test_names_that_cannot_be_swept_are_refused(model: Model, clean: Trace, names: Any, by: Any, message: str) -> None:
