@@ -26,12 +26,8 @@ OLDEST = [
 TOOLS = ["psutil", "pytest>=8.2", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 # what more the tests need, of which none needs other versions of the above
 REFERENCES = [
-    "gguf>=0.17",
-    "llama-models==0.3.0",
-    "fairscale>=0.4.13",
-    "matplotlib>=3.9",
-    "peft>=0.17",
-    "nbformat>=5.10",
+    *("gguf>=0.17", "llama-models==0.3.0", "fairscale>=0.4.13", "peft>=0.17", "playwright>=1.40"),
+    *("matplotlib>=3.9", "pygments>=2.17", "nbformat>=5.10", "nbclient>=0.10", "ipykernel>=6.29"),
 ]
 KERNEL_TESTS = ["tests/backends/test_cpu.py", "tests/backends/test_repacking.py"]
 

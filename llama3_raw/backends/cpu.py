@@ -46,6 +46,7 @@ _MAX_LENGTH = 2**17  # values of a row, for the tiles; above that, a sum of int8
 QUERIES = 128  # tokens that torch attends for at a time
 _KINDS = {name: number for number, name in enumerate((*BLOCK_TYPES, "int4"))}  # the enum in blocks.c
 _SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.[ch]"))
+COMPILERS = ("gcc", "cc", "clang")  # gcc first: its OpenMP is torch's on Linux, and clang's is a library of its own
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 # -fno-tree-ter keeps GCC from reordering the products of few bits: on AVX2 their sums did not fit into the registers
@@ -62,9 +63,6 @@ INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "avx2": _AVX2,
     "baseline": (),  # SSE2 on x86, NEON on ARM
 }
-
-
-COMPILERS = ("gcc", "cc", "clang")  # gcc first: its OpenMP is torch's on Linux, and clang's is a library of its own
 
 
 class CannotBuild(Exception):

@@ -20,6 +20,9 @@ _OTHERS_REPORT_FIRST = 5.0  # seconds to wait with an error that another process
 _OPTIONS = {"max_seq_len": "--max-new-tokens or --context", "tensor_parallel": "--tp"}
 """Arguments of the library whose options have other names."""
 
+_WITH_OTHER_PARSERS = {"lm_eval", "--estimate"}
+"""Arguments with which a command hands the others to another parser."""
+
 _FOR_SEVERAL_PROCESSES: set[Callable[[Sequence[str]], int]] = set()
 
 
@@ -55,7 +58,10 @@ def answer_help(
     It is called before the imports of torch, which take seconds. arguments: by default those of the process.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if module == "__main__" and not {"-h", "--help", "--version"}.isdisjoint(arguments):
+    names = {argument.partition("=")[0] for argument in arguments}
+    if module != "__main__" or "WORLD_SIZE" in os.environ or names & _WITH_OTHER_PARSERS:
+        return  # of several processes, only the first answers
+    if names & {"-h", "--help", "--version"}:
         with contextlib.suppress(UserError):  # main() reports it
             build_parser().parse_args(arguments)
 

@@ -154,7 +154,7 @@ def thumbnails(probs: Tensor) -> str:
     strip = torch.cat(list(probs), dim=-1)  # [T, n_heads * S]
     pixels = numpy.empty((*strip.shape, 4), dtype=numpy.float32)
     pixels[..., :3] = to_rgb(plots.BLUE)
-    pixels[..., 3] = strip.sqrt()  # makes small values visible
+    pixels[..., 3] = strip.sqrt().numpy()  # makes small values visible
     buffer = io.BytesIO()
     imsave(buffer, pixels, format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

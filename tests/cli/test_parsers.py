@@ -17,6 +17,8 @@ from llama3_raw.chat.conversation import DEFAULT_CONTEXT
 from llama3_raw.checkpoint.files import FileFormat
 from llama3_raw.cli import shown
 from llama3_raw.cli.commands import COMMANDS
+from llama3_raw.cli.entry_point import answer_help
+from llama3_raw.cli.main_parser import build_parser
 from llama3_raw.cli.models import DTYPES_BY_NAME
 from llama3_raw.compare.difference import TOP_K
 from llama3_raw.decoding.drafts import MAX_DRAFT_TOKENS
@@ -51,6 +53,17 @@ def test_help_needs_no_torch(name: str) -> None:
 def test_version_needs_no_torch() -> None:
     assert "torch" not in imported("-m", "llama3_raw", "--version")
     assert "torch" not in imported("-c", CONSOLE, "--version")
+
+
+def test_help_that_another_parser_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of lm-eval's own command, of an estimate, and of torchrun's other processes; or it is a prompt."""
+    with pytest.raises(SystemExit):
+        answer_help("__main__", build_parser, ["--ids", "--help"])
+    answer_help("llama3_raw.chat", build_parser, ["--help"])
+    for arguments in (["lm_eval", "--help"], ["--estimate", "8b", "-h"], ["--estimate=8b", "-h"], ["--", "--help"]):
+        answer_help("__main__", build_parser, arguments)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    answer_help("__main__", build_parser, ["--help"])
 
 
 def test_what_is_shown_is_what_the_library_has() -> None:
