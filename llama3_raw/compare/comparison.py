@@ -463,9 +463,9 @@ def _check_settings(tolerance: float | None, rounding: torch.dtype | None, paddi
 
 def shared_tensors(other: Mapping[str, Any], params: Params) -> Renamed:
     """Return the other run's tensors that a pass has too. Raises UserError if there are none, or for other dtypes."""
-    if isinstance(other, Trace) and other.last_position:
-        what = "the trace is of the last position only; make one without {argument}"
-        raise UserError(what, argument="last_position")
+    if isinstance(other, Trace) and other.at is not None:  # also of last_position
+        chosen, what = ("last_position", "the last") if other.last_position else ("at", "one")
+        raise UserError(f"the trace is of {what} position only; make one without {{argument}}", argument=chosen)
     named = renamed(other, params)
     if not named.tensors:
         names = ", ".join(in_short(name) for name in list(other)[:3])

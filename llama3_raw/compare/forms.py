@@ -316,5 +316,5 @@ def _apart(name: str, ours: Tensor, theirs: Tensor) -> float:
     ours = part_of(name, ours, theirs)
     if name.endswith("scores"):
         future = _future(theirs)
-        ours, theirs = ours.masked_fill(future, 0.0), theirs.masked_fill(future, 0.0)
+        ours, theirs = ours.masked_fill(future.to(ours.device), 0.0), theirs.masked_fill(future, 0.0)
     return measure(ours, theirs).rms

@@ -1,7 +1,7 @@
 """The passes behind the live page: one prompt with changes (heads off, layers scaled, another prompt's residual).
 
 Everything that a pass needs comes in and everything that the page shows goes out, so nothing is kept between two
-requests. Passes use the exact operations: the numbers are those of `trace`.
+requests. Passes use the exact operations: the numbers are those of `trace` with ops=REFERENCE.
 """
 
 from __future__ import annotations

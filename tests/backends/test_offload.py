@@ -204,7 +204,8 @@ def test_a_lesson_refuses_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "leave --gpu-layers out" in capsys.readouterr().err
 
 
-def test_load_refuses_it_too() -> None:
+def test_load_refuses_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"^gpu_layers 2: .* the device is cpu"):
         llama3_raw.load(TINY, gpu_layers=2)
     with pytest.raises(UserError, match=r"^gpu_layers 5: 4 layers are loaded"):

@@ -85,7 +85,8 @@ class Kernels(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         memory = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
-        is_view = all(leaf.untyped_storage().data_ptr() in memory for leaf in tree_leaves(out))
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        is_view = all(leaf.untyped_storage().data_ptr() in memory for leaf in made)
         if func._schema.is_mutable or not is_view:
             self.count += 2 if func._schema.name == "llama3_raw::attend_few" else 1
         return out

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama3_raw import Model, trace
+import llama3_raw
+from llama3_raw import REFERENCE, Model, Trace
 from llama3_raw.decoding.sampling import Sampling, probabilities
 from llama3_raw.serve import live
 from llama3_raw.tracing import plots
@@ -147,6 +148,10 @@ def assert_bars(bars: Sequence[Bar], probs: Tensor, logits: Tensor, before: Tens
     assert [bar.prob for bar in bars] == pytest.approx(probs[ids].tolist(), rel=1e-5, abs=1e-12)
     expected: Any = [None] * 10 if before is None else pytest.approx(before[ids].tolist(), rel=1e-5, abs=1e-12)
     assert [bar.before for bar in bars] == expected
+
+
+def trace(model: Model, ids: Sequence[int], *names: str, **options: Any) -> Trace:
+    return llama3_raw.trace(model, ids, *names, ops=REFERENCE, **options)
 
 
 def last_logits(model: Model, ids: Sequence[int], tap: Any = None) -> Tensor:

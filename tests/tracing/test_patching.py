@@ -156,7 +156,7 @@ def test_in_bf16_with_the_fast_operations() -> None:
 @pytest.mark.parametrize(
     ("names", "by", "message"),
     [
-        ("layers.*.residual", "token", "by should be 'layer', or 'position', 'head', 'key' or a tuple of these, is 'token'"),
+        ("layers.*.residual", "token", "tuple of these, is 'token'"),
         ([], "position", "names is empty"),
         ("layers.*.residul", "position", r"nearest are layers\.\*\.residual"),
         ("layers.0.residual", "head", r"layers\.0\.residual has no heads"),

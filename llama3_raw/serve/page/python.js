@@ -27,7 +27,7 @@ function changesLines(changes) {
   for (const layer of changes.feed_forward) entries.set(`layers.${layer}.feed_forward.out`, "torch.zeros_like");
   for (const [layer, factor] of changes.scales) entries.set(stageName(layer + 1), `lambda x: x * ${factor}`);
   if (changes.patches.length) {
-    definitions.push("", 'source = trace(model, other, "tok_embeddings", "layers.*.residual")');
+    definitions.push("", 'source = trace(model, other, "tok_embeddings", "layers.*.residual", ops=REFERENCE)');
   }
   for (const stage of [...new Set(changes.patches.map(([at]) => at))]) {
     const name = `patched_${stage}`;
@@ -56,7 +56,7 @@ function start(state, { imports = [], needsOther = state.changes.patches.length 
   return [
     "import torch",
     "import llama3_raw",
-    `from llama3_raw import ${lines.length ? "patch, trace" : "trace"}`,
+    `from llama3_raw import ${["REFERENCE", ...(lines.length ? ["patch"] : []), "trace"].join(", ")}`,
     ...imports,
     "",
     `model = ${state.load}`,
@@ -83,7 +83,7 @@ export function nextPython(state) {
   }
   return joined([
     ...start(state, { imports }),
-    `logits = trace(model, ids, "logits"${tapOf(state.changes)})["logits"][-1]  # [vocab_size]`,
+    `logits = trace(model, ids, "logits", ops=REFERENCE${tapOf(state.changes)})["logits"][-1]  # [vocab_size]`,
     `probs = ${probs}`,
     "for token in logits.sort(descending=True, stable=True).indices[:10].tolist():",
     "    print(token, repr(model.tokenizer.name(token)), float(probs[token]))",
@@ -93,7 +93,7 @@ export function nextPython(state) {
 export function lensPython(state) {
   return joined([
     ...start(state),
-    `kept = trace(model, ids, "tok_embeddings", "layers.*.residual"${tapOf(state.changes)})`,
+    `kept = trace(model, ids, "tok_embeddings", "layers.*.residual", ops=REFERENCE${tapOf(state.changes)})`,
     "lens = llama3_raw.plots.read_logit_lens(kept, model)  # needs matplotlib",
     "print(lens.ids.shape, lens.probs.shape)  # both [stages, T, 5]",
   ]);
@@ -103,14 +103,14 @@ export function attentionPython(state, layer, head) {
   const name = `layers.${layer}.attention.probs`;
   return joined([
     ...start(state),
-    `kept = trace(model, ids, "${name}"${tapOf(state.changes)})`,
+    `kept = trace(model, ids, "${name}", ops=REFERENCE${tapOf(state.changes)})`,
     `probs = kept["${name}"][${head}]  # [T, T]: row, the token that attends; column, the one attended to`,
     "print(probs)",
   ]);
 }
 
 export function comparePython(state) {
-  const probsOf = (ids, tap = "") => `trace(model, ${ids}, "logits"${tap})["logits"][-1].softmax(-1)`;
+  const probsOf = (ids, tap = "") => `trace(model, ${ids}, "logits", ops=REFERENCE${tap})["logits"][-1].softmax(-1)`;
   const tap = tapOf(state.changes);
   const columns = ["first", ...(tap ? ["changed"] : []), "second"];
   return joined([
