@@ -29,6 +29,7 @@ REFERENCES = [
     *("gguf>=0.17", "llama-models==0.3.0", "fairscale>=0.4.13", "peft>=0.17", "playwright>=1.40"),
     *("matplotlib>=3.9", "pygments>=2.17", "nbformat>=5.10", "nbclient>=0.10", "ipykernel>=6.29"),
 ]
+EVERYTHING = ["-m", "not full_size and not emulated"]
 KERNEL_TESTS = ["tests/backends/test_cpu.py", "tests/backends/test_repacking.py"]
 
 
@@ -72,7 +73,7 @@ def _smoke(session: nox.Session) -> None:
 
 
 def _run_suite(session: nox.Session) -> None:
-    session.run("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", *EVERYTHING, *session.posargs)
 
 
 @nox.session(python="3.11")
@@ -102,7 +103,7 @@ def sanitizers(session: nox.Session) -> None:
 def _test_kernels(session: nox.Session, **environment: str) -> None:
     """Run the kernels' tests in this process, with kernels that are built anew."""
     environment["XDG_CACHE_HOME"] = session.create_tmp()
-    session.run("python", "-m", "pytest", "-q", *KERNEL_TESTS, *session.posargs, env=environment)
+    session.run("python", "-m", "pytest", "-q", *EVERYTHING, *KERNEL_TESTS, *session.posargs, env=environment)
 
 
 def _library_of_gcc(name: str) -> str:

@@ -81,7 +81,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.calibrate is not None:
         raise UserError("--calibrate belongs to --save-quantized FOLDER; give that with it")
     with init(lambda: choose_device(options.device)) as ranks:
-        return _continue(options, ranks)
+        status = _continue(options, ranks)
+        if status and ranks:
+            sys.exit(status)  # after Ctrl-C the others may be in the middle of a pass: do not wait for them
+        return status
 
 
 def _continue(options: argparse.Namespace, ranks: Ranks | None) -> int:

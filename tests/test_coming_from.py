@@ -188,6 +188,7 @@ def test_every_name_is_in_the_table(model: llama3_raw.Model, kept: llama3_raw.Tr
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_names_of_transformer_lens(
     results_of: Callable[[str], Results], model: llama3_raw.Model, kept: llama3_raw.Trace
 ) -> None:
@@ -204,6 +205,7 @@ def test_the_names_of_transformer_lens(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_names_of_nnsight(
     results_of: Callable[[str], Results], model: llama3_raw.Model, kept: llama3_raw.Trace
 ) -> None:
@@ -213,6 +215,7 @@ def test_the_names_of_nnsight(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("library", PACKAGES)
 def test_tasks(library: str, results_of: Callable[[str], Results], ours: Results) -> None:
     theirs = results_of(library)
@@ -227,6 +230,7 @@ def test_tasks(library: str, results_of: Callable[[str], Results], ours: Results
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_short_forms(results_of: Callable[[str], Results], ours: Results) -> None:
     theirs = results_of("TransformerLens")["short forms"]
     assert len(theirs) >= 25

@@ -77,7 +77,9 @@ print("", status)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii"])
+@pytest.mark.parametrize(
+    "encoding", ["cp1252", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("cp437", "ascii"))]
+)
 def test_consoles_that_are_not_utf_8(encoding: str) -> None:
     """A character that the console does not know becomes "?" in the text, and an escape in messages; nothing fails."""
     prompt = "日本 Ærø"

@@ -107,7 +107,7 @@ def estimate_sweep(
             gradients = {name: _mean_gradient(base, name, changes[name], metric, steps) for name in names}
     products = {name: changes[name] * gradients[name] for name in names}
     effects = [[sum(float(products[name][where].sum()) for name, where, _ in cell) for cell in row] for row in cells]
-    return value.detach() + torch.tensor(effects, device=value.device).unflatten(1, sizes)
+    return value.detach() + torch.tensor(effects, device=value.device).view(len(effects), *sizes)
 
 
 def _mean_gradient(base: Base, name: str, change: Tensor, metric: Metric, steps: int) -> Tensor:

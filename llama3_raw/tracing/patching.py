@@ -102,7 +102,8 @@ def sweep(  # noqa: PLR0913  # what a caller may set
     ops = ops or ops_showing(model.weights, {change.name for row in cells for cell in row for change in cell})
     _check_memory(model, len(ids), min(rows, sum(map(len, cells))), ops)
     base = Base(model, ids, trace(model, ids, *STREAM, ops=ops), ops)
-    return _measure(base, cells, metric, rows, progress).unflatten(1, sizes)
+    values = _measure(base, cells, metric, rows, progress)
+    return values.view(len(values), *sizes)
 
 
 def path_patch(  # noqa: PLR0913  # what a caller may set

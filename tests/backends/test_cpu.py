@@ -76,10 +76,12 @@ def built_for(instruction_set: str) -> Ops:
     return cpu.make_ops(kernels_for(instruction_set))
 
 
+USUAL = ("native", "avx2", "baseline")
+X86 = [pytest.param(name, marks=() if name in USUAL else pytest.mark.exhaustive) for name in cpu.INSTRUCTION_SETS]
 ARM = [pytest.param(processor, marks=(pytest.mark.slow, pytest.mark.emulated)) for processor in PROCESSORS]
 
 
-@pytest.fixture(scope="module", params=[*cpu.INSTRUCTION_SETS, *ARM])
+@pytest.fixture(scope="module", params=[*X86, *ARM])
 def instruction_set(request: pytest.FixtureRequest) -> str:
     """Each kind of processor that kernels are built for. `native` stands for the strongest one that runs here."""
     strongest = next(name for name in list(cpu.INSTRUCTION_SETS)[1:] if runs_here(name))

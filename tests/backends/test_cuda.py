@@ -377,6 +377,8 @@ for capability in (80, 90):
 """
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_kernels_compile_for_gpus() -> None:
     """For the A100 and the H100, to machine code; the interpreter accepts much that no GPU does."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}

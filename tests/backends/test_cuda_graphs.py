@@ -229,7 +229,13 @@ def test_only_a_long_text_is_worth_compiling(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["exact", "the GPU's"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float32, marks=pytest.mark.exhaustive, id="exact"),
+        pytest.param(torch.float16, id="the GPU's"),
+    ],
+)
 def test_the_pass_compiles_completely_and_once(model: Model, ids: list[int], dtype: torch.dtype) -> None:
     """No graph breaks, no recompilation for another cache length, and no copy of the whole cache."""
     if dtype == torch.float16 and torch.cuda.is_available():

@@ -73,7 +73,7 @@ def without_end(model: Path, folder: Path) -> Path:
     return Path(shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns("tokenizer.model")))
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_logits(eight_heads: Path, tmp_path: Path, size: int) -> None:
     """4 processes share 2 kv heads, so two of them hold each kv head."""
     done = torchrun(size, str(Path(__file__).with_name("of_ranks.py")), str(eight_heads), str(tmp_path))
@@ -94,7 +94,7 @@ def test_logits(eight_heads: Path, tmp_path: Path, size: int) -> None:
         assert ours <= 1.5**2 * reference, name
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_the_same_text(eight_heads: Path, size: int) -> None:
     """Also: only the first process writes, and all of them get the text from stdin."""
     model = llama3_raw.load(TINY, dtype=torch.float32)
@@ -144,7 +144,7 @@ def test_other_tools_run_as_one_process(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "this tool runs as one process" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where", ["as it starts", "at work"])
+@pytest.mark.parametrize("where", ["at work", pytest.param("as it starts", marks=pytest.mark.exhaustive)])
 def test_an_error_of_one_is_reported_by_it(tmp_path: Path, where: str) -> None:
     """The second process has no GPU, or a full disk; the first one, which waits for it, ends without a message."""
     script = tmp_path / "script.py"
@@ -173,7 +173,7 @@ def test_an_error_of_one_is_reported_by_it(tmp_path: Path, where: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
-@pytest.mark.parametrize(("size", "rank"), [(2, 0), (4, 2)])
+@pytest.mark.parametrize(("size", "rank"), [(2, 0), pytest.param(4, 2, marks=pytest.mark.exhaustive)])
 def test_a_killed_process_ends_the_rest(eight_heads: Path, tmp_path: Path, size: int, rank: int) -> None:
     command = ["-m", "llama3_raw", "--weights", str(without_end(eight_heads, tmp_path)), "--ids", "1 2 3"]
     with open(tmp_path / "stdout", "wb") as stdout, open(tmp_path / "stderr", "wb") as stderr:
@@ -210,7 +210,7 @@ def test_ctrl_c_ends_all(tmp_path: Path) -> None:
                 time.sleep(0.05)
             workers = psutil.Process(run.pid).children()
             os.kill(run.pid, signal.SIGINT)
-            run.wait(timeout=60)
+            run.wait(timeout=20)  # torchrun kills the workers after 30 seconds
         finally:
             run.kill()
     assert not any(worker.is_running() for worker in workers)

@@ -310,6 +310,7 @@ def test_transformers_gives_the_same_tokens(same_model: tuple[Model, list[int]])
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @needs_compiler
 def test_compiled_transformers_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when a cache is used again. No measured time includes compiling."""

@@ -33,6 +33,7 @@ WITHOUT_PROCESSES = [name for name in PHASES if name not in ("correctness", "tra
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", WITHOUT_PROCESSES)
 def test_a_phase(name: str, tmp_path: Path) -> None:
     """It reports numbers, each under a name of its own."""

@@ -45,6 +45,7 @@ def test_a_linear_probe(tmp_path: Path) -> None:
     assert layers == sorted(layers)
 
 
+@pytest.mark.exhaustive
 def test_a_sparse_autoencoder(tmp_path: Path) -> None:
     printed = printed_by("sae.py", tmp_path)
     assert figures(printed, r"features a token: ([\d.]+)%")[0] > 75

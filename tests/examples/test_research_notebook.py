@@ -43,6 +43,7 @@ def test_cells_have_no_command_line_and_show_the_figure(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_notebook_runs_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make_research, "NOTEBOOK", tmp_path / "made.ipynb")
     assert make_research.main([]) == 0

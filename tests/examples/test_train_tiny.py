@@ -89,6 +89,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_continues(
@@ -202,6 +203,7 @@ def test_only_matrices_decay_and_the_rate_rises_and_falls() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("teacher")  # fetches the package
 def test_stories_are_kept_and_generation_continues(tmp_path: Path) -> None:
     """After an interruption that left half a line in the file, the stories are the same."""

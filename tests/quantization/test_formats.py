@@ -405,6 +405,7 @@ print(anonymous() - before)
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc/self/status")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_the_planned_memory_is_what_a_load_needs(tmp_path: Path, tied: bool, quantize: str) -> None:

@@ -79,6 +79,7 @@ def losses(model: Model, ids: list[int], window: int) -> Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_perplexity_of_a_trained_model(smollm2: Model, smollm2_text: list[int]) -> None:
     """At most 0.5 % more on 2,048 tokens; the statistical error of that many tokens must be small enough."""
     ids = smollm2_text[:2048]

@@ -105,7 +105,7 @@ def test_what_is_hardly_http(server: Server, sent: bytes) -> None:
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
-@pytest.mark.parametrize("most", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [100, pytest.param(1000, marks=(pytest.mark.slow, pytest.mark.exhaustive))])
 def test_malformed_requests(server: Server, most: int) -> None:
     """Schemathesis: whatever is sent, the answer is one that the description names, and never a 5xx."""
     import schemathesis

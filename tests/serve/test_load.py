@@ -56,7 +56,7 @@ async def load(url: str, clients: int, seconds: float, expected: dict[tuple[str,
 
 
 @pytest.mark.usefixtures("cpu_kernels")
-@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=(pytest.mark.slow, pytest.mark.exhaustive))])
 def test_64_clients(server: Server, expected: dict[tuple[str, int], str], seconds: float) -> None:
     asyncio.run(load(server.url, 64, 2, expected))  # what is allocated once
     before = server.memory
