@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -15,19 +16,17 @@ class Metrics:
     """The counters of one server."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter("llama3_raw_requests", "Answered requests.", ("path", "status"), registry=registry)
-        self.prompt_tokens = Counter("llama3_raw_prompt_tokens", "Tokens of prompts.", registry=registry)
-        self.tokens = Counter("llama3_raw_generated_tokens", "New tokens.", registry=registry)
-        self.speed = Gauge("llama3_raw_tokens_per_second", "New tokens in the last ten seconds.", registry=registry)
-        self.running = Gauge("llama3_raw_running_texts", "Texts in the batch.", registry=registry)
-        self.waiting = Gauge("llama3_raw_waiting_texts", "Texts that wait for a row.", registry=registry)
-        self.first_token = Histogram(
-            "llama3_raw_first_token_seconds", "From arrival to the first token.", buckets=_SECONDS, registry=registry
-        )
-        self.whole_text = Histogram(
-            "llama3_raw_text_seconds", "From arrival to the end of a text.", buckets=_SECONDS, registry=registry
-        )
+        self.registry = CollectorRegistry()
+        shared: dict[str, Any] = {"namespace": "llama3_raw", "registry": self.registry}
+        self.requests = Counter("requests", "Answered requests.", ("path", "status"), **shared)
+        self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **shared)
+        self.tokens = Counter("generated_tokens", "New tokens.", **shared)
+        self.speed = Gauge("tokens_per_second", "New tokens in the last ten seconds.", **shared)
+        self.running = Gauge("running_texts", "Texts in the batch.", **shared)
+        self.waiting = Gauge("waiting_texts", "Texts that wait for a row.", **shared)
+        shared["buckets"] = _SECONDS
+        self.first_token = Histogram("first_token_seconds", "From arrival to the first token.", **shared)
+        self.whole_text = Histogram("text_seconds", "From arrival to the end of a text.", **shared)
 
         self._tokens_of_second: deque[list[int]] = deque(maxlen=_WINDOW + 1)  # [second, tokens]; the last is not over
         self.speed.set_function(self._speed)

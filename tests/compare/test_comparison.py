@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,32 +27,15 @@ from llama3_raw.compare.references import trace_hf, trace_meta
 from llama3_raw.model import REFERENCE, token_positions
 from llama3_raw.ops import Ops, Tap
 from llama3_raw.tracing.names import named_tensors
+from tests.compare.conftest import PROMPT
 from tests.paths import TINY
 from tests.references import cast, random_weights
 
-PROMPT = "Once upon a time, there was a little girl named Lily."
 OWN_WEIGHTS = ["--weights", str(TINY)]
 IN_FP32 = [*OWN_WEIGHTS, "--dtype", "float32"]
 DTYPES = [torch.float32, torch.bfloat16]
 
 trace = partial(llama3_raw.trace, ops=REFERENCE)  # as compare does
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are not faster on two threads, and four times slower if the machine is busy."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as context:
-        context.setenv("OMP_NUM_THREADS", "1")  # so that the command keeps one thread
-        torch.set_num_threads(1)
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def ids(tiny: Model) -> list[int]:
-    assert tiny.tokenizer is not None
-    return tiny.tokenizer.encode(PROMPT, bos=True)
 
 
 def in_dtype(model: Model, dtype: torch.dtype) -> Model:

@@ -23,29 +23,12 @@ from llama3_raw.compare.generation import compare_texts, first_difference, greed
 from llama3_raw.compare.references import gradients_hf, gradients_meta, hf_model, trace_hf
 from llama3_raw.compare.rounding import shown_dtype
 from llama3_raw.params import RopeScaling
+from tests.compare.conftest import PROMPT
 from tests.compare.ports import TorchPort, numpy_port
 from tests.paths import TINY
 from tests.references import cast, dense, random_weights
 
-PROMPT = "Once upon a time, there was a little girl named Lily."
 OWN_WEIGHTS = ["--weights", str(TINY)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are not faster on two threads."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as context:
-        context.setenv("OMP_NUM_THREADS", "1")
-        torch.set_num_threads(1)
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def ids(tiny: Model) -> list[int]:
-    assert tiny.tokenizer is not None
-    return tiny.tokenizer.encode(PROMPT, bos=True)
 
 
 @pytest.fixture(scope="module")
