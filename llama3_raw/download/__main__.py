@@ -18,7 +18,7 @@ from ..errors import UserError
 from .catalog import describe_models, gguf_files, repository_of, wanted_files
 from .fetch import download, is_verified
 from .records import CHECKLIST, Record, file_size, mismatch, part_file, read_checklist
-from .sources import BlobStore, Hub, RemoteFile, Source
+from .sources import Hub, RemoteFile, Source, mirror
 
 
 def verify(folder: Path) -> None:
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"the stored login cannot be read ({error}); run `hf auth login` again") from error
     if not token.isascii() or not token.isprintable():
         raise UserError("--token: contains characters that no token has; copy it again")
-    source: Source = Hub(repo, options.revision, token or None) if options.mirror is None else BlobStore(options.mirror)
+    source: Source = Hub(repo, options.revision, token or None) if options.mirror is None else mirror(options.mirror)
     files = gguf_files(source, options.file) if options.file else wanted_files(source, repo, options.format)
     if options.dry_run:
         show_plan(source, files, folder)

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from ..errors import UserError
 from ..system.files import page_or_pointer
 from .records import MEBIBYTE, Record, file_size, mismatch, part_file, progress_bar, read_checklist, record_file
-from .sources import BlobStore, Interrupted, RemoteFile, Source, Stream
+from .sources import Interrupted, LocalFolder, RemoteFile, Source, Stream
 
 _MAX_FAILURES = 7  # in a row, each with less than 1 MiB of progress; about a minute in total
 
@@ -126,7 +126,7 @@ def _fetch(source: Source, file: RemoteFile, folder: Path) -> None:
                 raise OSError("a small file may be edited, which would change the copy in the cache")
             os.link(copy, part)
         except OSError:  # also for another disk, or one without hard links
-            _receive(BlobStore(str(copy.parent)), file._replace(path=str(copy)), part, folder)
+            _receive(LocalFolder(str(copy.parent)), file._replace(path=str(copy)), part, folder)
     else:
         _receive(source, file, part, folder)
         wrong = mismatch(part, file.digest, listed)

@@ -25,7 +25,7 @@ from ..errors import UserError, in_short
 if TYPE_CHECKING:
     import httpx2
 
-_CHUNK = 1 << 20  # bytes requested from a blob store at once
+_CHUNK = 1 << 20  # bytes read from a folder or a blob store at once
 
 
 ALGORITHMS = ("sha256", "git-sha1", "md5")
@@ -45,7 +45,7 @@ class RemoteFile(NamedTuple):
     """A file to fetch."""
 
     name: str  # in the model's folder
-    path: str  # in the repository, or the whole address in a blob store
+    path: str  # in the repository, or the whole address in a folder or a blob store
     size: int  # bytes
     digest: Digest | None  # None if the source reports none
     version: str  # changes when the content does
@@ -247,18 +247,63 @@ class Hub:
         return UserError(f"{self.repo}: {_host(page)} answered {status} {message}; check HF_ENDPOINT and HTTPS_PROXY")
 
 
-class BlobStore:
-    """A folder at gs:// or az://, or on this machine, read by blobfile."""
+class LocalFolder:
+    """A folder on this machine. Its files are copied, never linked."""
 
     def __init__(self, root: str):
-        if not root or ("://" in root and not root.startswith(("gs://", "az://", "https://"))):
+        if not root:
+            raise UserError("--from: is empty; give the address of a folder")
+        self.root = Path(root)
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def find(self, path: str) -> RemoteFile | None:
+        """As in `Source`; "original/params.json" may also be at the top."""
+        name = path.rpartition("/")[2]
+        for file in (self.root / path, self.root / name):
+            with _errors_of_mirror(file, OSError):
+                if file.exists():
+                    stat = file.stat()
+                    return RemoteFile(name, str(file), stat.st_size, None, f"{stat.st_size} {stat.st_mtime}")
+        return None
+
+    def names(self) -> list[str]:
+        """As in `Source`, but only those at the top."""
+        with _errors_of_mirror(self.root, OSError):
+            return sorted(file.name for file in self.root.iterdir())
+
+    @contextlib.contextmanager
+    def open(self, file: RemoteFile, start: int, validator: str | None) -> Iterator[Stream]:
+        """As in `Source`."""
+        with contextlib.closing(self._read(file.path, start)) as chunks:
+            yield Stream(start, file.size, None, chunks)
+
+    def _read(self, path: str, start: int) -> Generator[bytes, None, None]:
+        with _errors_of_mirror(path, OSError), open(path, "rb") as opened:
+            opened.seek(start)
+            while chunk := opened.read(_CHUNK):
+                yield chunk
+
+    def local_copy(self, file: RemoteFile) -> Path | None:
+        """Return None: the user's own file is not linked."""
+        return None
+
+
+class BlobStore:
+    """A folder at gs:// or az://, read by blobfile."""
+
+    def __init__(self, root: str):
+        if not root.startswith(("gs://", "az://", "https://")):
             raise UserError(
                 f"--from {root}: should be gs://bucket/folder, az://account/container/folder or a local folder"
             )
         self.root = root.rstrip("/")
-        import blobfile  # of all commands, only this option needs it
-
-        self._error = blobfile.Error
+        try:
+            import blobfile  # of all commands, only this option needs it
+        except ModuleNotFoundError as error:
+            raise UserError(f"--from {root}: needs the package blobfile ({error}); pip install blobfile") from error
+        self._errors = blobfile.Error, OSError, ValueError  # ValueError: a malformed key
         self.context = blobfile.create_context(retry_limit=5, log_callback=lambda line: None)
 
     def __str__(self) -> str:
@@ -268,7 +313,7 @@ class BlobStore:
         """As in `Source`; "original/params.json" may also be at the top."""
         name = path.rpartition("/")[2]
         for address in (f"{self.root}/{path}", f"{self.root}/{name}"):
-            with self._errors(address):
+            with _errors_of_mirror(address, *self._errors):
                 if self.context.exists(address):
                     stat = self.context.stat(address)
                     digest = Digest("md5", stat.md5) if stat.md5 else None
@@ -277,7 +322,7 @@ class BlobStore:
 
     def names(self) -> list[str]:
         """As in `Source`, but only those at the top."""
-        with self._errors(self.root):
+        with _errors_of_mirror(self.root, *self._errors):
             return sorted(self.context.listdir(self.root))
 
     @contextlib.contextmanager
@@ -288,7 +333,7 @@ class BlobStore:
 
     def _read(self, address: str, start: int) -> Generator[bytes, None, None]:
         with (
-            self._errors(address),
+            _errors_of_mirror(address, *self._errors),
             self.context.BlobFile(address, "rb", streaming=True, buffer_size=_CHUNK) as opened,
         ):
             opened.seek(start)
@@ -296,16 +341,23 @@ class BlobStore:
                 yield chunk
 
     def local_copy(self, file: RemoteFile) -> Path | None:
-        """Return None: a local folder is copied like any other."""
+        """Return None: nothing is on this machine."""
         return None
 
-    @contextlib.contextmanager
-    def _errors(self, address: str) -> Iterator[None]:
-        try:
-            yield
-        except (self._error, OSError, ValueError) as error:  # ValueError: a malformed key
-            reason = in_short(getattr(error, "message", None) or getattr(error, "strerror", None) or error)
-            raise UserError(f"--from {address}: {reason}; check the address and your permissions") from error
+
+def mirror(address: str) -> LocalFolder | BlobStore:
+    """Return the source that --from names. Raises UserError for an address of another kind."""
+    return BlobStore(address) if "://" in address else LocalFolder(address)
+
+
+@contextlib.contextmanager
+def _errors_of_mirror(address: str | Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Raise these kinds of errors as UserError."""
+    try:
+        yield
+    except kinds as error:
+        reason = in_short(getattr(error, "message", None) or getattr(error, "strerror", None) or error)
+        raise UserError(f"--from {address}: {reason}; check the address and your permissions") from error
 
 
 def _digest_of_etag(etag: str) -> Digest | None:

@@ -25,7 +25,7 @@ from llama3_raw.download import fetch, records
 from llama3_raw.download.__main__ import build_parser, verify
 from llama3_raw.download.catalog import MODELS, wanted_files
 from llama3_raw.download.records import Record
-from llama3_raw.download.sources import Digest, Interrupted, RemoteFile, Stream
+from llama3_raw.download.sources import Digest, Interrupted, RemoteFile, Stream, mirror
 from tests.download.fake_hub import MIB, TOKEN, FakeHub, Fault
 from tests.paths import ROOT
 
@@ -496,6 +496,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str], dict[str, str | None], str]
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refusals(hub: FakeHub, tool: Tool, case: str) -> None:
     settings, arguments, environment, message = REFUSALS[case]
+    if "gs://no-bucket/x" in arguments:
+        pytest.importorskip("blobfile")
     (tool.folder / "there is a file").touch()
     for name, value in settings.items():
         setattr(hub, name, value)
@@ -585,6 +587,12 @@ def test_cache_on_another_disk_is_copied(hub: FakeHub, tool: Tool) -> None:
         tool.ok()
         assert tool.complete()
         assert all(request.method == "HEAD" for request in hub.requests)
+
+
+def test_a_bucket_without_blobfile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "blobfile", None)
+    with pytest.raises(UserError, match=r"--from gs://bucket/x: needs the package blobfile .*; pip install blobfile"):
+        mirror("gs://bucket/x")
 
 
 @pytest.mark.slow

@@ -51,7 +51,8 @@ def versions(stage: Stage, emit: Emit) -> None:
     """Report what runs on what."""
     emit("llama3_raw", VERSION)
     emit("python", platform.python_version())
-    for package in ("torch", "triton", "transformers", "huggingface_hub", "tiktoken", "numpy"):
+    emit("torch", torch.__version__)  # with the version of CUDA, which its metadata may lack
+    for package in ("triton", "transformers", "huggingface_hub", "tiktoken", "numpy"):
         try:
             emit(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
