@@ -154,6 +154,8 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
 def test_a_page_runs(page: Path, session: Session) -> None:
     if page.name in PACKAGES:
         pytest.importorskip(PACKAGES[page.name])
+    if page.name == "debugging.md" and sys.version_info[:3] == (3, 13, 0):
+        pytest.skip("pdb of Python 3.13.0 takes no options of a module (gh-125115)")
     for block in blocks_of(page):
         assert block.skipped != "", f"{page.name}:{block.line}: a reason is missing"
         if block.skipped:
