@@ -117,10 +117,10 @@ def _compare_pass(options: Namespace, chosen: ChosenModel, ids: Sequence[int], o
     for line in _other_numbers(model, other):
         print(f"llama3_raw: {line}", file=sys.stderr)
     rounding = _rounding(options, dtype or model.weights.norm.dtype, tensors, other)
-    settings = {"tolerance": options.tolerance, "rounding": rounding, "ops": ops}
+    settings = {"tolerance": options.tolerance, "rounding": rounding, "padding": options.padding, "ops": ops}
     if options.backward:
         return compare_gradients(model, ids, tensors, **settings)
-    return compare(model, ids, tensors, padding=options.padding, dtype=dtype, progress=True, **settings)
+    return compare(model, ids, tensors, dtype=dtype, progress=True, **settings)
 
 
 def _rounding(options: Namespace, own: torch.dtype, tensors: Tensors, other: Other) -> torch.dtype | None:

@@ -185,7 +185,9 @@ class Reader:
             return None
         kept = form.tensor.narrow(-1, begin, length)
         rest = torch.cat((form.tensor[..., :begin], form.tensor[..., begin + length :]), -1)
-        if name.endswith("probs"):
+        if self._of_gradients:  # a probability that is 0 has a gradient all the same
+            takes_part = name.endswith("scores") and bool(rest.any())
+        elif name.endswith("probs"):
             takes_part = bool((rest > _NOTHING).any())
         else:
             largest = kept.masked_fill(_future(kept), -torch.inf).amax(-1, keepdim=True)

@@ -15,9 +15,9 @@ from ..model import REFERENCE, forward
 from ..ops import Ops
 from ..params import Params
 from ..tracing.names import FIRST, NamedTensor, named_tensors
-from ..tracing.record import check_trace, tokens_of_one_prompt
+from ..tracing.record import check_trace
 from ..weights import LayerWeights, Model, TensorSpec, Weights, tensor_specs
-from .comparison import Comparison, Step, shared_tensors
+from .comparison import Comparison, Padding, Step, check_mapping, check_settings, checked_prompt, shared_tensors
 from .difference import Measured, incomparable, measure
 from .files import as_tensor
 from .forms import Reader
@@ -39,7 +39,8 @@ def compare_gradients(
     other: Mapping[str, Tensor],
     *,
     tolerance: float | None = None,
-    rounding: torch.dtype | None = None,
+    rounding: torch.dtype | str | None = None,
+    padding: Padding | None = None,
     ops: Ops = REFERENCE,
 ) -> Comparison:
     """Compare the gradients of another run with the model's own, and find where they diverge on the way back.
@@ -48,29 +49,32 @@ def compare_gradients(
     other run's gradient put in at each name; and each again with every tensor and gradient perturbed as rounding does.
 
     Args:
-        model: the weights; matrices must be tensors.
+        model: the weights; where `other` has the gradient of a weight, that is no quantized matrix.
         ids: the prompt, [T], at least two tokens.
         other: gradients by tap name, or of weights by Meta's or Hugging Face's name; with or without .grad after it or
             grad. before it. If some names have that, the others are left out.
         tolerance: as in `compare`.
         rounding: as in `compare`.
-        ops: as in `compare`.
+        padding: as in `compare`.
+        ops: as in `compare`; they must be differentiable, as the exact ones are.
 
     Raises:
-        UserError: as in `compare`, or a matrix is quantized, or the prompt has one token.
+        UserError: as in `compare`, or `other` has the gradient of a quantized matrix, or the prompt has one token.
     """
     params = model.params
-    tokens = tokens_of_one_prompt(ids, params)
+    tokens = checked_prompt(ids, params)
+    rounding = check_settings(tolerance, rounding, padding)
+    check_mapping(other)
     if len(tokens) < 2:
         raise UserError("gradients are of a loss on the next token; give a prompt of at least two tokens")
     tied = model.weights.output is model.weights.tok_embeddings
     of_weights, of_tensors = _by_kind(other, params, tied)
-    named = shared_tensors(of_tensors, params) if of_tensors or not of_weights else None
+    named = shared_tensors(of_tensors, params, ops) if of_tensors or not of_weights else None
     tensors = named.tensors if named else {}
     weights_dtype = model.weights.norm.dtype
     precision = Precision.of(weights_dtype, {**tensors, **of_weights}, rounding)
     check_trace(params, precision.run, 2 * len(tokens), ops=ops)
-    reader = Reader(tensors, params, len(tokens), of_gradients=True)
+    reader = Reader(tensors, params, len(tokens), padding, of_gradients=True)
     passes = _Passes(model, tokens, ops, precision, tuple(of_weights))
     fed = passes.run(lambda name, gradient: _read_and_put(reader, name, gradient))
     theirs = {**reader.others, **of_weights}

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from llama3_raw import REFERENCE, Model, Params, UserError, trace
 from llama3_raw.checkpoint.loading import to_state_dict
 from llama3_raw.compare import assert_matches, compare, compare_gradients
 from llama3_raw.compare.__main__ import main
-from llama3_raw.compare.comparison import Comparison
+from llama3_raw.compare.comparison import Comparison, Padding
 from llama3_raw.compare.generation import compare_texts, first_difference, greedy
-from llama3_raw.compare.references import gradients_hf, gradients_meta, hf_model, trace_hf
+from llama3_raw.compare.gradients import next_token_loss
+from llama3_raw.compare.references import _HF, _gradients, gradients_hf, gradients_meta, hf_model, trace_hf
 from llama3_raw.compare.rounding import shown_dtype
 from llama3_raw.params import RopeScaling
 from tests.compare.conftest import PROMPT
@@ -591,3 +593,33 @@ def test_transformers_runs_a_layer_at_a_time(tiny: Model, ids: list[int], monkey
     assert alive == [one_layer] * tiny.params.n_layers
     assert {p.device.type for layer in networks[0].model.layers for p in layer.parameters()} == {"meta"}
     assert compare(tiny, ids, tensors, dtype=torch.float32).agree
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gradients_of_a_padded_prompt(
+    side: Padding, tmp_path: Path, fp32: Model, ids: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    n = 3
+    padded = [*[0] * n, *ids] if side == "left" else [*ids, *[0] * n]
+    begin = n if side == "left" else 0
+    mask = torch.zeros(1, len(padded), dtype=torch.long)
+    mask[:, begin : begin + len(ids)] = 1
+    network = hf_model(fp32, "eager")
+    tokens, positions = torch.tensor([padded]), (torch.arange(len(padded)) - begin).clamp(min=0)[None]
+    with _gradients(network, _HF, fp32.params) as gradients:
+        logits = network(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        next_token_loss(logits[0, begin : begin + len(ids)], torch.tensor(ids)).backward()
+    assert compare_gradients(fp32, ids, gradients, padding=side).agree
+    assert not compare_gradients(fp32, ids, gradients).agree
+    save_file(gradients, tmp_path / "port.safetensors")
+    arguments = [*OWN_WEIGHTS, "--dtype", "float32", "--with", str(tmp_path / "port.safetensors"), "--backward", PROMPT]
+    assert main([*arguments, "--padding", side]) == 0
+    assert f"padded on the {side}, by 3 positions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", ["float32", "int8"])
+def test_gradients_of_this_program_agree(other: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*OWN_WEIGHTS, "--with", other, "--backward", PROMPT]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (figures["tensors"], figures["missing"]) == (71, 0)
+    assert 0 < figures["worst_relative"] < 0.5
