@@ -340,7 +340,7 @@ def compare(  # noqa: PLR0913  # what a caller may set
     precision = Precision.of(dtype or weights_dtype, named.tensors, rounding)
     # two rows take as much memory as somewhat more tokens, since scores grow with the square
     check_trace(params, precision.run, math.ceil(1.5 * len(ids)), LAST, ops=ops)
-    reader = Reader(named.tensors, params, len(ids), padding)
+    reader = Reader(named, params, len(ids), padding)
     passes = _Passes(model, ids, ops if precision.run == weights_dtype else _in_fp32(ops), reader, precision, progress)
     own, (whole, shapes, logits) = passes.fed(), passes.alone()
     fed, free = (passes.simulated(is_fed=is_fed) for is_fed in (True, False))
@@ -506,7 +506,13 @@ def shared_tensors(other: Mapping[str, Any], params: Params, ops: Ops = REFERENC
     fused = set(named.tensors).difference(names_of_pass(params, ops))
     if fused:
         raise UserError(f"has fused attention, so no {min(fused)}; leave scores and probs out", argument="ops")
-    return named._replace(tensors={name: as_tensor(name, given) for name, given in named.tensors.items()})
+    return named._replace(
+        tensors={name: as_tensor(name, given) for name, given in named.tensors.items()},
+        again={
+            name: {other: as_tensor(other, given) for other, given in others.items()}
+            for name, others in named.again.items()
+        },
+    )
 
 
 def assert_matches(

@@ -313,6 +313,7 @@ def test_arrays_are_understood(tiny: Model, ids: list[int]) -> None:
         ({"rounding": "float33"}, "the rounding should be that of a dtype .* is 'float33'"),
         ({"dtype": "float33"}, "the dtype of its weights or in torch.float32, not in float33"),
         ({"ids": [0] * 513}, "needs 513 positions, but the context holds 512"),
+        ({"other": {0: torch.zeros(14, 192)}}, "has a name of this pass"),
         ({"other": torch.zeros(14, 192)}, "the other run should be a mapping from names to tensors, is Tensor"),
         (
             {
