@@ -653,6 +653,23 @@ def test_two_tokenizers(tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixtu
     assert "".join(map(tiny.tokenizer.name, first["ours"])) == first["text"]
     assert len(first["theirs"]) > len(first["ours"]) == 1
     assert figures["pieces"] == 3  # a difference does not shift what follows
+    other, report = ["--tokenizer", str(tmp_path / "tokenizer.model")], tmp_path / "report.json"
+    assert main([*OWN_WEIGHTS, *other, "--json", str(report), text]) == 1
+    saved = json.loads(report.read_text())
+    assert {**saved, "differences": len(saved["differences"])} == {**figures, "differences": 3}
+    assert saved["differences"][0] == first
+    capsys.readouterr()
+    for option in (
+        "--ids",
+        "--html=a.html",
+        "--generate=2",
+        "--backward",
+        "--padding=left",
+        "--tolerance=0",
+        "--names=*",
+    ):
+        assert main([*OWN_WEIGHTS, *other, option, text]) == 2
+        assert f"{option.split('=')[0]}: two tokenizers are compared on a text" in capsys.readouterr().err
     assert main([*OWN_WEIGHTS, PROMPT]) == 2
     assert "the following arguments are required: --with" in capsys.readouterr().err
 
@@ -673,6 +690,9 @@ def test_reports(tmp_path: Path, tiny: Model, ids: list[int], capsys: pytest.Cap
     assert len(saved["steps"]) == 71
     assert main([*OWN_WEIGHTS, *arguments[:2], "--html", str(tmp_path / "no" / "report.html"), PROMPT]) == 2
     assert "there is no folder" in capsys.readouterr().err
+    same = ["--html", str(page), "--json", str(tmp_path / ".." / tmp_path.name / page.name)]
+    assert main([*OWN_WEIGHTS, *arguments[:2], *same, PROMPT]) == 2
+    assert "--html and --json name the same file; give two" in capsys.readouterr().err
 
 
 def test_transformers_runs_a_layer_at_a_time(tiny: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
