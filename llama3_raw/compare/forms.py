@@ -20,6 +20,7 @@ from ..params import Params
 from ..tracing.names import named_tensors, token_dimension, within_layer
 from .difference import measure
 from .names import Renamed
+from .rounding import eps_of
 
 _MUCH_CLOSER = 0.5  # times the difference of a layout that comes before it
 _HIDDEN = 60.0  # below the largest score of its row: softmax makes 1e-26 of it
@@ -102,11 +103,13 @@ class Reader:
             self.unlike[name] = why
 
     def _apart(self, name: str, ours: Tensor) -> float:
-        """Return how far a tensor that was read is from ours; below 0 if it was moved to another name."""
+        """Return how far a tensor that was read is from ours, beyond what its dtype rounds; -inf if it was moved."""
         theirs = self.others.get(name)
         if theirs is None:
-            return -1.0
-        return math.inf if name in self.unlike else measure(part_of(name, ours, theirs), theirs).rms
+            return -math.inf
+        return (
+            math.inf if name in self.unlike else measure(part_of(name, ours, theirs), theirs).rms - eps_of(theirs.dtype)
+        )
 
     def _read(self, name: str, ours: Tensor, norm: Tensor) -> None:
         theirs = self.others[name]

@@ -451,6 +451,8 @@ def test_two_names_of_the_same_tensor(
     out = gradients["layers.0.attention.out"]
     both = {"model.layers.0.self_attn.o_proj": factors[0] * out, "model.layers.0.self_attn": factors[1] * out[None]}
     assert first_of(compare_gradients(fp32, ids, both)) == first
+    # nor does a copy that was saved in bf16 differ
+    assert compare(fp32, ids, {"norm": factors[0] * norm, "model.norm": norm.bfloat16()}).agree == (factors[0] == 1)
     # the norm of the last position is no other tensor than the norm
     assert compare(fp32, ids, {"model.norm": factors[0] * norm, "lm_head.input": norm[-1:]}).agree == (factors[0] == 1)
 
