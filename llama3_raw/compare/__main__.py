@@ -35,7 +35,7 @@ from .forms import of_any_layer
 from .generation import TextComparison, compare_texts, first_difference, greedy
 from .gradients import compare_gradients
 from .others import Other, Tensors, by_layer, choose_other, continue_other
-from .report import save_html, save_json, show
+from .report import figures_of_steps, save_html, save_json, show
 from .rounding import coarser
 from .tokenizers import compare_tokenizers
 
@@ -80,6 +80,8 @@ def main(arguments: Sequence[str]) -> int:
     for option, file in (("--html", options.html), ("--json", options.json)):
         if file:
             check_output(option, file)
+    if options.html and options.json and Path(options.html).resolve() == Path(options.json).resolve():
+        parser.error("--html and --json name the same file; give two")
     prompt = read_prompt(options.prompt, "python -m llama3_raw.compare --with B")
     if not options.other:
         return _compare_tokenizers(options, prompt)
@@ -98,7 +100,7 @@ def main(arguments: Sequence[str]) -> int:
     print(verdict)
     print(json.dumps(figures))
     if options.json:
-        save_json(options.json, figures, comparison)
+        save_json(options.json, {**figures, "steps": figures_of_steps(comparison)})
     if options.html:
         about = {"model": str(chosen.folder.path), "other run": other.name, "prompt": in_short(prompt)}
         about |= {"tokens": str(len(ids)), "rounding": dtype_name(comparison.dtype)}
@@ -117,10 +119,10 @@ def _compare_pass(options: Namespace, chosen: ChosenModel, ids: Sequence[int], o
     for line in _other_numbers(model, other):
         print(f"llama3_raw: {line}", file=sys.stderr)
     rounding = _rounding(options, dtype or model.weights.norm.dtype, tensors, other)
-    settings = {"tolerance": options.tolerance, "rounding": rounding, "ops": ops}
+    settings = {"tolerance": options.tolerance, "rounding": rounding, "padding": options.padding, "ops": ops}
     if options.backward:
         return compare_gradients(model, ids, tensors, **settings)
-    return compare(model, ids, tensors, padding=options.padding, dtype=dtype, progress=True, **settings)
+    return compare(model, ids, tensors, dtype=dtype, progress=True, **settings)
 
 
 def _rounding(options: Namespace, own: torch.dtype, tensors: Tensors, other: Other) -> torch.dtype | None:
@@ -156,8 +158,9 @@ def _compare_texts(options: Namespace, chosen: ChosenModel, ids: Sequence[int], 
 
 def _compare_tokenizers(options: Namespace, text: str) -> int:
     """Compare the model's own tokenizer with --tokenizer on the text."""
-    if options.ids:
-        raise UserError("--ids: two tokenizers are compared on a text; leave it out")
+    for name in ("ids", "html", "generate", "backward", "padding", "tolerance", "rounding", "names"):
+        if getattr(options, name) is not build_parser().get_default(name):
+            raise UserError(f"--{name}: two tokenizers are compared on a text; leave it out, or give --with, too")
     other: str = options.tokenizer
     chosen = choose_model(Namespace(**{**vars(options), "tokenizer": None}))
     ours, theirs = chosen.tokenizer, read_named(Path(other))
@@ -166,6 +169,8 @@ def _compare_tokenizers(options: Namespace, text: str) -> int:
     cuts = compare_tokenizers(text, ours, theirs, allow_special=options.special)
     print(cuts.verdict(ours, theirs, other))
     print(json.dumps(cuts.to_json()))
+    if options.json:
+        save_json(options.json, cuts.to_json() | {"differences": [piece._asdict() for piece in cuts.pieces]})
     return 0 if cuts.agree else 1
 
 

@@ -15,9 +15,11 @@ from ..model import REFERENCE, forward
 from ..ops import Ops, Tap
 from ..params import Params
 from ..tracing.names import FIRST, LAST, NamedTensor, named_tensors
+from ..tracing.padding import read_prompts
+from ..tracing.partial import names_of_pass
 from ..tracing.record import Trace, check_trace, count_layers, tokens_of_one_prompt
 from ..tracing.taps import chain
-from ..weights import Model, dtype_name
+from ..weights import COMPUTE_DTYPES, Model, dtype_name
 from .difference import Difference, Logits, Measured, incomparable, measure
 from .files import as_tensor
 from .forms import Reader, of_any_layer, part_of
@@ -296,9 +298,9 @@ def compare(  # noqa: PLR0913  # what a caller may set
     other: Mapping[str, Tensor],
     *,
     tolerance: float | None = None,
-    rounding: torch.dtype | None = None,
+    rounding: torch.dtype | str | None = None,
     padding: Padding | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     ops: Ops = REFERENCE,
     progress: bool = False,
 ) -> Comparison:
@@ -317,28 +319,28 @@ def compare(  # noqa: PLR0913  # what a caller may set
             `Comparison.notes` says which were understood.
         tolerance: the largest relative difference that counts as agreement. None: what rounding explains, end to end
             and for each step alone.
-        rounding: the dtype whose rounding to expect. None: that which most tensors are in, or the model's if it is
-            coarser; a single tensor in a coarser one is judged by that.
+        rounding: the dtype whose rounding to expect, or its name, such as "float32". None: that which most tensors are
+            in, or the model's if it is coarser; a single tensor in a coarser one is judged by that.
         padding: the side on which the other run's prompt was padded.
-        dtype: torch.float32 to run in fp32 whatever the weights are in; each matrix is converted as it is used. None:
-            as the weights and the tensors say.
-        ops: the operations of the model's own run.
+        dtype: torch.float32, or its name, to run in fp32 whatever the weights are in; each matrix is converted as it is
+            used. None: as the weights and the tensors say.
+        ops: the operations of the model's own run; with fused attention, `other` may have no scores and probs.
         progress: show bars on stderr.
 
     Raises:
-        UserError: no name is a tap name, a tensor is not floating point of 16 bits or more or only of the last
-            position, the tolerance is below 0, or `trace` raises it.
+        UserError: no name is a tap name, a tensor is not floating point of 16 bits or more or a `Trace` has one
+            position only, the tolerance is below 0, the prompt is longer than the context, or `trace` raises it.
     """
     params, weights_dtype = model.params, model.weights.norm.dtype
-    ids = tokens_of_one_prompt(ids, params)
-    _check_settings(tolerance, rounding, padding)
+    ids = checked_prompt(ids, params)
+    rounding, dtype = check_settings(tolerance, rounding, padding), _dtype_named(dtype)
     if dtype not in (None, weights_dtype, torch.float32):
         raise UserError(f"the model runs in the dtype of its weights or in torch.float32, not in {dtype}")
-    named = shared_tensors(other, params)
+    named = shared_tensors(other, params, ops)
     precision = Precision.of(dtype or weights_dtype, named.tensors, rounding)
     # two rows take as much memory as somewhat more tokens, since scores grow with the square
     check_trace(params, precision.run, math.ceil(1.5 * len(ids)), LAST, ops=ops)
-    reader = Reader(named.tensors, params, len(ids), padding)
+    reader = Reader(named, params, len(ids), padding)
     passes = _Passes(model, ids, ops if precision.run == weights_dtype else _in_fp32(ops), reader, precision, progress)
     own, (whole, shapes, logits) = passes.fed(), passes.alone()
     fed, free = (passes.simulated(is_fed=is_fed) for is_fed in (True, False))
@@ -452,20 +454,48 @@ def _in_fp32(ops: Ops) -> Ops:
     return ops._replace(embed=lambda tokens, table: ops.embed(tokens, table).float())
 
 
-def _check_settings(tolerance: float | None, rounding: torch.dtype | None, padding: str | None) -> None:
-    if tolerance is not None and not tolerance >= 0:
-        raise UserError(f"the tolerance should be a number of 0 or more, such as 0.01, is {tolerance}")
-    if rounding is not None and rounding not in _COMPARABLE:
-        raise UserError(f"the rounding should be that of a dtype such as torch.bfloat16, is {rounding!r}")
+def checked_prompt(ids: Sequence[int] | Tensor, params: Params) -> list[int]:
+    """Return ids [T] as a list. Raises UserError if they are not one prompt, or it is longer than the context."""
+    checked = tokens_of_one_prompt(ids, params)
+    read_prompts(checked, None, params)
+    return checked
+
+
+def _dtype_named(dtype: torch.dtype | str | None) -> Any:
+    """Return the dtype of a name such as "float32"; anything else as it is, to be checked."""
+    return COMPUTE_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+
+
+def check_settings(
+    tolerance: float | None, rounding: torch.dtype | str | None, padding: str | None
+) -> torch.dtype | None:
+    """Return the dtype of the rounding. Raises UserError if one of the settings of `compare` is wrong."""
+    if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance >= 0):
+        raise UserError(f"the tolerance should be a number of 0 or more, such as 0.01, is {tolerance!r}")
     if padding not in (None, "left", "right"):
         raise UserError(f'the padding should be "left" or "right", the side that it is on, is {padding!r}')
+    dtype: torch.dtype | None = _dtype_named(rounding)
+    if dtype is not None and dtype not in _COMPARABLE:
+        raise UserError(f"the rounding should be that of a dtype such as torch.bfloat16, is {rounding!r}")
+    return dtype
 
 
-def shared_tensors(other: Mapping[str, Any], params: Params) -> Renamed:
-    """Return the other run's tensors that a pass has too. Raises UserError if there are none, or for other dtypes."""
-    if isinstance(other, Trace) and other.at is not None:  # also of last_position
-        chosen, what = ("last_position", "the last") if other.last_position else ("at", "one")
-        raise UserError(f"the trace is of {what} position only; make one without {{argument}}", argument=chosen)
+def check_mapping(other: object) -> None:
+    """Raise UserError unless the other run's tensors are a mapping, and of all positions if they are a trace."""
+    if not isinstance(other, Mapping):
+        raise UserError(f"the other run should be a mapping from names to tensors, is {type(other).__name__}")
+    if isinstance(other, Trace) and other.last_position:
+        raise UserError("the trace is of the last position only; make one without {argument}", argument="last_position")
+    if isinstance(other, Trace) and other.at is not None:  # the command has no option that makes one
+        raise UserError("the trace is of one position only; trace all positions, without at=")
+
+
+def shared_tensors(other: Mapping[str, Any], params: Params, ops: Ops = REFERENCE) -> Renamed:
+    """Return the other run's tensors that a pass with these operations has too.
+
+    Raises UserError if there are none, if these operations do not make one, or for other dtypes.
+    """
+    check_mapping(other)
     named = renamed(other, params)
     if not named.tensors:
         names = ", ".join(in_short(name) for name in list(other)[:3])
@@ -473,7 +503,16 @@ def shared_tensors(other: Mapping[str, Any], params: Params) -> Renamed:
             f"none of the {len(other)} tensors to compare with has a name of this pass ({names or 'there are none'}); "
             f"it has {FIRST}, layers.0.attention_norm, layers.0.attention.q, … {LAST} (see docs/tracing.md)"
         )
-    return named._replace(tensors={name: as_tensor(name, given) for name, given in named.tensors.items()})
+    fused = set(named.tensors).difference(names_of_pass(params, ops))
+    if fused:
+        raise UserError(f"has fused attention, so no {min(fused)}; leave scores and probs out", argument="ops")
+    return named._replace(
+        tensors={name: as_tensor(name, given) for name, given in named.tensors.items()},
+        again={
+            name: {other: as_tensor(other, given) for other, given in others.items()}
+            for name, others in named.again.items()
+        },
+    )
 
 
 def assert_matches(

@@ -7,6 +7,7 @@ no value that takes part in the result is changed.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from ..model import rms_norm, rope, rope_rotation
 from ..params import Params
 from ..tracing.names import named_tensors, token_dimension, within_layer
 from .difference import measure
+from .names import Renamed
+from .rounding import eps_of
 
 _MUCH_CLOSER = 0.5  # times the difference of a layout that comes before it
 _HIDDEN = 60.0  # below the largest score of its row: softmax makes 1e-26 of it
@@ -52,21 +55,22 @@ class _Form(NamedTuple):
 class Reader:
     """Reads the tensors of another run, one by one, as a pass over the same prompt comes to them.
 
-    others: by tap name; `read` puts a tensor in the layout of model.py in the place of what was given, with all
-    positions or the last one. The output of the last layer is moved to "norm" if that is what it is. padding: the side
-    on which the other run's prompt was padded. `notes` are the forms that were understood, with the names they are of;
-    `unlike` says why a tensor cannot be read.
+    given: the other run's tensors. others: those by tap name; `read` puts a tensor in the layout of model.py in the
+    place of what was given, with all positions or the last one. The output of the last layer is moved to "norm" if that
+    is what it is. padding: the side on which the other run's prompt was padded. `notes` are the forms that were
+    understood, with the names they are of; `unlike` says why a tensor cannot be read.
     """
 
     def __init__(
         self,
-        others: dict[str, Tensor],
+        given: Renamed,
         params: Params,
         length: int,
         padding: str | None = None,
         of_gradients: bool = False,
     ):
-        self.others = others
+        self.others: dict[str, Tensor] = given.tensors
+        self._again = given.again  # the same under further names
         self.notes: dict[str, dict[str, None]] = {}
         self.unlike: dict[str, str] = {}
         self._params, self._length, self._padding, self._n_padding = params, length, padding, 0
@@ -76,7 +80,38 @@ class Reader:
         self._pairs: dict[bool, tuple[str, ...]] = {}  # before RoPE, after it: as in the first clear case
 
     def read(self, name: str, ours: Tensor, norm: Tensor) -> None:
-        """Read a tensor, with our own from the same input beside it. norm: the weight of the final norm."""
+        """Read a tensor, with our own from the same input beside it. norm: the weight of the final norm.
+
+        Of several that are given for the same name, the one that differs most is kept.
+        """
+        self._read(name, ours, norm)
+        if name not in self._again:
+            return
+        worst = self._apart(name, ours), self.others.get(name), self.unlike.pop(name, None)
+        for other, theirs in self._again.pop(name).items():
+            self.others[name] = theirs
+            self._read(name, ours, norm)
+            found = self._apart(name, ours), self.others.get(name), self.unlike.pop(name, None)
+            if found[0] > worst[0]:
+                if worst[1] is not None:
+                    self.notes.setdefault(f"{name} is also given as {other}, which differs more and is compared", {})
+                worst = found
+        _, tensor, why = worst
+        if tensor is not None:
+            self.others[name] = tensor
+        if why is not None:
+            self.unlike[name] = why
+
+    def _apart(self, name: str, ours: Tensor) -> float:
+        """Return how far a tensor that was read is from ours, beyond what its dtype rounds; -inf if it was moved."""
+        theirs = self.others.get(name)
+        if theirs is None:
+            return -math.inf
+        return (
+            math.inf if name in self.unlike else measure(part_of(name, ours, theirs), theirs).rms - eps_of(theirs.dtype)
+        )
+
+    def _read(self, name: str, ours: Tensor, norm: Tensor) -> None:
         theirs = self.others[name]
         forms = [form for layout in self._layouts(name, theirs) for form in self._of_the_prompt(name, layout, ours)]
         if not forms:
@@ -86,7 +121,10 @@ class Reader:
             del self.others[name]
             note = f"{name} is after the norm, as transformers' last hidden state, and compared as norm"
             self.notes.setdefault(note, {})
-            self.others.setdefault("norm", theirs)
+            if "norm" in self.others:
+                self._again.setdefault("norm", {})[name] = theirs
+            else:
+                self.others["norm"] = theirs
             return
         form = self._closest(name, forms, ours)
         if name.endswith("attention.scores") and not self._of_gradients:
@@ -185,7 +223,9 @@ class Reader:
             return None
         kept = form.tensor.narrow(-1, begin, length)
         rest = torch.cat((form.tensor[..., :begin], form.tensor[..., begin + length :]), -1)
-        if name.endswith("probs"):
+        if self._of_gradients:  # a probability that is 0 has a gradient all the same
+            takes_part = name.endswith("scores") and bool(rest.any())
+        elif name.endswith("probs"):
             takes_part = bool((rest > _NOTHING).any())
         else:
             largest = kept.masked_fill(_future(kept), -torch.inf).amax(-1, keepdim=True)

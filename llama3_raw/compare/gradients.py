@@ -15,12 +15,13 @@ from ..model import REFERENCE, forward
 from ..ops import Ops
 from ..params import Params
 from ..tracing.names import FIRST, NamedTensor, named_tensors
-from ..tracing.record import check_trace, tokens_of_one_prompt
+from ..tracing.record import check_trace
 from ..weights import LayerWeights, Model, TensorSpec, Weights, tensor_specs
-from .comparison import Comparison, Step, shared_tensors
+from .comparison import Comparison, Padding, Step, check_mapping, check_settings, checked_prompt, shared_tensors
 from .difference import Measured, incomparable, measure
 from .files import as_tensor
 from .forms import Reader
+from .names import Renamed
 from .rounding import Limits, Precision, eps_of
 
 _PASS_FIRST = "and whether the pass itself agrees"
@@ -39,7 +40,8 @@ def compare_gradients(
     other: Mapping[str, Tensor],
     *,
     tolerance: float | None = None,
-    rounding: torch.dtype | None = None,
+    rounding: torch.dtype | str | None = None,
+    padding: Padding | None = None,
     ops: Ops = REFERENCE,
 ) -> Comparison:
     """Compare the gradients of another run with the model's own, and find where they diverge on the way back.
@@ -48,29 +50,33 @@ def compare_gradients(
     other run's gradient put in at each name; and each again with every tensor and gradient perturbed as rounding does.
 
     Args:
-        model: the weights; matrices must be tensors.
+        model: the weights; where `other` has the gradient of a weight, that is no quantized matrix.
         ids: the prompt, [T], at least two tokens.
         other: gradients by tap name, or of weights by Meta's or Hugging Face's name; with or without .grad after it or
             grad. before it. If some names have that, the others are left out.
         tolerance: as in `compare`.
         rounding: as in `compare`.
-        ops: as in `compare`.
+        padding: as in `compare`.
+        ops: as in `compare`; they must be differentiable, as the exact ones are.
 
     Raises:
-        UserError: as in `compare`, or a matrix is quantized, or the prompt has one token.
+        UserError: as in `compare`, or `other` has the gradient of a quantized matrix, or the prompt has one token.
     """
     params = model.params
-    tokens = tokens_of_one_prompt(ids, params)
+    tokens = checked_prompt(ids, params)
+    rounding = check_settings(tolerance, rounding, padding)
+    check_mapping(other)
     if len(tokens) < 2:
         raise UserError("gradients are of a loss on the next token; give a prompt of at least two tokens")
     tied = model.weights.output is model.weights.tok_embeddings
     of_weights, of_tensors = _by_kind(other, params, tied)
-    named = shared_tensors(of_tensors, params) if of_tensors or not of_weights else None
-    tensors = named.tensors if named else {}
+    named = Renamed({}, {}, (), ())
+    if of_tensors or not of_weights:
+        named = shared_tensors(of_tensors, params, ops)
     weights_dtype = model.weights.norm.dtype
-    precision = Precision.of(weights_dtype, {**tensors, **of_weights}, rounding)
+    precision = Precision.of(weights_dtype, {**named.tensors, **of_weights}, rounding)
     check_trace(params, precision.run, 2 * len(tokens), ops=ops)
-    reader = Reader(tensors, params, len(tokens), of_gradients=True)
+    reader = Reader(named, params, len(tokens), padding, of_gradients=True)
     passes = _Passes(model, tokens, ops, precision, tuple(of_weights))
     fed = passes.run(lambda name, gradient: _read_and_put(reader, name, gradient))
     theirs = {**reader.others, **of_weights}
@@ -95,12 +101,12 @@ def compare_gradients(
     return Comparison(
         steps=tuple(steps),
         missing=tuple(name for name in named_tensors(params) if name not in reader.others),
-        unknown=named.unknown if named else (),
+        unknown=named.unknown,
         logits=None,
         dtype=precision.rounding,
         tolerance=tolerance,
         made=made,
-        notes=tuple(filter(None, (precision.note, *(named.notes if named else ()), *reader.understood()))),
+        notes=tuple(filter(None, (precision.note, *named.notes, *reader.understood()))),
         rounded=tuple(precision.of_tensor),
     )
 
@@ -110,6 +116,7 @@ def _by_kind(other: Mapping[str, Any], params: Params, tied: bool) -> tuple[dict
 
     Of tied embeddings there is one, the sum of both uses; a run that has them twice is not yet added up.
     """
+    other = {str(name): value for name, value in other.items()}
     marked = {name: value for name, value in other.items() if "grad" in name.split(".")}
     plain = {
         ".".join(part for part in name.split(".") if part != "grad"): value for name, value in (marked or other).items()
@@ -123,6 +130,8 @@ def _by_kind(other: Mapping[str, Any], params: Params, tied: bool) -> tuple[dict
                     gradient = (
                         gradient.view(-1, 2, params.head_dim // 2, params.dim).transpose(1, 2).reshape(spec.shape)
                     )
+                if not torch.equal(of_weights.get(spec.meta_name, gradient), gradient):
+                    raise UserError(f"{spec.meta_name} and {spec.hf_name} are the same weight, with other gradients")
                 of_weights[spec.meta_name] = gradient
     if tied and "output.weight" in of_weights:
         output, both = of_weights.pop("output.weight"), of_weights.get("tok_embeddings.weight")

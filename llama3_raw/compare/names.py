@@ -33,15 +33,25 @@ _OUTPUTS = {
     "feed_forward": "feed_forward.out",
     "": "residual",
 }
+_STREAM = "the residual stream before the layer"
 _INPUTS = {
-    "self_attn.o_proj": "attention.heads",
-    "attention.wo": "attention.heads",
-    "post_attention_layernorm": "attention.residual",
-    "ffn_norm": "attention.residual",
-    "mlp.down_proj": "feed_forward.hidden",
-    "feed_forward.w2": "feed_forward.hidden",
+    **dict.fromkeys(("", "input_layernorm", "attention_norm"), _STREAM),
+    **dict.fromkeys(("self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "attention_norm"),
+    **dict.fromkeys(("attention", "attention.wq", "attention.wk", "attention.wv"), "attention_norm"),
+    **dict.fromkeys(("self_attn.o_proj", "attention.wo"), "attention.heads"),
+    **dict.fromkeys(("post_attention_layernorm", "ffn_norm"), "attention.residual"),
+    **dict.fromkeys(("mlp", "mlp.gate_proj", "mlp.up_proj"), "ffn_norm"),
+    **dict.fromkeys(("feed_forward", "feed_forward.w1", "feed_forward.w3"), "ffn_norm"),
+    **dict.fromkeys(("mlp.down_proj", "feed_forward.w2"), "feed_forward.hidden"),
 }
-_TOP = {"embed_tokens": FIRST, "lm_head": LAST, "output": LAST, "last_hidden_state": "norm"}
+_TOP = {
+    "embed_tokens": FIRST,
+    "lm_head": LAST,
+    "output": LAST,
+    "last_hidden_state": "norm",
+    "lm_head.input": "norm",
+    "output.input": "norm",
+}
 _WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.|model\.)+")  # torch.compile's, DDP's and Hugging Face's
 
 
@@ -49,6 +59,7 @@ class Renamed(NamedTuple):
     """Tensors by tap name. `unknown` are the names that no pass has, as they were given."""
 
     tensors: dict[str, Any]
+    again: dict[str, dict[str, Any]]  # those of the same tap name under further names, by these
     unknown: tuple[str, ...]
     notes: tuple[str, ...]  # what was understood, as text
 
@@ -57,14 +68,28 @@ def renamed(given: Mapping[str, Any], params: Params) -> Renamed:
     """Return the tensors by tap name.
 
     Understood are the names of Hugging Face's and Meta's modules, for their outputs or with .input for their inputs;
-    transformers' hidden_states and attentions; / for the dots; and layers that are counted from 1.
+    transformers' hidden_states and attentions; / for the dots; layers that are counted from 1; and any names before
+    all of that, if they are the same everywhere.
     """
+    given = {str(name): value for name, value in given.items()}
+    found = _renamed(_unstacked(given), params)
+    outer, *others = {re.split("[./]", name, maxsplit=1)[0] for name in given} or {""}
+    if found.tensors or others or outer in ("layers", *given) or outer.isdigit():
+        return found
+    inner = renamed({name[len(outer) + 1 :]: value for name, value in given.items()}, params)
+    if not inner.tensors:
+        return found
+    unknown = tuple(f"{outer}.{name}" for name in inner.unknown)
+    return inner._replace(unknown=unknown, notes=(f"names without {outer!r} before them", *inner.notes))
+
+
+def _renamed(flat: Mapping[str, Any], params: Params) -> Renamed:
     made = named_tensors(params)
-    flat = _unstacked(given)
     by_plain_name = {name: _plain(name) for name in flat}
     layers = {int(found[1]) for found in map(re.compile(r"layers\.(\d+)\b").match, by_plain_name.values()) if found}
     shift = int(params.n_layers in layers and 0 not in layers)  # counted from 1
     tensors: dict[str, Any] = {}
+    again: dict[str, dict[str, Any]] = {}
     unknown, mapped = [], []
     for exact in (True, False):  # a tap name comes before other names of the same tensor
         for name, plain in by_plain_name.items():
@@ -73,7 +98,9 @@ def renamed(given: Mapping[str, Any], params: Params) -> Renamed:
                 continue
             if ours not in made:
                 unknown.append(name)
-            elif ours not in tensors:
+            elif ours in tensors:
+                again.setdefault(ours, {})[name] = flat[name]
+            else:
                 tensors[ours] = flat[name]
                 if not exact and not shift:
                     mapped.append((name, ours))
@@ -82,7 +109,7 @@ def renamed(given: Mapping[str, Any], params: Params) -> Renamed:
         notes.append(f"layers counted from 1: layers.1 is layers.0 here, layers.{params.n_layers} the last")
     if mapped:
         notes.append("other names: {} is {} here, and so on".format(*mapped[0]))
-    return Renamed(tensors, tuple(unknown), tuple(notes))
+    return Renamed(tensors, again, tuple(unknown), tuple(notes))
 
 
 def _unstacked(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,11 +141,13 @@ def _tap_name(name: str, n_layers: int) -> str:
         if found[1] == "attentions":
             return f"layers.{number}.attention.probs"
         return f"layers.{number - 1}.residual" if number else FIRST  # the last may be after the norm: see forms.py
-    found = re.fullmatch(r"layers\.(\d+)(?:\.(.*?))?(\.input)?", name)
+    found = re.fullmatch(r"layers\.(\d+)(?:\.(.+?))??(\.input)?", name)
     if not found:
         if name == "norm.input":
             return f"layers.{n_layers - 1}.residual"
         return LAST if name == "output" else _TOP.get(name, name)
     number, module, of_input = int(found[1]), found[2] or "", found[3]
     ours = _INPUTS.get(module) if of_input else _OUTPUTS.get(module, module)
+    if ours == _STREAM:
+        return f"layers.{number - 1}.residual" if number else FIRST
     return f"layers.{number}.{ours}" if ours else name

@@ -16,11 +16,13 @@ from ..cli.models import DTYPES_BY_NAME, ChosenModel, choose_model, load_model
 from ..errors import UserError
 from ..params import Params
 from ..quantization.matrix import FORMATS
+from ..tracing.gradients import trace_gradients
 from ..tracing.record import Origin, Trace, shape_difference, trace
 from ..weights import Model
 from .comparison import shared_tensors
 from .files import SUFFIXES, load_tensors
 from .generation import Continued, continued
+from .gradients import next_token_loss
 from .references import (
     check_hf,
     check_meta,
@@ -75,13 +77,18 @@ def choose_other(options: Namespace, chosen: ChosenModel, ids: Sequence[int]) ->
             shared_tensors(loaded, chosen.checkpoint.params)
         origin = loaded.origin if isinstance(loaded, Trace) else None
         return Other(name, lambda: loaded, origin, origin.params if origin else None, is_file=True)
+    if options.padding:
+        raise UserError("--padding: is of the tensors in a file; leave it out")
     if name in _IMPLEMENTATIONS:
         _check_reference(name, chosen)
         return Other(name, lambda: _run_implementation(name, chosen, ids, options.backward))
+    if name == "fast" and options.backward:
+        raise UserError("--with fast: the fast operations compute no gradients; leave --backward out")
     others = _choose_own(options, chosen)
+    run_own = _own_gradients if options.backward else _run_own
     return Other(
         name,
-        lambda: _run_own(others, ids, reference=name != "fast"),
+        lambda: run_own(others, ids, reference=name != "fast"),
         params=others.checkpoint.params,
         format=others.quantize or others.checkpoint.format,
     )
@@ -137,6 +144,13 @@ def _check_reference(name: str, chosen: ChosenModel) -> None:
 def _run_own(chosen: ChosenModel, ids: Sequence[int], reference: bool) -> Trace:
     model, ops, _ = load_model(chosen, RunShape.of_one_pass(len(ids)), reference)
     return trace(model, ids, ops=ops, device="cpu", progress=True)
+
+
+def _own_gradients(chosen: ChosenModel, ids: Sequence[int], reference: bool) -> Trace:
+    model, ops, _ = load_model(chosen, RunShape.of_one_pass(len(ids)), reference)
+    tokens = torch.tensor(ids, device=model.weights.norm.device)
+    _, gradients = trace_gradients(model, ids, lambda logits: next_token_loss(logits, tokens), ops=ops)
+    return gradients
 
 
 def by_layer(chosen: ChosenModel) -> tuple[ChosenModel, torch.dtype | None]:

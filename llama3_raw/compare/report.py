@@ -81,9 +81,15 @@ def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
     return list(layers.values())
 
 
-def save_json(file: str, figures: Mapping[str, Any], comparison: Comparison) -> None:
-    """Write the figures of the report's last line, and under "steps" those of every tensor; infinite ones as null."""
-    steps = [
+def save_json(file: str, figures: Mapping[str, Any]) -> None:
+    """Write figures as JSON."""
+    with atomic_write(file) as part:
+        Path(part).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def figures_of_steps(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return the figures of every tensor, to be saved as JSON; infinite ones are None."""
+    return [
         {
             "name": step.name,
             "diverges": step.diverges,
@@ -93,8 +99,6 @@ def save_json(file: str, figures: Mapping[str, Any], comparison: Comparison) -> 
         }
         for step in comparison.steps
     ]
-    with atomic_write(file) as part:
-        Path(part).write_text(json.dumps({**figures, "steps": steps}, indent=1) + "\n", encoding="utf-8")
 
 
 def _figures(found: Measured, limits: Limits) -> dict[str, float | None]:

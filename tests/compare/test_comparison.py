@@ -20,7 +20,7 @@ from torch import Tensor
 import llama3_raw
 from llama3_raw import LayerWeights, Model, Trace, UserError
 from llama3_raw.checkpoint.loading import to_state_dict
-from llama3_raw.compare import compare
+from llama3_raw.compare import compare, compare_gradients
 from llama3_raw.compare.__main__ import main
 from llama3_raw.compare.difference import Difference, Logits, difference
 from llama3_raw.compare.references import trace_hf, trace_meta
@@ -308,15 +308,45 @@ def test_arrays_are_understood(tiny: Model, ids: list[int]) -> None:
         ({"ids": [1.5]}, "ids should be the tokens of one prompt"),
         ({"tolerance": -1.0}, "the tolerance should be a number of 0 or more"),
         ({"tolerance": math.nan}, "the tolerance should be a number of 0 or more"),
+        ({"tolerance": "0.1"}, "the tolerance should be a number of 0 or more"),
         ({"rounding": torch.int8}, "the rounding should be that of a dtype"),
+        ({"rounding": "float33"}, "the rounding should be that of a dtype .* is 'float33'"),
+        ({"dtype": "float33"}, "the dtype of its weights or in torch.float32, not in float33"),
+        ({"ids": [0] * 513}, "needs 513 positions, but the context holds 512"),
+        ({"other": {0: torch.zeros(14, 192)}}, "has a name of this pass"),
+        ({"other": torch.zeros(14, 192)}, "the other run should be a mapping from names to tensors, is Tensor"),
+        (
+            {
+                "other": {"layers.0.attention.probs": torch.zeros(6, 14, 14)},
+                "ops": REFERENCE._replace(has_scores=False),
+            },
+            "ops has fused attention, so no layers.0.attention.probs; leave scores and probs out",
+        ),
         ({"other": {"norm": torch.zeros(14, 192, dtype=torch.float8_e4m3fn)}}, "norm to compare with is torch.float8"),
         ({"other": {"norm": "zero"}}, "norm to compare with is str"),
     ],
 )
 def test_wrong_arguments_are_refused(tiny: Model, ids: list[int], change: dict[str, Any], complaint: str) -> None:
     arguments = {"ids": ids, "other": {"norm": torch.zeros(14, 192)}, **change}
-    with pytest.raises(UserError, match=complaint):
-        compare(tiny, **arguments)
+    for function in (compare, compare_gradients)[: 1 if "dtype" in change else 2]:
+        with pytest.raises(UserError, match=complaint):
+            function(tiny, **arguments)
+
+
+@pytest.mark.parametrize("function", [compare, compare_gradients])
+def test_a_trace_of_one_position_is_refused(function: Callable[..., Any], tiny: Model, ids: list[int]) -> None:
+    for options, complaint in (
+        ({"last_position": True}, "of the last position only; make one without last_position"),
+        ({"at": 2}, "of one position only; trace all positions, without at="),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            function(tiny, ids, trace(tiny, ids, "norm", **options))
+
+
+def test_a_dtype_may_be_a_name(tiny: Model, ids: list[int]) -> None:
+    other = trace(tiny, ids, "*norm")
+    assert compare(tiny, ids, other, dtype="float32", rounding="bfloat16").dtype == torch.bfloat16
+    assert compare_gradients(tiny, ids, other, rounding="float16").dtype == torch.float16
 
 
 def test_other_tokens_and_layouts_are_named(tiny: Model, ids: list[int]) -> None:
@@ -448,6 +478,11 @@ def test_unknown_names_are_reported_with_the_nearest(
         (["--with", "int8", "--dtype", "float32", PROMPT], "int8 matrices are fast in bfloat16 only"),
         (["--with", "int4", "--dtype", "float32", PROMPT], "int4 matrices are fast in bfloat16 only"),
         (["--with", "hf", "--max-ram", "4GB", PROMPT], "leave --max-ram out"),
+        (["--with", "fast", "--backward", PROMPT], "--with fast: the fast operations compute no gradients"),
+        *(
+            (["--with", other, "--padding", "left", PROMPT], "--padding: is of the tensors in a file; leave it out")
+            for other in ("hf", "float32", "int8", "fast")
+        ),
     ],
 )
 def test_an_impossible_comparison_is_one_line(

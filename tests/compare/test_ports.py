@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from llama3_raw import REFERENCE, Model, Params, UserError, trace
 from llama3_raw.checkpoint.loading import to_state_dict
 from llama3_raw.compare import assert_matches, compare, compare_gradients
 from llama3_raw.compare.__main__ import main
-from llama3_raw.compare.comparison import Comparison
+from llama3_raw.compare.comparison import Comparison, Padding
 from llama3_raw.compare.generation import compare_texts, first_difference, greedy
-from llama3_raw.compare.references import gradients_hf, gradients_meta, hf_model, trace_hf
+from llama3_raw.compare.gradients import next_token_loss
+from llama3_raw.compare.references import _HF, _gradients, gradients_hf, gradients_meta, hf_model, trace_hf
 from llama3_raw.compare.rounding import shown_dtype
 from llama3_raw.params import RopeScaling
 from tests.compare.conftest import PROMPT
@@ -413,6 +415,85 @@ def test_files_of_numpy_and_torch(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["dtype"] == "bfloat16"
 
 
+def test_names_under_a_common_one(
+    tmp_path: Path, exact: dict[str, Tensor], fp32: Model, ids: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"acts": exact, "prompt": PROMPT}, tmp_path / "port.pt")
+    assert main([*OWN_WEIGHTS, "--with", str(tmp_path / "port.pt"), PROMPT]) == 0
+    out = capsys.readouterr().out
+    assert "They are equal: all 71 tensors, value by value.\n" in out
+    assert "Understood: names without 'acts' before them." in out
+    found = compare(fp32, ids, {"run/first/norm": exact["norm"], "run/first/nrom": exact["norm"]})
+    assert (len(found.steps), found.unknown) == (1, ("run.first.nrom",))
+    # the name within a layer is not that of another tensor
+    with pytest.raises(UserError, match="has a name of this pass"):
+        compare(fp32, ids, {"net.layers.0.norm": exact["norm"]})
+
+
+@pytest.mark.parametrize(
+    ("factors", "first"),
+    [
+        ((1.0, 1.0), None),
+        ((1.0, 1.01), "layers.0.attention.out"),
+        ((1.01, 1.0), "layers.0.attention.out"),
+    ],
+)
+def test_two_names_of_the_same_tensor(
+    factors: tuple[float, float], first: str | None, exact: dict[str, Tensor], fp32: Model, ids: list[int]
+) -> None:
+    """Neither hides the other."""
+    out, norm = exact["layers.0.attention.out"], exact["norm"]
+    both = {"model.layers.0.self_attn.o_proj": factors[0] * out, "model.layers.0.self_attn": factors[1] * out[None]}
+    found = compare(fp32, ids, both)
+    assert first_of(found) == first
+    assert ("also given as model.layers.0.self_attn, which differs more" in understood(found)) == (factors[1] > 1)
+    gradients = {**gradients_hf(fp32, ids)}
+    out = gradients["layers.0.attention.out"]
+    both = {"model.layers.0.self_attn.o_proj": factors[0] * out, "model.layers.0.self_attn": factors[1] * out[None]}
+    assert first_of(compare_gradients(fp32, ids, both)) == first
+    # nor does a copy that was saved in bf16 differ
+    assert compare(fp32, ids, {"norm": factors[0] * norm, "model.norm": norm.bfloat16()}).agree == (factors[0] == 1)
+    # the norm of the last position is no other tensor than the norm
+    assert compare(fp32, ids, {"model.norm": factors[0] * norm, "lm_head.input": norm[-1:]}).agree == (factors[0] == 1)
+
+
+def test_two_names_of_the_last_hidden_state(exact: dict[str, Tensor], fp32: Model, ids: list[int]) -> None:
+    last = "layers.3.residual"
+    for factor in (1.0, 1.01):
+        states = {last: exact[last], "norm": exact["norm"], "hidden_states.4": factor * exact["norm"]}
+        found = compare(fp32, ids, states)
+        assert [step.name for step in found.steps] == [last, "norm"]
+        assert first_of(found) == ("norm" if factor > 1 else None)
+
+
+def test_two_gradients_of_a_weight_that_differ_are_refused(fp32: Model, ids: list[int]) -> None:
+    both = {"norm.weight": torch.zeros(192), "model.norm.weight": torch.ones(192)}
+    with pytest.raises(UserError, match=r"norm.weight and model.norm.weight are the same weight"):
+        compare_gradients(fp32, ids, both)
+
+
+def test_inputs_of_modules(fp32: Model, ids: list[int]) -> None:
+    port, inputs = TorchPort(state(fp32), fp32.params), {}
+    for name, module in port.named_modules():
+        module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({f"{name}.input": args[0].detach()}))
+    with torch.no_grad():
+        port(torch.tensor([ids]))
+    found = compare(fp32, ids, inputs)
+    assert found.agree, found.verdict()
+    assert found.unknown == (".input", "model.input", "model.embed_tokens.input")  # token ids
+    per_layer = ("attention_norm", "attention.heads", "attention.residual", "ffn_norm", "feed_forward.hidden")
+    within = {f"layers.{i}.{name}" for i in range(4) for name in (*per_layer, "residual")}
+    assert {step.name for step in found.steps} == {"tok_embeddings", "norm", *within}
+    for module, name in (
+        ("layers.2.input_layernorm", "layers.1.residual"),
+        ("layers.2.self_attn.k_proj", "layers.2.attention_norm"),
+        ("layers.2.mlp.up_proj", "layers.2.ffn_norm"),
+        ("layers.0", "tok_embeddings"),
+    ):
+        wrong = {**inputs, f"model.{module}.input": 1.01 * inputs[f"model.{module}.input"]}
+        assert first_of(compare(fp32, ids, wrong)) == name
+
+
 class Code:
     """What a pickle may run."""
 
@@ -526,6 +607,36 @@ def test_a_gradient_that_is_wrong_alone_is_named(fp32: Model, ids: list[int]) ->
         compare_gradients(fp32, ids[:1], healthy)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gradients_of_a_padded_prompt(
+    side: Padding, tmp_path: Path, fp32: Model, ids: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    n = 3
+    padded = [*[0] * n, *ids] if side == "left" else [*ids, *[0] * n]
+    begin = n if side == "left" else 0
+    mask = torch.zeros(1, len(padded), dtype=torch.long)
+    mask[:, begin : begin + len(ids)] = 1
+    network = hf_model(fp32, "eager")
+    tokens, positions = torch.tensor([padded]), (torch.arange(len(padded)) - begin).clamp(min=0)[None]
+    with _gradients(network, _HF, fp32.params) as gradients:
+        logits = network(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        next_token_loss(logits[0, begin : begin + len(ids)], torch.tensor(ids)).backward()
+    assert compare_gradients(fp32, ids, gradients, padding=side).agree
+    assert not compare_gradients(fp32, ids, gradients).agree
+    save_file(gradients, tmp_path / "port.safetensors")
+    arguments = [*OWN_WEIGHTS, "--dtype", "float32", "--with", str(tmp_path / "port.safetensors"), "--backward", PROMPT]
+    assert main([*arguments, "--padding", side]) == 0
+    assert f"padded on the {side}, by 3 positions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", ["float32", "int8"])
+def test_gradients_of_this_program_agree(other: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*OWN_WEIGHTS, "--with", other, "--backward", PROMPT]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (figures["tensors"], figures["missing"]) == (71, 0)
+    assert 0 < figures["worst_relative"] < 0.5
+
+
 def test_two_tokenizers(tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixture[str]) -> None:
     assert tiny.tokenizer is not None
     own = TINY / "tokenizer.model"
@@ -544,6 +655,23 @@ def test_two_tokenizers(tmp_path: Path, tiny: Model, capsys: pytest.CaptureFixtu
     assert "".join(map(tiny.tokenizer.name, first["ours"])) == first["text"]
     assert len(first["theirs"]) > len(first["ours"]) == 1
     assert figures["pieces"] == 3  # a difference does not shift what follows
+    other, report = ["--tokenizer", str(tmp_path / "tokenizer.model")], tmp_path / "report.json"
+    assert main([*OWN_WEIGHTS, *other, "--json", str(report), text]) == 1
+    saved = json.loads(report.read_text())
+    assert {**saved, "differences": len(saved["differences"])} == {**figures, "differences": 3}
+    assert saved["differences"][0] == first
+    capsys.readouterr()
+    for option in (
+        "--ids",
+        "--html=a.html",
+        "--generate=2",
+        "--backward",
+        "--padding=left",
+        "--tolerance=0",
+        "--names=*",
+    ):
+        assert main([*OWN_WEIGHTS, *other, option, text]) == 2
+        assert f"{option.split('=')[0]}: two tokenizers are compared on a text" in capsys.readouterr().err
     assert main([*OWN_WEIGHTS, PROMPT]) == 2
     assert "the following arguments are required: --with" in capsys.readouterr().err
 
@@ -564,6 +692,9 @@ def test_reports(tmp_path: Path, tiny: Model, ids: list[int], capsys: pytest.Cap
     assert len(saved["steps"]) == 71
     assert main([*OWN_WEIGHTS, *arguments[:2], "--html", str(tmp_path / "no" / "report.html"), PROMPT]) == 2
     assert "there is no folder" in capsys.readouterr().err
+    same = ["--html", str(page), "--json", str(tmp_path / ".." / tmp_path.name / page.name)]
+    assert main([*OWN_WEIGHTS, *arguments[:2], *same, PROMPT]) == 2
+    assert "--html and --json name the same file; give two" in capsys.readouterr().err
 
 
 def test_transformers_runs_a_layer_at_a_time(tiny: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
