@@ -109,7 +109,7 @@ class CompletionScores:
     def lists(self, tokens: Sequence[int], scores: Sequence[TokenScore | None]) -> Body:
         """Return tokens and the log-probability of each, or None, as lists."""
         name, offsets = self._tokenizer.name, []
-        for token in tokens:
+        for token, _ in zip(tokens, scores, strict=True):
             offsets.append(self._offset)
             shown = b"" if token == self._tokenizer.bos_id else self._tokenizer.token_bytes(token)
             self._offset += len(self._decoder.decode(shown))

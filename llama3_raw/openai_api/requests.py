@@ -11,6 +11,7 @@ from ..chat.dialog import DialogFormat, Message
 from ..decoding.batch import Row
 from ..decoding.sampling import Sampling
 from ..errors import UserError, in_short
+from ..params import Params
 from ..tokenizer import Tokenizer
 from .fields import MOST_STOPS, MOST_TEXTS, MOST_TOP, SAMPLING, Kind, check_message, given_fields, shown
 
@@ -41,6 +42,11 @@ class Request:
     model: str | None = None
     stream: bool = False
     include_usage: bool = False  # whether a stream ends with the number of tokens
+
+    @property
+    def budget(self) -> int | None:
+        """The most tokens to compute for a text; None: what the context holds. Even max_tokens 0 computes one."""
+        return None if self.max_tokens is None else max(self.max_tokens, 1)
 
     @property
     def has_text(self) -> bool:
@@ -101,6 +107,22 @@ def encoded(request: Request, tokenizer: Tokenizer | None, dialog_format: Dialog
     return ids
 
 
+def check_prompts(request: Request, prompts: Sequence[Sequence[int]], params: Params, context: int) -> None:
+    """Raise UserError unless the encoded prompts are of the vocabulary, and leave the context a new token.
+
+    With max_tokens 0 a prompt may fill the context: the token that is computed is not kept.
+    """
+    name, has, it = ("messages", "have", "them") if request.messages else ("prompt", "has", "it")
+    for ids in prompts:
+        try:
+            params.check_ids(ids)
+        except UserError as error:
+            raise UserError(f"{{argument}}: {error}", argument=name) from error
+        if len(ids) + (request.max_tokens != 0) > context:
+            message = f"the {{argument}} {has} {len(ids)} tokens, the context holds {context}; shorten {it}"
+            raise UserError(message, argument=name)
+
+
 def rows(
     request: Request,
     prompts: Sequence[Sequence[int]],
@@ -110,11 +132,9 @@ def rows(
 ) -> list[Row]:
     """Return the rows of a request, `n` for each of its encoded prompts.
 
-    stop_ids: tokens that end a text. context: the most tokens of one. Raises UserError for a prompt that is too long.
+    stop_ids: tokens that end a text. context: the most tokens of one, which the prompts leave a place in, unless
+    max_tokens is 0.
     """
-    for prompt in prompts:
-        if len(prompt) > context:
-            raise UserError(f"the prompt has {len(prompt)} tokens, the context holds {context}; shorten it")
     stops = [text.encode("utf-8") for text in request.stop]
 
     def is_over(new: Sequence[int]) -> bool:
@@ -124,7 +144,7 @@ def rows(
     return [
         Row(
             prompt,
-            context if request.max_tokens is None else max(request.max_tokens, 1),
+            min(request.budget or context, max(context - len(prompt), 1)),
             request.sampling,
             None if request.seed is None else (request.seed + number) % 2**63,
             is_over,

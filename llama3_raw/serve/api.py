@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..openai_api import answers
 from ..openai_api.answers import Answer, Body
 from ..openai_api.fields import DETOKENIZE, TOKENIZE, Kind, check_fields, shown
-from ..openai_api.requests import Defaults, Request, encoded, parse_request, parsed, rows
+from ..openai_api.requests import Defaults, Request, check_prompts, encoded, parse_request, parsed, rows
 from ..tokenizer import TextPieces, Tokenizer
 from .description import describe
 from .engine import Asked, Engine, Job
@@ -129,8 +129,7 @@ class Api:
         dialog_format = self._dialog_format() if kind == "chat" else None
         stop_ids = self._stop_ids | (dialog_format.stop_ids if dialog_format else frozenset())
         prompts = encoded(asked, self._tokenizer, dialog_format)
-        for prompt in prompts:
-            self._engine.model.params.check_ids(prompt)
+        check_prompts(asked, prompts, self._engine.model.params, self._engine.context)
         return asked, rows(asked, prompts, self._tokenizer, stop_ids, self._engine.context)
 
     def _dialog_format(self) -> DialogFormat:

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -42,7 +43,8 @@ class Closed(Exception):
 class Job:
     """A text that the engine continues. Its thread alone writes the fields.
 
-    new: the tokens so far. scored: their scores, if asked for. ended: why the text ended; None before.
+    new: the tokens so far. scored: their scores, if asked for. ended: why the text ended; None before. error: what
+    went wrong with this text only, which then ends.
     """
 
     def __init__(self, asked: Asked, row: Row, scored: ScoredRow | None):
@@ -50,8 +52,20 @@ class Job:
         self.new: list[int] = []
         self.scored = scored
         self.ended: StopReason | Exception | None = None
-        self.row = row._replace(is_over=lambda new: asked.is_gone or row.is_over(new))
+        self.error: Exception | None = None
+        self.row = row._replace(is_over=lambda new: asked.is_gone or self._guarded(row.is_over, new))
+        if row.on_logits:
+            self.row = self.row._replace(on_logits=partial(self._guarded, row.on_logits))
         self.arrived = time.perf_counter()
+
+    def _guarded(self, function: Callable[..., bool | None], *values: Any) -> bool:
+        """Call a function of the text; return whether the text is over, as it is after an error, which is kept."""
+        try:
+            return self.error is not None or bool(function(*values))
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            self.error = error
+            return True
 
 
 class Asked:
@@ -253,11 +267,12 @@ class Engine:
         number = next(self._numbers)
         self._running[number] = job
         self.metrics.prompt_tokens.inc(len(job.row.ids))
-        return text_of(self.model, number, job.row, self.context, tokens_to_stop_at(self.model, None))
+        limit = max(self.context, len(job.row.ids) + 1)  # the last token of a text needs no place in the cache
+        return text_of(self.model, number, job.row, limit, tokens_to_stop_at(self.model, None))
 
     def _take(self, job: Job, event: int | StopReason) -> None:
         if isinstance(event, StopReason):
-            self._end(job, event)
+            self._end(job, job.error or event)
             return
         if not job.new:
             self.metrics.first_token.observe(time.perf_counter() - job.arrived)

@@ -163,6 +163,18 @@ def test_bad_lines_have_an_error_in_their_place(tmp_path: Path, capsys: pytest.C
         assert message in result["error"]
 
 
+def test_prompts_that_fill_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They can be scored, and not continued; a text beside them ends at the context."""
+    scored = {"echo": True, "logprobs": 0, "max_tokens": 0}
+    lines = [{"prompt": [5] * 40, **scored}, {"prompt": [5] * 40, "max_tokens": 1}, {"prompt": [5] * 38, "top_k": 9}]
+    status, err = call(capsys, write_lines(tmp_path, lines), "--context", "40", "--temperature", "1")
+    assert (status, "the prompt has 40 tokens, the context holds 40; shorten it" in err) == (1, True)
+    full, _, beside = results_in(tmp_path)
+    assert {len(values) for values in full["logprobs"].values()} == {40}
+    assert None not in full["logprobs"]["token_logprobs"][1:]
+    assert beside["usage"]["completion_tokens"] == 2
+
+
 def test_only_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys, write_lines(tmp_path, [{"id": "x", "prompt": ""}]))[0] == 1
     assert results_in(tmp_path) == [{"line": 1, "id": "x", "error": "prompt should not be empty"}]

@@ -139,6 +139,17 @@ def test_scores_are_those_of_the_engine(client: openai.OpenAI, tiny: Model) -> N
     assert ended.choices[0].logprobs.tokens[-1] == "<|end_of_text|>"
 
 
+def test_a_prompt_that_fills_the_context_can_be_scored(client: openai.OpenAI, tiny: Model) -> None:
+    from llama3_raw.decoding.scoring import score
+
+    ids = [2048, *range(300, 811)]
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 0, "echo": True, "logprobs": 0}
+    (choice,) = client.completions.create(**asked, prompt=ids).choices
+    (expected,) = score(tiny, ids[:1], [ids[1:]])
+    assert choice.logprobs.token_logprobs[1:] == pytest.approx(expected.logprobs, abs=0.1)  # other chunks, in bf16
+    assert len(choice.logprobs.tokens) == 512
+
+
 def test_curl(server: Server) -> None:
     curl = shutil.which("curl")
     if curl is None:
@@ -175,8 +186,20 @@ REFUSED: dict[str, tuple[str, str, str | None, str]] = {
     "empty": ("completions", '{"prompt": []}', "prompt", "prompt should not be empty"),
     "an empty one": ("completions", '{"prompt": ["a", ""]}', "prompt", "prompt should not be empty"),
     "mixed": ("completions", '{"prompt": [1, "a"]}', "prompt", "prompt should be a string, a list of token ids, or"),
-    "a token": ("completions", '{"prompt": [99999]}', None, "token id 99999 is outside"),
-    "too long": ("completions", json.dumps({"prompt": "a b " * 600}), None, "the context holds 512; shorten it"),
+    "a token": ("completions", '{"prompt": [99999]}', "prompt", "prompt: token id 99999 is outside"),
+    "too long": ("completions", json.dumps({"prompt": "a b " * 600}), "prompt", "the context holds 512; shorten it"),
+    "a full context": (
+        "completions",
+        json.dumps({"prompt": [1] * 512, "max_tokens": 1}),
+        "prompt",
+        "the prompt has 512 tokens, the context holds 512; shorten it",
+    ),
+    "a long dialog": (
+        "chat/completions",
+        json.dumps({"messages": [{"role": "user", "content": "a b " * 600}]}),
+        "messages",
+        "tokens, the context holds 512; shorten them",
+    ),
     "suffix": ("completions", '{"prompt": "a", "suffix": "b"}', "suffix", 'suffix is not supported, other than ""'),
     "best_of": ("completions", '{"prompt": "a", "best_of": 2}', "best_of", "best_of is not supported, other than 1"),
     "a penalty": (

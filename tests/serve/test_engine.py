@@ -17,6 +17,7 @@ from llama3_raw.backends.choose import ops_for
 from llama3_raw.decoding.batch import Row
 from llama3_raw.decoding.loop import StopReason
 from llama3_raw.decoding.sampling import Sampling
+from llama3_raw.errors import UserError
 from llama3_raw.ops import Tap, no_tap
 from llama3_raw.serve.engine import Asked, Busy, Closed, Engine
 from tests.decoding.test_batch import PROMPTS
@@ -141,6 +142,24 @@ def test_an_error_ends_the_running_texts_only(tiny: Model, capsys: pytest.Captur
 
     in_a_loop(body)
     assert "MemoryError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["is_over", "on_logits"])
+def test_an_error_of_one_text_ends_that_text_only(tiny: Model, field: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object) -> bool:
+        raise UserError("not this one")
+
+    async def body() -> None:
+        async with started(tiny) as engine:
+            asked = [engine.submit([row_of(tiny, 0, 5, **more)]) for more in ({}, {field: fail})]
+            with pytest.raises(UserError, match="not this one"):
+                await asked[1].end()
+            await asked[0].end()
+            assert len(asked[0].jobs[0].new) == 5
+            assert len(asked[1].jobs[0].new) == 1
+
+    in_a_loop(body)
+    assert "not this one" in capsys.readouterr().err
 
 
 def test_closing_ends_what_runs_and_takes_nothing_new(tiny: Model) -> None:
