@@ -76,7 +76,7 @@ class Guard:
         if not _is_local_name(host, settings.allow_hosts):
             return 421, f"this server does not answer to the host {host[:100]!r}; start it with --allow-host NAME"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host and origin not in settings.allow_origins:
+        if origin is not None and _host_of(origin) != host and origin not in settings.allow_origins:
             return 403, f"pages of {origin[:100]!r} may not use this server; start it with --allow-origin ORIGIN"
         if settings.api_key is not None and not _is_public(scope):
             scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -121,6 +121,14 @@ def _is_public(scope: Scope) -> bool:
     """Whether a path needs no key: the page, which holds none until its user gives it one, and the state of health."""
     path = scope["path"]
     return scope["method"] in ("GET", "HEAD") and (path in ("/", "/health") or path.startswith("/page/"))
+
+
+def _host_of(origin: str) -> str | None:
+    """Return the host and port of an Origin header, or None if it is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _is_local_name(host: str, allowed: frozenset[str]) -> bool:

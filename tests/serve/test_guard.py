@@ -75,6 +75,7 @@ def test_origins(guarded: TestClient, server: Server) -> None:
         ("https://localhost", 403),
         ("https://evil.example", 403),
         ("null", 403),
+        ("http://[", 403),
     ):
         answer = guarded.get("/v1/models", headers={**known, "Origin": origin})
         assert answer.status_code == status

@@ -480,6 +480,9 @@ def test_the_key_of_the_address_opens_the_page(browser: Any, tiny: Model) -> Non
         other.goto(url)
         other.wait_for_selector("#error:not(:empty)")
         assert other.inner_text("#error").endswith("open the address that it printed, which ends in #key=…")
+        other.goto(url + "/#key=s3cret")  # which does not load the page again
+        other.wait_for_selector(FIRST_BAR)
+        assert other.url == url + "/"
         live_page.context.close()
 
 
