@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator
@@ -11,24 +10,23 @@ from typing import TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from ..chat.dialog import DialogFormat
 from ..chat.formats import format_of
 from ..decoding.batch import Row
 from ..decoding.loop import StopReason, tokens_to_stop_at
 from ..decoding.sampling import Sampling
-from ..errors import UserError
+from ..errors import UserError, in_short
 from ..openai_api import answers
 from ..openai_api.answers import Answer, Body
 from ..openai_api.fields import DETOKENIZE, TOKENIZE, Kind, check_fields, shown
 from ..openai_api.requests import Defaults, Request, check_prompts, encoded, parse_request, parsed, rows
 from ..tokenizer import TextPieces, Tokenizer
 from .description import describe
-from .engine import Asked, Engine, Job
-from .guard import Settings, error_body
+from .engine import Asked, Closed, Engine, Job
+from .guard import LARGE_BODY, Settings, TimedStream, error_body
 
 Result = TypeVar("Result")
 
@@ -36,9 +34,6 @@ _DEFAULTS: dict[Kind, Defaults] = {  # OpenAI's
     "completion": Defaults(16, Sampling(temperature=1.0)),
     "chat": Defaults(None, Sampling(temperature=1.0)),
 }
-
-_LARGE = 10_000  # bytes of JSON, which take long to parse
-_TO_CLOSE = 10.0  # seconds for a slow reader after an answer has timed out
 
 
 class TimedOut(HTTPException):
@@ -115,7 +110,7 @@ class Api:
         running = self._engine.submit(texts, n_top=asked.n_top, with_prompt=asked.echo, streams=asked.stream)
         if asked.stream:
             events = self._events(asked, running)
-            return _EventStream(events, self._settings.timeout + _TO_CLOSE)
+            return TimedStream(events, "text/event-stream", self._settings.timeout, {"Cache-Control": "no-store"})
         try:
             await self._while_connected(request, running.end())
         finally:
@@ -138,13 +133,10 @@ class Api:
         return self._format
 
     async def _fields(self, request: HttpRequest) -> Body:
-        """Return the object in the body, if it arrives in time. Raises UserError if it is none."""
+        """Return the object in the body. Raises UserError if it is none."""
+        content = await request.body()
         try:
-            content = await asyncio.wait_for(request.body(), self._settings.timeout)
-        except asyncio.TimeoutError as error:
-            raise HTTPException(408, "the body did not arrive in time; send it again") from error
-        try:
-            fields = await asyncio.to_thread(parsed, content) if len(content) > _LARGE else parsed(content)
+            fields = await asyncio.to_thread(parsed, content) if len(content) > LARGE_BODY else parsed(content)
         except UserError as error:
             raise UserError(f"the body {error}") from error
         if not isinstance(fields, dict):
@@ -187,10 +179,8 @@ class Api:
                 usage = answers.usage(asked, [_answer(job) for job in running.jobs])
                 yield _event({**head, "choices": [], "usage": usage})
             yield "data: [DONE]\n\n"
-        except HTTPException as error:
-            yield _event(error_body(error.status_code, error.detail))
         except Exception as error:
-            yield _event(error_body(500, f"the text could not be computed: {error or type(error).__name__}"))
+            yield _event(_failure(error))
         finally:
             running.is_gone = True
 
@@ -292,17 +282,13 @@ class _Streamed:
         return {"index": self._number, "text": text, **ends}
 
 
-class _EventStream(StreamingResponse):
-    """Server-sent events, to a reader that takes them in time."""
-
-    def __init__(self, events: AsyncIterator[str], seconds: float):
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._seconds = seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them; a reader that is too slow gets no more."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(super().__call__(scope, receive, send), self._seconds)
+def _failure(error: Exception) -> Body:
+    """Return an error as the last event of a stream."""
+    if isinstance(error, HTTPException):
+        return error_body(error.status_code, error.detail)
+    if isinstance(error, Closed):
+        return error_body(503, str(error))
+    return error_body(500, f"the text could not be computed: {in_short(error)}")
 
 
 def _event(body: Body) -> str:

@@ -44,7 +44,7 @@ def build_app(engine: Engine, settings: Settings = Settings()) -> Starlette:
         Route("/health", health),
         Route("/metrics", metrics),
         *Api(engine, settings).routes(),
-        *live.routes(engine),
+        *live.routes(engine, settings.timeout),
     ]
     paths = frozenset(route.path for route in routes)
     middleware = [Middleware(Guard, settings=settings, metrics=engine.metrics, paths=paths)]
@@ -83,11 +83,11 @@ async def _wrong(request: Request, error: Exception) -> Response:
 
 
 async def _busy(request: Request, error: Exception) -> Response:
-    return _error(429, "too many texts wait; ask again in a second", headers={"Retry-After": "1"})
+    return _error(429, str(error), headers={"Retry-After": "1"})
 
 
 async def _closed(request: Request, error: Exception) -> Response:
-    return _error(503, "the server is about to end")
+    return _error(503, str(error))
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import ipaddress
+import time
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .metrics import Metrics
+
+LARGE_BODY = 10_000  # bytes of JSON, which take long to parse
+_TO_READ = 10.0  # seconds for a slow reader after an answer has timed out
 
 
 @dataclass(frozen=True)
@@ -99,18 +106,38 @@ class Guard:
         return counted
 
     def _limited(self, receive: Receive) -> Receive:
-        """Return `receive`, which refuses more bytes than a body may have, as one in chunks does not say its length."""
-        total = 0
+        """Return `receive`, which refuses a body that is too large, as one in chunks does not say, or too slow."""
+        total, is_whole = 0, False
+        deadline = time.monotonic() + self._settings.timeout
 
         async def limited() -> Message:
-            nonlocal total
-            message = await receive()
+            nonlocal total, is_whole
+            if is_whole:  # now it waits until the client goes away
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+            except asyncio.TimeoutError as error:
+                raise HTTPException(408, "the body did not arrive in time; send it again") from error
             total += len(message.get("body", b""))
             if total > self._settings.max_body:
                 raise HTTPException(413, _too_large(self._settings.max_body))
+            is_whole = not message.get("more_body", False)
             return message
 
         return limited
+
+
+class TimedStream(StreamingResponse):
+    """A stream to a reader that takes it in time."""
+
+    def __init__(self, parts: AsyncIterator[str], media_type: str, seconds: float, headers: Mapping[str, str]):
+        super().__init__(parts, media_type=media_type, headers=headers)
+        self._seconds = seconds + _TO_READ
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it; a reader that is too slow gets no more."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(super().__call__(scope, receive, send), self._seconds)
 
 
 def _too_large(limit: int) -> str:

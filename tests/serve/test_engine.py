@@ -104,6 +104,27 @@ def test_a_text_that_nobody_reads_gives_its_row_to_another(tiny: Model) -> None:
     in_a_loop(body)
 
 
+def test_what_nobody_waits_for_any_more_takes_no_place_in_the_queue(tiny: Model) -> None:
+    async def body() -> None:
+        async with started(tiny, rows=1, queue_length=2) as engine:
+            running = engine.submit([row_of(tiny, 0, 100, stop_ids=())], streams=True)
+            progress = running.progress()
+            await anext(progress)
+            gone = engine.submit([row_of(tiny, 1, 3)] * 2)
+            with pytest.raises(Busy):
+                engine.submit([row_of(tiny, 1, 3)])
+            gone.is_gone = True
+            for _ in range(3):  # tokens of the running text
+                await anext(progress)
+            assert engine.waiting == 0
+            asked = engine.submit([row_of(tiny, 1, 3)] * 2)
+            running.is_gone = True
+            await asked.end()
+            assert gone.jobs[0].new == []
+
+    in_a_loop(body)
+
+
 def test_only_so_many_wait(tiny: Model) -> None:
     async def body() -> None:
         async with started(tiny, rows=1, queue_length=2) as engine:
@@ -166,9 +187,15 @@ def test_closing_ends_what_runs_and_takes_nothing_new(tiny: Model) -> None:
     async def body() -> None:
         async with started(tiny, rows=1) as engine:
             asked = [engine.submit([row_of(tiny, 0, 100, stop_ids=())]) for _ in range(2)]
-        for one in asked:
+            await asyncio.sleep(0.1)
+            call = asyncio.ensure_future(engine.alone(lambda: None))
+            await asyncio.sleep(0)
+            engine.stop()
+            with pytest.raises(Closed):  # from now on
+                engine.submit([row_of(tiny, 0, 1)])
+        for one in [*(one.end() for one in asked), call]:
             with pytest.raises(Closed):
-                await one.end()
+                await one
         with pytest.raises(Closed):
             engine.submit([row_of(tiny, 0, 1)])
 
