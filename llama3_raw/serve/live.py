@@ -75,6 +75,7 @@ async def _model(engine: Engine, _: Request) -> Response:
             "load": engine.load_python,
             "n_weights": n_weights,
             "is_large": n_weights + (params.n_layers + 1) * params.vocab_size * params.dim >= _LARGE,
+            "max_tokens": min(MAX_TOKENS, params.max_seq_len),
             "dtype": dtype_name(weights.norm.dtype),
             **{name: getattr(params, name) for name in ("n_layers", "n_heads", "vocab_size")},
         }
