@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, NamedTuple, NoReturn
 
 from ..chat.dialog import DialogFormat, Message
@@ -136,10 +137,17 @@ def rows(
     max_tokens is 0.
     """
     stops = [text.encode("utf-8") for text in request.stop]
+    longest = max(map(len, stops), default=0)
 
     def is_over(new: Sequence[int]) -> bool:
-        # a stop text ends in the newest token, and each token has at least one byte of it
-        return any(stop in b"".join(map(tokenizer.token_bytes, new[-len(stop) :])) for stop in stops if tokenizer)
+        if not stops or tokenizer is None:
+            return False
+        end = last = tokenizer.token_bytes(new[-1])  # a stop text ends in it
+        for token in islice(reversed(new), 1, None):
+            if len(end) >= longest + len(last):
+                break
+            end = tokenizer.token_bytes(token) + end
+        return any(stop in end for stop in stops)
 
     return [
         Row(
