@@ -74,6 +74,8 @@ def parse_request(fields: Mapping[str, Any], kind: Kind, defaults: Defaults) -> 
     given = given_fields(fields, kind)
     echo, n, is_chat = given.get("echo", False), given.get("n", 1), kind == "chat"
     prompts = () if is_chat else _prompts(given)
+    if len(prompts) > MOST_TEXTS:
+        raise UserError(f"should be at most {MOST_TEXTS} texts, are {len(prompts)}", argument="prompt")
     if n < 1 or n * max(len(prompts), 1) > MOST_TEXTS:
         raise UserError(f"should be from 1 to {MOST_TEXTS}, for all prompts together, is {n}", argument="n")
     request = Request(
@@ -91,8 +93,8 @@ def parse_request(fields: Mapping[str, Any], kind: Kind, defaults: Defaults) -> 
         given.get("stream", False),
         _include_usage(given),
     )
-    if request.seed is not None and not 0 <= request.seed < 2**63:
-        raise UserError(f"should be from 0 to 2**63 - 1, is {request.seed}", argument="seed")
+    if request.seed is not None and not -(2**63) <= request.seed < 2**63:
+        raise UserError(f"should be from -2**63 to 2**63 - 1, is {request.seed}", argument="seed")
     return request
 
 
@@ -246,7 +248,7 @@ def _n_top(given: dict[str, Any], is_chat: bool) -> int | None:
         _wrong(name, f"should be from 0 to {MOST_TOP}, is {value}")
     if not is_chat:
         return value
-    if value is not None and not given.get("logprobs"):
+    if value and not given.get("logprobs"):
         _wrong(name, "needs logprobs: true")
     return (value or 0) if given.get("logprobs") else None
 

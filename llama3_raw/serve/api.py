@@ -21,7 +21,7 @@ from ..decoding.sampling import Sampling
 from ..errors import UserError, in_short
 from ..openai_api import answers
 from ..openai_api.answers import Answer, Body
-from ..openai_api.fields import DETOKENIZE, TOKENIZE, Kind, check_fields, shown
+from ..openai_api.fields import DETOKENIZE, OF_PROMPT, TOKENIZE, Kind, check_fields, shown
 from ..openai_api.requests import Defaults, Request, check_prompts, encoded, parse_request, parsed, rows
 from ..tokenizer import TextPieces, Tokenizer
 from .description import describe
@@ -34,6 +34,13 @@ _DEFAULTS: dict[Kind, Defaults] = {  # OpenAI's
     "completion": Defaults(16, Sampling(temperature=1.0)),
     "chat": Defaults(None, Sampling(temperature=1.0)),
 }
+
+
+class NoSuchModel(HTTPException):
+    """A request names another model."""
+
+    def __init__(self, message: str):
+        super().__init__(404, message)
 
 
 class TimedOut(HTTPException):
@@ -94,7 +101,7 @@ class Api:
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._engine.name:
-            raise HTTPException(404, f"there is no model {shown(name)} here; there is {self._engine.name}")
+            raise NoSuchModel(f"there is no model {shown(name)} here; there is {self._engine.name}")
 
     async def _completions(self, request: HttpRequest) -> Response:
         return await self._complete(request, "completion")
@@ -115,6 +122,10 @@ class Api:
             await self._while_connected(request, running.end())
         finally:
             running.is_gone = True
+        return await asyncio.to_thread(self._whole, asked, running)
+
+    def _whole(self, asked: Request, running: Asked) -> Response:
+        """Return an answer. It runs in a thread, because the scores of a long prompt take a while."""
         ended = [_answer(job) for job in running.jobs]
         return JSONResponse(answers.whole(asked, ended, self._tokenizer, self._engine.name))
 
@@ -162,6 +173,11 @@ class Api:
         if asked.include_usage:
             head["usage"] = None
         texts = [_Streamed(asked, number, job, self._tokenizer) for number, job in enumerate(running.jobs)]
+
+        def grown() -> list[str]:
+            return [_event({**head, "choices": [choice]}) for text in texts for choice in text.choices()]
+
+        has_scored_prompt = asked.echo and asked.n_top is not None  # which takes long to write
         progress = running.progress()
         deadline = time.monotonic() + self._settings.timeout
         try:
@@ -172,9 +188,8 @@ class Api:
                     break
                 except asyncio.TimeoutError:
                     raise TimedOut(self._settings.timeout) from None
-                for text in texts:
-                    for choice in text.choices():
-                        yield _event({**head, "choices": [choice]})
+                for event in await asyncio.to_thread(grown) if has_scored_prompt else grown():
+                    yield event
             if asked.include_usage:
                 usage = answers.usage(asked, [_answer(job) for job in running.jobs])
                 yield _event({**head, "choices": [], "usage": usage})
@@ -185,27 +200,34 @@ class Api:
             running.is_gone = True
 
     async def _tokenize(self, request: HttpRequest) -> Response:
-        fields = check_fields(await self._fields(request), TOKENIZE)
+        return await asyncio.to_thread(self._tokens, await self._fields(request))
+
+    def _tokens(self, fields: Body) -> Response:
+        """Return the tokens of a text. It runs in a thread, because a long one takes a while."""
+        fields = check_fields(fields, TOKENIZE)
         if ("prompt" in fields) == ("messages" in fields):
             raise UserError("should have a prompt or messages" + (", not both" if "prompt" in fields else ""))
         self._check_model(fields.get("model"))
         if "messages" in fields:
+            for name in OF_PROMPT:
+                if name in fields:
+                    raise UserError("is for a prompt, not for messages; leave it out", argument=name)
             asked = parse_request({"messages": fields["messages"]}, "chat", _DEFAULTS["chat"])
-            ids = await asyncio.to_thread(lambda: encoded(asked, self._tokenizer, self._dialog_format())[0])
+            (ids,) = encoded(asked, self._tokenizer, self._dialog_format())
         else:
-            ids = await asyncio.to_thread(
-                self._tokenizer.encode,
-                fields["prompt"],
-                bos=fields.get("add_special_tokens", True),
-                allow_special=fields.get("allow_special", True),
-            )
+            begins, allow_special = (fields.get(name, True) for name in OF_PROMPT)
+            ids = self._tokenizer.encode(fields["prompt"], bos=begins, allow_special=allow_special)
         names = (
             {"token_strs": [self._tokenizer.name(token) for token in ids]} if fields.get("return_token_strs") else {}
         )
         return JSONResponse({"count": len(ids), "max_model_len": self._engine.context, "tokens": ids, **names})
 
     async def _detokenize(self, request: HttpRequest) -> Response:
-        fields = check_fields(await self._fields(request), DETOKENIZE)
+        return await asyncio.to_thread(self._text, await self._fields(request))
+
+    def _text(self, fields: Body) -> Response:
+        """Return the text of tokens, in a thread, too."""
+        fields = check_fields(fields, DETOKENIZE)
         self._check_model(fields.get("model"))
         ids = fields.get("tokens")
         if ids is None or any(type(token) is not int for token in ids):

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from ..errors import UserError
 from . import live
-from .api import Api
+from .api import Api, NoSuchModel
 from .engine import Busy, Closed, Engine
 from .guard import Guard, Settings, error_body
 
@@ -46,7 +46,7 @@ def build_app(engine: Engine, settings: Settings = Settings()) -> Starlette:
         *Api(engine, settings).routes(),
         *live.routes(engine, settings.timeout),
     ]
-    paths = frozenset(route.path for route in routes)
+    paths = frozenset(route.path for route in routes if not route.param_convertors)
     middleware = [Middleware(Guard, settings=settings, metrics=engine.metrics, paths=paths)]
     if settings.allow_origins:  # it answers the browser's question before a request, which has no key
         cors = Middleware(
@@ -63,9 +63,13 @@ def build_app(engine: Engine, settings: Settings = Settings()) -> Starlette:
 
 
 def _error(
-    status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    return JSONResponse(error_body(status, message, param), status, headers=headers)
+    return JSONResponse(error_body(status, message, param, code), status, headers=headers)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -75,7 +79,8 @@ async def _refused(request: Request, error: Exception) -> Response:
         message = "there is no such path; see /openapi.json"
     if error.status_code == 405:
         message = f"{request.url.path} is not for {request.method}; see /openapi.json"
-    return _error(error.status_code, message, headers=error.headers)
+    param, code = ("model", "model_not_found") if isinstance(error, NoSuchModel) else (None, None)
+    return _error(error.status_code, message, param, code, error.headers)
 
 
 async def _wrong(request: Request, error: Exception) -> Response:

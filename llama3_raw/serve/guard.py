@@ -57,7 +57,7 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, paths: frozenset[str]):
-        """paths: those that metrics name; all others are counted together."""
+        """paths: those that metrics name, besides those of models; all others are counted together."""
         self._app, self._settings, self._metrics, self._paths = app, settings, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,10 +97,12 @@ class Guard:
 
     def _counted(self, path: str, send: Send) -> Send:
         """Return `send`, which counts the answer."""
+        if path not in self._paths:  # what a client makes up is no label
+            path = "/v1/models/NAME" if path.startswith("/v1/models/") else "other"
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._metrics.requests.labels(path if path in self._paths else "other", str(message["status"])).inc()
+                self._metrics.requests.labels(path, str(message["status"])).inc()
             await send(message)
 
         return counted
