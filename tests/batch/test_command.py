@@ -134,7 +134,7 @@ BAD = {
     "NaN": (b'{"prompt": "a", "top_p": NaN}', "top_p should be above 0 and at most 1, is nan"),
     "penalty": (b'{"prompt": "a", "repetition_penalty": 0}', "repetition_penalty should be from 0.01 to 100, is 0.0"),
     "a large number": (b'{"prompt": "a", "top_p": 1' + b"0" * 400 + b"}", "top_p is too large a number"),
-    "seed": (b'{"prompt": "a", "seed": -1}', "seed should be from 0 to 2**63 - 1, is -1"),
+    "seed": (b'{"prompt": "a", "seed": -9223372036854775809}', "seed should be from -2**63 to 2**63 - 1, is -9"),
     "stop": (b'{"prompt": "a", "stop": ["b", ""]}', "stop should be a string or a list of strings, none of them empty"),
     "role": (
         b'{"messages": [{"role": "bot", "content": "a"}]}',
