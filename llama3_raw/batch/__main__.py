@@ -73,7 +73,9 @@ def compute(
     with _Progress(groups, ranks) as progress:
         for group in groups if ranks is None else _claimed(groups, ranks):
             texts = [_Text(task, row, model, ops) for task in group for row in task.rows(model.tokenizer)]
-            for place, event in generate_batch(model, [text.row for text in texts], context=context, ops=ops):
+            rows = [text.row for text in texts]
+            # rows know their budget; the last token of a text, such as the only one after a full context, has no place
+            for place, event in generate_batch(model, rows, context=context + 1, ops=ops):
                 text = texts[place]
                 if isinstance(event, StopReason):
                     text.ended = event

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..openai_api import answers
 from ..openai_api.answers import Answer
 from ..openai_api.fields import Kind, shown
-from ..openai_api.requests import Defaults, Request, encoded, parse_request, parsed, rows
+from ..openai_api.requests import Defaults, Request, check_prompts, encoded, parse_request, parsed, rows
 from ..tokenizer import Tokenizer
 
 Result = dict[str, Any]
@@ -151,13 +151,9 @@ def make_task(
         assert dialog_format is not None
         stop_ids |= dialog_format.stop_ids
     prompts = encoded(request, chosen.tokenizer, dialog_format)
-    longest = max(map(len, prompts))
-    for prompt in prompts:
-        chosen.checkpoint.params.check_ids(prompt)
-    if longest > context:
-        raise UserError(f"the prompt has {longest} tokens, the context holds {context}; shorten it")
-    budget = context if request.max_tokens is None else max(request.max_tokens, 1)
-    return Task(line, prompts, min(budget, context - longest), stop_ids | chosen.stop_ids)
+    check_prompts(request, prompts, chosen.checkpoint.params, context)
+    budget = min(request.budget or context, max(context - max(map(len, prompts)), 1))
+    return Task(line, prompts, budget, stop_ids | chosen.stop_ids)
 
 
 def model_name(chosen: ChosenModel) -> str:

@@ -100,33 +100,47 @@ def chat_logprobs(scores: Iterable[TokenScore], tokenizer: Tokenizer) -> Body:
 
 
 class CompletionScores:
-    """Scores in the form of a completion, whose offsets go on from one part of the text to the next."""
+    """Scores in the form of a completion, whose offsets go on from one part of the text to the next.
+
+    The offset of a token is the index of the character that its first byte belongs to.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._offset = tokenizer, 0
+        self._tokenizer, self._length = tokenizer, 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def lists(self, tokens: Sequence[int], scores: Sequence[TokenScore | None]) -> Body:
-        """Return tokens and the log-probability of each, or None, as lists."""
-        name, offsets = self._tokenizer.name, []
-        for token in tokens:
-            offsets.append(self._offset)
-            shown = b"" if token == self._tokenizer.bos_id else self._tokenizer.token_bytes(token)
-            self._offset += len(self._decoder.decode(shown))
+    def of_prompt(self, answer: Answer) -> Body:
+        """Return those of the prompt, which has none for its first token."""
+        shown = [*map(self._tokenizer.token_bytes, answer.prompt)]
+        if answer.prompt[0] == self._tokenizer.bos_id:
+            shown[0] = b""  # as in `echoed`
+        lists = self._lists(answer.prompt, shown, [None, *answer.prompt_scores])
+        self._length += len(self._decoder.decode(b"", final=True))  # the new text begins with a character of its own
+        return lists
+
+    def of_new(self, scores: Sequence[TokenScore]) -> Body:
+        """Return those of new tokens."""
+        tokens = [score.token for score in scores]
+        return self._lists(tokens, [*map(self._tokenizer.token_bytes, tokens)], scores)
+
+    def _lists(self, tokens: Sequence[int], shown: Sequence[bytes], scores: Sequence[TokenScore | None]) -> Body:
+        """Return tokens, the log-probability of each, or None, and the offset of the bytes that it shows, as lists."""
+        assert len(tokens) == len(scores)
+        name = self._tokenizer.name
         return {
             "tokens": [name(token) for token in tokens],
             "token_logprobs": [score and score.logprob for score in scores],
             "top_logprobs": [score and {name(token): value for token, value in score.top} for score in scores],
-            "text_offset": offsets,
+            "text_offset": [self._offset(content) for content in shown],
         }
 
-    def of_prompt(self, answer: Answer) -> Body:
-        """Return those of the prompt, which has none for its first token."""
-        return self.lists(answer.prompt, [None, *answer.prompt_scores])
-
-    def of_new(self, scores: Sequence[TokenScore]) -> Body:
-        """Return those of new tokens."""
-        return self.lists([score.token for score in scores], scores)
+    def _offset(self, content: bytes) -> int:
+        """Return the offset of the text's next bytes."""
+        self._length += len(self._decoder.decode(content[:1]))
+        is_pending = bool(self._decoder.getstate()[0])  # the first byte begins or continues a character
+        offset = self._length - (1 if content and not is_pending else 0)
+        self._length += len(self._decoder.decode(content[1:]))
+        return offset
 
 
 def joined(parts: Iterable[Body]) -> Body:

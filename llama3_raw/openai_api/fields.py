@@ -47,7 +47,7 @@ _COMMON = {
     "model": Field((str,), "a string", {"type": "string"}),
     **SAMPLING,
     "max_tokens": _COUNT,
-    "seed": Field(*_INTEGER, {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}),
+    "seed": Field(*_INTEGER, {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}),
     "stop": Field(
         (str, list),
         "a string or a list of strings",
@@ -116,6 +116,8 @@ TOKENIZE = {
     "allow_special": _BOOLEAN,  # whether names of special tokens in the prompt are these tokens
     "return_token_strs": _BOOLEAN,
 }
+
+OF_PROMPT = ("add_special_tokens", "allow_special")  # those of /tokenize that messages do not have
 
 DETOKENIZE = {
     "model": USED["chat"]["model"],

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, NamedTuple, NoReturn
 
 from ..chat.dialog import DialogFormat, Message
 from ..decoding.batch import Row
 from ..decoding.sampling import Sampling
 from ..errors import UserError, in_short
+from ..params import Params
 from ..tokenizer import Tokenizer
 from .fields import MOST_STOPS, MOST_TEXTS, MOST_TOP, SAMPLING, Kind, check_message, given_fields, shown
 
@@ -43,6 +45,11 @@ class Request:
     include_usage: bool = False  # whether a stream ends with the number of tokens
 
     @property
+    def budget(self) -> int | None:
+        """The most tokens to compute for a text; None: what the context holds. Even max_tokens 0 computes one."""
+        return None if self.max_tokens is None else max(self.max_tokens, 1)
+
+    @property
     def has_text(self) -> bool:
         """Whether it needs a tokenizer."""
         return bool(self.stop or self.messages) or any(isinstance(prompt, str) for prompt in self.prompts)
@@ -67,6 +74,8 @@ def parse_request(fields: Mapping[str, Any], kind: Kind, defaults: Defaults) -> 
     given = given_fields(fields, kind)
     echo, n, is_chat = given.get("echo", False), given.get("n", 1), kind == "chat"
     prompts = () if is_chat else _prompts(given)
+    if len(prompts) > MOST_TEXTS:
+        raise UserError(f"should be at most {MOST_TEXTS} texts, are {len(prompts)}", argument="prompt")
     if n < 1 or n * max(len(prompts), 1) > MOST_TEXTS:
         raise UserError(f"should be from 1 to {MOST_TEXTS}, for all prompts together, is {n}", argument="n")
     request = Request(
@@ -84,8 +93,8 @@ def parse_request(fields: Mapping[str, Any], kind: Kind, defaults: Defaults) -> 
         given.get("stream", False),
         _include_usage(given),
     )
-    if request.seed is not None and not 0 <= request.seed < 2**63:
-        raise UserError(f"should be from 0 to 2**63 - 1, is {request.seed}", argument="seed")
+    if request.seed is not None and not -(2**63) <= request.seed < 2**63:
+        raise UserError(f"should be from -2**63 to 2**63 - 1, is {request.seed}", argument="seed")
     return request
 
 
@@ -101,6 +110,22 @@ def encoded(request: Request, tokenizer: Tokenizer | None, dialog_format: Dialog
     return ids
 
 
+def check_prompts(request: Request, prompts: Sequence[Sequence[int]], params: Params, context: int) -> None:
+    """Raise UserError unless the encoded prompts are of the vocabulary, and leave the context a new token.
+
+    With max_tokens 0 a prompt may fill the context: the token that is computed is not kept.
+    """
+    name, has, it = ("messages", "have", "them") if request.messages else ("prompt", "has", "it")
+    for ids in prompts:
+        try:
+            params.check_ids(ids)
+        except UserError as error:
+            raise UserError(f"{{argument}}: {error}", argument=name) from error
+        if len(ids) + (request.max_tokens != 0) > context:
+            message = f"the {{argument}} {has} {len(ids)} tokens, the context holds {context}; shorten {it}"
+            raise UserError(message, argument=name)
+
+
 def rows(
     request: Request,
     prompts: Sequence[Sequence[int]],
@@ -110,21 +135,26 @@ def rows(
 ) -> list[Row]:
     """Return the rows of a request, `n` for each of its encoded prompts.
 
-    stop_ids: tokens that end a text. context: the most tokens of one. Raises UserError for a prompt that is too long.
+    stop_ids: tokens that end a text. context: the most tokens of one, which the prompts leave a place in, unless
+    max_tokens is 0.
     """
-    for prompt in prompts:
-        if len(prompt) > context:
-            raise UserError(f"the prompt has {len(prompt)} tokens, the context holds {context}; shorten it")
     stops = [text.encode("utf-8") for text in request.stop]
+    longest = max(map(len, stops), default=0)
 
     def is_over(new: Sequence[int]) -> bool:
-        # a stop text ends in the newest token, and each token has at least one byte of it
-        return any(stop in b"".join(map(tokenizer.token_bytes, new[-len(stop) :])) for stop in stops if tokenizer)
+        if not stops or tokenizer is None:
+            return False
+        end = last = tokenizer.token_bytes(new[-1])  # a stop text ends in it
+        for token in islice(reversed(new), 1, None):
+            if len(end) >= longest + len(last):
+                break
+            end = tokenizer.token_bytes(token) + end
+        return any(stop in end for stop in stops)
 
     return [
         Row(
             prompt,
-            context if request.max_tokens is None else max(request.max_tokens, 1),
+            min(request.budget or context, max(context - len(prompt), 1)),
             request.sampling,
             None if request.seed is None else (request.seed + number) % 2**63,
             is_over,
@@ -218,7 +248,7 @@ def _n_top(given: dict[str, Any], is_chat: bool) -> int | None:
         _wrong(name, f"should be from 0 to {MOST_TOP}, is {value}")
     if not is_chat:
         return value
-    if value is not None and not given.get("logprobs"):
+    if value and not given.get("logprobs"):
         _wrong(name, "needs logprobs: true")
     return (value or 0) if given.get("logprobs") else None
 

@@ -42,11 +42,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def _serve(options: argparse.Namespace, key: str | None, listener: socket.socket) -> None:
     """Load the model, and serve it until a signal."""
-    import uvicorn
-
     from .app import build_app
     from .engine import Engine
     from .guard import Settings
+    from .http_server import serve
 
     chosen = choose_model(options)
     assert chosen.tokenizer is not None  # checked by choose_model
@@ -74,16 +73,7 @@ def _serve(options: argparse.Namespace, key: str | None, listener: socket.socket
         queue_length=options.queue,
         load_python=load_python(options, chosen),
     )
-    config = uvicorn.Config(
-        build_app(engine, settings),
-        http="h11",
-        ws="none",
-        lifespan="on",
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(options.grace)),
-    )
+    app = build_app(engine, settings)
     print(f"llama3_raw: {which}", file=sys.stderr)
     url = _url(listener)
     print(f"llama3_raw: {name} at {url}, {shape.rows} texts of {context} tokens at a time", file=sys.stderr)
@@ -91,7 +81,7 @@ def _serve(options: argparse.Namespace, key: str | None, listener: socket.socket
         page = f"{url}#key={quote(key, safe='')}" if key else url
         print(f"llama3_raw: the page: {page}", file=sys.stderr)
         webbrowser.open(page)
-    uvicorn.Server(config).run(sockets=[listener])
+    serve(app, listener, options.grace, engine.stop)
 
 
 def _key(options: argparse.Namespace) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator
@@ -11,24 +10,23 @@ from typing import TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from ..chat.dialog import DialogFormat
 from ..chat.formats import format_of
 from ..decoding.batch import Row
 from ..decoding.loop import StopReason, tokens_to_stop_at
 from ..decoding.sampling import Sampling
-from ..errors import UserError
+from ..errors import UserError, in_short
 from ..openai_api import answers
 from ..openai_api.answers import Answer, Body
-from ..openai_api.fields import DETOKENIZE, TOKENIZE, Kind, check_fields, shown
-from ..openai_api.requests import Defaults, Request, encoded, parse_request, parsed, rows
+from ..openai_api.fields import DETOKENIZE, OF_PROMPT, TOKENIZE, Kind, check_fields, shown
+from ..openai_api.requests import Defaults, Request, check_prompts, encoded, parse_request, parsed, rows
 from ..tokenizer import TextPieces, Tokenizer
 from .description import describe
-from .engine import Asked, Engine, Job
-from .guard import Settings, error_body
+from .engine import Asked, Closed, Engine, Job
+from .guard import LARGE_BODY, Settings, TimedStream, error_body
 
 Result = TypeVar("Result")
 
@@ -37,8 +35,12 @@ _DEFAULTS: dict[Kind, Defaults] = {  # OpenAI's
     "chat": Defaults(None, Sampling(temperature=1.0)),
 }
 
-_LARGE = 10_000  # bytes of JSON, which take long to parse
-_TO_CLOSE = 10.0  # seconds for a slow reader after an answer has timed out
+
+class NoSuchModel(HTTPException):
+    """A request names another model."""
+
+    def __init__(self, message: str):
+        super().__init__(404, message)
 
 
 class TimedOut(HTTPException):
@@ -99,7 +101,7 @@ class Api:
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._engine.name:
-            raise HTTPException(404, f"there is no model {shown(name)} here; there is {self._engine.name}")
+            raise NoSuchModel(f"there is no model {shown(name)} here; there is {self._engine.name}")
 
     async def _completions(self, request: HttpRequest) -> Response:
         return await self._complete(request, "completion")
@@ -115,11 +117,15 @@ class Api:
         running = self._engine.submit(texts, n_top=asked.n_top, with_prompt=asked.echo, streams=asked.stream)
         if asked.stream:
             events = self._events(asked, running)
-            return _EventStream(events, self._settings.timeout + _TO_CLOSE)
+            return TimedStream(events, "text/event-stream", self._settings.timeout, {"Cache-Control": "no-store"})
         try:
             await self._while_connected(request, running.end())
         finally:
             running.is_gone = True
+        return await asyncio.to_thread(self._whole, asked, running)
+
+    def _whole(self, asked: Request, running: Asked) -> Response:
+        """Return an answer. It runs in a thread, because the scores of a long prompt take a while."""
         ended = [_answer(job) for job in running.jobs]
         return JSONResponse(answers.whole(asked, ended, self._tokenizer, self._engine.name))
 
@@ -129,8 +135,7 @@ class Api:
         dialog_format = self._dialog_format() if kind == "chat" else None
         stop_ids = self._stop_ids | (dialog_format.stop_ids if dialog_format else frozenset())
         prompts = encoded(asked, self._tokenizer, dialog_format)
-        for prompt in prompts:
-            self._engine.model.params.check_ids(prompt)
+        check_prompts(asked, prompts, self._engine.model.params, self._engine.context)
         return asked, rows(asked, prompts, self._tokenizer, stop_ids, self._engine.context)
 
     def _dialog_format(self) -> DialogFormat:
@@ -139,13 +144,10 @@ class Api:
         return self._format
 
     async def _fields(self, request: HttpRequest) -> Body:
-        """Return the object in the body, if it arrives in time. Raises UserError if it is none."""
+        """Return the object in the body. Raises UserError if it is none."""
+        content = await request.body()
         try:
-            content = await asyncio.wait_for(request.body(), self._settings.timeout)
-        except asyncio.TimeoutError as error:
-            raise HTTPException(408, "the body did not arrive in time; send it again") from error
-        try:
-            fields = await asyncio.to_thread(parsed, content) if len(content) > _LARGE else parsed(content)
+            fields = await asyncio.to_thread(parsed, content) if len(content) > LARGE_BODY else parsed(content)
         except UserError as error:
             raise UserError(f"the body {error}") from error
         if not isinstance(fields, dict):
@@ -171,6 +173,11 @@ class Api:
         if asked.include_usage:
             head["usage"] = None
         texts = [_Streamed(asked, number, job, self._tokenizer) for number, job in enumerate(running.jobs)]
+
+        def grown() -> list[str]:
+            return [_event({**head, "choices": [choice]}) for text in texts for choice in text.choices()]
+
+        has_scored_prompt = asked.echo and asked.n_top is not None  # which takes long to write
         progress = running.progress()
         deadline = time.monotonic() + self._settings.timeout
         try:
@@ -181,42 +188,46 @@ class Api:
                     break
                 except asyncio.TimeoutError:
                     raise TimedOut(self._settings.timeout) from None
-                for text in texts:
-                    for choice in text.choices():
-                        yield _event({**head, "choices": [choice]})
+                for event in await asyncio.to_thread(grown) if has_scored_prompt else grown():
+                    yield event
             if asked.include_usage:
                 usage = answers.usage(asked, [_answer(job) for job in running.jobs])
                 yield _event({**head, "choices": [], "usage": usage})
             yield "data: [DONE]\n\n"
-        except HTTPException as error:
-            yield _event(error_body(error.status_code, error.detail))
         except Exception as error:
-            yield _event(error_body(500, f"the text could not be computed: {error or type(error).__name__}"))
+            yield _event(_failure(error))
         finally:
             running.is_gone = True
 
     async def _tokenize(self, request: HttpRequest) -> Response:
-        fields = check_fields(await self._fields(request), TOKENIZE)
+        return await asyncio.to_thread(self._tokens, await self._fields(request))
+
+    def _tokens(self, fields: Body) -> Response:
+        """Return the tokens of a text. It runs in a thread, because a long one takes a while."""
+        fields = check_fields(fields, TOKENIZE)
         if ("prompt" in fields) == ("messages" in fields):
             raise UserError("should have a prompt or messages" + (", not both" if "prompt" in fields else ""))
         self._check_model(fields.get("model"))
         if "messages" in fields:
+            for name in OF_PROMPT:
+                if name in fields:
+                    raise UserError("is for a prompt, not for messages; leave it out", argument=name)
             asked = parse_request({"messages": fields["messages"]}, "chat", _DEFAULTS["chat"])
-            ids = await asyncio.to_thread(lambda: encoded(asked, self._tokenizer, self._dialog_format())[0])
+            (ids,) = encoded(asked, self._tokenizer, self._dialog_format())
         else:
-            ids = await asyncio.to_thread(
-                self._tokenizer.encode,
-                fields["prompt"],
-                bos=fields.get("add_special_tokens", True),
-                allow_special=fields.get("allow_special", True),
-            )
+            begins, allow_special = (fields.get(name, True) for name in OF_PROMPT)
+            ids = self._tokenizer.encode(fields["prompt"], bos=begins, allow_special=allow_special)
         names = (
             {"token_strs": [self._tokenizer.name(token) for token in ids]} if fields.get("return_token_strs") else {}
         )
         return JSONResponse({"count": len(ids), "max_model_len": self._engine.context, "tokens": ids, **names})
 
     async def _detokenize(self, request: HttpRequest) -> Response:
-        fields = check_fields(await self._fields(request), DETOKENIZE)
+        return await asyncio.to_thread(self._text, await self._fields(request))
+
+    def _text(self, fields: Body) -> Response:
+        """Return the text of tokens, in a thread, too."""
+        fields = check_fields(fields, DETOKENIZE)
         self._check_model(fields.get("model"))
         ids = fields.get("tokens")
         if ids is None or any(type(token) is not int for token in ids):
@@ -293,17 +304,13 @@ class _Streamed:
         return {"index": self._number, "text": text, **ends}
 
 
-class _EventStream(StreamingResponse):
-    """Server-sent events, to a reader that takes them in time."""
-
-    def __init__(self, events: AsyncIterator[str], seconds: float):
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._seconds = seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them; a reader that is too slow gets no more."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(super().__call__(scope, receive, send), self._seconds)
+def _failure(error: Exception) -> Body:
+    """Return an error as the last event of a stream."""
+    if isinstance(error, HTTPException):
+        return error_body(error.status_code, error.detail)
+    if isinstance(error, Closed):
+        return error_body(503, str(error))
+    return error_body(500, f"the text could not be computed: {in_short(error)}")
 
 
 def _event(body: Body) -> str:

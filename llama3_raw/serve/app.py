@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from ..errors import UserError
 from . import live
-from .api import Api
+from .api import Api, NoSuchModel
 from .engine import Busy, Closed, Engine
 from .guard import Guard, Settings, error_body
 
@@ -44,9 +44,9 @@ def build_app(engine: Engine, settings: Settings = Settings()) -> Starlette:
         Route("/health", health),
         Route("/metrics", metrics),
         *Api(engine, settings).routes(),
-        *live.routes(engine),
+        *live.routes(engine, settings.timeout),
     ]
-    paths = frozenset(route.path for route in routes)
+    paths = frozenset(route.path for route in routes if not route.param_convertors)
     middleware = [Middleware(Guard, settings=settings, metrics=engine.metrics, paths=paths)]
     if settings.allow_origins:  # it answers the browser's question before a request, which has no key
         cors = Middleware(
@@ -63,9 +63,13 @@ def build_app(engine: Engine, settings: Settings = Settings()) -> Starlette:
 
 
 def _error(
-    status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    return JSONResponse(error_body(status, message, param), status, headers=headers)
+    return JSONResponse(error_body(status, message, param, code), status, headers=headers)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -75,7 +79,8 @@ async def _refused(request: Request, error: Exception) -> Response:
         message = "there is no such path; see /openapi.json"
     if error.status_code == 405:
         message = f"{request.url.path} is not for {request.method}; see /openapi.json"
-    return _error(error.status_code, message, headers=error.headers)
+    param, code = ("model", "model_not_found") if isinstance(error, NoSuchModel) else (None, None)
+    return _error(error.status_code, message, param, code, error.headers)
 
 
 async def _wrong(request: Request, error: Exception) -> Response:
@@ -83,11 +88,11 @@ async def _wrong(request: Request, error: Exception) -> Response:
 
 
 async def _busy(request: Request, error: Exception) -> Response:
-    return _error(429, "too many texts wait; ask again in a second", headers={"Retry-After": "1"})
+    return _error(429, str(error), headers={"Retry-After": "1"})
 
 
 async def _closed(request: Request, error: Exception) -> Response:
-    return _error(503, "the server is about to end")
+    return _error(503, str(error))
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -15,13 +15,14 @@ import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..decoding.batch import Row, text_of
 from ..decoding.logprobs import ScoredRow
-from ..decoding.loop import StopReason, Text, decode, tokens_to_stop_at
+from ..decoding.loop import OnLogits, StopReason, Text, decode, tokens_to_stop_at
 from ..decoding.runner import BatchRunner
 from ..model import KVCache
 from ..ops import Ops
@@ -34,15 +35,22 @@ Result = TypeVar("Result")
 class Busy(Exception):
     """As many texts wait as may wait."""
 
+    def __init__(self) -> None:
+        super().__init__("too many texts wait; ask again in a second")
+
 
 class Closed(Exception):
     """The engine ends, and takes nothing new."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is about to end")
 
 
 class Job:
     """A text that the engine continues. Its thread alone writes the fields.
 
-    new: the tokens so far. scored: their scores, if asked for. ended: why the text ended; None before.
+    new: the tokens so far. scored: their scores, if asked for. ended: why the text ended; None before. error: what
+    went wrong with this text only, which then ends.
     """
 
     def __init__(self, asked: Asked, row: Row, scored: ScoredRow | None):
@@ -50,8 +58,26 @@ class Job:
         self.new: list[int] = []
         self.scored = scored
         self.ended: StopReason | Exception | None = None
-        self.row = row._replace(is_over=lambda new: asked.is_gone or row.is_over(new))
+        self.error: Exception | None = None
+        self.row = row._replace(is_over=lambda new: asked.is_gone or self._guarded(row.is_over, new))
+        if row.on_logits is not None:
+            self.row = self.row._replace(on_logits=self._on_logits(row.on_logits))
         self.arrived = time.perf_counter()
+
+    def _on_logits(self, function: OnLogits) -> OnLogits:
+        def guarded(logits: Tensor, token: int) -> None:
+            self._guarded(function, logits, token)
+
+        return guarded
+
+    def _guarded(self, function: Callable[..., bool | None], *values: Any) -> bool:
+        """Call a function of the text; return whether the text is over, as it is after an error, which is kept."""
+        try:
+            return self.error is not None or bool(function(*values))
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            self.error = error
+            return True
 
 
 class Asked:
@@ -90,6 +116,13 @@ class Asked:
             pass
 
 
+class _Call(NamedTuple):
+    """A function that waits for the model's thread, and what its caller waits for."""
+
+    future: asyncio.Future[Any]
+    run: Callable[[], None]
+
+
 class Engine:
     """A model that continues up to `rows` texts of `context` tokens at a time, in a thread of its own.
 
@@ -114,9 +147,9 @@ class Engine:
         self.metrics = Metrics()
         cache = KVCache.allocate(model.params, max_seq_len=context, like=model.weights, batch=(rows,))
         self._runner = BatchRunner(model, cache, ops)
-        self._inbox: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Job | _Call | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls: deque[_Call] = deque()
         self._running: dict[int, Job] = {}
         self._numbers = itertools.count()
         self._changed: set[Asked] = set()
@@ -128,9 +161,14 @@ class Engine:
         """Start the thread."""
         self._thread.start()
 
+    def stop(self) -> None:
+        """Let the thread end after the pass that it computes; texts that have not ended get `Closed`."""
+        self._is_closed = True
+        self._inbox.put(None)  # wakes it
+
     def close(self) -> None:
-        """End the thread after the pass that it computes; texts that have not ended get `Closed`."""
-        self._inbox.put(None)
+        """Stop the thread, and wait for its end."""
+        self.stop()
         self._thread.join()
 
     @property
@@ -146,7 +184,7 @@ class Engine:
         n_top: score the new tokens, with this many alternatives; with_prompt: those of the prompt too. streams: whether
         the reader is told of each token, or only of the end.
         """
-        self._check_open(len(rows))
+        self.check_open(len(rows))
         asked = Asked(streams)
         for row in rows:
             scored = None
@@ -157,7 +195,7 @@ class Engine:
             self._inbox.put(job)
         return asked
 
-    def _check_open(self, count: int) -> None:
+    def check_open(self, count: int = 1) -> None:
         """Raise Closed or Busy unless `count` more may wait. A request that finds none waiting is always taken."""
         if self._is_closed or not self._thread.is_alive():
             raise Closed
@@ -169,7 +207,7 @@ class Engine:
 
         Raises Busy or Closed as `submit` does.
         """
-        self._check_open(1)
+        self.check_open(1)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
 
@@ -177,9 +215,7 @@ class Engine:
             if not future.done():  # cancelled: the caller went away
                 method(value)
 
-        def call() -> None:
-            if future.cancelled():
-                return
+        def run() -> None:
             try:
                 if self._is_closed:
                     raise Closed
@@ -189,7 +225,7 @@ class Engine:
             else:
                 loop.call_soon_threadsafe(settle, future.set_result, result)
 
-        self._inbox.put(call)
+        self._inbox.put(_Call(future, run))
         return await future
 
     def _work(self) -> None:
@@ -211,10 +247,11 @@ class Engine:
                 self._end(job, error)
             self._running.clear()
             self._tell()
+        self._receive(waits=False)
         for job in self._waiting:
             self._end(job, Closed())
         for call in self._calls:  # which only raise Closed now
-            call()
+            call.run()
         self._tell()
 
     def _arrivals(self, running: int) -> list[Text]:
@@ -226,38 +263,37 @@ class Engine:
             if self._is_closed:
                 raise Closed
             if self._calls:
-                self._calls.popleft()()  # one between two passes, so that the texts go on
+                self._calls.popleft().run()  # one between two passes, so that the texts go on
             joining: list[Text] = []
             while self._waiting and running + len(joining) < self.rows:
-                job = self._waiting.popleft()
-                if not job.asked.is_gone:
-                    joining.append(self._text(job))
+                joining.append(self._text(self._waiting.popleft()))
+            self.metrics.waiting.set(len(self._waiting))
             if running or joining:
                 self.metrics.running.set(running + len(joining))
-                self.metrics.waiting.set(len(self._waiting))
                 return joining
 
     def _receive(self, waits: bool) -> None:
-        """Sort what has arrived; wait for something first if there is nothing."""
+        """Sort what has arrived, without what nobody waits for any more; wait first if there is nothing."""
         while waits or not self._inbox.empty():
             item = self._inbox.get()
             waits = False
-            if item is None:
-                self._is_closed = True
-            elif isinstance(item, Job):
+            if isinstance(item, Job):
                 self._waiting.append(item)
-            else:
+            elif item is not None:
                 self._calls.append(item)
+        self._waiting = deque(job for job in self._waiting if not job.asked.is_gone)
+        self._calls = deque(call for call in self._calls if not call.future.cancelled())
 
     def _text(self, job: Job) -> Text:
         number = next(self._numbers)
         self._running[number] = job
         self.metrics.prompt_tokens.inc(len(job.row.ids))
-        return text_of(self.model, number, job.row, self.context, tokens_to_stop_at(self.model, None))
+        limit = max(self.context, len(job.row.ids) + 1)  # the last token of a text needs no place in the cache
+        return text_of(self.model, number, job.row, limit, tokens_to_stop_at(self.model, None))
 
     def _take(self, job: Job, event: int | StopReason) -> None:
         if isinstance(event, StopReason):
-            self._end(job, event)
+            self._end(job, job.error or event)
             return
         if not job.new:
             self.metrics.first_token.observe(time.perf_counter() - job.arrived)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import ipaddress
+import time
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .metrics import Metrics
+
+LARGE_BODY = 10_000  # bytes of JSON, which take long to parse
+_TO_READ = 10.0  # seconds for a slow reader after an answer has timed out
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, paths: frozenset[str]):
-        """paths: those that metrics name; all others are counted together."""
+        """paths: those that metrics name, besides those of models; all others are counted together."""
         self._app, self._settings, self._metrics, self._paths = app, settings, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,7 +83,7 @@ class Guard:
         if not _is_local_name(host, settings.allow_hosts):
             return 421, f"this server does not answer to the host {host[:100]!r}; start it with --allow-host NAME"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host and origin not in settings.allow_origins:
+        if origin is not None and _host_of(origin) != host and origin not in settings.allow_origins:
             return 403, f"pages of {origin[:100]!r} may not use this server; start it with --allow-origin ORIGIN"
         if settings.api_key is not None and not _is_public(scope):
             scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -90,27 +97,49 @@ class Guard:
 
     def _counted(self, path: str, send: Send) -> Send:
         """Return `send`, which counts the answer."""
+        if path not in self._paths:  # what a client makes up is no label
+            path = "/v1/models/NAME" if path.startswith("/v1/models/") else "other"
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._metrics.requests.labels(path if path in self._paths else "other", str(message["status"])).inc()
+                self._metrics.requests.labels(path, str(message["status"])).inc()
             await send(message)
 
         return counted
 
     def _limited(self, receive: Receive) -> Receive:
-        """Return `receive`, which refuses more bytes than a body may have, as one in chunks does not say its length."""
-        total = 0
+        """Return `receive`, which refuses a body that is too large, as one in chunks does not say, or too slow."""
+        total, is_whole = 0, False
+        deadline = time.monotonic() + self._settings.timeout
 
         async def limited() -> Message:
-            nonlocal total
-            message = await receive()
+            nonlocal total, is_whole
+            if is_whole:  # now it waits until the client goes away
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+            except asyncio.TimeoutError as error:
+                raise HTTPException(408, "the body did not arrive in time; send it again") from error
             total += len(message.get("body", b""))
             if total > self._settings.max_body:
                 raise HTTPException(413, _too_large(self._settings.max_body))
+            is_whole = not message.get("more_body", False)
             return message
 
         return limited
+
+
+class TimedStream(StreamingResponse):
+    """A stream to a reader that takes it in time."""
+
+    def __init__(self, parts: AsyncIterator[str], media_type: str, seconds: float, headers: Mapping[str, str]):
+        super().__init__(parts, media_type=media_type, headers=headers)
+        self._seconds = seconds + _TO_READ
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it; a reader that is too slow gets no more."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(super().__call__(scope, receive, send), self._seconds)
 
 
 def _too_large(limit: int) -> str:
@@ -121,6 +150,14 @@ def _is_public(scope: Scope) -> bool:
     """Whether a path needs no key: the page, which holds none until its user gives it one, and the state of health."""
     path = scope["path"]
     return scope["method"] in ("GET", "HEAD") and (path in ("/", "/health") or path.startswith("/page/"))
+
+
+def _host_of(origin: str) -> str | None:
+    """Return the host and port of an Origin header, or None if it is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _is_local_name(host: str, allowed: frozenset[str]) -> bool:

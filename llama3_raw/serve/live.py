@@ -14,19 +14,22 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..errors import UserError, in_short
 from ..weights import dtype_name, tensor_specs
-from .engine import Closed, Engine
+from .engine import Busy, Closed, Engine
+from .guard import LARGE_BODY, TimedStream
 from .live_pass import MAX_TOKENS, PassRequest, read_request, run_pass, token_json
+
+Result = TypeVar("Result")
 
 _PAGE = Path(__file__).parent / "page"
 _SHARED = Path(__file__).parents[1] / "explain" / "page_parts"
@@ -42,8 +45,11 @@ _PROGRESS_EVERY = 0.1  # seconds
 _LARGE = 500_000_000  # multiplications for a token, the logit lens included; from here on the lens begins closed
 
 
-def routes(engine: Engine) -> list[Route]:
-    """Return the routes of the page. `/` and `/page/` hold no secret: a page must load before it can send a key."""
+def routes(engine: Engine, timeout: float) -> list[Route]:
+    """Return the routes of the page; a pass may take `timeout` seconds.
+
+    `/` and `/page/` hold no secret: a page must load before it can send a key.
+    """
     files = {f"/page/{file.name}": file for file in sorted(_PAGE.iterdir()) if file.suffix in _TYPES}
     files["/page/base.css"] = _SHARED / "base.css"
     return [
@@ -51,7 +57,7 @@ def routes(engine: Engine) -> list[Route]:
         *(Route(path, partial(_file, file, _TYPES[file.suffix]), methods=["GET"]) for path, file in files.items()),
         Route("/live/model", partial(_model, engine), methods=["GET"]),
         Route("/live/tokens", partial(_tokens, engine), methods=["POST"]),
-        Route("/live/pass", partial(_pass, engine), methods=["POST"]),
+        Route("/live/pass", partial(_pass, engine, timeout), methods=["POST"]),
     ]
 
 
@@ -69,6 +75,7 @@ async def _model(engine: Engine, _: Request) -> Response:
             "load": engine.load_python,
             "n_weights": n_weights,
             "is_large": n_weights + (params.n_layers + 1) * params.vocab_size * params.dim >= _LARGE,
+            "max_tokens": min(MAX_TOKENS, params.max_seq_len),
             "dtype": dtype_name(weights.norm.dtype),
             **{name: getattr(params, name) for name in ("n_layers", "n_heads", "vocab_size")},
         }
@@ -76,43 +83,53 @@ async def _model(engine: Engine, _: Request) -> Response:
 
 
 async def _tokens(engine: Engine, request: Request) -> Response:
-    body = await _json(request)
     tokenizer = engine.model.tokenizer
     assert tokenizer is not None  # build_app refuses a model without one
-    if not isinstance(body, dict) or not isinstance(body.get("text"), str):
-        return _error("text: should be a string")
-    text = body["text"].encode("utf-8", "replace").decode()  # half of a pair of surrogates is no text
-    if len(text) > 100 * MAX_TOKENS:  # no token is so long
-        return _error(f"text: has {len(text)} characters, but the page takes {MAX_TOKENS} tokens; shorten the prompt")
-    ids = tokenizer.encode(text, bos=True)
-    return JSONResponse({"tokens": [token_json(tokenizer, token) for token in ids]})
+
+    def read(body: Any) -> list[dict[str, Any]]:
+        if not isinstance(body, dict) or not isinstance(body.get("text"), str):
+            raise UserError("text: should be a string")
+        text = body["text"].encode("utf-8", "replace").decode()  # half of a pair of surrogates is no text
+        if len(text) > 100 * MAX_TOKENS:  # no token is so long
+            raise UserError(
+                f"text: has {len(text)} characters, but the page takes {MAX_TOKENS} tokens; shorten the prompt"
+            )
+        return [token_json(tokenizer, token) for token in tokenizer.encode(text, bos=True)]
+
+    return JSONResponse({"tokens": await _read(request, read)})
 
 
-async def _pass(engine: Engine, request: Request) -> Response:
-    try:
-        wanted = read_request(await _json(request), engine.model.params)
-    except UserError as error:
-        return _error(str(error))
-    return StreamingResponse(_lines(engine, wanted), media_type="application/x-ndjson", headers=_HEADERS)
+async def _pass(engine: Engine, timeout: float, request: Request) -> Response:
+    wanted = await _read(request, partial(read_request, params=engine.model.params))
+    engine.check_open()  # while the answer can still have a status, upon which the page asks again
+    return TimedStream(_lines(engine, wanted, timeout), "application/x-ndjson", timeout, _HEADERS)
 
 
-async def _json(request: Request) -> Any:
-    try:
-        return json.loads(await request.body())
-    except (ValueError, RecursionError):
-        return None
+async def _read(request: Request, read: Callable[[Any], Result]) -> Result:
+    """Return what `read` makes of the JSON in the body, or of None if it is none; of a large one in a thread."""
+    content = await request.body()
+
+    def work() -> Result:
+        try:
+            body = json.loads(content)
+        except (ValueError, RecursionError):
+            body = None
+        return read(body)
+
+    return await asyncio.to_thread(work) if len(content) > LARGE_BODY else work()
 
 
-def _error(message: str) -> Response:
-    return JSONResponse({"error": {"message": message}}, 400)
+def _error_line(message: str) -> str:
+    return json.dumps({"error": {"message": message}}) + "\n"
 
 
 class _GoneError(Exception):
     """The page no longer waits for the pass."""
 
 
-async def _lines(engine: Engine, wanted: PassRequest) -> AsyncIterator[str]:
+async def _lines(engine: Engine, wanted: PassRequest, timeout: float) -> AsyncIterator[str]:
     """Yield a line of JSON now and then while the pass runs: progress, and in the end the result or an error."""
+    deadline = time.monotonic() + timeout
     loop = asyncio.get_running_loop()
     lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
     gone = threading.Event()
@@ -132,15 +149,16 @@ async def _lines(engine: Engine, wanted: PassRequest) -> AsyncIterator[str]:
     running = asyncio.ensure_future(engine.alone(run))
     running.add_done_callback(lambda _: lines.put_nowait(None))
     try:
-        while (line := await lines.get()) is not None:
+        while (line := await asyncio.wait_for(lines.get(), deadline - time.monotonic())) is not None:
             yield json.dumps(line) + "\n"
         yield await running + "\n"
-    except (UserError, Closed) as error:
-        message = "the server ends, and takes nothing new" if isinstance(error, Closed) else in_short(error)
-        yield json.dumps({"error": {"message": message}}) + "\n"
+    except asyncio.TimeoutError:
+        yield _error_line(f"the pass took longer than {timeout:g} s; close views, or ask again later")
+    except (UserError, Busy, Closed) as error:
+        yield _error_line(in_short(error))
     except Exception as error:  # a defect, or a lack of memory
         traceback.print_exc(file=sys.stderr)
-        yield json.dumps({"error": {"message": f"the pass failed: {in_short(error)}"}}) + "\n"
+        yield _error_line(f"the pass failed: {in_short(error)}")
     finally:
         gone.set()  # ends the pass at its next layer
         running.cancel()

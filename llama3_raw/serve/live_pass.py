@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backends.choose import ops_for
 from ..decoding.sampling import check_sound, is_sound
-from ..errors import UserError
+from ..errors import UserError, in_short
 from ..model import rms_norm
 from ..ops import Ops, Tap
 from ..params import Params
@@ -104,17 +104,18 @@ def _read_changes(value: Any, length: int, params: Params) -> Changes:
     _only(value, Changes._fields)
     layers, heads = params.n_layers, params.n_heads
     other = read_ids(value["other"], "other", params) if value.get("other") else ()
-    rows = _rows(value, "patches", 3)
+    rows = _rows(value, "patches", 3, (layers + 1) * MAX_TOKENS)
     if rows and not other:
         raise UserError("need `other`, the ids of the prompt that they come from", argument="patches")
     counts = Patch(layers + 1, len(other), length)
+    patches = [Patch(*(_whole(n, "patches", count) for n, count in zip(row, counts, strict=True))) for row in rows]
     return Changes(
-        heads=tuple((_whole(i, "heads", layers), _whole(j, "heads", heads)) for i, j in _rows(value, "heads", 2)),
-        feed_forward=tuple(_whole(i, "feed_forward", layers) for (i,) in _rows(value, "feed_forward", 1)),
-        scales=tuple((_whole(i, "scales", layers), _factor(by)) for i, by in _rows(value, "scales", 2)),
-        patches=tuple(
-            Patch(*(_whole(n, "patches", count) for n, count in zip(row, counts, strict=True))) for row in rows
+        heads=tuple(
+            (_whole(i, "heads", layers), _whole(j, "heads", heads)) for i, j in _rows(value, "heads", 2, layers * heads)
         ),
+        feed_forward=tuple(_whole(i, "feed_forward", layers) for (i,) in _rows(value, "feed_forward", 1, layers)),
+        scales=tuple((_whole(i, "scales", layers), _factor(by)) for i, by in _rows(value, "scales", 2, layers)),
+        patches=tuple({(it.stage, it.target): it for it in patches}.values()),  # the last one of a row counts
         other=other,
     )
 
@@ -125,9 +126,11 @@ def _only(value: Mapping[str, Any], fields: Sequence[str]) -> None:
             raise UserError(f"{name[:40]!r} is not one of {', '.join(fields)}")
 
 
-def _rows(value: Mapping[str, Any], name: str, width: int) -> list[list[Any]]:
-    """Return a list of lists of `width` entries; single entries need no list."""
+def _rows(value: Mapping[str, Any], name: str, width: int, most: int) -> list[list[Any]]:
+    """Return a list of at most `most` lists of `width` entries; single entries need no list."""
     rows = value.get(name, [])
+    if isinstance(rows, list) and len(rows) > most:
+        raise UserError(f"should have at most {most} entries, has {len(rows)}", argument=name)
     rows = [[row] for row in rows] if width == 1 and isinstance(rows, list) else rows
     if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == width for row in rows):
         raise UserError(
@@ -138,7 +141,7 @@ def _rows(value: Mapping[str, Any], name: str, width: int) -> list[list[Any]]:
 
 def _whole(value: Any, name: str, count: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
-        raise UserError(f"should hold integers from 0 to {count - 1}, holds {str(value)[:40]}", argument=name)
+        raise UserError(f"should hold integers from 0 to {count - 1}, holds {in_short(value)}", argument=name)
     return value
 
 
@@ -146,7 +149,7 @@ def _factor(value: Any) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not -_MAX_FACTOR <= value <= _MAX_FACTOR:
         raise UserError(
-            f"should hold factors from {-_MAX_FACTOR} to {_MAX_FACTOR}, holds {str(value)[:40]}", argument="scales"
+            f"should hold factors from {-_MAX_FACTOR} to {_MAX_FACTOR}, holds {in_short(value)}", argument="scales"
         )
     return float(value)
 

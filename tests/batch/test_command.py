@@ -134,7 +134,7 @@ BAD = {
     "NaN": (b'{"prompt": "a", "top_p": NaN}', "top_p should be above 0 and at most 1, is nan"),
     "penalty": (b'{"prompt": "a", "repetition_penalty": 0}', "repetition_penalty should be from 0.01 to 100, is 0.0"),
     "a large number": (b'{"prompt": "a", "top_p": 1' + b"0" * 400 + b"}", "top_p is too large a number"),
-    "seed": (b'{"prompt": "a", "seed": -1}', "seed should be from 0 to 2**63 - 1, is -1"),
+    "seed": (b'{"prompt": "a", "seed": -9223372036854775809}', "seed should be from -2**63 to 2**63 - 1, is -9"),
     "stop": (b'{"prompt": "a", "stop": ["b", ""]}', "stop should be a string or a list of strings, none of them empty"),
     "role": (
         b'{"messages": [{"role": "bot", "content": "a"}]}',
@@ -161,6 +161,18 @@ def test_bad_lines_have_an_error_in_their_place(tmp_path: Path, capsys: pytest.C
         assert result.keys() == {"line", "id", "error"}
         assert result["line"] == number
         assert message in result["error"]
+
+
+def test_prompts_that_fill_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They can be scored, and not continued; a text beside them ends at the context."""
+    scored = {"echo": True, "logprobs": 0, "max_tokens": 0}
+    lines = [{"prompt": [5] * 40, **scored}, {"prompt": [5] * 40, "max_tokens": 1}, {"prompt": [5] * 38, "top_k": 9}]
+    status, err = call(capsys, write_lines(tmp_path, lines), "--context", "40", "--temperature", "1")
+    assert (status, "the prompt has 40 tokens, the context holds 40; shorten it" in err) == (1, True)
+    full, _, beside = results_in(tmp_path)
+    assert {len(values) for values in full["logprobs"].values()} == {40}
+    assert None not in full["logprobs"]["token_logprobs"][1:]
+    assert beside["usage"]["completion_tokens"] == 2
 
 
 def test_only_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 
@@ -17,10 +18,10 @@ from tests.paths import TINY
 
 
 @contextlib.contextmanager
-def serving(model: Model, api_key: str | None = None) -> Iterator[str]:
+def serving(model: Model, **settings: Any) -> Iterator[str]:
     """Serve a model, and yield the address."""
     engine = Engine(model, REFERENCE, name="tiny", load_python=f'llama3_raw.load("{TINY}")', rows=2, context=64)
-    app = build_app(engine, Settings(api_key=api_key))
+    app = build_app(engine, Settings(**settings))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import subprocess
+import threading
 from dataclasses import asdict
 from typing import Any
 
@@ -15,8 +16,10 @@ import pytest
 
 from llama3_raw import Model, generate
 from llama3_raw.decoding.sampling import Sampling
+from llama3_raw.openai_api.answers import Answer, CompletionScores
 from tests.decoding.test_batch import PROMPTS
 
+from .live_serving import serving
 from .servers import Server
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
@@ -139,6 +142,34 @@ def test_scores_are_those_of_the_engine(client: openai.OpenAI, tiny: Model) -> N
     assert ended.choices[0].logprobs.tokens[-1] == "<|end_of_text|>"
 
 
+def test_a_prompt_that_fills_the_context_can_be_scored(client: openai.OpenAI, tiny: Model) -> None:
+    from llama3_raw.decoding.scoring import score
+
+    ids = [2048, *range(300, 811)]
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 0, "echo": True, "logprobs": 0}
+    (choice,) = client.completions.create(**asked, prompt=ids).choices
+    (expected,) = score(tiny, ids[:1], [ids[1:]])
+    assert choice.logprobs.token_logprobs[1:] == pytest.approx(expected.logprobs, abs=0.1)  # other chunks, in bf16
+    assert len(choice.logprobs.tokens) == 512
+
+
+def test_long_scores_keep_no_other_client_waiting(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are written in threads other than that of the event loop."""
+    threads = []
+    original = CompletionScores.of_prompt
+
+    def seen(self: CompletionScores, answer: Answer) -> Any:
+        threads.append(threading.current_thread().name)
+        return original(self, answer)
+
+    monkeypatch.setattr(CompletionScores, "of_prompt", seen)
+    asked = {"prompt": "Once upon a time", "max_tokens": 0, "echo": True, "logprobs": 20}
+    with serving(tiny) as url:
+        for stream in (False, True):
+            assert httpx.post(f"{url}/v1/completions", json={**asked, "stream": stream}, timeout=60).status_code == 200
+    assert [name.partition("_")[0] for name in threads] == ["asyncio"] * 2
+
+
 def test_curl(server: Server) -> None:
     curl = shutil.which("curl")
     if curl is None:
@@ -163,6 +194,12 @@ def test_curl(server: Server) -> None:
     assert json.loads(call("/detokenize", json.dumps({"tokens": plain["tokens"]})))["prompt"] == "Hi<|eot_id|>"
     dialog = json.loads(call("/tokenize", '{"messages": [{"role": "user", "content": "Hi"}]}'))
     assert dialog["count"] == 17
+    for name in ("add_special_tokens", "allow_special"):
+        refused = json.loads(
+            call("/tokenize", json.dumps({"messages": [{"role": "user", "content": "a"}], name: False}))
+        )
+        assert refused["error"]["message"] == f"{name} is for a prompt, not for messages; leave it out"
+        assert refused["error"]["param"] == name
 
 
 REFUSED: dict[str, tuple[str, str, str | None, str]] = {
@@ -175,8 +212,20 @@ REFUSED: dict[str, tuple[str, str, str | None, str]] = {
     "empty": ("completions", '{"prompt": []}', "prompt", "prompt should not be empty"),
     "an empty one": ("completions", '{"prompt": ["a", ""]}', "prompt", "prompt should not be empty"),
     "mixed": ("completions", '{"prompt": [1, "a"]}', "prompt", "prompt should be a string, a list of token ids, or"),
-    "a token": ("completions", '{"prompt": [99999]}', None, "token id 99999 is outside"),
-    "too long": ("completions", json.dumps({"prompt": "a b " * 600}), None, "the context holds 512; shorten it"),
+    "a token": ("completions", '{"prompt": [99999]}', "prompt", "prompt: token id 99999 is outside"),
+    "too long": ("completions", json.dumps({"prompt": "a b " * 600}), "prompt", "the context holds 512; shorten it"),
+    "a full context": (
+        "completions",
+        json.dumps({"prompt": [1] * 512, "max_tokens": 1}),
+        "prompt",
+        "the prompt has 512 tokens, the context holds 512; shorten it",
+    ),
+    "a long dialog": (
+        "chat/completions",
+        json.dumps({"messages": [{"role": "user", "content": "a b " * 600}]}),
+        "messages",
+        "tokens, the context holds 512; shorten them",
+    ),
     "suffix": ("completions", '{"prompt": "a", "suffix": "b"}', "suffix", 'suffix is not supported, other than ""'),
     "best_of": ("completions", '{"prompt": "a", "best_of": 2}', "best_of", "best_of is not supported, other than 1"),
     "a penalty": (
@@ -184,6 +233,12 @@ REFUSED: dict[str, tuple[str, str, str | None, str]] = {
         '{"prompt": "a", "presence_penalty": 0.5}',
         "presence_penalty",
         "presence_penalty is not supported, other than 0, is 0.5",
+    ),
+    "many prompts": (
+        "completions",
+        json.dumps({"prompt": ["a"] * 20_000}),
+        "prompt",
+        "prompt should be at most 128 texts, are 20000",
     ),
     "many texts": ("completions", '{"prompt": ["a", "b"], "n": 65}', "n", "n should be from 1 to 128"),
     "messages": (
@@ -202,7 +257,7 @@ REFUSED: dict[str, tuple[str, str, str | None, str]] = {
     ),
     "cold": ("completions", '{"prompt": "a", "temperature": -1}', "temperature", "temperature should be 0 (greedy) or"),
     "huge": ("completions", '{"prompt": "a", "top_p": 1' + "0" * 400 + "}", "top_p", "top_p is too large a number"),
-    "seed": ("completions", '{"prompt": "a", "seed": -1}', "seed", "seed should be from 0 to 2**63 - 1"),
+    "seed": ("completions", '{"prompt": "a", "seed": 9223372036854775808}', "seed", "seed should be from -2**63 to 2*"),
     "stops": ("completions", json.dumps({"prompt": "a", "stop": ["b"] * 17}), "stop", "stop should be at most 16"),
     "usage": (
         "completions",
@@ -213,7 +268,7 @@ REFUSED: dict[str, tuple[str, str, str | None, str]] = {
     "model": (
         "completions",
         '{"prompt": "a", "model": "gpt-9"}',
-        None,
+        "model",
         'there is no model "gpt-9" here; there is tiny',
     ),
     "prompt": ("chat/completions", '{"messages": [], "prompt": "a"}', "prompt", "prompt is not a field of a chat"),
@@ -272,6 +327,7 @@ def test_refused(server: Server, case: str) -> None:
     error = answer.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["param"] == param
+    assert error["code"] == ("model_not_found" if case == "model" else None)
     assert message in error["message"]
     assert len(error["message"]) < 700
     assert error["message"].isprintable()
@@ -283,6 +339,17 @@ def test_fields_that_change_nothing(server: Server) -> None:
     more |= {"logit_bias": {}, "presence_penalty": 0, "service_tier": "auto", "n": None, "stop": None, "top_p": 1}
     texts = [httpx.post(f"{server.url}/v1/completions", json=body).json()["choices"] for body in (asked, asked | more)]
     assert texts[0] == texts[1]
+    dialog = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    dialog |= {"logprobs": False, "top_logprobs": 0}
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=dialog).status_code == 200
+
+
+def test_a_negative_seed_is_one_like_any_other(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "Once", "max_tokens": 8}
+    texts = [choice.text for choice in client.completions.create(**asked, seed=-2, n=3).choices]
+    alone = [client.completions.create(**asked, seed=seed).choices[0].text for seed in (-2, -1, 0)]
+    assert texts == alone
+    assert len(set(texts)) > 1
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -17,6 +17,7 @@ from llama3_raw.backends.choose import ops_for
 from llama3_raw.decoding.batch import Row
 from llama3_raw.decoding.loop import StopReason
 from llama3_raw.decoding.sampling import Sampling
+from llama3_raw.errors import UserError
 from llama3_raw.ops import Tap, no_tap
 from llama3_raw.serve.engine import Asked, Busy, Closed, Engine
 from tests.decoding.test_batch import PROMPTS
@@ -103,6 +104,27 @@ def test_a_text_that_nobody_reads_gives_its_row_to_another(tiny: Model) -> None:
     in_a_loop(body)
 
 
+def test_what_nobody_waits_for_any_more_takes_no_place_in_the_queue(tiny: Model) -> None:
+    async def body() -> None:
+        async with started(tiny, rows=1, queue_length=2) as engine:
+            running = engine.submit([row_of(tiny, 0, 100, stop_ids=())], streams=True)
+            progress = running.progress()
+            await anext(progress)
+            gone = engine.submit([row_of(tiny, 1, 3)] * 2)
+            with pytest.raises(Busy):
+                engine.submit([row_of(tiny, 1, 3)])
+            gone.is_gone = True
+            for _ in range(3):  # tokens of the running text
+                await anext(progress)
+            assert engine.waiting == 0
+            asked = engine.submit([row_of(tiny, 1, 3)] * 2)
+            running.is_gone = True
+            await asked.end()
+            assert gone.jobs[0].new == []
+
+    in_a_loop(body)
+
+
 def test_only_so_many_wait(tiny: Model) -> None:
     async def body() -> None:
         async with started(tiny, rows=1, queue_length=2) as engine:
@@ -143,13 +165,37 @@ def test_an_error_ends_the_running_texts_only(tiny: Model, capsys: pytest.Captur
     assert "MemoryError" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("field", ["is_over", "on_logits"])
+def test_an_error_of_one_text_ends_that_text_only(tiny: Model, field: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object) -> bool:
+        raise UserError("not this one")
+
+    async def body() -> None:
+        async with started(tiny) as engine:
+            asked = [engine.submit([row_of(tiny, 0, 5, **more)]) for more in ({}, {field: fail})]
+            with pytest.raises(UserError, match="not this one"):
+                await asked[1].end()
+            await asked[0].end()
+            assert len(asked[0].jobs[0].new) == 5
+            assert len(asked[1].jobs[0].new) == 1
+
+    in_a_loop(body)
+    assert "not this one" in capsys.readouterr().err
+
+
 def test_closing_ends_what_runs_and_takes_nothing_new(tiny: Model) -> None:
     async def body() -> None:
         async with started(tiny, rows=1) as engine:
             asked = [engine.submit([row_of(tiny, 0, 100, stop_ids=())]) for _ in range(2)]
-        for one in asked:
+            await asyncio.sleep(0.1)
+            call = asyncio.ensure_future(engine.alone(lambda: None))
+            await asyncio.sleep(0)
+            engine.stop()
+            with pytest.raises(Closed):  # from now on
+                engine.submit([row_of(tiny, 0, 1)])
+        for one in [*(one.end() for one in asked), call]:
             with pytest.raises(Closed):
-                await one.end()
+                await one
         with pytest.raises(Closed):
             engine.submit([row_of(tiny, 0, 1)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -25,6 +26,10 @@ def request_of(body: dict[str, Any]) -> bytes:
     content = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
     return head.encode() + content
+
+
+def everything_from(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(100_000), b""))
 
 
 def long_text(**fields: Any) -> dict[str, Any]:
@@ -174,13 +179,24 @@ def test_sigterm_finishes_what_runs() -> None:
 
 @pytest.mark.slow
 def test_the_end_of_grace() -> None:
-    with running("--grace", "1") as server, connection_to(server) as connection:
-        connection.sendall(request_of(long_text(n=128)))
+    """Answers that still run end with an error, and requests that are not whole are cut off."""
+    with running("--grace", "1") as server, contextlib.ExitStack() as stack:
+        whole, stream, half = (stack.enter_context(connection_to(server)) for _ in range(3))
+        whole.sendall(request_of(long_text(n=128)))
+        stream.sendall(request_of(long_text(n=8, stream=True)))
+        half.sendall(request_of(long_text())[:-1])
         server.wait_for("running_texts", 16)
         start = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
+        error = b'{"error":{"message":"the server is about to end","type":"server_error","param":null,"code":null}}'
+        answer = everything_from(whole)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert answer.endswith(error)
+        last = everything_from(stream).removesuffix(b"\r\n0\r\n\r\n").strip().split(b"data: ")[-1]
+        assert json.loads(last) == json.loads(error)
         assert server.process.wait(60) == 0
         assert time.monotonic() - start < 20
+        assert "Traceback" not in server.log.read_text()
 
 
 @pytest.mark.slow

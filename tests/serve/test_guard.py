@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 
@@ -75,6 +76,7 @@ def test_origins(guarded: TestClient, server: Server) -> None:
         ("https://localhost", 403),
         ("https://evil.example", 403),
         ("null", 403),
+        ("http://[", 403),
     ):
         answer = guarded.get("/v1/models", headers={**known, "Origin": origin})
         assert answer.status_code == status
@@ -92,6 +94,22 @@ def test_unknown_paths_and_methods(server: Server) -> None:
         answer = httpx.request(method, server.url + path)
         assert answer.status_code == status
         assert "see /openapi.json" in answer.json()["error"]["message"]
+
+
+def test_metrics_name_the_paths_that_there_are(guarded: TestClient) -> None:
+    """And no others, of which clients could make up any number."""
+    known = {"Authorization": "Bearer s3cret"}
+    for path in ("/v1/models", "/v1/models/tiny", "/v1/models/a/b", "/nothing", "/v1"):
+        guarded.get(path, headers=known)
+    counted = re.findall(
+        r'requests_total{path="(.*?)",status="(.*?)"} (.*)', guarded.get("/metrics", headers=known).text
+    )
+    assert sorted(counted) == [
+        ("/v1/models", "200", "1.0"),
+        ("/v1/models/NAME", "200", "1.0"),
+        ("/v1/models/NAME", "404", "1.0"),
+        ("other", "404", "2.0"),
+    ]
 
 
 def test_bodies_of_a_gigabyte(server: Server) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +19,10 @@ from torch import Tensor
 import llama3_raw
 from llama3_raw import Model, forward, trace
 from llama3_raw.cli.models import choose_model
+from llama3_raw.params import Params
 from llama3_raw.serve import live, live_pass
 from llama3_raw.serve.__main__ import load_python
+from llama3_raw.serve.engine import Busy, Engine
 from llama3_raw.serve.live_pass import PassRequest, Report, run_pass
 from llama3_raw.serve.parser import build_parser
 from llama3_raw.tracing import plots
@@ -151,6 +154,18 @@ def test_tokens_have_ids_text_and_bytes(tiny: Model, url: str) -> None:
         ('{"ids": [1], "changes": {"feed_forward": [-1]}}', "feed_forward should hold integers from 0 to 3"),
         ('{"ids": [1], "changes": {"scales": [[0, NaN]]}}', "scales should hold factors from -10.0 to 10.0"),
         ('{"ids": [1], "changes": {"patches": [[0, 0, 0]]}}', "patches need `other`"),
+        *(
+            (
+                json.dumps({"ids": [1], "changes": {name: [entry] * (most + 1), "other": [1]}}),
+                f"{name} should have at most {most} entries, has {most + 1}",
+            )
+            for name, entry, most in (
+                ("heads", [0, 0], 4 * 6),
+                ("feed_forward", 0, 4),
+                ("scales", [0, 1], 4),
+                ("patches", [0, 0, 0], 5 * 128),
+            )
+        ),
         ('{"ids": [1], "changes": {"patches": [[0, 0, 1]], "other": [1]}}', "patches should hold integers from 0"),
     ],
 )
@@ -168,6 +183,52 @@ def test_a_prompt_that_is_too_long_is_refused(tiny: Model, url: str) -> None:
     assert "result" in ask(url, ids=[1] * 128)[-1]
     answer = httpx2.post(f"{url}/live/tokens", json={"text": "a" * 100_000})
     assert answer.status_code == 400
+
+
+def test_of_several_patches_of_a_row_the_last_one_counts(tiny: Model, url: str) -> None:
+    ids, other = ids_of(tiny), ids_of(tiny, OTHER)
+    rows = [[1, source, 8] for source in (0, 3, 5)]
+    changes = live_pass.read_request({"ids": ids, "changes": {"patches": rows, "other": other}}, tiny.params).changes
+    assert changes.patches == (live_pass.Patch(1, 5, 8),)
+
+
+def test_what_takes_too_long_ends(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that does not arrive, and a pass."""
+    with serving(tiny, timeout=0.5) as url:
+        host, port = url.removeprefix("http://").split(":")
+        for path in ("tokens", "pass"):
+            with socket.create_connection((host, int(port)), timeout=20) as connection:
+                head = f"POST /live/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{{"
+                connection.sendall(head.encode())
+                assert connection.recv(10_000).startswith(b"HTTP/1.1 408 ")
+        monkeypatch.setattr(live, "run_pass", slowly(0.3))
+        error = ask(url, ids=ids_of(tiny))[-1]["error"]["message"]
+        assert error == "the pass took longer than 0.5 s; close views, or ask again later"
+
+
+def test_a_large_body_is_read_in_a_thread(tiny: Model, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are answered meanwhile."""
+    threads = []
+
+    def seen(body: Any, params: Params) -> PassRequest:
+        threads.append(threading.current_thread().name)
+        return live_pass.read_request(body, params)
+
+    monkeypatch.setattr(live, "read_request", seen)
+    for spaces in (0, 20_000):
+        answer = httpx2.post(f"{url}/live/pass", content=b'{"ids": [1]}' + b" " * spaces)
+        assert answer.status_code == 200
+    assert threads[0] != threads[1]
+
+
+def test_a_full_queue_has_a_status(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(engine: Engine, count: int = 1) -> None:
+        raise Busy
+
+    with serving(tiny) as url:
+        monkeypatch.setattr(Engine, "check_open", busy)
+        answer = httpx2.post(f"{url}/live/pass", json={"ids": [1]})
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
 
 
 def test_damaged_weights_are_an_error(tiny: Model) -> None:

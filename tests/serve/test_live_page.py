@@ -16,6 +16,7 @@ import llama3_raw
 from llama3_raw import REFERENCE, Model, Trace
 from llama3_raw.decoding.sampling import Sampling, probabilities
 from llama3_raw.serve import live
+from llama3_raw.tokenizer import Tokenizer
 from llama3_raw.tracing import plots
 from tests.serve.live_serving import serving
 from tests.serve.test_live import slowly
@@ -95,11 +96,24 @@ class Live:
         return [Bar(*row) for row in zip(ids, probs, before, strict=True)]
 
     def python(self, view: str) -> dict[str, Any]:
-        """Run the Python that a view shows, and return its names."""
+        """Run the Python that a view shows, and return its names, and what it prints as "printed"."""
         names: dict[str, Any] = {}
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(self.page.text_content(f"#{view}-python"), names)
-        return names
+        return {**names, "printed": printed.getvalue()}
+
+    def assert_compared(self, columns: Sequence[Tensor], tokenizer: Tokenizer) -> None:
+        """The table of two prompts has these probabilities [vocab] of the most likely tokens, and so has its Python."""
+        titles = self.page.locator("#comparison th[title]").evaluate_all("(all) => all.map((head) => head.title)")
+        listed = [int(title.split()[1]) for title in titles]
+        top = [token for probs in columns for token in plots.most_likely(probs, 5).tolist()]
+        assert listed == list(dict.fromkeys(top))
+        expected = torch.stack([probs[listed] for probs in columns], dim=1)
+        table = torch.tensor(self.numbers("#comparison data")).view(len(listed), len(columns))
+        assert torch.allclose(table, expected, atol=1e-6)
+        rows = zip(listed, expected.tolist(), strict=True)
+        lines = [" ".join(map(str, (repr(tokenizer.name(token)), *row))) for token, row in rows]
+        assert self.python("compare")["printed"].splitlines() == lines
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +225,31 @@ def test_quick_keys_are_not_lost(opened: Live, tiny: Model) -> None:
     opened.click("#switches td.switch")  # ends what runs, which was to read the text
     assert opened.ids() == encoded(tiny, "Tom")
     assert opened.bars()[0].before is not None
+
+
+def test_each_of_several_quick_keys_counts(opened: Live, tiny: Model) -> None:
+    opened.type(TEXT)
+    ids = encoded(tiny, TEXT)
+    opened.page.locator("h1").click()
+    for key in ("n", "n", "3", "n", "Backspace", "n", "n"):
+        opened.page.keyboard.press(key)
+    opened.settle()
+    for rank in (0, 0, 2, 0, 0):
+        ids.append(int(plots.most_likely(last_logits(tiny, ids), 3)[rank]))
+    assert opened.ids() == ids
+
+
+def test_a_prompt_that_is_full_takes_no_token(opened: Live, tiny: Model) -> None:
+    opened.type(" a" * 126)
+    ids = opened.ids()
+    assert len(ids) == 127
+    opened.page.locator("#prompt").focus()
+    opened.press("Enter", "Enter", "Enter")
+    assert opened.page.inner_text("#error").startswith("The page takes 128 tokens at most. Take some back, or")
+    assert len(opened.ids()) == 128
+    opened.click("#back")
+    assert opened.ids() == ids
+    assert opened.page.inner_text("#error") == ""
 
 
 SAMPLINGS = [
@@ -336,12 +375,8 @@ def test_one_prompt_is_patched_into_the_other(opened: Live, tiny: Model) -> None
 
     patched, clean = last_logits(tiny, ids, by_hand), last_logits(tiny, ids)
     assert_bars(opened.bars(), patched.softmax(-1), patched, before=clean.softmax(-1))
-    rows = opened.page.locator("#comparison tbody tr").count()
-    table = torch.tensor(opened.numbers("#comparison data")).view(rows, 3)
-    listed = [int(text.split()[1]) for text in opened.page.locator("#comparison th[title]").evaluate_all(
-        "(all) => all.map((head) => head.title)")]  # fmt: skip
-    columns = [logits.softmax(-1)[listed] for logits in (clean, patched, source["logits"][-1])]
-    assert torch.allclose(table, torch.stack(columns, dim=1), atol=1e-6)
+    columns = [logits.softmax(-1) for logits in (clean, patched, source["logits"][-1])]
+    opened.assert_compared(columns, tiny.tokenizer)
     names = opened.python("compare")
     assert torch.equal(names["changed"], patched.softmax(-1))
     assert torch.equal(names["second"], source["logits"][-1].softmax(-1))
@@ -349,6 +384,7 @@ def test_one_prompt_is_patched_into_the_other(opened: Live, tiny: Model) -> None
     opened.page.locator("#lens-b td[tabindex='0']").press("Enter")  # once more: no longer
     opened.settle()
     assert_bars(opened.bars(), clean.softmax(-1), clean)
+    opened.assert_compared([columns[0], columns[2]], tiny.tokenizer)
 
 
 def test_prompts_of_different_length_are_aligned_at_either_end(opened: Live, tiny: Model) -> None:
@@ -394,6 +430,19 @@ def test_it_fits_each_width_and_colour_scheme(opened: Live) -> None:
         assert (red > 200) == (scheme == "light")
     page.emulate_media(color_scheme=None)
     page.set_viewport_size(WIDE)
+
+
+def test_the_smallest_probability_fits_beside_its_bar(opened: Live) -> None:
+    for width in (1366, 375):
+        opened.page.set_viewport_size({"width": width, "height": 800})
+        heights = opened.page.evaluate("""() => {
+            const data = document.querySelector("#lens-readout data");
+            const before = data.getBoundingClientRect().height;
+            data.textContent = "<0.001 %";
+            return [before, data.getBoundingClientRect().height, data.scrollWidth - data.clientWidth];
+        }""")
+        assert heights == [heights[0], heights[0], 0]
+    opened.page.set_viewport_size(WIDE)
 
 
 def test_everything_has_a_name_and_the_keyboard_reaches_it(opened: Live) -> None:
@@ -453,6 +502,11 @@ def test_errors_are_one_line(browser: Any, tiny: Model) -> None:
         assert live_page.bars() == before
         live_page.type(TEXT)
         assert error.inner_text() == ""
+    ids = live_page.ids()
+    live_page.page.locator("#prompt").focus()
+    live_page.press("Enter", "Enter")
+    assert error.inner_text() == "The server does not answer. Is it still running?"
+    assert len(live_page.requests[-1].post_data_json["ids"]) == len(ids) + 1  # the first one was not added
     live_page.type("Tom")
     assert error.inner_text() == "The server does not answer. Is it still running?"
     live_page.context.close()
@@ -480,6 +534,9 @@ def test_the_key_of_the_address_opens_the_page(browser: Any, tiny: Model) -> Non
         other.goto(url)
         other.wait_for_selector("#error:not(:empty)")
         assert other.inner_text("#error").endswith("open the address that it printed, which ends in #key=…")
+        other.goto(url + "/#key=s3cret")  # which does not load the page again
+        other.wait_for_selector(FIRST_BAR)
+        assert other.url == url + "/"
         live_page.context.close()
 
 

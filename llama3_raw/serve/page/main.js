@@ -5,7 +5,7 @@ import { buildBars, drawBars, tokenOfRank } from "./bars.js";
 import { buildCompare, drawCompare } from "./compare.js";
 import { byId, element, percent, tokenSpan, visible } from "./elements.js";
 import { LensGrid } from "./lens.js";
-import { resultOf, texts, whenReady, work } from "./passes.js";
+import { complain, forget, resultOf, texts, whenReady, work } from "./passes.js";
 import * as python from "./python.js";
 import { draw, NEUTRAL, order } from "./sampling.js";
 import { askModel, askTokens } from "./server.js";
@@ -44,9 +44,9 @@ async function readText(prompt, signal) {
   drawTokens(); // at once: the pass may take a while
 }
 
-// Runs what the views need, and draws them when all of it is there.
-async function update(delay = 0) {
-  await work(async (signal) => {
+// Runs what the views need, and draws them when all of it is there. Returns whether it failed.
+function update(delay = 0) {
+  return work(async (signal) => {
     await new Promise((resolve) => setTimeout(resolve, delay));
     signal.throwIfAborted();
     for (const prompt of [first, other]) await readText(prompt, signal);
@@ -113,10 +113,14 @@ function drawTokens() {
 
 // what the reader does
 
-function choose(id) {
+async function choose(id) {
   if (id === undefined) return;
+  if (idsOf(first).length >= model.max_tokens) {
+    complain(`The page takes ${model.max_tokens} tokens at most. Take some back, or shorten the prompt.`);
+    return;
+  }
   first.chosen.push(id);
-  update();
+  if (await update()) first.chosen.pop();
 }
 
 function goBack(length) {
@@ -128,6 +132,7 @@ function goBack(length) {
 
 function onTyping(box) {
   fit(box);
+  forget();
   update(TYPING);
 }
 
@@ -147,16 +152,17 @@ function onKey(event) {
   const isTyping = event.target.closest("textarea, select, input:not([type=range], [type=checkbox])");
   if (isTyping || !byId("keys").checked || event.ctrlKey || event.metaKey || event.altKey) return;
   const action = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-  if (action) whenReady(ACTIONS[action]);
-  else if (/^[0-9]$/.test(event.key)) whenReady(() => choose(tokenOfRank((Number(event.key) + 9) % 10)));
-  else return;
+  const isDigit = /^[0-9]$/.test(event.key);
+  if (!action && !isDigit) return;
+  const chooseRank = () => choose(tokenOfRank((Number(event.key) + 9) % 10));
+  whenReady(action ? ACTIONS[action] : chooseRank, event.repeat);
   event.preventDefault();
 }
 
 function onPromptKey(event) {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
-  whenReady(ACTIONS.take);
+  whenReady(ACTIONS.take, event.repeat);
 }
 
 function onSampling() {

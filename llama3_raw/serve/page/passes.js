@@ -9,7 +9,7 @@ const KEPT = 12; // results
 export const texts = new Map(); // id -> token, of every token that the server has told
 const results = new Map(); // request -> result: going back needs no pass
 let busy = null; // the AbortController of what runs
-let waiting = null; // what to do when it is done
+const waiting = []; // what to do when it is done, the first thing first
 
 export async function resultOf(request, signal) {
   const key = JSON.stringify(request);
@@ -23,7 +23,7 @@ export async function resultOf(request, signal) {
   return results.get(key);
 }
 
-// Runs a task, which ends the one before it, and then what it returns. An error becomes one line.
+// Runs a task, which ends the one before it, and then what it returns. Returns whether it failed, with one line as error.
 export async function work(task) {
   busy?.abort();
   const mine = (busy = new AbortController());
@@ -36,13 +36,19 @@ export async function work(task) {
     finish?.();
   } catch (error) {
     if (busy !== mine) return;
-    byId("error").textContent = error instanceof ServerError ? error.message : `The page failed: ${error.message}`;
+    complain(error instanceof ServerError ? error.message : `The page failed: ${error.message}`);
     if (!(error instanceof ServerError)) console.error(error);
-    waiting = null;
+    return true;
   } finally {
     clearTimeout(slow);
     if (busy === mine) idle();
   }
+}
+
+// Shows an error. What was to be done does not count any more.
+export function complain(message) {
+  byId("error").textContent = message;
+  forget();
 }
 
 function idle() {
@@ -50,15 +56,18 @@ function idle() {
   byId("columns").ariaBusy = "false";
   document.body.classList.remove("slow");
   byId("progress").removeAttribute("value");
-  const next = waiting;
-  waiting = null;
-  next?.();
+  while (!busy && waiting.length) waiting.shift()();
 }
 
-// A key that is pressed during a pass means the tokens that come of it.
-export function whenReady(action) {
-  if (busy) waiting = action;
-  else action();
+// A key that is pressed during a pass means the tokens that come of it. A key that is held does not run ahead.
+export function whenReady(action, isHeld = false) {
+  if (!busy) action();
+  else if (!isHeld) waiting.push(action);
+}
+
+// Drops what waits.
+export function forget() {
+  waiting.length = 0;
 }
 
 function showProgress(done, total) {

@@ -118,7 +118,9 @@ export function comparePython(state) {
     `first = ${probsOf("ids")}`,
     ...(tap ? [`changed = ${probsOf("ids", tap)}`] : []),
     `second = ${probsOf("other")}`,
-    "for token in first.topk(5).indices.tolist() + second.topk(5).indices.tolist():",
+    `columns = (${columns.join(", ")})`,
+    "top = [probs.sort(descending=True, stable=True).indices[:5] for probs in columns]",
+    "for token in dict.fromkeys(torch.cat(top).tolist()):",
     `    print(repr(model.tokenizer.name(token)), ${columns.map((name) => `float(${name}[token])`).join(", ")})`,
   ]);
 }

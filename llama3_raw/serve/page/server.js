@@ -3,11 +3,17 @@
 const KEY = "llama3_raw key";
 
 // The key comes in the fragment, which browsers do not send. It leaves the address bar, which a class may see.
-const fragment = new URLSearchParams(location.hash.slice(1)).get("key");
-if (fragment) {
-  sessionStorage.setItem(KEY, fragment);
+function takeKey() {
+  const key = new URLSearchParams(location.hash.slice(1)).get("key");
+  if (!key) return false;
+  sessionStorage.setItem(KEY, key);
   history.replaceState(null, "", location.pathname);
+  return true;
 }
+
+takeKey();
+// another fragment in the same tab loads nothing anew
+addEventListener("hashchange", () => takeKey() && location.reload());
 
 // A message for the reader, on one line.
 export class ServerError extends Error {}
