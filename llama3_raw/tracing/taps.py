@@ -20,7 +20,7 @@ from ..ops import UNFUSED, Rows, Tap, announce, checked_result, no_tap, wants
 from ..params import Params
 from ..weights import dtype_name
 from .names import LAST, named_tensors
-from .positions import ThisPass, checked_positions, rows_at, spread
+from .positions import ThisPass, checked_positions, rows_at, spread, with_rows
 
 
 class Patterns:
@@ -187,6 +187,7 @@ class Patch(PatternTap):
         if not is_wanted.any():
             return tensor
         if isinstance(given, Tensor):
+            given = with_rows(given, name, tensor, this, wanted)
             result = rows_at(given, name, positions, wanted, dimension)
             with contextlib.suppress(RuntimeError):  # the shape is reported below
                 result = result.expand_as(tensor)
@@ -204,13 +205,14 @@ def patch(replacements: Mapping[str, Replacement], *, positions: int | Sequence[
             model.py. If several patterns match a name, they replace it one after another.
         positions: replace these tokens of the text only, in whichever pass they are computed; the first token has
             position 0. A function gets the whole tensor of a pass that has one of them. A tensor has a row for each of
-            the positions, or for each token of a text, or one for all; in scores and probs, rows are queries. None:
-            every token.
+            the positions, or for each token of a text, or one for all; in scores and probs, rows are queries. One for
+            all may lack the dimension T: one of the shape of the pass's tensor without T, with or without the batch,
+            is that. None: every token.
 
     Raises:
         UserError: by the tap, if a result is not a tensor of the same shape, dtype and device, if a text that is
-            computed in one pass has no such position, and at the end of a pass in which a pattern matched nothing. By
-            `patch`, if a pattern is not a str, what should replace a tensor is neither a tensor nor a function, or the
+            computed in one pass has no such position, if it is unclear whether a tensor has the dimension T, and at
+            the end of a pass in which a pattern matched nothing. By `patch`, if a pattern is not a str, what should replace a tensor is neither a tensor nor a function, or the
             positions are not integers from 0 on.
     """
     return Patch(replacements, None if positions is None else checked_positions(positions))
