@@ -14,7 +14,7 @@ from ..quantization.int8 import ROWS_AT_ONCE
 from ..quantization.matrix import Matrix
 from ..weights import Model
 from .circuits import dense
-from .padding import select_token
+from .padding import index_in_texts, select_token
 
 
 class Attribution(NamedTuple):
@@ -54,7 +54,8 @@ def attribute(
             of a padded batch. Unused if the trace has one position only.
 
     Raises:
-        UserError: the trace lacks a tensor, the position is not in it, or the direction is none of these.
+        UserError: the trace lacks a tensor, the position is not in each of its prompts, or the direction is none of
+            these.
     """
     if not isinstance(direction, Tensor):
         direction = logit_direction(model, *(direction if isinstance(direction, Sequence) else (direction,)))
@@ -71,12 +72,13 @@ def attribute(
         tensor = kept[name].to(device, torch.float32)
         if getattr(kept, "at", None) is not None:
             return tensor  # the trace has one position only
+        lengths = getattr(kept, "lengths", None)  # of the prompts of a padded batch
+        if lengths is not None:
+            return select_token(tensor, -dimensions, index_in_texts(position, lengths, "position"))
         length = tensor.shape[-dimensions]
         if not -length <= position < length:
             raise UserError(f"{position} is not in a prompt of {length} tokens", argument="position")
-        lengths = getattr(kept, "lengths", None)  # of the prompts of a padded batch
-        at = position if lengths is None or position >= 0 else lengths + position
-        return select_token(tensor, -dimensions, at)
+        return select_token(tensor, -dimensions, position)
 
     names = Attribution(torch.empty(0), torch.empty(len(layers), 0)).names
     parts = torch.stack([at_position(name, 2) for name in names], dim=-2)  # [..., parts, dim]

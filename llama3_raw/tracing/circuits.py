@@ -195,6 +195,8 @@ def _norm(matrix: Tensor) -> Tensor:
 def attention_at(kept: Mapping[str, Tensor], distance: int, *, start: int | None = None) -> Tensor:
     """Return the mean probability with which each head attends `distance` tokens back, [n_layers, n_heads] fp32.
 
+    Of a batch, it is the mean of what its prompts have alone: the padding does not count.
+
     Args:
         kept: a trace with layers.*.attention.probs, [..., n_heads, T, T].
         distance: how many tokens the key is before the query: 1 finds previous-token heads, 0 heads that attend to the
@@ -202,16 +204,24 @@ def attention_at(kept: Mapping[str, Tensor], distance: int, *, start: int | None
         start: the first query position of the mean. None: the first that has such a key, `distance`.
 
     Raises:
-        UserError: the trace lacks probs, or the prompt is too short.
+        UserError: the trace lacks probs or is of one position, or a prompt is too short.
     """
     names = [name for name in kept if name.endswith(".attention.probs")]
     if not names:
         raise UserError("the trace has no attention.probs; trace '*.probs'")
-    length = kept[names[0]].shape[-1]
+    if getattr(kept, "at", None) is not None:
+        raise UserError("the trace is of one position; trace '*.probs' of all")
+    lengths = getattr(kept, "lengths", None)  # of the prompts of a padded batch
+    ends = [kept[names[0]].shape[-1]] if lengths is None else lengths.tolist()
     start = distance if start is None else start
-    if not 0 <= distance <= start < length:
-        raise UserError(f"{distance} is too far for a prompt of {length} tokens", argument="distance")
-    rows = [kept[name].float().diagonal(-distance, -2, -1)[..., start - distance :].mean(-1) for name in names]
+    if not 0 <= distance <= start < min(ends):
+        raise UserError(f"{distance} is too far for a prompt of {min(ends)} tokens", argument="distance")
+    rows = []
+    for name in names:
+        probs = kept[name].float().diagonal(-distance, -2, -1)  # [..., n_heads, T - distance]
+        prompts = [probs] if lengths is None else probs.unbind()
+        means = [text[..., start - distance : end - distance].mean(-1) for text, end in zip(prompts, ends, strict=True)]
+        rows.append(torch.stack(means))
     return torch.stack([row.reshape(-1, row.shape[-1]).mean(0) for row in rows])
 
 

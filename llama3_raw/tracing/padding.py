@@ -136,6 +136,20 @@ def as_index(at: int | Ids | None) -> int | Tensor | None:
     return rows.long() if rows.dim() else int(rows)
 
 
+def index_in_texts(at: int | Tensor, lengths: Tensor, argument: str) -> Tensor:
+    """Return the index [B] of a token in each text of a padded batch; a negative one counts from the end of its text.
+
+    at: one index for all, or [B]. Raises UserError if a text has no such token.
+    """
+    index = torch.as_tensor(at)
+    if index.dim() and index.shape != lengths.shape:
+        raise UserError(f"has {len(index)} indices, for {len(lengths)} prompts; give one per row", argument=argument)
+    for place, length in zip(index.expand_as(lengths).tolist(), lengths.tolist(), strict=True):
+        if not -length <= place < length:
+            raise UserError(f"{place} is not in a prompt of {length} tokens", argument=argument)
+    return index % lengths
+
+
 def select_token(tensor: Tensor, dimension: int, at: int | Tensor) -> Tensor:
     """Return a tensor without its dimension T (counted from the end): of one token, or of one for each row.
 

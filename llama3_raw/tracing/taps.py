@@ -212,8 +212,8 @@ def patch(replacements: Mapping[str, Replacement], *, positions: int | Sequence[
     Raises:
         UserError: by the tap, if a result is not a tensor of the same shape, dtype and device, if a text that is
             computed in one pass has no such position, if it is unclear whether a tensor has the dimension T, and at
-            the end of a pass in which a pattern matched nothing. By `patch`, if a pattern is not a str, what should replace a tensor is neither a tensor nor a function, or the
-            positions are not integers from 0 on.
+            the end of a pass in which a pattern matched nothing. By `patch`, if a pattern is not a str, what should
+            replace a tensor is neither a tensor nor a function, or the positions are not integers from 0 on.
     """
     return Patch(replacements, None if positions is None else checked_positions(positions))
 

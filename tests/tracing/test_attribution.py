@@ -64,6 +64,9 @@ def test_the_last_position_of_each_prompt_of_a_padded_batch(model: Model) -> Non
             one = attribute(trace(model, prompt), model, (ANSWER, OTHER), position)
             close(by_part[row], one.by_part)
             close(by_head[row], one.by_head)
+    for position in (4, -5):  # of the first prompt, that is padding, or before its first token
+        with pytest.raises(UserError, match=f"position {position} is not in a prompt of 4 tokens"):
+            attribute(padded, model, ANSWER, position)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])

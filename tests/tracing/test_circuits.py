@@ -146,8 +146,18 @@ def test_attention_at_a_distance(model: Model) -> None:
     for wrong in ({"distance": 6}, {"distance": -1}, {"distance": 2, "start": 1}):
         with pytest.raises(UserError, match=r"distance -?\d is too far for a prompt of 6 tokens"):
             attention_at(kept, **wrong)
-    with pytest.raises(UserError, match=r"trace '\*\.probs'"):
-        attention_at({}, 1)
+    for refused in ({}, trace(model, IDS, "*.probs", last_position=True)):
+        with pytest.raises(UserError, match=r"trace '\*\.probs'"):
+            attention_at(refused, 1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"start": 3}])
+def test_attention_in_a_batch_is_the_mean_of_its_prompts(model: Model, settings: dict[str, int]) -> None:
+    prompts = [IDS, IDS[:4], IDS[1:]]
+    alone = torch.stack([attention_at(trace(model, ids, "*.probs"), 1, **settings) for ids in prompts])
+    close(attention_at(trace(model, prompts, "*.probs"), 1, **settings), alone.mean(0))
+    with pytest.raises(UserError, match="distance 4 is too far for a prompt of 4 tokens"):
+        attention_at(trace(model, prompts, "*.probs"), 4)
 
 
 def test_repeated_tokens_are_ordinary_and_repeat(tiny: Model, model: Model) -> None:

@@ -91,6 +91,21 @@ def test_the_last_token_of_each_text(fp32: Model, prompts: list[list[int]]) -> N
     assert close(kept["logits"], whole)
 
 
+def test_a_token_is_counted_in_each_text(fp32: Model, prompts: list[list[int]]) -> None:
+    tokens, lengths = llama3_raw.pad(prompts)
+    last = trace(fp32, prompts, "*.residual", "*.probs", last_position=True)
+    for at in (-1, torch.tensor(-1), [-1, len(prompts[1]) - 1, -1], lengths - 1):
+        assert trace(fp32, tokens, *last, lengths=lengths, at=at) == last
+    first = trace(fp32, prompts, "norm", at=0)
+    assert first == trace(fp32, prompts, "norm", at=-lengths)
+    shortest = len(prompts[1])
+    for wrong in (shortest, -shortest - 1, [0, shortest, 0]):
+        with pytest.raises(UserError, match=rf"at -?\d is not in a prompt of {shortest} tokens"):
+            trace(fp32, prompts, "norm", at=wrong)
+    with pytest.raises(UserError, match="at has 2 indices, for 3 prompts; give one per row"):
+        trace(fp32, prompts, "norm", at=[0, 0])
+
+
 def test_a_token_of_one_prompt(tiny: Model, prompts: list[list[int]]) -> None:
     whole = trace(tiny, prompts[0])
     for at in (0, 3, -1, -len(prompts[0]), torch.tensor(3)):
