@@ -12,7 +12,7 @@ from ..model import REFERENCE, forward
 from ..ops import Ops, Tap, no_tap
 from ..weights import Model
 from .padding import Ids, read_prompts, tokens_of_one_prompt
-from .patching import STREAM, Base, By, Metric, cells_of, layer_of, tap_names
+from .patching import STREAM, Base, By, Metric, cells_of, checked_values, layer_of, tap_names
 from .record import Origin, Trace, trace
 from .taps import Patterns, chain
 
@@ -89,8 +89,10 @@ def estimate_sweep(
         The estimates, in the shape of what `sweep` returns.
 
     Raises:
-        UserError: as `sweep` does.
+        UserError: as `sweep` does; or steps are no number from 1 on.
     """
+    if steps is not None and (not isinstance(steps, int) or steps < 1):
+        raise UserError(f"{steps}: should be a number from 1 on, or None", argument="steps")
     ids = tokens_of_one_prompt(ids, model.params)
     cells, sizes = cells_of(model.params, len(ids), source, names, by)
     names = list(dict.fromkeys(change.name for row in cells for cell in row for change in cell))
@@ -101,7 +103,7 @@ def estimate_sweep(
     }
     watched: dict[str, Tensor] = {}
     with torch.enable_grad():
-        value = metric(base.run(0, 1, _watching(watched, *names)))  # [1]
+        value = checked_values(metric(base.run(0, 1, _watching(watched, *names))), 1)
         gradients = {name: gradient[0].float() for name, gradient in _gradients(value, watched, "metric").items()}
         if steps is not None:
             gradients = {name: _mean_gradient(base, name, changes[name], metric, steps) for name in names}
@@ -121,8 +123,8 @@ def _mean_gradient(base: Base, name: str, change: Tensor, metric: Metric, steps:
         return (tensor + middles.view(-1, *[1] * change.dim()) * change).to(tensor.dtype)
 
     first = layer_of(name, base.model.params.n_layers)
-    value = metric(base.run(first, steps, chain(move, _watching(watched, name)))).sum()
-    return _gradients(value, watched, "metric")[name].float().mean(0)
+    values = checked_values(metric(base.run(first, steps, chain(move, _watching(watched, name)))), steps)
+    return _gradients(values.sum(), watched, "metric")[name].float().mean(0)
 
 
 def _watching(watched: dict[str, Tensor], *patterns: str) -> Tap:

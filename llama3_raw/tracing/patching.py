@@ -368,19 +368,23 @@ def _measure(base: Base, cells: list[list[list[Change]]], metric: Metric, rows: 
     with torch.no_grad():
         for chunk in _chunks(order, rows, "patching", progress):
             tap = _replacing([flat[cell] for cell in chunk])
-            values = metric(base.run(first[chunk[0]], len(chunk), tap))
-            if not isinstance(values, Tensor) or values.shape != (len(chunk),):
-                got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise UserError(
-                    f"the metric of logits [{len(chunk)}, T, vocab_size] should be one value a row, "
-                    f"[{len(chunk)}], is {got}; index the logits as logits[:, -1, token]"
-                )
-            results.append(values)
+            results.append(checked_values(metric(base.run(first[chunk[0]], len(chunk), tap)), len(chunk)))
     measured = torch.cat(results)
     return (
         torch.empty_like(measured)
         .index_copy_(0, torch.tensor(order, device=measured.device), measured)
         .view(len(cells), -1)
+    )
+
+
+def checked_values(values: Tensor, rows: int) -> Tensor:
+    """Return what a metric returned of logits of so many rows. Raises UserError if it is not one value a row."""
+    if isinstance(values, Tensor) and values.shape == (rows,):
+        return values
+    got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    raise UserError(
+        f"the metric of logits [{rows}, T, vocab_size] should be one value a row, [{rows}], is {got}; index the logits "
+        "as logits[:, -1, token]"
     )
 
 

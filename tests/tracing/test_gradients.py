@@ -180,5 +180,17 @@ def test_integrated_gradients_sum_to_the_whole_effect(model: Model, clean: Trace
 
 
 def test_a_wrong_metric_of_an_estimate_is_refused(model: Model, clean: Trace) -> None:
-    with pytest.raises(UserError, match="metric should return a scalar"):
-        estimate_sweep(model, IDS, clean, "norm", lambda logits: logits[:, -1])
+    """One value for all rows would be the sum, or the mean, over the steps."""
+    wrong: list[Any] = [lambda x: x[:, -1], lambda x: metric(x).mean(), lambda x: metric(x).sum(), lambda x: 1.0]
+    for function in wrong:
+        for steps in (None, 4):
+            with pytest.raises(UserError, match=r"should be one value a row, \[1\], is"):
+                estimate_sweep(model, IDS, clean, "norm", function, steps=steps)
+    with pytest.raises(UserError, match=r"should be one value a row, \[4\], is \[1\]"):
+        estimate_sweep(model, IDS, clean, "norm", lambda x: metric(x)[:1], steps=4)
+    with pytest.raises(UserError, match="metric should return a scalar that is computed from the logits"):
+        estimate_sweep(model, IDS, clean, "norm", lambda x: metric(x.detach()))
+    few: list[Any] = [0, -1, 2.5]
+    for steps in few:
+        with pytest.raises(UserError, match=f"steps {steps}: should be a number from 1 on, or None"):
+            estimate_sweep(model, IDS, clean, "norm", metric, steps=steps)
