@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..model import REFERENCE, forward
-from ..ops import Ops, Tap, no_tap
+from ..ops import Ops, Tap, accumulate_dtype, no_tap
 from ..weights import Model
 from .padding import Ids, read_prompts, tokens_of_one_prompt
 from .patching import STREAM, Base, By, Metric, cells_of, checked_values, layer_of, tap_names
@@ -98,23 +98,24 @@ def estimate_sweep(
     names = list(dict.fromkeys(change.name for row in cells for cell in row for change in cell))
     base = Base(model, ids, trace(model, ids, *STREAM, *names, ops=REFERENCE), REFERENCE)
     # the masked scores, -inf in both, do not differ
+    wide = accumulate_dtype(model.weights.norm.dtype)
     changes = {
-        name: (source[name].to(x.device) - x).float().nan_to_num(0.0) for name, x in base.kept.items() if name in names
+        name: (source[name].to(x.device) - x).to(wide).nan_to_num(0.0) for name, x in base.kept.items() if name in names
     }
     watched: dict[str, Tensor] = {}
     with torch.enable_grad():
         value = checked_values(metric(base.run(0, 1, _watching(watched, *names))), 1)
-        gradients = {name: gradient[0].float() for name, gradient in _gradients(value, watched, "metric").items()}
+        gradients = {name: gradient[0].to(wide) for name, gradient in _gradients(value, watched, "metric").items()}
         if steps is not None:
             gradients = {name: _mean_gradient(base, name, changes[name], metric, steps) for name in names}
     products = {name: changes[name] * gradients[name] for name in names}
     effects = [[sum(float(products[name][where].sum()) for name, where, _ in cell) for cell in row] for row in cells]
-    return value.detach() + torch.tensor(effects, device=value.device).view(len(effects), *sizes)
+    return value.detach() + value.new_tensor(effects).view(len(effects), *sizes)
 
 
 def _mean_gradient(base: Base, name: str, change: Tensor, metric: Metric, steps: int) -> Tensor:
     """Return the mean of the metric's gradients by a tensor, at the middles of `steps` parts of its change."""
-    middles = (torch.arange(steps, device=change.device) + 0.5) / steps
+    middles = (torch.arange(steps, device=change.device, dtype=change.dtype) + 0.5) / steps
     watched: dict[str, Tensor] = {}
 
     def move(at: str, tensor: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def _mean_gradient(base: Base, name: str, change: Tensor, metric: Metric, steps:
 
     first = layer_of(name, base.model.params.n_layers)
     values = checked_values(metric(base.run(first, steps, chain(move, _watching(watched, name)))), steps)
-    return _gradients(values.sum(), watched, "metric")[name].float().mean(0)
+    return _gradients(values.sum(), watched, "metric")[name].to(change.dtype).mean(0)
 
 
 def _watching(watched: dict[str, Tensor], *patterns: str) -> Tap:

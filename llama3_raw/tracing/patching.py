@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..backends.choose import ops_for
 from ..errors import UserError, in_short
 from ..model import REFERENCE, forward
-from ..ops import UNFUSED, Ops, Tap, score_bytes
+from ..ops import UNFUSED, Ops, Tap, accumulate_dtype, score_bytes
 from ..params import Params
 from ..system.machine import free_memory
 from ..weights import Model, Weights
@@ -209,7 +209,8 @@ def ablation(
             if square:
                 raise UserError(f"{name} has no mean over positions, whose keys differ; ablate attention.heads or v")
             texts = prompts.unbind() if lengths is None else map(_beginning, prompts, lengths.tolist())
-            replaced[name] = torch.cat(list(texts)).float().mean(0).to(tensor.dtype).expand(shape)
+            mean = torch.cat(list(texts)).to(accumulate_dtype(tensor.dtype)).mean(0)
+            replaced[name] = mean.to(tensor.dtype).expand(shape)
         elif len(prompts) == 1:
             raise UserError("the trace is of one prompt; give one of a batch, or use it as the source as it is")
         elif lengths is not None and len(lengths.unique()) > 1:

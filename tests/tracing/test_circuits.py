@@ -22,7 +22,7 @@ from llama3_raw import (
     repeated_tokens,
     trace,
 )
-from tests.references import dequantized_weights, quantized_weights
+from tests.references import cast, dequantized_weights, quantized_weights
 from tests.tracing.small import HEADS, IDS, KV_HEADS, LAYERS, close, small_model
 
 
@@ -108,6 +108,23 @@ def test_a_circuit_is_its_full_matrix(model: Model) -> None:
             for values in (circuit.eigenvalues(), torch.linalg.eigvals(full))
         )
         close(found, expected, tolerance=1e-4)
+
+
+def test_float64_stays(model: Model) -> None:
+    wide = model._replace(weights=cast(model.weights, torch.float64))
+    weights, params = wide.weights, wide.params
+    exact = trace(wide, IDS)
+    folded = forward(fold_norms(weights), params, torch.tensor(IDS))
+    torch.testing.assert_close(folded, exact["logits"], rtol=0, atol=1e-12)
+    circuits = qk_circuits(weights, params, distance=3)
+    x = exact["layers.1.attention_norm"]
+    found = torch.einsum("td,hde,te->ht", x[3:], circuits[1].matrix(), x[:-3]) / math.sqrt(params.head_dim)
+    scores = exact["layers.1.attention.scores"].diagonal(-3, -2, -1)
+    torch.testing.assert_close(found, scores, rtol=0, atol=1e-12)
+    for values in (circuits[0].norm(), circuits[0].singular_values(), circuits[0].eigenvalues().real):
+        assert values.dtype == torch.float64
+    assert composition(weights, params, "V").dtype == attention_at(exact, 1).dtype == torch.float64
+    assert induction_scores(wide, length=5, repeats=1).dtype == torch.float64
 
 
 @pytest.mark.parametrize("kind", ["Q", "K", "V"])

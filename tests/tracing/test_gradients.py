@@ -179,6 +179,14 @@ def test_integrated_gradients_sum_to_the_whole_effect(model: Model, clean: Trace
         assert float(one_step.sum()) != pytest.approx(float(whole), abs=2e-2)
 
 
+def test_an_estimate_in_float64_is_exact_where_the_rest_is_linear(model: Model) -> None:
+    wide = model._replace(weights=cast(model.weights, torch.float64))
+    source = trace(wide, CLEAN)
+    for steps in (None, 3):
+        found = estimate_sweep(wide, IDS, source, "norm", metric, steps=steps)
+        torch.testing.assert_close(found, sweep(wide, IDS, source, "norm", metric), rtol=0, atol=1e-13)
+
+
 def test_a_wrong_metric_of_an_estimate_is_refused(model: Model, clean: Trace) -> None:
     """One value for all rows would be the sum, or the mean, over the steps."""
     wrong: list[Any] = [lambda x: x[:, -1], lambda x: metric(x).mean(), lambda x: metric(x).sum(), lambda x: 1.0]

@@ -282,6 +282,12 @@ def test_ablations(model: Model, clean: Trace) -> None:
             ablation(kept, how)  # type: ignore[arg-type]
 
 
+def test_the_mean_of_float64() -> None:
+    tensor = torch.tensor([[1.0], [1.0 + 1e-12]], dtype=torch.float64)
+    found = ablation({"norm": tensor}, "mean")["norm"]
+    torch.testing.assert_close(found, tensor.mean(0).expand(2, 1), rtol=0, atol=1e-15)
+
+
 def test_tap_names_are_those_of_a_pass(model: Model, clean: Trace) -> None:
     assert tap_names(model.params) == list(clean)
     assert tap_names(model.params, "layers.[12].residual", "norm") == ["layers.1.residual", "layers.2.residual", "norm"]
