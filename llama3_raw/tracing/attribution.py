@@ -94,8 +94,8 @@ def attribute(
 def logit_direction(model: Model, token: int, other: int | None = None) -> Tensor:
     """Return the direction [dim] of a token's logit, or of the logit of `token` minus that of `other`.
 
-    In fp32, or the weights' fp64. It is the token's row of the output matrix, so a direction of the final norm's output. Raises UserError for a token
-    that is not in the vocabulary.
+    In fp32, or the weights' fp64. It is the token's row of the output matrix, so a direction of the final norm's
+    output. Raises UserError for a token that is not in the vocabulary, or is none.
     """
     tokens = integers([token] if other is None else [token, other])
     if tokens is None or tokens.dim() != 1:

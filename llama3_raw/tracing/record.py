@@ -23,9 +23,10 @@ from ..errors import UserError, in_short
 from ..model import REFERENCE, forward
 from ..ops import Ops, Rows, Tap, announce, no_tap, score_bytes
 from ..params import Params, RopeScaling
+from ..system.devices import usable_device
 from ..system.files import atomic_write, read_beginning
 from ..system.machine import free_memory
-from ..weights import Model
+from ..weights import Model, dtype_of
 from .names import FIRST, LAST, token_dimension
 from .padding import Ids, as_index, index_in_texts, read_prompts, select_token
 from .padding import tokens_of_one_prompt as tokens_of_one_prompt
@@ -94,7 +95,7 @@ class Trace(PatternTap, Mapping[str, Tensor]):
     Args:
         patterns: tap names, with the wildcards of `Patterns`.
         device: where the copies are kept. None: where the tensor is.
-        dtype: the dtype of the copies. None: that of the tensor.
+        dtype: the dtype of the copies, such as "float32". None: that of the tensor.
         last_position: keep the last token only, without the dimension T: the last of each text in `trace` and other
             loops, which know the lengths. For a padded batch of your own in `forward` give `at`.
         at: keep this token only, without the dimension T: an index into T, with the padding if there is any, or a
@@ -111,21 +112,25 @@ class Trace(PatternTap, Mapping[str, Tensor]):
         origin: the model and the tokens, if known: `trace` sets it, `save` and `load_trace` keep it.
 
     Raises:
-        UserError: the dtype is not floating point, `at` is no index or given with every_pass, or a pattern matched
-            nothing by the end of a pass.
+        UserError: the dtype is not floating point, there is no such device, `at` is no index or given with every_pass,
+            or a pattern matched nothing by the end of a pass.
     """
 
     def __init__(
         self,
         *patterns: str,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         last_position: bool = False,
         at: int | Ids | None = None,
         every_pass: bool = False,
     ):
+        if isinstance(dtype, str):
+            dtype = dtype_of(dtype)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise UserError(f"dtype should be a floating-point dtype such as torch.float32, is {dtype!r}")
+        if device is not None and str(device) != "meta":
+            device = usable_device(device)
         if last_position and at is not None:
             raise UserError("and last_position both choose a token; leave one of them out", argument="at")
         if every_pass and (last_position or at is not None):
@@ -289,7 +294,7 @@ def trace(  # noqa: PLR0913  # what a caller may set
     ids: Ids | Sequence[Ids],
     *patterns: str,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     last_position: bool = False,
     at: int | Ids | None = None,
     lengths: Ids | None = None,

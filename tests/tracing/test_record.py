@@ -250,6 +250,20 @@ def test_a_wrong_name_gets_the_nearest(tiny: Model, ids: list[int], whole: Trace
         whole["layers.1.residua"]
 
 
+@pytest.mark.usefixtures("_no_gpu")
+def test_dtypes_and_devices_by_name(tiny: Model, ids: list[int]) -> None:
+    assert trace(tiny, ids, "norm", dtype="float32") == trace(tiny, ids, "norm", dtype=torch.float32)
+    kept = Trace("norm", dtype="float64", device="cpu")
+    forward(tiny.weights, tiny.params, torch.tensor(ids), tap=kept)
+    assert kept["norm"].dtype == torch.float64
+    for device, message in (("cuda", "torch sees 0 CUDA GPUs here"), ("foo", "there is no such device")):
+        for use in (trace, lambda _model, _ids, name, device: Trace(name, device=device)):
+            with pytest.raises(UserError, match=f"^device {device}: {message}"):
+                use(tiny, ids, "norm", device=device)
+    with pytest.raises(UserError, match="dtype fp32: should be one of bfloat16, "):
+        trace(tiny, ids, "norm", dtype="fp32")
+
+
 def test_scores_of_the_fast_attention_are_refused(tiny: Model, ids: list[int]) -> None:
     with pytest.raises(UserError, match=r"leave ops out, or give ops=llama3_raw\.REFERENCE"):
         trace(tiny, ids, "layers.*.attention.scores", ops=fast_ops())
