@@ -163,6 +163,7 @@ def test_attention_at_a_distance(model: Model) -> None:
     for wrong in ({"distance": 6}, {"distance": -1}, {"distance": 2, "start": 1}):
         with pytest.raises(UserError, match=r"distance -?\d is too far for a prompt of 6 tokens"):
             attention_at(kept, **wrong)
+    refused: Any
     for refused in ({}, trace(model, IDS, "*.probs", last_position=True)):
         with pytest.raises(UserError, match=r"trace '\*\.probs'"):
             attention_at(refused, 1)
