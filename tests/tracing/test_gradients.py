@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama3_raw import REFERENCE, Model, Trace, UserError, estimate_sweep, forward, patch, sweep, trace, trace_gradients
+from llama3_raw import (
+    REFERENCE,
+    Model,
+    Trace,
+    UserError,
+    estimate_sweep,
+    forward,
+    pad,
+    patch,
+    sweep,
+    trace,
+    trace_gradients,
+)
 from tests.references import cast, quantized_weights
 from tests.tracing.small import ANSWER, CLEAN, IDS, OTHER, close, metric, small_model
 
@@ -121,6 +133,38 @@ def test_gradients_in_a_no_grad_block_and_of_trained_weights(model: Model) -> No
     _, gradients = trace_gradients(trained, IDS, of, "layers.1.residual")
     assert torch.equal(gradients["layers.1.residual"], expected["layers.1.residual"])
     assert trained.weights.norm.grad is None
+
+
+def test_padded_prompts_are_those_of_a_list(model: Model) -> None:
+    tokens, lengths = pad([CLEAN[:3], IDS])
+
+    def last(logits: Tensor) -> Tensor:
+        return logits[torch.arange(2), lengths - 1, ANSWER].sum()
+
+    found = trace_gradients(model, tokens, last, "layers.1.residual", lengths=lengths)
+    expected = trace_gradients(model, [CLEAN[:3], IDS], last, "layers.1.residual")
+    assert found == expected
+    assert found[1].origin == expected[1].origin
+    assert str(found[1].lengths) == str(lengths)
+    with pytest.raises(UserError, match=r"lengths should be one length for each row"):
+        trace_gradients(model, IDS, of, lengths=lengths)
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_in_inference_mode(model: Model, clean: Trace, steps: int | None) -> None:
+    expected = trace_gradients(model, IDS, of, "layers.1.residual")
+    estimates = estimate_sweep(model, IDS, clean, "layers.1.residual", metric, steps=steps)
+    with torch.inference_mode():
+        assert trace_gradients(model, IDS, of, "layers.1.residual") == expected
+        source = trace(model, CLEAN)
+        assert torch.equal(estimate_sweep(model, IDS, source, "layers.1.residual", metric, steps=steps), estimates)
+        made_there = model._replace(weights=cast(model.weights, torch.float64))
+    for gradients in (
+        lambda: trace_gradients(made_there, IDS, of),
+        lambda: estimate_sweep(made_there, IDS, clean, "norm", metric),
+    ):
+        with pytest.raises(UserError, match=r"the model was made in torch\.inference_mode\(\), .*; load it outside"):
+            gradients()
 
 
 def test_wrong_scalars_names_and_prompts_are_refused(model: Model) -> None:
