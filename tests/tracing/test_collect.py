@@ -345,6 +345,8 @@ class TestCommand:
         [
             (["--text", "lost.txt", "-o", "new"], "lost.txt: cannot be read"),
             (["--text", "text.txt"], "--text FILE goes with -o FOLDER"),
+            (["--context", "5", "Once"], "--context and --batch go with --text FILE"),
+            (["--batch", "5", "Once"], "--context and --batch go with --text FILE"),
             (["a prompt", "--text", "text.txt", "-o", "new"], "--text FILE goes with -o FOLDER"),
             (["--text", "text.txt", "-o", "new", "--names", "layers.9.*"], "no tensor is named 'layers.9.*'"),
             (
