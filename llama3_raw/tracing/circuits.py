@@ -252,7 +252,13 @@ def induction_scores(model: Model, *, length: int = 64, repeats: int = 4, seed: 
         length: the number of random tokens, before they are repeated.
         repeats: the number of such prompts that are averaged.
         seed: of the first of them.
+
+    Raises:
+        UserError: length or repeats are below 1, or the repeated tokens are more than the context.
     """
+    for name, number in (("length", length), ("repeats", repeats)):
+        if number < 1:
+            raise UserError(f"{number}: should be 1 or more", argument=name)
     scores = []
     for number in range(repeats):
         ids = repeated_tokens(model, length, seed=seed + number)

@@ -199,6 +199,12 @@ def test_induction_scores_are_those_of_the_prompts(model: Model) -> None:
     close(induction_scores(model, length=9, repeats=2, seed=3), torch.stack(expected).mean(0))
 
 
+@pytest.mark.parametrize("name", ["length", "repeats"])
+def test_too_few_random_tokens_are_refused(model: Model, name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} 0: should be 1 or more"):
+        induction_scores(model, **{name: 0})
+
+
 @pytest.mark.slow
 def test_smollm2_has_induction_heads(smollm2: Model) -> None:
     scores = induction_scores(smollm2, length=30, repeats=1)

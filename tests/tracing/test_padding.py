@@ -42,6 +42,10 @@ def test_pad(prompts: list[list[int]]) -> None:
     for row, prompt in zip(tokens.tolist(), prompts, strict=True):
         assert row[: len(prompt)] == prompt
         assert set(row[len(prompt) :]) <= {prompt[-1]}
+    assert torch.equal(llama3_raw.pad(prompt for prompt in prompts)[0], tokens)
+    for wrong in (5, None, torch.tensor(5)):
+        with pytest.raises(UserError, match="prompts should be a list of prompts, is"):
+            llama3_raw.pad(wrong)  # type: ignore[arg-type]
     invalid: list[Any] = [[], [[]], [[1], []], [[1.5]], ["text"], [[[1]]], [3]]
     for wrong in invalid:
         with pytest.raises(UserError, match=r"no prompts|empty|ids should be"):
