@@ -110,10 +110,10 @@ def test_two_tokens(model: Model, kept: Trace, direction: Any) -> None:
 
 
 def test_a_token_may_be_in_a_tensor(model: Model, kept: Trace) -> None:
-    likeliest = kept["logits"][-1].argmax()
-    found = attribute(kept, model, likeliest)
+    best = kept["logits"][-1].argmax()
+    found = attribute(kept, model, best)
     assert float(found.by_part.sum()) == pytest.approx(float(kept["logits"][-1].max()), abs=1e-5)
-    assert torch.equal(found.by_part, attribute(kept, model, (int(likeliest),)).by_part)
+    assert torch.equal(found.by_part, attribute(kept, model, (int(best),)).by_part)
 
 
 def test_float64_stays(model: Model) -> None:
