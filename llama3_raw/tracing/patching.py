@@ -391,7 +391,7 @@ def _measure(base: Base, cells: list[list[list[Change]]], metric: Metric, rows: 
 
 
 def checked_values(values: Tensor, rows: int) -> Tensor:
-    """Return what a metric returned of logits of so many rows. Raises UserError if it is not one value a row."""
+    """Return the values of a metric. Raises UserError unless there is one for each row of the logits."""
     if isinstance(values, Tensor) and values.shape == (rows,):
         return values
     got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
