@@ -25,7 +25,7 @@ def to(model: Model, dtype_or_device: torch.dtype | torch.device | str) -> Model
             interleaved for the CPU's kernels should go elsewhere.
     """
     dtype, device = None, None
-    if isinstance(dtype_or_device, torch.dtype) or dtype_or_device in COMPUTE_DTYPES:
+    if isinstance(dtype_or_device, torch.dtype) or dtype_or_device in [*COMPUTE_DTYPES]:  # a list: it may have no hash
         dtype = dtype_of(dtype_or_device)
     elif str(dtype_or_device).partition(":")[0] in KINDS:
         device = usable_device(dtype_or_device)

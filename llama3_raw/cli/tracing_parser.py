@@ -37,9 +37,7 @@ def build_parser() -> ArgumentParser:
     group.add_argument(
         "--text", type=not_empty, metavar="FILE", help="instead of a prompt: collect the tensors of this text in -o"
     )
-    group.add_argument(
-        "--context", type=positive_int, default=128, metavar="N", help="tokens of a window (%(default)s)"
-    )
-    group.add_argument("--batch", type=positive_int, default=16, metavar="N", help="windows of a pass (%(default)s)")
+    group.add_argument("--context", type=positive_int, metavar="N", help="tokens of a window (default: 128)")
+    group.add_argument("--batch", type=positive_int, metavar="N", help="windows of a pass (default: 16)")
     add_model_options(parser)
     return parser

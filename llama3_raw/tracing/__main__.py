@@ -70,9 +70,10 @@ def collect_text(options: argparse.Namespace) -> int:
     """Collect the tensors of a text file, and return the exit status."""
     if options.prompt or options.last_position or options.stats or not options.output:
         raise UserError("--text FILE goes with -o FOLDER, not with a prompt, --last-position or --stats")
+    context, batch = options.context or 128, options.batch or 16
     text = read_text(options.text)
     chosen = choose_model(options, needs_tokenizer=not options.ids)
-    check_context(options.context, chosen.checkpoint.params.max_seq_len)
+    check_context(context, chosen.checkpoint.params.max_seq_len)
     if options.ids:
         ids = parse_ids(text, options.text)
     else:
@@ -80,10 +81,10 @@ def collect_text(options: argparse.Namespace) -> int:
         ids = chosen.tokenizer.encode(text, bos=True, allow_special=options.special)
     names = options.names or ["*"]
     check_names(chosen.checkpoint.params, *names)
-    shape = RunShape.of_one_pass(options.context * options.batch)
+    shape = RunShape.of_one_pass(context * batch)
     model, ops, which = load_model(chosen, shape, reference=options.reference)
     print(f"llama3_raw: {which}", file=sys.stderr)
-    settings: dict[str, Any] = {"context": options.context, "batch": options.batch, "dtype": options.keep_dtype}
+    settings: dict[str, Any] = {"context": context, "batch": batch, "dtype": options.keep_dtype}
     collected = collect(model, ids, *names, to=options.output, ops=ops, **settings)
     print(f"llama3_raw: {options.output}: {collected}", file=sys.stderr)
     return 0
@@ -95,6 +96,8 @@ def main(arguments: Sequence[str]) -> int:
     options = build_parser().parse_args(arguments)
     if options.text:
         return collect_text(options)
+    if options.context or options.batch:
+        raise UserError("--context and --batch go with --text FILE")
     prompt = read_prompt(options.prompt, "python -m llama3_raw.tracing")
     if options.output:
         check_output("-o", options.output)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..model import rope, rope_rotation, token_positions
+from ..ops import accumulate_dtype
 from ..params import Params
 from ..quantization.matrix import Matrix
 from ..weights import LayerWeights, Model, Weights
@@ -51,7 +52,7 @@ class Circuit(NamedTuple):
 
     def eigenvalues(self) -> Tensor:
         """Return the eigenvalues that can differ from 0, complex [..., head_dim]."""
-        values: Tensor = torch.linalg.eigvals(self.right.float() @ self.left.float())
+        values: Tensor = torch.linalg.eigvals(_wide(self.right) @ _wide(self.left))
         return values
 
 
@@ -94,7 +95,8 @@ def fold_norms(weights: Weights) -> Weights:
     """
 
     def fold(matrix: Matrix, norm: Tensor) -> Tensor:  # [out, in], [in]
-        return (dense(matrix).float() * norm.float()).to(norm.dtype)
+        wide = _wide(norm)
+        return (dense(matrix, wide.dtype) * wide).to(norm.dtype)
 
     layers = tuple(
         layer._replace(
@@ -126,7 +128,8 @@ def qk_circuits(weights: Weights, params: Params, *, distance: int = 0) -> tuple
     for heads in by_head(weights, params, repeat_kv=True):
         wq = heads.wq
         if distance:
-            cos, sin = rope_rotation(token_positions(distance, 1, wq.device), params)  # [1, 1, head_dim/2]
+            positions = token_positions(distance, 1, wq.device)
+            cos, sin = rope_rotation(positions, params, accumulate_dtype(wq.dtype))  # [1, 1, head_dim/2]
             wq = rope(wq.mT, cos, sin).mT  # each column is a vector of the head
         circuits.append(Circuit(wq.mT, heads.wk))
     return tuple(circuits)
@@ -142,7 +145,9 @@ def ov_circuits(weights: Weights, params: Params) -> tuple[Circuit, ...]:
 
 
 def composition(weights: Weights, params: Params, kind: Literal["Q", "K", "V"], *, progress: bool = False) -> Tensor:
-    """Return how much each head reads of what each earlier head writes, [layer, head, later layer, its head], fp32.
+    """Return how much each head reads of what each earlier head writes, [layer, head, later layer, its head].
+
+    In fp32, or the weights' fp64.
 
     The score is |M W| / (|M| |W|), with Frobenius norms, where W is the earlier head's OV circuit and M is the later
     head's QK circuit, transposed for "Q", as it is for "K", and its OV circuit for "V". (Elhage et al. 2021,
@@ -161,12 +166,12 @@ def composition(weights: Weights, params: Params, kind: Literal["Q", "K", "V"], 
     """
     if kind not in ("Q", "K", "V"):
         raise UserError(f"should be 'Q', 'K' or 'V', is {kind!r}", argument="kind")
-    ov = [_float(circuit) for circuit in ov_circuits(weights, params)]
-    read = ov if kind == "V" else [_float(circuit) for circuit in qk_circuits(weights, params)]
+    ov = [Circuit(*map(_wide, circuit)) for circuit in ov_circuits(weights, params)]
+    read = ov if kind == "V" else [Circuit(*map(_wide, circuit)) for circuit in qk_circuits(weights, params)]
     if kind == "Q":
         read = [Circuit(circuit.right.mT, circuit.left.mT) for circuit in read]
     n_layers, n_heads = len(ov), params.n_heads
-    scores = torch.zeros(n_layers, n_heads, n_layers, n_heads, device=weights.norm.device)
+    scores = ov[0].left.new_zeros(n_layers, n_heads, n_layers, n_heads)
     for later in tqdm(range(1, n_layers), desc="composition", unit="layer", leave=False, delay=1, disable=not progress):
         outer, norm = _triangle(read[later].left), read[later].norm()  # [n_heads, head_dim, head_dim], [n_heads]
         for layer in range(later):
@@ -177,13 +182,14 @@ def composition(weights: Weights, params: Params, kind: Literal["Q", "K", "V"], 
     return scores
 
 
-def _float(circuit: Circuit) -> Circuit:
-    return Circuit(circuit.left.float(), circuit.right.float())
+def _wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in fp32, or in the fp64 that it has."""
+    return tensor.to(accumulate_dtype(tensor.dtype))
 
 
 def _triangle(factor: Tensor) -> Tensor:
-    """[..., dim, head_dim] -> [..., head_dim, head_dim], fp32, which has the same norm times any matrix after it."""
-    triangle: Tensor = torch.linalg.qr(factor.float(), mode="r").R
+    """[..., dim, head_dim] -> [..., head_dim, head_dim], which has the same norm times any matrix after it."""
+    triangle: Tensor = torch.linalg.qr(_wide(factor), mode="r").R
     return triangle
 
 
@@ -193,7 +199,9 @@ def _norm(matrix: Tensor) -> Tensor:
 
 
 def attention_at(kept: Mapping[str, Tensor], distance: int, *, start: int | None = None) -> Tensor:
-    """Return the mean probability with which each head attends `distance` tokens back, [n_layers, n_heads] fp32.
+    """Return the mean probability with which each head attends `distance` tokens back, [n_layers, n_heads].
+
+    In fp32, or the weights' fp64. Of a batch, it is the mean of what its prompts have alone, without padding.
 
     Args:
         kept: a trace with layers.*.attention.probs, [..., n_heads, T, T].
@@ -202,16 +210,24 @@ def attention_at(kept: Mapping[str, Tensor], distance: int, *, start: int | None
         start: the first query position of the mean. None: the first that has such a key, `distance`.
 
     Raises:
-        UserError: the trace lacks probs, or the prompt is too short.
+        UserError: the trace lacks probs or is of one position, or a prompt is too short.
     """
     names = [name for name in kept if name.endswith(".attention.probs")]
     if not names:
         raise UserError("the trace has no attention.probs; trace '*.probs'")
-    length = kept[names[0]].shape[-1]
+    if getattr(kept, "at", None) is not None:
+        raise UserError("the trace is of one position; trace '*.probs' of all")
+    lengths = getattr(kept, "lengths", None)  # of the prompts of a padded batch
+    ends = [kept[names[0]].shape[-1]] if lengths is None else lengths.tolist()
     start = distance if start is None else start
-    if not 0 <= distance <= start < length:
-        raise UserError(f"{distance} is too far for a prompt of {length} tokens", argument="distance")
-    rows = [kept[name].float().diagonal(-distance, -2, -1)[..., start - distance :].mean(-1) for name in names]
+    if not 0 <= distance <= start < min(ends):
+        raise UserError(f"{distance} is too far for a prompt of {min(ends)} tokens", argument="distance")
+    rows = []
+    for name in names:
+        probs = _wide(kept[name]).diagonal(-distance, -2, -1)  # [..., n_heads, T - distance]
+        prompts = [probs] if lengths is None else probs.unbind()
+        means = [text[..., start - distance : end - distance].mean(-1) for text, end in zip(prompts, ends, strict=True)]
+        rows.append(torch.stack(means))
     return torch.stack([row.reshape(-1, row.shape[-1]).mean(0) for row in rows])
 
 
@@ -225,7 +241,7 @@ def repeated_tokens(model: Model, length: int = 64, *, seed: int = 0) -> list[in
 
 
 def induction_scores(model: Model, *, length: int = 64, repeats: int = 4, seed: int = 0) -> Tensor:
-    """Return how much each head is an induction head, [n_layers, n_heads] fp32, between 0 and 1.
+    """Return how much each head is an induction head, [n_layers, n_heads] in fp32 or the weights' fp64, from 0 to 1.
 
     On random tokens that are repeated, the mean probability with which a token in the second half attends to the token
     after its own first occurrence. (Olsson et al. 2022) An induction head is well above the others, near 1 if it does
@@ -236,7 +252,13 @@ def induction_scores(model: Model, *, length: int = 64, repeats: int = 4, seed: 
         length: the number of random tokens, before they are repeated.
         repeats: the number of such prompts that are averaged.
         seed: of the first of them.
+
+    Raises:
+        UserError: length or repeats are below 1, or the repeated tokens are more than the context.
     """
+    for name, number in (("length", length), ("repeats", repeats)):
+        if number < 1:
+            raise UserError(f"{number}: should be 1 or more", argument=name)
     scores = []
     for number in range(repeats):
         ids = repeated_tokens(model, length, seed=seed + number)

@@ -166,16 +166,13 @@ def load_collection(folder: str | Path) -> Collection:
         raise UserError(f"{folder}: there is no {_ABOUT}; give the folder that collect wrote")
     about = read_json(folder / _ABOUT)
     try:
-        of, finished = about["of"], int(about["finished"])
-        n_tokens, context = int(of["n_tokens"]), int(of["context"])
-        stored = {name: _Stored(**fields) for name, fields in of["tensors"].items()}
+        of = about["of"]
+        finished, n_tokens = _checked_finished(folder, about, of), of["n_tokens"]
+        if finished == n_tokens:
+            return _map_files(folder, of)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / _ABOUT}: is not of a collection ({in_short(error)}); collect again") from error
-    if finished < n_tokens:
-        raise UserError(f"{folder}: {finished:,} of {n_tokens:,} tokens are finished; run the same collect again")
-    tokens = torch.from_numpy(_mapped(folder / "tokens.npy", "int32", (n_tokens,), "c"))
-    tensors = {name: kind.read(folder / f"{name}.npy", n_tokens) for name, kind in stored.items()}
-    return Collection(tokens, context, tensors)
+    raise UserError(f"{folder}: {finished:,} of {n_tokens:,} tokens are finished; run the same collect again")
 
 
 class _Writer:
@@ -256,12 +253,17 @@ def _contents(model: Model, tokens: Tensor, context: int, stored: Mapping[str, _
     return {
         "model": model.name,
         "params": asdict(model.params),
-        "weights": _digest(tensor[:1] for matrix in matrices_of(model.weights) for tensor in tensors_of(matrix)),
+        "weights": _digest(_sample(tensor) for matrix in matrices_of(model.weights) for tensor in tensors_of(matrix)),
         "n_tokens": len(tokens),
         "tokens": _digest([tokens]),
         "context": context,
         "tensors": {name: kind._asdict() for name, kind in stored.items()},
     }
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Return a vector whole, and of a matrix 64 rows or more, evenly spread: reading all of an 8B takes too long."""
+    return tensor if tensor.dim() < 2 else tensor[:: max(1, len(tensor) // 64)]
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:
@@ -288,7 +290,30 @@ def _finished(folder: Path, of: Mapping[str, Any]) -> int:
     ):
         if not isinstance(there, dict) or there.get(field) != of[field]:
             raise UserError(f"{folder}: is of {what}; name another folder, or remove it first")
-    return int(about.get("finished", 0))
+    finished = _checked_finished(folder, about, of)
+    if finished:  # the files are there, of the right size
+        _map_files(folder, of)
+    return finished
+
+
+def _checked_finished(folder: Path, about: Mapping[str, Any], of: Mapping[str, Any]) -> int:
+    """Return the number of tokens that are finished: whole windows, or all. Raises UserError if it is none of these."""
+    finished, n_tokens = about.get("finished"), of["n_tokens"]
+    if type(finished) is int and (finished == n_tokens or finished in range(0, n_tokens, of["context"])):
+        return finished
+    raise UserError(
+        f"{folder / _ABOUT}: {in_short(finished)} of {n_tokens:,} tokens cannot be finished; remove the folder and "
+        "collect again"
+    )
+
+
+def _map_files(folder: Path, of: Mapping[str, Any]) -> Collection:
+    """Map the files of a collection. Raises UserError if one is missing or damaged."""
+    n_tokens = of["n_tokens"]
+    tokens = torch.from_numpy(_mapped(folder / "tokens.npy", "int32", (n_tokens,), "c"))
+    stored = {name: _Stored(**fields) for name, fields in of["tensors"].items()}
+    tensors = {name: kind.read(folder / f"{name}.npy", n_tokens) for name, kind in stored.items()}
+    return Collection(tokens, of["context"], tensors)
 
 
 def _create_files(folder: Path, of: Mapping[str, Any], tokens: Tensor, stored: Mapping[str, _Stored]) -> None:
@@ -309,7 +334,8 @@ def _mapped(file: Path, dtype: str, shape: tuple[int, ...], mode: Literal["w+", 
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be mapped ({in_short(error)}); remove the folder and collect again") from error
     if mapped.dtype != dtype or mapped.shape != shape:
-        raise UserError(f"{file}: is {mapped.dtype} {mapped.shape}, should be {dtype} {shape}; collect again")
+        what = f"is {mapped.dtype} {mapped.shape}, should be {dtype} {shape}"
+        raise UserError(f"{file}: {what}; remove the folder and collect again")
     return mapped
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..model import REFERENCE, forward
-from ..ops import Ops, Tap, no_tap
-from ..weights import Model
+from ..ops import Ops, Tap, accumulate_dtype, no_tap
+from ..quantization.matrix import tensors_of
+from ..weights import Model, matrices_of
 from .padding import Ids, read_prompts, tokens_of_one_prompt
-from .patching import STREAM, Base, By, Metric, cells_of, layer_of, tap_names
+from .patching import STREAM, Base, By, Metric, cells_of, checked_values, layer_of, tap_names
 from .record import Origin, Trace, trace
 from .taps import Patterns, chain
 
@@ -22,6 +24,7 @@ def trace_gradients(
     ids: Ids | Sequence[Ids],
     of: Callable[[Tensor], Tensor],
     *patterns: str,
+    lengths: Ids | None = None,
     ops: Ops = REFERENCE,
     tap: Tap = no_tap,
 ) -> tuple[Trace, Trace]:
@@ -36,19 +39,20 @@ def trace_gradients(
             `lambda logits: logits[-1, answer] - logits[-1, other]`.
         patterns: tap names, with the wildcards of `Patterns`; without any, every tensor. The pass is differentiated
             from the first of them on.
+        lengths: as in `trace`; `of` gets the logits of the padding too.
         ops: the operations, which must be differentiable: the fast ones are not.
         tap: sees each tensor first, so that the gradients are those at what a `patch` made.
 
     Raises:
         UserError: before anything is computed, if a pattern matches nothing or an id is not in the vocabulary; and if
-            `of` returns no scalar that depends on the logits.
+            `of` returns no scalar that depends on the logits. Also if the model was loaded in torch.inference_mode().
     """
-    prompts = read_prompts(ids, None, model.params)
+    prompts = read_prompts(ids, lengths, model.params)
     tokens = prompts.tokens.to(model.weights.norm.device)
     tap_names(model.params, *patterns)  # raises for a pattern that matches nothing
     kept, gradients = Trace(*patterns), Trace()
     watched: dict[str, Tensor] = {}
-    with torch.enable_grad():
+    with _differentiating(model):
         seeing = chain(tap, _watching(watched, *patterns), kept)
         value = of(forward(model.weights, model.params, tokens, ops=ops, tap=seeing))
         for name, gradient in _gradients(value, watched, "of").items():
@@ -89,30 +93,44 @@ def estimate_sweep(
         The estimates, in the shape of what `sweep` returns.
 
     Raises:
-        UserError: as `sweep` does.
+        UserError: as `sweep` does; or steps are no number from 1 on.
     """
+    if steps is not None and (not isinstance(steps, int) or steps < 1):
+        raise UserError(f"{steps}: should be a number from 1 on, or None", argument="steps")
     ids = tokens_of_one_prompt(ids, model.params)
     cells, sizes = cells_of(model.params, len(ids), source, names, by)
     names = list(dict.fromkeys(change.name for row in cells for cell in row for change in cell))
-    base = Base(model, ids, trace(model, ids, *STREAM, *names, ops=REFERENCE), REFERENCE)
-    # the masked scores, -inf in both, do not differ
-    changes = {
-        name: (source[name].to(x.device) - x).float().nan_to_num(0.0) for name, x in base.kept.items() if name in names
-    }
+    wide = accumulate_dtype(model.weights.norm.dtype)
     watched: dict[str, Tensor] = {}
-    with torch.enable_grad():
-        value = metric(base.run(0, 1, _watching(watched, *names)))  # [1]
-        gradients = {name: gradient[0].float() for name, gradient in _gradients(value, watched, "metric").items()}
+    with _differentiating(model):
+        base = Base(model, ids, trace(model, ids, *STREAM, *names, ops=REFERENCE), REFERENCE)
+        # the masked scores, -inf in both, do not differ
+        changes = {
+            name: (source[name].to(x.device) - x).to(wide).nan_to_num(0.0)
+            for name, x in base.kept.items()
+            if name in names
+        }
+        value = checked_values(metric(base.run(0, 1, _watching(watched, *names))), 1)
+        gradients = {name: gradient[0].to(wide) for name, gradient in _gradients(value, watched, "metric").items()}
         if steps is not None:
             gradients = {name: _mean_gradient(base, name, changes[name], metric, steps) for name in names}
     products = {name: changes[name] * gradients[name] for name in names}
     effects = [[sum(float(products[name][where].sum()) for name, where, _ in cell) for cell in row] for row in cells]
-    return value.detach() + torch.tensor(effects, device=value.device).view(len(effects), *sizes)
+    return value.detach() + value.new_tensor(effects).view(len(effects), *sizes)
+
+
+@contextlib.contextmanager
+def _differentiating(model: Model) -> Iterator[None]:
+    """Let autograd see the block, also in torch.inference_mode(). Raises UserError if the weights were made in that."""
+    if any(tensor.is_inference() for matrix in matrices_of(model.weights) for tensor in tensors_of(matrix)):
+        raise UserError("the model was made in torch.inference_mode(), so it has no gradients; load it outside")
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _mean_gradient(base: Base, name: str, change: Tensor, metric: Metric, steps: int) -> Tensor:
     """Return the mean of the metric's gradients by a tensor, at the middles of `steps` parts of its change."""
-    middles = (torch.arange(steps, device=change.device) + 0.5) / steps
+    middles = (torch.arange(steps, device=change.device, dtype=change.dtype) + 0.5) / steps
     watched: dict[str, Tensor] = {}
 
     def move(at: str, tensor: Tensor) -> Tensor:
@@ -121,8 +139,8 @@ def _mean_gradient(base: Base, name: str, change: Tensor, metric: Metric, steps:
         return (tensor + middles.view(-1, *[1] * change.dim()) * change).to(tensor.dtype)
 
     first = layer_of(name, base.model.params.n_layers)
-    value = metric(base.run(first, steps, chain(move, _watching(watched, name)))).sum()
-    return _gradients(value, watched, "metric")[name].float().mean(0)
+    values = checked_values(metric(base.run(first, steps, chain(move, _watching(watched, name)))), steps)
+    return _gradients(values.sum(), watched, "metric")[name].to(change.dtype).mean(0)
 
 
 def _watching(watched: dict[str, Tensor], *patterns: str) -> Tap:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, in_short
 from ..ops import Rows
 from ..params import Params
 
 Ids = Sequence[int] | Tensor
 
 
-def pad(prompts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+def pad(prompts: Iterable[Ids]) -> tuple[Tensor, Tensor]:
     """Return prompts as tokens [B, T], padded on the right, and their lengths [B].
 
     The causal mask hides the padding from the tokens before it. It repeats the last token of the prompt.
@@ -23,9 +23,12 @@ def pad(prompts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
     Raises:
         UserError: there are no prompts, one is empty, or one is not a sequence of token ids.
     """
-    if not len(prompts):
+    try:
+        rows = [_ids_of(prompt) for prompt in prompts]
+    except TypeError as error:
+        raise UserError(f"should be a list of prompts, is {in_short(repr(prompts))}", argument="prompts") from error
+    if not rows:
         raise UserError("there are no prompts; give at least one")
-    rows = [_ids_of(prompt) for prompt in prompts]
     lengths = [len(row) for row in rows]
     padded = [[*row, *[row[-1]] * (max(lengths) - len(row))] for row in rows]
     return torch.tensor(padded), torch.tensor(lengths)
@@ -134,6 +137,20 @@ def as_index(at: int | Ids | None) -> int | Tensor | None:
     if rows is None or not rows.numel():
         raise UserError(f"should be an index of a token, or a tensor of one for each row, is {at!r}", argument="at")
     return rows.long() if rows.dim() else int(rows)
+
+
+def index_in_texts(at: int | Tensor, lengths: Tensor, argument: str) -> Tensor:
+    """Return the index [B] of a token in each text of a padded batch; a negative one counts from the end of its text.
+
+    at: one index for all, or [B]. Raises UserError if a text has no such token.
+    """
+    index = torch.as_tensor(at)
+    if index.dim() and index.shape != lengths.shape:
+        raise UserError(f"has {len(index)} indices, for {len(lengths)} prompts; give one per row", argument=argument)
+    for place, length in zip(index.expand_as(lengths).tolist(), lengths.tolist(), strict=True):
+        if not -length <= place < length:
+            raise UserError(f"{place} is not in a prompt of {length} tokens", argument=argument)
+    return index % lengths
 
 
 def select_token(tensor: Tensor, dimension: int, at: int | Tensor) -> Tensor:

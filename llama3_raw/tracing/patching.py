@@ -17,17 +17,17 @@ from tqdm import tqdm
 from ..backends.choose import ops_for
 from ..errors import UserError, in_short
 from ..model import REFERENCE, forward
-from ..ops import UNFUSED, Ops, Tap, score_bytes
+from ..ops import UNFUSED, Ops, Tap, accumulate_dtype, score_bytes
 from ..params import Params
 from ..system.machine import free_memory
 from ..weights import Model, Weights
 from .names import FIRST, named_tensors, token_dimension, within_layer
-from .padding import tokens_of_one_prompt
+from .padding import integers, tokens_of_one_prompt
 from .record import Trace, trace
 from .taps import Patterns, chain
 
 Axis = Literal["position", "head", "key"]
-By = Axis | Literal["layer"] | tuple[Axis, ...]
+By = Axis | Literal["layer"] | tuple[Axis, ...] | list[Axis]
 Metric = Callable[[Tensor], Tensor]  # logits [rows, T, vocab_size] -> one value a row, [rows]
 End = str | tuple[str, int]  # of a path: a tap name, or a tap name and one of its heads
 _SENDERS = ("tok_embeddings", "attention.heads", "attention.out", "feed_forward.out")  # are added to the stream
@@ -146,11 +146,15 @@ def path_patch(  # noqa: PLR0913  # what a caller may set
         unchanged pass.
 
     Raises:
-        UserError: as `sweep` does, and if a sender or receiver is none of these.
+        UserError: as `sweep` does, and if a sender or receiver is none of these, or there are none.
     """
     ids, params = tokens_of_one_prompt(ids, model.params), model.params
+    if not len(senders):
+        raise UserError("is empty", argument="senders")
     sent = [_slice_of(end, params, "sender", _SENDERS) for end in senders]
     groups = [receiver if isinstance(receiver, list) else [receiver] for receiver in receivers]
+    if not groups or not all(groups):
+        raise UserError("is empty, or a list in it", argument="receivers")
     read = [[_slice_of(end, params, "receiver", _RECEIVERS) for end in group] for group in groups]
     _check_source(params, len(ids), source, [name for name, _ in sent])
     ops = ops or ops_showing(model.weights, ())
@@ -188,28 +192,32 @@ def ablation(
         kept: the tensors by tap name, such as a trace: of one prompt [T, …], or of a batch of prompts [B, T, …].
         how: "zero"; "mean", over all prompts and positions without padding; or "resample", all tensors of one prompt
             of the batch, chosen at random. (The trace of one other prompt is a source as it is.)
-        length: the number of positions of the zeros or means. None: T.
+        length: the number of positions of the zeros or means, and of the keys of zero scores and probs. None: T.
         generator: chooses the prompt. None: torch's own.
 
     Raises:
-        UserError: another `how`, the mean of scores or probs (whose keys are others at each position), or resampling
-            of the trace of one prompt, or of prompts of unequal length.
+        UserError: another `how`, a length below 1, the mean of scores or probs (whose keys are others at each
+            position), or resampling of the trace of one prompt, or of prompts of unequal length.
     """
     if how not in ("zero", "mean", "resample"):
         raise UserError(f"should be 'zero', 'mean' or 'resample', is {how!r}", argument="how")
+    if length is not None and length < 1:
+        raise UserError(f"{length}: should be 1 or more", argument="length")
     lengths = getattr(kept, "lengths", None)  # [B], of a padded batch
     replaced, row = {}, None
     for name, tensor in kept.items():
         square = within_layer(name) in UNFUSED  # [n_heads, T, T]
         prompts = tensor.reshape(-1, *tensor.shape[-3 if square else token_dimension(name) :])  # [B, T, …]
-        shape = prompts.shape[1:] if square else (length or prompts.shape[1], *prompts.shape[2:])
+        size = prompts.shape[2 if square else 1] if length is None else length
+        shape = (prompts.shape[1], size, size) if square else (size, *prompts.shape[2:])
         if how == "zero":
             replaced[name] = prompts.new_zeros(()).expand(shape)
         elif how == "mean":
             if square:
                 raise UserError(f"{name} has no mean over positions, whose keys differ; ablate attention.heads or v")
             texts = prompts.unbind() if lengths is None else map(_beginning, prompts, lengths.tolist())
-            replaced[name] = torch.cat(list(texts)).float().mean(0).to(tensor.dtype).expand(shape)
+            mean = torch.cat(list(texts)).to(accumulate_dtype(tensor.dtype)).mean(0)
+            replaced[name] = mean.to(tensor.dtype).expand(shape)
         elif len(prompts) == 1:
             raise UserError("the trace is of one prompt; give one of a batch, or use it as the source as it is")
         elif lengths is not None and len(lengths.unique()) > 1:
@@ -266,8 +274,9 @@ def cells_of(
     """
     patterns = [names] if isinstance(names, str) else list(names)
     expanded = list(dict.fromkeys(name for pattern in patterns for name in tap_names(params, pattern)))
-    axes = by if isinstance(by, tuple) else (by,)
-    if axes != ("layer",) and (not axes or len({*axes}) < len(axes) or not {*axes} <= {*get_args(Axis)}):
+    axes = tuple(by) if isinstance(by, (tuple, list)) else (by,)
+    known = get_args(Axis)
+    if axes != ("layer",) and (not axes or any(axis not in known or axes.count(axis) > 1 for axis in axes)):
         raise UserError(
             f"should be 'layer', or 'position', 'head', 'key' or a tuple of these, is {by!r}", argument="by"
         )
@@ -278,7 +287,7 @@ def cells_of(
     sizes = []
     for name in expanded:
         shape = named_tensors(params)[name].shape.split()
-        if by == "layer":
+        if axes == ("layer",):
             if not name.startswith("layers."):
                 raise UserError(f"{name} is in no layer; leave it out, or use by='position'")
             table.setdefault(within_layer(name), {})[int(name.split(".")[1])] = [Change(name, (), source[name])]
@@ -319,12 +328,16 @@ def _head_axis(shape: Sequence[str], name: str) -> int:
 
 def _slice_of(end: End, params: Params, role: str, allowed: Sequence[str]) -> tuple[str, tuple[int | slice, ...]]:
     """Return the tap name and the index of the end of a path. Raises UserError if it can't be that end."""
-    name, head = (end, None) if isinstance(end, str) else end
+    parts = [*end] if isinstance(end, (tuple, list)) else [end]
+    name, heads = parts[0] if parts else None, integers(parts[1:])  # [0] or [1]
+    if not isinstance(name, str) or heads is None or heads.dim() != 1 or len(heads) > 1:
+        raise UserError(f"a {role} should be a tap name, or (name, head), is {end!r}")
     tensor = named_tensors(params).get(name)
     if tensor is None or within_layer(name) not in allowed:
         raise UserError(f"{name!r} cannot be a {role}; use {', '.join(allowed)}, in a layer as layers.N.NAME")
-    if head is None:
+    if not len(heads):
         return name, ()
+    head = int(heads)
     shape = tensor.shape.split()
     axis = _head_axis(shape, name)
     if not 0 <= head < getattr(params, shape[axis]):
@@ -368,19 +381,23 @@ def _measure(base: Base, cells: list[list[list[Change]]], metric: Metric, rows: 
     with torch.no_grad():
         for chunk in _chunks(order, rows, "patching", progress):
             tap = _replacing([flat[cell] for cell in chunk])
-            values = metric(base.run(first[chunk[0]], len(chunk), tap))
-            if not isinstance(values, Tensor) or values.shape != (len(chunk),):
-                got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise UserError(
-                    f"the metric of logits [{len(chunk)}, T, vocab_size] should be one value a row, "
-                    f"[{len(chunk)}], is {got}; index the logits as logits[:, -1, token]"
-                )
-            results.append(values)
+            results.append(checked_values(metric(base.run(first[chunk[0]], len(chunk), tap)), len(chunk)))
     measured = torch.cat(results)
     return (
         torch.empty_like(measured)
         .index_copy_(0, torch.tensor(order, device=measured.device), measured)
         .view(len(cells), -1)
+    )
+
+
+def checked_values(values: Tensor, rows: int) -> Tensor:
+    """Return the values of a metric. Raises UserError unless there is one for each row of the logits."""
+    if isinstance(values, Tensor) and values.shape == (rows,):
+        return values
+    got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    raise UserError(
+        f"the metric of logits [{rows}, T, vocab_size] should be one value a row, [{rows}], is {got}; index the logits "
+        "as logits[:, -1, token]"
     )
 
 

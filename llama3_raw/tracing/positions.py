@@ -82,6 +82,29 @@ def spread(values: Tensor, tensor: Tensor, dimension: int | None) -> Tensor:
     return values.reshape(*batch, *[1] * (tensor.dim() - len(batch) - 1 - after), length, *[1] * after)
 
 
+def with_rows(given: Tensor, name: str, tensor: Tensor, this: ThisPass, wanted: list[int]) -> Tensor:
+    """Return a given tensor as it is if it has the dimension T, and with one row if it has not.
+
+    It has not if its shape is that of the tensor of the pass without T; the dimensions for a batch may be missing.
+    Raises UserError if its rows could as well be those of the wanted positions, or of the tokens of a text.
+    """
+    at = token_dimension(name)
+    if given.dim() < -at:
+        return given.reshape(*[1] * (-at - given.dim()), *given.shape)
+    bare = list(tensor.shape)
+    if name != LAST or this.logits_at is None:
+        del bare[at]
+    if list(given.shape) != bare[-given.dim() :]:
+        return given
+    n_rows, one_row = given.shape[at], given.unsqueeze(at)
+    if n_rows > 1 and (n_rows in (len(wanted), this.length) or (n_rows > max(wanted) and not this.is_whole)):
+        raise UserError(
+            f"the patch of {name}, {list(given.shape)}, may have {n_rows} rows for tokens, or none: give "
+            f"{list(given.unsqueeze(0).shape)} or {list(one_row.shape)}"
+        )
+    return one_row
+
+
 def rows_at(given: Tensor, name: str, positions: Tensor, wanted: list[int], dimension: int | None) -> Tensor:
     """Return the rows of a given tensor for the positions of a pass, where they are wanted, and any rows elsewhere.
 
@@ -89,8 +112,6 @@ def rows_at(given: Tensor, name: str, positions: Tensor, wanted: list[int], dime
     positions, dimension: as `ThisPass.positions` returns them. Raises UserError if it has another number of rows.
     """
     at = token_dimension(name)
-    if given.dim() < -at:
-        given = given.unsqueeze(at)
     n_rows = given.shape[at]
     if n_rows == len(wanted):
         row_of = torch.zeros(max(wanted) + 1, dtype=torch.long)

@@ -23,11 +23,12 @@ from ..errors import UserError, in_short
 from ..model import REFERENCE, forward
 from ..ops import Ops, Rows, Tap, announce, no_tap, score_bytes
 from ..params import Params, RopeScaling
+from ..system.devices import usable_device
 from ..system.files import atomic_write, read_beginning
 from ..system.machine import free_memory
-from ..weights import Model
+from ..weights import Model, dtype_of
 from .names import FIRST, LAST, token_dimension
-from .padding import Ids, as_index, read_prompts, select_token
+from .padding import Ids, as_index, index_in_texts, read_prompts, select_token
 from .padding import tokens_of_one_prompt as tokens_of_one_prompt
 from .partial import check_start, ending_after, from_layer, names_of_pass, needed_names
 from .passes import JoinedPasses
@@ -94,36 +95,42 @@ class Trace(PatternTap, Mapping[str, Tensor]):
     Args:
         patterns: tap names, with the wildcards of `Patterns`.
         device: where the copies are kept. None: where the tensor is.
-        dtype: the dtype of the copies. None: that of the tensor.
+        dtype: the dtype of the copies, such as "float32". None: that of the tensor.
         last_position: keep the last token only, without the dimension T: the last of each text in `trace` and other
             loops, which know the lengths. For a padded batch of your own in `forward` give `at`.
-        at: keep this token only, without the dimension T: an index into T, or a tensor [B] of one for each row.
+        at: keep this token only, without the dimension T: an index into T, with the padding if there is any, or a
+            tensor [B] of one for each row.
         every_pass: join the tensors of all passes over a text along T, as one pass over the whole text would return
             them up to rounding. Of several texts (`generate_batch`, `score`, the windows of `perplexity`) tensors are
             [texts, T, …]; what is beyond a text is 0, and -inf in scores. Logits have a row for each next token that
             was chosen from them, and in `perplexity` and `score` for each that was scored.
 
     Attributes:
-        at: as given; for last_position, where that token is in the last pass.
+        at: as given, by `trace` counted from the first token of each text; for last_position, where that token is in
+            the last pass.
         lengths: the lengths [B] of the texts of a padded batch, if known: `trace` and every_pass set it.
         origin: the model and the tokens, if known: `trace` sets it, `save` and `load_trace` keep it.
 
     Raises:
-        UserError: the dtype is not floating point, `at` is no index or given with every_pass, or a pattern matched
-            nothing by the end of a pass.
+        UserError: the dtype is not floating point, there is no such device, `at` is no index or given with every_pass,
+            or a pattern matched nothing by the end of a pass.
     """
 
     def __init__(
         self,
         *patterns: str,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         last_position: bool = False,
         at: int | Ids | None = None,
         every_pass: bool = False,
     ):
+        if isinstance(dtype, str):
+            dtype = dtype_of(dtype)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise UserError(f"dtype should be a floating-point dtype such as torch.float32, is {dtype!r}")
+        if device is not None and str(device) != "meta":
+            device = usable_device(device)
         if last_position and at is not None:
             raise UserError("and last_position both choose a token; leave one of them out", argument="at")
         if every_pass and (last_position or at is not None):
@@ -287,7 +294,7 @@ def trace(  # noqa: PLR0913  # what a caller may set
     ids: Ids | Sequence[Ids],
     *patterns: str,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     last_position: bool = False,
     at: int | Ids | None = None,
     lengths: Ids | None = None,
@@ -310,7 +317,7 @@ def trace(  # noqa: PLR0913  # what a caller may set
         device: as in `Trace`.
         dtype: as in `Trace`.
         last_position: as in `Trace`; of a padded batch, the last token of each text.
-        at: as in `Trace`.
+        at: as in `Trace`; of a padded batch, counted in each text, a negative one from its end.
         lengths: the lengths [B] of prompts that are padded on the right to ids [B, T], as `pad` returns them. Tensors
             keep the dimension T with the padding, unless one token is chosen.
         start_at: begin with this layer, "layers.5", with `residual` as its input: the residual of the layer before, or
@@ -323,10 +330,14 @@ def trace(  # noqa: PLR0913  # what a caller may set
 
     Raises:
         UserError: before anything is computed, if a pattern matches nothing, an id is not in the vocabulary, a prompt
-            is longer than the context, or the tensors do not fit into memory. Also whatever `tap` raises.
+            is longer than the context, a text has no token `at`, or the tensors do not fit into memory. Also
+            whatever `tap` raises.
     """
     prompts = read_prompts(ids, lengths, model.params)
-    options: dict[str, Any] = {"dtype": dtype, "last_position": last_position, "at": at}
+    index = as_index(at)
+    if index is not None and prompts.lengths is not None:
+        index = index_in_texts(index, prompts.lengths, "at")
+    options: dict[str, Any] = {"dtype": dtype, "last_position": last_position, "at": index}
     kept, planned = Trace(*patterns, device=device, **options), Trace(*patterns, device="meta", **options)
     shape, norm = tuple(prompts.tokens.shape), model.weights.norm
     first = check_start(start_at, residual, model, shape)

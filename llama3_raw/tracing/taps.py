@@ -20,7 +20,7 @@ from ..ops import UNFUSED, Rows, Tap, announce, checked_result, no_tap, wants
 from ..params import Params
 from ..weights import dtype_name
 from .names import LAST, named_tensors
-from .positions import ThisPass, checked_positions, rows_at, spread
+from .positions import ThisPass, checked_positions, rows_at, spread, with_rows
 
 
 class Patterns:
@@ -187,6 +187,7 @@ class Patch(PatternTap):
         if not is_wanted.any():
             return tensor
         if isinstance(given, Tensor):
+            given = with_rows(given, name, tensor, this, wanted)
             result = rows_at(given, name, positions, wanted, dimension)
             with contextlib.suppress(RuntimeError):  # the shape is reported below
                 result = result.expand_as(tensor)
@@ -204,22 +205,27 @@ def patch(replacements: Mapping[str, Replacement], *, positions: int | Sequence[
             model.py. If several patterns match a name, they replace it one after another.
         positions: replace these tokens of the text only, in whichever pass they are computed; the first token has
             position 0. A function gets the whole tensor of a pass that has one of them. A tensor has a row for each of
-            the positions, or for each token of a text, or one for all; in scores and probs, rows are queries. None:
-            every token.
+            the positions, or for each token of a text, or one for all; in scores and probs, rows are queries. One for
+            all may lack the dimension T: one of the shape of the pass's tensor without T, with or without the batch,
+            is that. None: every token.
 
     Raises:
         UserError: by the tap, if a result is not a tensor of the same shape, dtype and device, if a text that is
-            computed in one pass has no such position, and at the end of a pass in which a pattern matched nothing. By
-            `patch`, if a pattern is not a str, what should replace a tensor is neither a tensor nor a function, or the
-            positions are not integers from 0 on.
+            computed in one pass has no such position, if it is unclear whether a tensor has the dimension T, and at
+            the end of a pass in which a pattern matched nothing. By `patch`, if these are no mapping, a
+            pattern is not a str, what should replace a tensor is neither a tensor nor a function, or the positions are
+            not integers from 0 on.
     """
+    if not isinstance(replacements, Mapping):
+        kind = type(replacements).__name__
+        raise UserError(f"should be a dict of what replaces each tensor by name, is a {kind}", argument="replacements")
     return Patch(replacements, None if positions is None else checked_positions(positions))
 
 
 def _with_name(pattern: str, given: Replacement) -> Tensor | _WithName:
     """Return a tensor as it is, and a function as one of the tensor and its name.
 
-    It gets the name if it has a second parameter that is called name, or has no default.
+    It gets the name if it has a second parameter that is called name, or has no default and is not keyword-only.
     """
     if isinstance(given, Tensor):
         return given
@@ -230,6 +236,8 @@ def _with_name(pattern: str, given: Replacement) -> Tensor | _WithName:
         second = list(inspect.signature(function).parameters.values())[1:2]
     except (TypeError, ValueError):  # as of torch's own functions
         second = []
+    if any(it.kind is it.KEYWORD_ONLY and it.name == "name" for it in second):
+        return lambda tensor, name: function(tensor, name=name)
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     takes_name = any(it.kind in by_position and (it.name == "name" or it.default is it.empty) for it in second)
     return function if takes_name else lambda tensor, name: function(tensor)

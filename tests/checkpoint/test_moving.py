@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -79,9 +80,11 @@ def test_what_cannot_be_moved(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> N
         llama3_raw.to(model._replace(weights=model.weights._replace(layers=layers)), "meta")
 
 
-@pytest.mark.parametrize("target", ["fp32", "int8", "gpu", None, 3, ""])
+@pytest.mark.parametrize("target", ["fp32", "int8", "gpu", None, 3, "", ["float32"], {}])
 def test_neither_a_dtype_nor_a_device(tiny: Model, target: Any) -> None:
-    with pytest.raises(UserError, match=f"^dtype_or_device {target}: should be one of bfloat16, .*, cpu, cuda, mps"):
+    with pytest.raises(
+        UserError, match=f"^dtype_or_device {re.escape(str(target))}: should be one of bfloat16, .*, cpu, cuda, mps"
+    ):
         llama3_raw.to(tiny, target)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from llama3_raw import Model, Trace, UserError, attribute, forward, head_results, logit_direction, trace
-from tests.references import dequantized_weights, quantized_weights
+from tests.references import cast, dequantized_weights, quantized_weights
 from tests.tracing.small import ANSWER, CLEAN, HEADS, IDS, LAYERS, OTHER, close, small_model
 
 
@@ -64,6 +66,9 @@ def test_the_last_position_of_each_prompt_of_a_padded_batch(model: Model) -> Non
             one = attribute(trace(model, prompt), model, (ANSWER, OTHER), position)
             close(by_part[row], one.by_part)
             close(by_head[row], one.by_head)
+    for position in (4, -5):  # of the first prompt, that is padding, or before its first token
+        with pytest.raises(UserError, match=f"position {position} is not in a prompt of 4 tokens"):
+            attribute(padded, model, ANSWER, position)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
@@ -94,6 +99,53 @@ def test_results_of_heads_sum_to_the_output_of_attention(model: Model, kept: Tra
     without = kept["layers.1.attention.heads"].clone()
     without[:, 2] = 0
     close(results.sum(-2) - results[:, 2], without.flatten(-2) @ model.weights.layers[1].wo.mT)
+
+
+@pytest.mark.parametrize(
+    "direction", [(ANSWER, OTHER), [ANSWER, OTHER], torch.tensor([ANSWER, OTHER]), (torch.tensor(ANSWER), OTHER)]
+)
+def test_two_tokens(model: Model, kept: Trace, direction: Any) -> None:
+    expected = attribute(kept, model, logit_direction(model, ANSWER, OTHER))
+    assert torch.equal(attribute(kept, model, direction).by_part, expected.by_part)
+
+
+def test_a_token_may_be_in_a_tensor(model: Model, kept: Trace) -> None:
+    best = kept["logits"][-1].argmax()
+    found = attribute(kept, model, best)
+    assert float(found.by_part.sum()) == pytest.approx(float(kept["logits"][-1].max()), abs=1e-5)
+    assert torch.equal(found.by_part, attribute(kept, model, (int(best),)).by_part)
+
+
+def test_float64_stays(model: Model) -> None:
+    model = model._replace(weights=cast(model.weights, torch.float64))
+    kept = trace(model, IDS)
+    found = attribute(kept, model, (ANSWER, OTHER))
+    assert found.by_part.dtype == found.by_head.dtype == logit_direction(model, ANSWER).dtype == torch.float64
+    difference = kept["logits"][-1, ANSWER] - kept["logits"][-1, OTHER]
+    assert float(found.by_part.sum()) == pytest.approx(float(difference), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("direction", "got"),
+    [
+        ((1, 2, 3), r"\(1, 2, 3\)"),
+        ((), r"\(\)"),
+        (" cat", "' cat'"),
+        (1.5, r"1\.5"),
+        (None, "None"),
+        (torch.tensor(1.5), r"\[\]"),
+        (torch.ones(64).long(), r"\[64\]"),
+    ],
+)
+def test_no_direction(model: Model, kept: Trace, direction: Any, got: str) -> None:
+    with pytest.raises(UserError, match=rf"direction should be a token, two tokens, or \[64\]; is {got}"):
+        attribute(kept, model, direction)
+
+
+@pytest.mark.parametrize("token", [" cat", 1.5, (1, 2), torch.zeros(64)])
+def test_no_token(model: Model, token: Any) -> None:
+    with pytest.raises(UserError, match=r"token should be the id of a token, such as tokenizer\.encode returns, is"):
+        logit_direction(model, token)
 
 
 def test_what_cannot_be_attributed_is_refused(model: Model, kept: Trace) -> None:

@@ -22,7 +22,7 @@ from llama3_raw import (
     repeated_tokens,
     trace,
 )
-from tests.references import dequantized_weights, quantized_weights
+from tests.references import cast, dequantized_weights, quantized_weights
 from tests.tracing.small import HEADS, IDS, KV_HEADS, LAYERS, close, small_model
 
 
@@ -110,6 +110,23 @@ def test_a_circuit_is_its_full_matrix(model: Model) -> None:
         close(found, expected, tolerance=1e-4)
 
 
+def test_float64_stays(model: Model) -> None:
+    wide = model._replace(weights=cast(model.weights, torch.float64))
+    weights, params = wide.weights, wide.params
+    exact = trace(wide, IDS)
+    folded = forward(fold_norms(weights), params, torch.tensor(IDS))
+    torch.testing.assert_close(folded, exact["logits"], rtol=0, atol=1e-12)
+    circuits = qk_circuits(weights, params, distance=3)
+    x = exact["layers.1.attention_norm"]
+    found = torch.einsum("td,hde,te->ht", x[3:], circuits[1].matrix(), x[:-3]) / math.sqrt(params.head_dim)
+    scores = exact["layers.1.attention.scores"].diagonal(-3, -2, -1)
+    torch.testing.assert_close(found, scores, rtol=0, atol=1e-12)
+    for values in (circuits[0].norm(), circuits[0].singular_values(), circuits[0].eigenvalues().real):
+        assert values.dtype == torch.float64
+    assert composition(weights, params, "V").dtype == attention_at(exact, 1).dtype == torch.float64
+    assert induction_scores(wide, length=5, repeats=1).dtype == torch.float64
+
+
 @pytest.mark.parametrize("kind", ["Q", "K", "V"])
 def test_composition_is_the_ratio_of_the_full_matrices(model: Model, kind: Any) -> None:
     found = composition(model.weights, model.params, kind)
@@ -146,8 +163,19 @@ def test_attention_at_a_distance(model: Model) -> None:
     for wrong in ({"distance": 6}, {"distance": -1}, {"distance": 2, "start": 1}):
         with pytest.raises(UserError, match=r"distance -?\d is too far for a prompt of 6 tokens"):
             attention_at(kept, **wrong)
-    with pytest.raises(UserError, match=r"trace '\*\.probs'"):
-        attention_at({}, 1)
+    refused: Any
+    for refused in ({}, trace(model, IDS, "*.probs", last_position=True)):
+        with pytest.raises(UserError, match=r"trace '\*\.probs'"):
+            attention_at(refused, 1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"start": 3}])
+def test_attention_in_a_batch_is_the_mean_of_its_prompts(model: Model, settings: dict[str, int]) -> None:
+    prompts = [IDS, IDS[:4], IDS[1:]]
+    alone = torch.stack([attention_at(trace(model, ids, "*.probs"), 1, **settings) for ids in prompts])
+    close(attention_at(trace(model, prompts, "*.probs"), 1, **settings), alone.mean(0))
+    with pytest.raises(UserError, match="distance 4 is too far for a prompt of 4 tokens"):
+        attention_at(trace(model, prompts, "*.probs"), 4)
 
 
 def test_repeated_tokens_are_ordinary_and_repeat(tiny: Model, model: Model) -> None:
@@ -169,6 +197,12 @@ def test_induction_scores_are_those_of_the_prompts(model: Model) -> None:
         expected.append(torch.stack([probs[..., t, t - 8] for t in range(9, 18)]).mean(0))
         assert all(ids[t - 8] == ids[(t + 1) % 9] for t in range(9, 17))  # the token after the first occurrence
     close(induction_scores(model, length=9, repeats=2, seed=3), torch.stack(expected).mean(0))
+
+
+@pytest.mark.parametrize("name", ["length", "repeats"])
+def test_too_few_random_tokens_are_refused(model: Model, name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} 0: should be 1 or more"):
+        induction_scores(model, **{name: 0})
 
 
 @pytest.mark.slow

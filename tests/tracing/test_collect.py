@@ -23,6 +23,7 @@ from llama3_raw import Collection, Model, UserError, collect, load_collection
 from llama3_raw.ops import Tap
 from llama3_raw.tracing import collect as module
 from llama3_raw.tracing.__main__ import main
+from llama3_raw.tracing.circuits import dense
 from llama3_raw.tracing.collect import _batches
 from tests.paths import ROOT
 from tests.references import cast, quantized_weights, seen_by_hand
@@ -190,6 +191,14 @@ def test_a_killed_process_loses_nothing(tiny: Model, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
 
 
+def with_zeros(model: Model, head: int) -> Model:
+    """The model with one head of the last layer's queries set to zero."""
+    *before, last = model.weights.layers
+    wq = dense(last.wq).clone()
+    wq[32 * head : 32 * (head + 1)] = 0
+    return model._replace(weights=model.weights._replace(layers=(*before, last._replace(wq=wq))))
+
+
 OTHERS: dict[str, tuple[Callable[[Model], Model], dict[str, Any], str]] = {
     "text": (lambda model: model, {"ids": [*IDS[:-1], 5]}, "another text"),
     "length": (lambda model: model, {"ids": IDS[:-1]}, "another text"),
@@ -201,6 +210,8 @@ OTHERS: dict[str, tuple[Callable[[Model], Model], dict[str, Any], str]] = {
         {},
         "another model",
     ),
+    "one head": (lambda model: with_zeros(model, 3), {}, "another model"),
+    "last head": (lambda model: with_zeros(model, 5), {}, "another model"),
     "format": (lambda model: model._replace(weights=quantized_weights(model.weights, "int8")), {}, "another model"),
     "model's dtype": (
         lambda model: model._replace(weights=cast(model.weights, torch.float32)),
@@ -279,6 +290,28 @@ def test_damage(tiny: Model, tmp_path: Path, damage: str) -> None:
         load_collection(tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["missing", "shorter", "truncated", None, "x", 10**6, -64, 5, 64.0, True])
+def test_damage_is_named_before_the_rest_is_computed(tiny: Model, tmp_path: Path, damage: Any) -> None:
+    """Also a number of tokens that cannot be finished."""
+    gather(tiny, tmp_path, "norm")
+    file, about = tmp_path / "norm.npy", tmp_path / "collection.json"
+    finished = damage
+    if damage in ("missing", "shorter", "truncated"):
+        finished = 64
+        rows = np.load(file)
+        file.unlink()
+        if damage == "shorter":
+            np.save(file, rows[:-1])
+        elif damage == "truncated":
+            np.save(file, rows)
+            os.truncate(file, file.stat().st_size - 1)
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"finished": finished}))
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"(norm\.npy|collection\.json): .*; remove the folder and collect again$"):
+        gather(tiny, tmp_path, "norm")
+    assert contents(tmp_path) == before
+
+
 class TestCommand:
     """`python -m llama3_raw.tracing --text FILE -o FOLDER`."""
 
@@ -312,6 +345,8 @@ class TestCommand:
         [
             (["--text", "lost.txt", "-o", "new"], "lost.txt: cannot be read"),
             (["--text", "text.txt"], "--text FILE goes with -o FOLDER"),
+            (["--context", "5", "Once"], "--context and --batch go with --text FILE"),
+            (["--batch", "5", "Once"], "--context and --batch go with --text FILE"),
             (["a prompt", "--text", "text.txt", "-o", "new"], "--text FILE goes with -o FOLDER"),
             (["--text", "text.txt", "-o", "new", "--names", "layers.9.*"], "no tensor is named 'layers.9.*'"),
             (

@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama3_raw import REFERENCE, Model, Trace, UserError, estimate_sweep, forward, patch, sweep, trace, trace_gradients
+from llama3_raw import (
+    REFERENCE,
+    Model,
+    Trace,
+    UserError,
+    estimate_sweep,
+    forward,
+    pad,
+    patch,
+    sweep,
+    trace,
+    trace_gradients,
+)
 from tests.references import cast, quantized_weights
 from tests.tracing.small import ANSWER, CLEAN, IDS, OTHER, close, metric, small_model
 
@@ -123,6 +135,38 @@ def test_gradients_in_a_no_grad_block_and_of_trained_weights(model: Model) -> No
     assert trained.weights.norm.grad is None
 
 
+def test_padded_prompts_are_those_of_a_list(model: Model) -> None:
+    tokens, lengths = pad([CLEAN[:3], IDS])
+
+    def last(logits: Tensor) -> Tensor:
+        return logits[torch.arange(2), lengths - 1, ANSWER].sum()
+
+    found = trace_gradients(model, tokens, last, "layers.1.residual", lengths=lengths)
+    expected = trace_gradients(model, [CLEAN[:3], IDS], last, "layers.1.residual")
+    assert found == expected
+    assert found[1].origin == expected[1].origin
+    assert str(found[1].lengths) == str(lengths)
+    with pytest.raises(UserError, match=r"lengths should be one length for each row"):
+        trace_gradients(model, IDS, of, lengths=lengths)
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_in_inference_mode(model: Model, clean: Trace, steps: int | None) -> None:
+    expected = trace_gradients(model, IDS, of, "layers.1.residual")
+    estimates = estimate_sweep(model, IDS, clean, "layers.1.residual", metric, steps=steps)
+    with torch.inference_mode():
+        assert trace_gradients(model, IDS, of, "layers.1.residual") == expected
+        source = trace(model, CLEAN)
+        assert torch.equal(estimate_sweep(model, IDS, source, "layers.1.residual", metric, steps=steps), estimates)
+        made_there = model._replace(weights=cast(model.weights, torch.float64))
+    for gradients in (
+        lambda: trace_gradients(made_there, IDS, of),
+        lambda: estimate_sweep(made_there, IDS, clean, "norm", metric),
+    ):
+        with pytest.raises(UserError, match=r"the model was made in torch\.inference_mode\(\), .*; load it outside"):
+            gradients()
+
+
 def test_wrong_scalars_names_and_prompts_are_refused(model: Model) -> None:
     wrong: list[Any] = [lambda x: x[-1], lambda x: 1.0, lambda x: x.detach().sum()]
     for function, got in zip(wrong, (r"\[100\]", "float", r"\[\]"), strict=True):
@@ -179,6 +223,26 @@ def test_integrated_gradients_sum_to_the_whole_effect(model: Model, clean: Trace
         assert float(one_step.sum()) != pytest.approx(float(whole), abs=2e-2)
 
 
+def test_an_estimate_in_float64_is_exact_where_the_rest_is_linear(model: Model) -> None:
+    wide = model._replace(weights=cast(model.weights, torch.float64))
+    source = trace(wide, CLEAN)
+    for steps in (None, 3):
+        found = estimate_sweep(wide, IDS, source, "norm", metric, steps=steps)
+        torch.testing.assert_close(found, sweep(wide, IDS, source, "norm", metric), rtol=0, atol=1e-13)
+
+
 def test_a_wrong_metric_of_an_estimate_is_refused(model: Model, clean: Trace) -> None:
-    with pytest.raises(UserError, match="metric should return a scalar"):
-        estimate_sweep(model, IDS, clean, "norm", lambda logits: logits[:, -1])
+    """One value for all rows would be the sum, or the mean, over the steps."""
+    wrong: list[Any] = [lambda x: x[:, -1], lambda x: metric(x).mean(), lambda x: metric(x).sum(), lambda x: 1.0]
+    for function in wrong:
+        for steps in (None, 4):
+            with pytest.raises(UserError, match=r"should be one value a row, \[1\], is"):
+                estimate_sweep(model, IDS, clean, "norm", function, steps=steps)
+    with pytest.raises(UserError, match=r"should be one value a row, \[4\], is \[1\]"):
+        estimate_sweep(model, IDS, clean, "norm", lambda x: metric(x)[:1], steps=4)
+    with pytest.raises(UserError, match="metric should return a scalar that is computed from the logits"):
+        estimate_sweep(model, IDS, clean, "norm", lambda x: metric(x.detach()))
+    few: list[Any] = [0, -1, 2.5]
+    for steps in few:
+        with pytest.raises(UserError, match=f"steps {steps}: should be a number from 1 on, or None"):
+            estimate_sweep(model, IDS, clean, "norm", metric, steps=steps)

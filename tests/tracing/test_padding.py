@@ -42,6 +42,10 @@ def test_pad(prompts: list[list[int]]) -> None:
     for row, prompt in zip(tokens.tolist(), prompts, strict=True):
         assert row[: len(prompt)] == prompt
         assert set(row[len(prompt) :]) <= {prompt[-1]}
+    assert torch.equal(llama3_raw.pad(prompt for prompt in prompts)[0], tokens)
+    for wrong in (5, None, torch.tensor(5)):
+        with pytest.raises(UserError, match="prompts should be a list of prompts, is"):
+            llama3_raw.pad(wrong)  # type: ignore[arg-type]
     invalid: list[Any] = [[], [[]], [[1], []], [[1.5]], ["text"], [[[1]]], [3]]
     for wrong in invalid:
         with pytest.raises(UserError, match=r"no prompts|empty|ids should be"):
@@ -89,6 +93,21 @@ def test_the_last_token_of_each_text(fp32: Model, prompts: list[list[int]]) -> N
         whole = kept["logits"]
         forward(fp32.weights, fp32.params, tokens, tap=kept, logits_at=lengths - 1)
     assert close(kept["logits"], whole)
+
+
+def test_a_token_is_counted_in_each_text(fp32: Model, prompts: list[list[int]]) -> None:
+    tokens, lengths = llama3_raw.pad(prompts)
+    last = trace(fp32, prompts, "*.residual", "*.probs", last_position=True)
+    for at in (-1, torch.tensor(-1), [-1, len(prompts[1]) - 1, -1], lengths - 1):
+        assert trace(fp32, tokens, *last, lengths=lengths, at=at) == last
+    first = trace(fp32, prompts, "norm", at=0)
+    assert first == trace(fp32, prompts, "norm", at=-lengths)
+    shortest = len(prompts[1])
+    for wrong in (shortest, -shortest - 1, [0, shortest, 0]):
+        with pytest.raises(UserError, match=rf"at -?\d is not in a prompt of {shortest} tokens"):
+            trace(fp32, prompts, "norm", at=wrong)
+    with pytest.raises(UserError, match="at has 2 indices, for 3 prompts; give one per row"):
+        trace(fp32, prompts, "norm", at=[0, 0])
 
 
 def test_a_token_of_one_prompt(tiny: Model, prompts: list[list[int]]) -> None:

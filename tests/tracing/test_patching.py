@@ -96,15 +96,13 @@ def test_by_head(model: Model, clean: Trace, name: str) -> None:
     ("name", "by", "where"),
     [
         ("heads", ("position", "head"), lambda i, head: (i, head)),
-        ("heads", ("head", "position"), lambda head, i: (i, head)),
+        ("heads", ["head", "position"], lambda head, i: (i, head)),
         ("k", ("position", "head"), lambda i, head: (i, head)),
         ("probs", ("key",), lambda key: (slice(None), slice(None), key)),
         ("probs", ("head", "position", "key"), lambda *index: index),
     ],
 )
-def test_by_several_axes(
-    model: Model, clean: Trace, name: str, by: tuple[Any, ...], where: Callable[..., tuple[Any, ...]]
-) -> None:
+def test_by_several_axes(model: Model, clean: Trace, name: str, by: Any, where: Callable[..., tuple[Any, ...]]) -> None:
     names = [f"layers.{i}.attention.{name}" for i in (0, 2)]
     sizes = [len(KV_HEADS if name == "k" else HEADS) if axis == "head" else LENGTH for axis in by]
     found = sweep(model, IDS, clean, names, metric, by=by)
@@ -117,7 +115,9 @@ def test_by_layer(model: Model, clean: Trace) -> None:
     found = sweep(model, IDS, clean, ["layers.*.attention.out", "layers.*.feed_forward.out"], metric, by="layer")
     expected = [by_hand(model, clean, [f"layers.{i}.{part}.out" for i in LAYERS], [()]).T for part in PARTS]
     close(found, torch.cat(expected))
-    close(sweep(model, IDS, clean, "layers.[12].attention.out", metric, by="layer"), found[:1, 1:])
+    by: Any
+    for by in ("layer", ("layer",), ["layer"]):
+        close(sweep(model, IDS, clean, "layers.[12].attention.out", metric, by=by), found[:1, 1:])
 
 
 PARTS = ("attention", "feed_forward")
@@ -166,6 +166,9 @@ def test_in_bf16_with_the_fast_operations() -> None:
         ("layers.*.attention.heads", ("position", "key"), r"layers\.0\.attention\.heads has no keys"),
         ("layers.*.residual", ("position", "layer"), "by should be 'layer', or"),
         ("layers.*.residual", ("position", "position"), "by should be 'layer', or"),
+        ("layers.*.residual", [["position"]], "by should be 'layer', or"),
+        ("layers.*.residual", [], "by should be 'layer', or"),
+        ("layers.*.residual", None, "by should be 'layer', or"),
     ],
 )
 def test_names_that_cannot_be_swept_are_refused(model: Model, clean: Trace, names: Any, by: Any, message: str) -> None:
@@ -236,11 +239,25 @@ def test_path_patching_is_three_passes(model: Model, clean: Trace, direct: bool)
         (("layers.0.attention.out", 0), "norm", r"layers\.0\.attention\.out has no heads"),
         ("layers.0.attention.out", "logits", "'logits' cannot be a receiver; use .*norm"),
         ("layers.0.attention.out", ("layers.1.attention.k", 2), r"has heads 0 to 1, not 2"),
+        ("layers.0.attention.out", [], r"^receivers is empty, or a list in it"),
+        (("layers.0.attention.heads", "1"), "norm", r"a sender should be a tap name, or \(name, head\), is \('lay"),
+        (("layers.0.attention.heads", 1.0), "norm", r"a sender should be a tap name, or \(name, head\)"),
+        (("layers.0.attention.heads", 1, 2), "norm", r"a sender should be a tap name, or \(name, head\)"),
+        ((), "norm", r"a sender should be a tap name, or \(name, head\), is \(\)"),
+        (3, "norm", r"a sender should be a tap name, or \(name, head\), is 3"),
+        ("layers.0.attention.out", (1, "norm"), r"a receiver should be a tap name, or \(name, head\)"),
     ],
 )
 def test_ends_of_no_path_are_refused(model: Model, clean: Trace, sender: Any, receiver: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         path_patch(model, IDS, clean, [sender], [receiver], metric)
+
+
+def test_a_path_without_ends_is_refused(model: Model, clean: Trace) -> None:
+    with pytest.raises(UserError, match="senders is empty"):
+        path_patch(model, IDS, clean, [], ["norm"], metric)
+    with pytest.raises(UserError, match="receivers is empty"):
+        path_patch(model, IDS, clean, ["tok_embeddings"], [], metric)
 
 
 def test_ablations(model: Model, clean: Trace) -> None:
@@ -280,6 +297,21 @@ def test_ablations(model: Model, clean: Trace) -> None:
     ):
         with pytest.raises(UserError, match=message):
             ablation(kept, how)  # type: ignore[arg-type]
+
+
+def test_the_length_of_an_ablation(clean: Trace) -> None:
+    zeros = ablation(clean, "zero", length=9)
+    assert zeros["layers.0.attention.heads"].shape == (9, 4, 16)
+    assert zeros["layers.0.attention.probs"].shape == (4, 9, 9)
+    for length in (0, -1):
+        with pytest.raises(UserError, match=f"length {length}: should be 1 or more"):
+            ablation(clean, "zero", length=length)
+
+
+def test_the_mean_of_float64() -> None:
+    tensor = torch.tensor([[1.0], [1.0 + 1e-12]], dtype=torch.float64)
+    found = ablation({"norm": tensor}, "mean")["norm"]
+    torch.testing.assert_close(found, tensor.mean(0).expand(2, 1), rtol=0, atol=1e-15)
 
 
 def test_tap_names_are_those_of_a_pass(model: Model, clean: Trace) -> None:

@@ -101,6 +101,48 @@ def test_in_a_batch_of_unequal_prompts(fp32: Model, ids: list[int], change: Tens
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "at", "batch"),
+    [
+        (NAME, -2, True),
+        ("layers.1.attention.heads", -3, True),
+        ("layers.1.attention.probs", -2, True),
+        ("layers.1.attention.probs", -2, False),
+        ("logits", -2, True),
+    ],
+)
+def test_one_row_may_lack_the_dimension_of_tokens(fp32: Model, ids: list[int], name: str, at: int, batch: bool) -> None:
+    """Of a row for each prompt, too, though position 2 is one of 4 tokens that the rows of 4 prompts could be."""
+    tokens = torch.tensor([ids, ids[::-1], ids, ids[::-1]] if batch else ids)
+    source = torch.rand_like(trace(fp32, tokens, name, ops=REFERENCE)[name])
+    row = source.select(at, 0)
+    expected = trace(fp32, tokens, name, tap=patch({name: row.unsqueeze(at)}, positions=[2]), ops=REFERENCE)
+    assert trace(fp32, tokens, name, tap=patch({name: row}, positions=[2]), ops=REFERENCE) == expected
+    if batch:  # one row for all prompts
+        one = trace(fp32, tokens, name, tap=patch({name: row[0].unsqueeze(at)}, positions=[2]), ops=REFERENCE)
+        assert trace(fp32, tokens, name, tap=patch({name: row[0]}, positions=[2]), ops=REFERENCE) == one
+
+
+def test_a_row_of_one_number_for_each_dimension_of_a_head(fp32: Model, ids: list[int]) -> None:
+    name = "layers.1.attention.heads"
+    kept = trace(fp32, ids, name, tap=patch({name: torch.arange(32.0)}, positions=[2]))[name]
+    assert torch.equal(kept[2], torch.arange(32.0).expand(6, 32))
+
+
+@pytest.mark.parametrize(("n_rows", "positions"), [(3, [2, 4, 5]), (10, [1])])
+def test_rows_of_prompts_or_of_tokens_are_refused(
+    fp32: Model, ids: list[int], n_rows: int, positions: list[int]
+) -> None:
+    """As many prompts as positions, or as tokens."""
+    tap = patch({NAME: torch.zeros(n_rows, 192)}, positions=positions)
+    message = rf"may have {n_rows} rows for tokens, or none: give \[1, {n_rows}, 192\] or \[{n_rows}, 1, 192\]"
+    with pytest.raises(UserError, match=message):
+        trace(fp32, [ids] * n_rows, NAME, tap=tap)
+    for given in (torch.zeros(1, n_rows, 192), torch.zeros(n_rows, 1, 192)):
+        kept = trace(fp32, [ids] * n_rows, NAME, tap=patch({NAME: given}, positions=positions))[NAME]
+        assert not kept[:, positions].any()
+
+
 def with_cache(model: Model, ids: list[int], cuts: list[int], tap: Tap) -> Tensor:
     """Return the logits of all positions, computed in several passes."""
     cache = KVCache.allocate(model.params, max_seq_len=len(ids), like=model.weights)

@@ -205,14 +205,17 @@ def test_what_a_replacement_is_called_with(tiny: Model, ids: list[int]) -> None:
         "layers.0.residual": lambda x, where: (names.append(where), x)[1],
         "layers.1.residual": lambda x, head=2: (names.append(head), x)[1],
         "layers.2.residual": torch.clone,
+        "norm": lambda x, *, name: (names.append(name), x)[1],
         "layers.3.residual": torch.nn.functional.silu,  # with a parameter inplace
     }
-    kept = trace(tiny, ids, "layers.3.residual", tap=patch(functions))
+    kept = trace(tiny, ids, "layers.3.residual", "norm", tap=patch(functions))
     assert names[:4] == ["layers.0.ffn_norm", "layers.0.residual", "layers.1.ffn_norm", 2]
-    assert names[4:] == ["layers.2.ffn_norm", "layers.3.ffn_norm"]
+    assert names[4:] == ["layers.2.ffn_norm", "layers.3.ffn_norm", "norm"]
     assert float(kept["layers.3.residual"].min()) > -0.3  # the least value of silu
     with pytest.raises(UserError, match="the patch of norm should be a tensor or a function, is a int"):
         patch({"norm": 0})  # type: ignore[dict-item]
+    with pytest.raises(UserError, match="replacements should be a dict of what replaces each tensor by name, is a lis"):
+        patch(["norm"])  # type: ignore[arg-type]
 
 
 def test_several_patches_of_one_name_run_in_order(tiny: Model, ids: list[int]) -> None:
@@ -248,6 +251,20 @@ def test_a_wrong_name_gets_the_nearest(tiny: Model, ids: list[int], whole: Trace
             trace(tiny, ids, wrong) if isinstance(wrong, list) else Trace("norm", dtype=wrong)  # type: ignore[arg-type]
     with pytest.raises(KeyError, match=r"the nearest are layers\.1\.residual"):
         whole["layers.1.residua"]
+
+
+@pytest.mark.usefixtures("_no_gpu")
+def test_dtypes_and_devices_by_name(tiny: Model, ids: list[int]) -> None:
+    assert trace(tiny, ids, "norm", dtype="float32") == trace(tiny, ids, "norm", dtype=torch.float32)
+    kept = Trace("norm", dtype="float64", device="cpu")
+    forward(tiny.weights, tiny.params, torch.tensor(ids), tap=kept)
+    assert kept["norm"].dtype == torch.float64
+    for device, message in (("cuda", "torch sees 0 CUDA GPUs here"), ("foo", "there is no such device")):
+        for use in (trace, lambda _model, _ids, name, device: Trace(name, device=device)):
+            with pytest.raises(UserError, match=f"^device {device}: {message}"):
+                use(tiny, ids, "norm", device=device)
+    with pytest.raises(UserError, match="dtype fp32: should be one of bfloat16, "):
+        trace(tiny, ids, "norm", dtype="fp32")
 
 
 def test_scores_of_the_fast_attention_are_refused(tiny: Model, ids: list[int]) -> None:
