@@ -58,8 +58,7 @@ def rope_rotation(positions: Tensor, params: Params, dtype: torch.dtype = torch.
     if angles.device.type == "mps":  # has no complex numbers
         cos, sin = angles.cos(), angles.sin()
     else:  # as Meta does: torch.cos and torch.sin differ from torch.polar in the last bit
-        rotation = torch.polar(torch.ones_like(angles), angles)
-        cos, sin = rotation.real, rotation.imag
+        cos, sin = torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).unbind(-1)
     return cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same rotation for every head
 
 
@@ -116,8 +115,7 @@ class KVCache(NamedTuple):
 
         def empty(layer: LayerWeights) -> Tensor:
             shape = (*batch, max_seq_len, layer.wk.shape[0] // params.head_dim, params.head_dim)
-            # norms have the compute dtype, however the matrices are stored
-            return torch.zeros(shape, dtype=layer.attention_norm.dtype, device=layer.attention_norm.device)
+            return layer.attention_norm.new_zeros(shape)  # has the compute dtype, however the matrices are stored
 
         try:
             return KVCache(tuple(map(empty, like.layers)), tuple(map(empty, like.layers)))
