@@ -15,7 +15,7 @@ WITHOUT_POSIX = """
 import importlib, mmap, os, pkgutil, signal, sys
 # what others import must be there before: those packages look at the platform themselves
 import gguf, jinja2, matplotlib.pyplot, multiprocessing.connection, pdb, psutil, safetensors.torch, subprocess, tempfile
-import tiktoken, torch.distributed, tqdm, webbrowser
+import tiktoken, torch.distributed, tqdm, uvicorn, webbrowser
 from filelock import FileLock
 from huggingface_hub import HfApi, constants, errors, get_hf_file_metadata, get_session, get_token, utils
 from huggingface_hub.utils import build_hf_headers
