@@ -186,8 +186,9 @@ def test_an_error_of_one_text_ends_that_text_only(tiny: Model, field: str, capsy
 def test_closing_ends_what_runs_and_takes_nothing_new(tiny: Model) -> None:
     async def body() -> None:
         async with started(tiny, rows=1) as engine:
-            asked = [engine.submit([row_of(tiny, 0, 100, stop_ids=())]) for _ in range(2)]
-            await asyncio.sleep(0.1)
+            asked = [engine.submit([row_of(tiny, 0, 400, stop_ids=())]) for _ in range(2)]
+            while not asked[0].jobs[0].new:
+                await asyncio.sleep(0.001)
             call = asyncio.ensure_future(engine.alone(lambda: None))
             await asyncio.sleep(0)
             engine.stop()
