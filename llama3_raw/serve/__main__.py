@@ -11,6 +11,7 @@ import socket
 import sys
 import webbrowser
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
 from ..cli.entry_point import answer_help
@@ -62,17 +63,16 @@ def _serve(options: argparse.Namespace, key: str | None, listener: socket.socket
         stop_ids=chosen_stop_ids(options, chosen.tokenizer, chosen.checkpoint.params.vocab_size),
     )
     shape = _shape(chosen, context, options.rows)
-    model, ops, which = load_model(chosen, shape)
     name = model_name(chosen)
-    engine = Engine(
-        model,
-        ops,
-        name=name,
-        rows=shape.rows,
-        context=context,
-        queue_length=options.queue,
-        load_python=load_python(options, chosen),
-    )
+
+    def load() -> tuple[Engine, str]:
+        model, ops, which = load_model(chosen, shape)
+        more = {"queue_length": options.queue, "load_python": load_python(options, chosen)}
+        return Engine(model, ops, name=name, rows=shape.rows, context=context, **more), which
+
+    # a thread that lives keeps the OpenMP threads that it computed with, and with more than cores all wait asleep
+    with ThreadPoolExecutor(1) as loading:
+        engine, which = loading.submit(load).result()
     app = build_app(engine, settings)
     print(f"llama3_raw: {which}", file=sys.stderr)
     url = _url(listener)
