@@ -40,7 +40,10 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (["--host", "::"], "--host ::: others can reach it, so it needs --api-key"),
         (["--host", "laptop.local"], "--host laptop.local: others can reach it"),
         (["--host", "no.such.host.invalid", "--api-key", "k"], "cannot listen there"),
-        (["--host", "192.0.2.7", "--api-key", "k"], "--host 192.0.2.7 --port 8000: cannot listen there"),
+        (
+            ["--host", "192.0.2.7", "--port", "8000", "--api-key", "k"],
+            "--host 192.0.2.7 --port 8000: cannot listen there",
+        ),
         (["--api-key", "a b"], "should be ASCII characters without spaces"),
         (["--port", "65536"], "--port: should be from 0 to 65535, is 65536"),
         (["--port", "http"], "--port: invalid _port value: 'http'"),
@@ -59,7 +62,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )
 def test_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--weights", str(TINY), "--device", "cpu", *arguments]) == 2
+    assert main(["--weights", str(TINY), "--device", "cpu", "--port", "0", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()
