@@ -158,8 +158,9 @@ def _compare_texts(options: Namespace, chosen: ChosenModel, ids: Sequence[int], 
 
 def _compare_tokenizers(options: Namespace, text: str) -> int:
     """Compare the model's own tokenizer with --tokenizer on the text."""
+    default = build_parser().get_default
     for name in ("ids", "html", "generate", "backward", "padding", "tolerance", "rounding", "names"):
-        if getattr(options, name) is not build_parser().get_default(name):
+        if getattr(options, name) is not default(name):
             raise UserError(f"--{name}: two tokenizers are compared on a text; leave it out, or give --with, too")
     other: str = options.tokenizer
     chosen = choose_model(Namespace(**{**vars(options), "tokenizer": None}))
