@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import webbrowser
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,7 +81,8 @@ def _serve(options: argparse.Namespace, key: str | None, listener: socket.socket
     if options.open:
         page = f"{url}#key={quote(key, safe='')}" if key else url
         print(f"llama3_raw: the page: {page}", file=sys.stderr)
-        webbrowser.open(page)
+        # a browser may stay in the foreground until it is closed, and the page needs a server meanwhile
+        threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
     serve(app, listener, options.grace, engine.stop)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,18 +106,29 @@ def test_without_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 @pytest.mark.slow
 def test_the_network_and_its_key(tmp_path: Path) -> None:
-    """On all addresses, --open prints a URL with the key, and opens the browser: here, a script that writes it down."""
+    """On all addresses, --open prints a URL with the key, and opens the browser: here, a script that writes it down.
+
+    The server answers while the browser is open.
+    """
     browser = tmp_path / "browser"
-    browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened\n')
+    opened, closed = tmp_path / "opened", tmp_path / "closed"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\nuntil [ -e {closed} ]; do sleep 0.1; done\n')
     browser.chmod(0o755)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("BROWSER", str(browser))
         with running("--host", "0.0.0.0", "--api-key", "a&b", "--open", "--allow-host", "Laptop.local") as server:
-            page = f"{server.url}/#key=a%26b"
-            assert f"llama3_raw: the page: {page}\n" in server.log.read_text()
-            assert (tmp_path / "opened").read_text() == f"{page}\n"
+            try:
+                assert httpx.get(f"{server.url}/health", headers={"Host": "laptop.local"}).status_code == 200
+                page = f"{server.url}/#key=a%26b"
+                assert f"llama3_raw: the page: {page}\n" in server.log.read_text()
+                deadline = time.monotonic() + 30
+                while not (opened.exists() and opened.read_text().endswith("\n")):
+                    assert time.monotonic() < deadline, "no browser was opened"
+                    time.sleep(0.05)
+                assert opened.read_text() == f"{page}\n"
+            finally:
+                closed.touch()
             port = server.url.rsplit(":")[-1]
             for url in (server.url, f"http://127.0.0.1:{port}"):
                 assert httpx.get(f"{url}/v1/models").status_code == 401
                 assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer a&b"}).status_code == 200
-            assert httpx.get(f"{server.url}/health", headers={"Host": "laptop.local"}).status_code == 200
