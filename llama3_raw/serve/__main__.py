@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import ipaddress
 import json
 import os
@@ -11,8 +12,9 @@ import socket
 import sys
 import threading
 import webbrowser
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
 from urllib.parse import quote
 
 from ..cli.entry_point import answer_help
@@ -27,6 +29,8 @@ from ..cli.memory_plan import MemoryPlan, RunShape, available, needed
 from ..cli.models import ChosenModel, choose_model, load_model
 from ..cli.options import check_context, chosen_stop_ids
 from ..errors import UserError, needed_package
+
+T = TypeVar("T")
 
 
 @command_line_tool
@@ -71,9 +75,7 @@ def _serve(options: argparse.Namespace, key: str | None, listener: socket.socket
         more = {"queue_length": options.queue, "load_python": load_python(options, chosen)}
         return Engine(model, ops, name=name, rows=shape.rows, context=context, **more), which
 
-    # a thread that lives keeps the OpenMP threads that it computed with, and with more than cores all wait asleep
-    with ThreadPoolExecutor(1) as loading:
-        engine, which = loading.submit(load).result()
+    engine, which = _in_a_thread_that_ends(load)
     app = build_app(engine, settings)
     print(f"llama3_raw: {which}", file=sys.stderr)
     url = _url(listener)
@@ -84,6 +86,32 @@ def _serve(options: argparse.Namespace, key: str | None, listener: socket.socket
         # a browser may stay in the foreground until it is closed, and the page needs a server meanwhile
         threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
     serve(app, listener, options.grace, engine.stop)
+
+
+def _in_a_thread_that_ends(load: Callable[[], T]) -> T:
+    """Return what load() returns or raises.
+
+    A thread that lives keeps the OpenMP threads that it computed with, and with more than cores all wait asleep. Ctrl-C
+    and SIGTERM end this one after the operation that it is in: left alone, it would abort the process at its end.
+    """
+    loaded: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            loaded.set_result(load())
+        except BaseException as error:  # raised where the result is asked for
+            loaded.set_exception(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        return loaded.result()
+    except (KeyboardInterrupt, SystemExit):
+        ident = ctypes.c_ulong(thread.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(KeyboardInterrupt))
+        raise
+    finally:
+        thread.join()
 
 
 def _key(options: argparse.Namespace) -> str | None:

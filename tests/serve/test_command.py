@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import httpx2 as httpx
 import psutil
 import pytest
 
+from llama3_raw.serve import __main__ as command
 from llama3_raw.serve.__main__ import main
 from llama3_raw.serve.parser import build_parser
 from tests.damage import copy_tiny
@@ -102,6 +104,23 @@ def test_without_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "the server needs the package uvicorn" in error
     assert "pip install -e '.[serve]'" in error
     assert "--allow-origin" in build_parser().format_help()
+
+
+def test_ctrl_c_while_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It does not wait until the model is there."""
+    main_thread, tensors = threading.get_ident(), []
+
+    def load_model(*_: object) -> None:
+        time.sleep(0.5)  # meanwhile the other thread begins to wait
+        signal.pthread_kill(main_thread, signal.SIGINT)
+        for number in range(300):
+            time.sleep(0.1)
+            tensors.append(number)
+
+    monkeypatch.setattr(command, "load_model", load_model)
+    assert main(["--weights", str(TINY), "--device", "cpu", "--port", "0"]) == 130
+    assert len(tensors) < 200
+    assert "stopped by Ctrl-C" in capsys.readouterr().err
 
 
 @pytest.mark.slow
