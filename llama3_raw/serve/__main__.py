@@ -159,25 +159,38 @@ def _listener(host: str, port: int) -> socket.socket:
 
 
 def _shape(chosen: ChosenModel, context: int, rows: int | None) -> RunShape:
-    """Return the shape of the batch: without --rows, with as many rows as fit into memory, and at most 16.
+    """Return the shape of the batch: without --rows at most 16, as many as leave the weights in memory.
 
-    Raises UserError for --rows that do not fit, where fewer do; `load_model` raises it where not even one fits.
+    If the weights are larger than the memory by themselves, as many as fit. Raises UserError for --rows that do not
+    fit, where fewer do; `load_model` raises it where not even one fits.
     """
-    shape = RunShape(prompt=context, text=context, least=1, rows=rows or MAX_DECODE_ROWS, generated=context)
-    while shape.rows > 1 and not _fits(chosen, shape):
-        shape = shape._replace(rows=shape.rows // 2)
-    if rows is not None and shape.rows < rows and _fits(chosen, shape):
+    most = RunShape(prompt=context, text=context, least=1, rows=rows or MAX_DECODE_ROWS, generated=context)
+
+    def halved(with_mapped: bool) -> RunShape | None:
+        shape = most
+        while not _fits(chosen, shape, with_mapped):
+            if shape.rows == 1:
+                return None
+            shape = shape._replace(rows=shape.rows // 2)
+        return shape
+
+    if rows is None:
+        return halved(with_mapped=True) or halved(with_mapped=False) or most._replace(rows=1)
+    fitting = halved(with_mapped=False)
+    if fitting and fitting.rows < rows:
         raise UserError(
             f"--rows {rows}: a cache for {rows} texts of {context} tokens does not fit into memory; give --rows "
-            f"{shape.rows}, or a smaller --context"
+            f"{fitting.rows}, or a smaller --context"
         )
-    return shape
+    return most
 
 
-def _fits(chosen: ChosenModel, shape: RunShape) -> bool:
+def _fits(chosen: ChosenModel, shape: RunShape, with_mapped: bool) -> bool:
     _, checkpoint, _, device, dtype, max_ram, quantize, gpu_layers, *_ = chosen
     plan = MemoryPlan(checkpoint, device, dtype, shape, max_ram, quantize, gpu_layers)
-    return needed(plan).allocated <= 0.9 * available(plan)  # which other programs may change
+    need = needed(plan)
+    total = need.allocated + (need.mapped if with_mapped and device.type == "cpu" else 0)
+    return total <= 0.9 * available(plan)  # which other programs may change
 
 
 def _url(listener: socket.socket) -> str:

@@ -15,6 +15,9 @@ import httpx2 as httpx
 import psutil
 import pytest
 
+from llama3_raw.cli import memory_plan
+from llama3_raw.cli.memory_plan import MemoryPlan, MemoryUse
+from llama3_raw.cli.models import choose_model
 from llama3_raw.serve import __main__ as command
 from llama3_raw.serve.__main__ import main
 from llama3_raw.serve.parser import build_parser
@@ -87,6 +90,20 @@ def test_rows_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         "--rows 4096: a cache for 4096 texts of 512 tokens does not fit into memory; give --rows"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(("free", "rows"), [(36_000, 16), (28_000, 8), (18_000, 16), (10_000, 8)])
+def test_rows_leave_the_weights_in_memory(free: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --rows, the cache is as large as the memory besides the weights allows, if they fit at all."""
+
+    def needed(plan: MemoryPlan) -> MemoryUse:
+        return MemoryUse(mapped=16_000, copied=0, cache=1_000 * plan.shape.rows, work=0)
+
+    monkeypatch.setattr(command, "needed", needed)
+    monkeypatch.setattr(memory_plan, "needed", needed)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    chosen = choose_model(build_parser().parse_args(["--weights", str(TINY), "--device", "cpu"]))
+    assert command._shape(chosen, 512, None).rows == rows
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
