@@ -115,6 +115,7 @@ def attend_to_prompt(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     the A100) attention is computed in blocks: torch's only other implementation in which heads share keys needs memory
     for all scores.
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.bias import causal_lower_right  # imports torch.compile, which takes two seconds
 
     n_tokens, n_keys = q.shape[-3], keys.shape[-3]
@@ -124,12 +125,14 @@ def attend_to_prompt(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     if not can_use_flash_attention(SDPAParams(q4, keys4, values4, None, 0.0, False, True)):  # same as in the bias below
         return attend_by_torch(q, keys, values, n_keys - n_tokens)
     whole = n_tokens == n_keys
-    attended = F.scaled_dot_product_attention(
-        *(q4, keys4, values4),
-        attn_mask=None if whole else causal_lower_right(n_tokens, n_keys),
-        is_causal=whole,
-        enable_gqa=True,
-    )
+    # left to choose, torch takes cuDNN on an H100, which makes a plan for each length of a prompt
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        attended = F.scaled_dot_product_attention(
+            *(q4, keys4, values4),
+            attn_mask=None if whole else causal_lower_right(n_tokens, n_keys),
+            is_causal=whole,
+            enable_gqa=True,
+        )
     return attended.view(q.transpose(-3, -2).shape).transpose(-3, -2)
 
 

@@ -33,9 +33,13 @@ def capture_graph(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         for _ in range(2):
             function()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            result = function()
+    except BaseException:
+        torch.cuda.set_stream(current)  # torch leaves the capture's stream current if it cannot end the capture
+        raise
 
     def replay() -> Tensor:
         graph.replay()
@@ -65,6 +69,7 @@ class CudaGraphs:
     ):
         """compiled: whether to compile the pass over one token before it is captured."""
         self.cache = cache
+        self.failures: list[str] = []  # what could not be compiled or captured, and why
         self._model = model
         self._ops = ops
         self._capture = capture
@@ -112,7 +117,7 @@ class CudaGraphs:
         try:
             return self._capture(run)
         except RuntimeError as error:  # of CUDA
-            print(f"llama3_raw: no graph is captured ({in_short(error)}); continuing without", file=sys.stderr)
+            self._report(f"no graph is captured ({in_short(error)})")
             return run
 
     def _pass(self, function: Callable[..., Tensor], width: int, ops: Ops) -> Callable[[], Tensor]:
@@ -131,9 +136,13 @@ class CudaGraphs:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers raise every kind of exception
-            print(f"llama3_raw: torch.compile fails ({in_short(error)}); continuing without", file=sys.stderr)
+            self._report(f"torch.compile fails ({in_short(error)})")
             return None
         return run
+
+    def _report(self, failure: str) -> None:
+        self.failures.append(failure)
+        print(f"llama3_raw: {failure}; continuing without", file=sys.stderr)
 
 
 def _width(n_tokens: int) -> int:

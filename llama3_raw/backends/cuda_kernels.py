@@ -126,66 +126,25 @@ def linear_three_kernel(
     INPUTS: tl.constexpr,
 ):
     """Multiply all rows by a block of one of three matrices, whose blocks are counted one after the other."""
-    width = n_first + n_second + n_third
     block = tl.program_id(0)
     second_begins = tl.cdiv(n_first, OUTPUTS)
     third_begins = second_begins + tl.cdiv(n_second, OUTPUTS)
+    # chosen before the one product: three products would each have their own shared memory
     if block < second_begins:
-        total = product(
-            x,
-            first,
-            first_row_scales,
-            first_column_scales,
-            block,
-            rows,
-            n_first,
-            length,
-            0,
-            length,
-            IS_INT8,
-            ROWS,
-            OUTPUTS,
-            INPUTS,
-        )
-        store_product(y, total, block, 0, width, rows, n_first, ROWS, OUTPUTS)
+        matrix, row_scales, column_scales = first, first_row_scales, first_column_scales
+        outputs, column = n_first, 0
     elif block < third_begins:
+        matrix, row_scales, column_scales = second, second_row_scales, second_column_scales
+        outputs, column = n_second, n_first
         block -= second_begins
-        total = product(
-            x,
-            second,
-            second_row_scales,
-            second_column_scales,
-            block,
-            rows,
-            n_second,
-            length,
-            0,
-            length,
-            IS_INT8,
-            ROWS,
-            OUTPUTS,
-            INPUTS,
-        )
-        store_product(y, total, block, n_first, width, rows, n_second, ROWS, OUTPUTS)
     else:
+        matrix, row_scales, column_scales = third, third_row_scales, third_column_scales
+        outputs, column = n_third, n_first + n_second
         block -= third_begins
-        total = product(
-            x,
-            third,
-            third_row_scales,
-            third_column_scales,
-            block,
-            rows,
-            n_third,
-            length,
-            0,
-            length,
-            IS_INT8,
-            ROWS,
-            OUTPUTS,
-            INPUTS,
-        )
-        store_product(y, total, block, n_first + n_second, width, rows, n_third, ROWS, OUTPUTS)
+    total = product(
+        x, matrix, row_scales, column_scales, block, rows, outputs, length, 0, length, IS_INT8, ROWS, OUTPUTS, INPUTS
+    )
+    store_product(y, total, block, column, n_first + n_second + n_third, rows, outputs, ROWS, OUTPUTS)
 
 
 @triton.jit

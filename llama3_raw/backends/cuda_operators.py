@@ -268,6 +268,7 @@ def rope_by_kernel(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cuda_kernels.rope_kernel[(tokens, heads)](
             *(x, cos, sin, y, heads, x.stride(-3), cos.numel() // (head_dim // 2), cos.stride(-1)),
             PAIRS=head_dim // 2,
+            enable_fp_fusion=False,  # products rounded, as torch does
         )
     return y
 
@@ -294,6 +295,7 @@ def rope_into_cache(qkv: Tensor, cos: Tensor, sin: Tensor, start: Tensor, keys: 
         cuda_kernels.rope_into_cache_kernel[(len(qkv), n_heads + 2 * n_kv_heads)](
             *(qkv, cos, sin, start, q, keys, values, n_heads, n_kv_heads, cos.stride(-1)),
             PAIRS=head_dim // 2,
+            enable_fp_fusion=False,
         )
     return q
 

@@ -91,6 +91,11 @@ class ThisEngine:
         self.device = self.cache.keys[0].device
         self._captured = CudaGraphs.where_possible(model, self.cache, ops or ops_for(model.weights), compiled)
 
+    @property
+    def failures(self) -> list[str]:
+        """What could not be compiled or captured, so that `decode` runs without; known after its first call."""
+        return self._captured.failures if self._captured else []
+
     def prefill(self, length: int) -> float:
         tokens = self._generate(self._ids[:length], 0, 1)
         return seconds_of(lambda: list(tokens), self.device)

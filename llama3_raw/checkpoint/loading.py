@@ -48,9 +48,13 @@ from .text import end_tokens, find_tokenizer
 
 
 def from_state_dict(params: Params, tensors: Mapping[str, Tensor]) -> Weights:
-    """Return the weights of a state dict with Meta's names. Raises UserError naming a tensor that is wrong."""
+    """Return the weights of a state dict with Meta's names, on the device of its first tensor.
+
+    Raises UserError naming a tensor that is wrong.
+    """
     by_name = {name: [tensor] for name, tensor in tensors.items()}
-    return build_weights(check_tensors("the state dict", params, by_name))
+    checkpoint = check_tensors("the state dict", params, by_name)
+    return build_weights(checkpoint, next(iter(tensors.values())).device)
 
 
 def to_state_dict(params: Params, weights: Weights) -> dict[str, Tensor]:
@@ -209,9 +213,10 @@ def build_weights(
                     argument="layers",
                 ) from error
             tensors = tensors_of(matrix)
-            if rows_only and not checkpoint.tied and tensors[0] is shards[0]:
+            is_mapped = tensors[0] is shards[0] and tensors[0].device.type == "cpu"
+            if rows_only and not checkpoint.tied and is_mapped:
                 read_single_pages(tensors[0])
-            if progress and tensors[0] is shards[0] and tensors[0].is_contiguous() and not rows_only:
+            if progress and is_mapped and tensors[0].is_contiguous() and not rows_only:
                 for tensor in tensors:
                     _read_pages(tensor, bar)
             else:

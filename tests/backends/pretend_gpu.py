@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class PretendGpu(TorchFunctionMode):
             raise RuntimeError(f"{func.__name__}: tensors on two devices")
         if "device" in kwargs:
             kwargs["device"] = CPU
-        args = tuple(CPU if leaf is device else leaf for leaf in args)
+        args = tuple(CPU if device is not None and leaf is device else leaf for leaf in args)
         args, kwargs = tree_map(lambda leaf: _as(Tensor, leaf), (args, kwargs))
         self.computes = on_gpu
         try:
@@ -63,3 +64,21 @@ class PretendGpu(TorchFunctionMode):
 
 def _as(kind: type[Tensor], leaf: Any) -> Any:
     return leaf.as_subclass(kind) if isinstance(leaf, Tensor) and type(leaf) is not kind else leaf
+
+
+def generators_on(gpu: torch.device) -> type[torch.Generator]:
+    """Return a class in place of torch.Generator, whose generators say that they are on the fake GPU."""
+
+    class Generator(torch.Generator):
+        device = gpu
+
+        def __new__(cls, device: torch.device | None = None) -> Generator:
+            return super().__new__(cls, "cpu")  # type: ignore[call-arg]
+
+    return Generator
+
+
+@contextmanager
+def plain_staging(device: torch.device, largest: int) -> Iterator[Callable[[Tensor, torch.dtype | None], Tensor]]:
+    """Like `staging.staging`, without the pinned memory that only a real GPU has."""
+    yield lambda tensor, dtype: tensor.to(device, dtype=dtype)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama3_raw import REFERENCE, KVCache, Model, Params, forward
@@ -312,6 +313,21 @@ def test_a_prompt_attends(
     assert len(in_blocks) == (0 if has_flash else 1)
 
 
+def test_a_prompt_attends_by_flash_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to choose, torch takes cuDNN's attention on an H100, which makes a plan for each length of a prompt."""
+    chosen = []
+
+    def attention(q: Tensor, *_: Any, **__: Any) -> Tensor:
+        chosen.append((torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled()))
+        return q
+
+    monkeypatch.setattr(cuda, "can_use_flash_attention", lambda _: True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    q = random(40, 8, 64)
+    cuda.attend(q, random(40, 2, 64), random(40, 2, 64), 0, no_tap)
+    assert chosen == [(True, False)]
+
+
 @pytest.mark.slow
 def test_the_whole_pass(tiny: Model) -> None:
     """A prompt, then few tokens at a time, in two layers, with all kernels: as accurate as fast operations must be.
@@ -364,6 +380,8 @@ CASES = [
     (cuda_kernels.attend_kernel, [BF16] * 3 + ["*i64"] + [F32] * 3 + [I32] * 4 + ["fp32", 4, rows, 128, 64, 16], 3)
     for rows in (16, 64)
 ] + [(cuda_kernels.join_kernel, [F32] * 3 + [BF16, I32, I32, 4, 64, 128, 16], 3)]
+SMALL = (cuda_kernels.linear_kernel, cuda_kernels.linear_three_kernel)  # several fit on a multiprocessor
+ROPES = (cuda_kernels.rope_kernel, cuda_kernels.rope_into_cache_kernel)  # they have the bits of torch
 for capability in (80, 90):
     for kernel, arguments, stages in CASES:
         types = {n: a if isinstance(a, str) else "constexpr" for n, a in zip(kernel.arg_names, arguments, strict=True)}
@@ -371,8 +389,10 @@ for capability in (80, 90):
         whole = [i for i, a in enumerate(arguments) if isinstance(a, str) and a != "fp32"]
         by_16 = {(i,): [["tt.divisibility", 16]] for i in whole}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=by_16)
-        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_stages": stages})
-        assert binary.metadata.shared <= 160 * 1024, (kernel, binary.metadata.shared)
+        options = {"num_stages": stages, "enable_fp_fusion": kernel not in ROPES}
+        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert binary.metadata.shared <= (64 if kernel in SMALL else 160) * 1024, (kernel, binary.metadata.shared)
+        assert kernel not in ROPES or "fma.rn.f32" not in binary.asm["ptx"]
         print(len(binary.asm["cubin"]))
 """
 

@@ -1,12 +1,15 @@
 """Tests on an NVIDIA GPU that need only this checkout; skipped if there is none. (The kernels are tested everywhere.)
 
-With LLAMA3_RAW_REHEARSAL=1 they run on a CPU: in Triton's interpreter in fp16, on narrow models, without capturing.
+With LLAMA3_RAW_REHEARSAL=1 they run on a CPU, as a fake GPU whose tensors cannot be mixed with those of the CPU: in
+Triton's interpreter in fp16, on narrow models, without capturing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,12 +28,13 @@ from llama3_raw.checkpoint.loading import from_state_dict
 from llama3_raw.decoding.prompt_lookup import LookupPolicy
 from llama3_raw.ops import Ops
 from llama3_raw.weights import MATRICES, quantized, tensor_specs
+from tests.backends.pretend_gpu import PretendGpu, generators_on, plain_staging
 from tests.paths import TINY
 from tests.references import cast, converted, flat
 
 HAS_GPU = torch.cuda.is_available()
 IS_REHEARSAL = not HAS_GPU and bool(os.environ.get(REHEARSAL))
-ON = torch.device("cuda" if HAS_GPU else "cpu")
+ON = torch.device("cuda", 0)
 DTYPE = torch.bfloat16 if HAS_GPU else torch.float16
 pytestmark = pytest.mark.skipif(not (HAS_GPU or IS_REHEARSAL), reason="there is no NVIDIA GPU here")
 on_a_gpu = pytest.mark.skipif(not HAS_GPU, reason="a rehearsal has no stand-in for this")
@@ -48,6 +52,21 @@ if not HAS_GPU:  # Triton's interpreter takes a millisecond for each program
 N_LAYERS, N_WORDS = (2, 4096) if HAS_GPU else (1, 40)
 TOKENS, COUNT = (310, 100) if HAS_GPU else (26, 3)  # of a text; of new ones
 SIZES = [[300], [100, 150, 16, 9], [280, 1, 7]] if HAS_GPU else [[18, 1, 3]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fake_gpu() -> Iterator[None]:
+    """In a rehearsal, let the CPU take the place of the GPU."""
+    if not IS_REHEARSAL:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patched, PretendGpu():
+        patched.setattr(torch, "Generator", generators_on(ON))
+        patched.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+        patched.setattr("llama3_raw.decoding.loop.copy_to_host_async", lambda values: values.tolist)
+        patched.setattr("llama3_raw.checkpoint.loading.staging", plain_staging)
+        patched.setattr("llama3_raw.checkpoint.loading.usable_device", torch.device)
+        yield
 
 
 def random_model(params: Params) -> Model:
@@ -106,12 +125,17 @@ def capture(function: Any) -> Any:
     return capture_graph(function) if HAS_GPU else function
 
 
-def graphs(model: Model, cache: KVCache, ops: Ops, compiled: bool) -> CudaGraphs:
-    if IS_REHEARSAL:
-        return CudaGraphs(model, cache, ops, capture, compiled=False)
-    passes = CudaGraphs.where_possible(model, cache, ops, compiled)
-    assert passes is not None
-    return passes
+@contextlib.contextmanager
+def graphs(model: Model, cache: KVCache, ops: Ops, compiled: bool) -> Iterator[CudaGraphs]:
+    """Yield graphs, and fail if one could not be compiled or captured; the passes go on without it."""
+    assert CudaGraphs.where_possible(model, cache, ops, compiled) is not None
+    passes = CudaGraphs(model, cache, ops, capture, compiled and HAS_GPU)
+    yield passes
+    assert passes.failures == []
+
+
+def test_the_kernels_are_compiled() -> None:
+    assert cuda_ops().can_capture
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -126,10 +150,9 @@ def test_fast_operations_are_nearly_as_accurate(model: Model, exact: Model, text
 def test_graphs_give_the_bits_of_steps(model: Model, text: list[int]) -> None:
     """Of one token, and nearly of few, at two places: a replay reads its tokens and its start anew."""
     cache = KVCache.allocate(model.params, max_seq_len=TOKENS, like=model.weights)
-    passes = graphs(model, cache, cuda_ops(), compiled=False)
     ids = torch.tensor(text, device=ON)
     common: dict[str, Any] = {"cache": cache, "ops": cuda_ops()}
-    with torch.no_grad():
+    with graphs(model, cache, cuda_ops(), compiled=False) as passes, torch.no_grad():
         forward(model.weights, model.params, ids[:4], **common)
         for start, count in ((4, 1), (5, 1), (6, 3), (8, 3)):
             tokens = ids[start : start + count]
@@ -144,9 +167,9 @@ def test_graphs_give_the_bits_of_steps(model: Model, text: list[int]) -> None:
 def by_graph_and_by_step(model: Model, ids: list[int], count: int, compiled: bool, **settings: Any) -> int:
     """Return the number of tokens that are equal; see `same_tokens`."""
     cache = KVCache.allocate(model.params, max_seq_len=len(ids) + count, like=model.weights)
-    passes = graphs(model, cache, cuda_ops(), compiled)
     common: dict[str, Any] = {"max_new_tokens": count, "ops": cuda_ops(), "stop_ids": (), **settings}
-    by_graph = list(generate(model, ids, cache=cache, captured=passes, **common))
+    with graphs(model, cache, cuda_ops(), compiled) as passes:
+        by_graph = list(generate(model, ids, cache=cache, captured=passes, **common))
     by_step = list(generate(model, ids, captured=False, **common))
     return same_tokens(model, ids, by_graph, by_step, is_greedy=not settings.get("temperature"))
 
@@ -180,7 +203,9 @@ def test_lookup_gives_the_same_tokens(model: Model, text: list[int]) -> None:
     count = min(COUNT, 40)
     common: dict[str, Any] = {"max_new_tokens": count, "ops": cuda_ops(), "stop_ids": ()}
     policy = LookupPolicy(15)
-    with_lookup = list(generate(model, ids, lookup=policy, **common))
+    cache = KVCache.allocate(model.params, max_seq_len=len(ids) + count, like=model.weights)
+    with graphs(model, cache, cuda_ops(), compiled=False) as passes:
+        with_lookup = list(generate(model, ids, lookup=policy, cache=cache, captured=passes, **common))
     without = list(generate(model, ids, **common))
     same_tokens(model, ids, with_lookup, without)
 
@@ -296,12 +321,12 @@ def test_a_long_prompt(model: Model, exact: Model, text: list[int]) -> None:
 @on_a_gpu
 def test_memory_is_constant_over_many_tokens(model: Model, text: list[int]) -> None:
     cache = KVCache.allocate(model.params, max_seq_len=520, like=model.weights)
-    passes = graphs(model, cache, cuda_ops(), compiled=False)
     used = []
-    for _ in range(7):  # 3,500 tokens; gpu_report has a phase with 10,000
-        tokens = generate(model, text[:20], max_new_tokens=500, stop_ids=(), cache=cache, captured=passes)
-        assert sum(1 for _ in tokens) == 500
-        used.append(torch.cuda.memory_allocated())
+    with graphs(model, cache, cuda_ops(), compiled=False) as passes:
+        for _ in range(7):  # 3,500 tokens; gpu_report has a phase with 10,000
+            tokens = generate(model, text[:20], max_new_tokens=500, stop_ids=(), cache=cache, captured=passes)
+            assert sum(1 for _ in tokens) == 500
+            used.append(torch.cuda.memory_allocated())
     assert used[-1] <= used[1]
 
 
@@ -328,7 +353,7 @@ def test_a_model_in_two_places(tiny: Model) -> None:
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     """A few tokens of the built-in model are the same as on the CPU."""
     texts = []
-    for device in (ON.type, "cpu"):
+    for device in (ON.type, "cpu") if HAS_GPU else ("cpu", "cpu"):
         assert main(["Once upon a time", f"--weights={TINY}", f"--device={device}", "--max-new-tokens=6"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]

@@ -22,7 +22,7 @@ from llama3_raw.backends.choose import suitable_ops
 from llama3_raw.model import REFERENCE
 from llama3_raw.perplexity import main as perplexity
 from llama3_raw.tracing.__main__ import main as tracing
-from tests.backends.pretend_gpu import APPLE_GPU, PretendGpu
+from tests.backends.pretend_gpu import APPLE_GPU, PretendGpu, generators_on
 from tests.paths import TINY
 
 yaml = pytest.importorskip("yaml")
@@ -64,21 +64,12 @@ class Recorded(TorchDispatchMode):
         return out
 
 
-class Generator(torch.Generator):
-    """Says that it is on the fake GPU."""
-
-    device = APPLE_GPU
-
-    def __new__(cls, device: torch.device) -> Generator:
-        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
-
-
 @pytest.fixture
 def apple(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 1 << 33)
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 0)
-    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch, "Generator", generators_on(APPLE_GPU))
     with PretendGpu(APPLE_GPU) as gpu:
         yield gpu
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,33 +16,26 @@ from llama3_raw.backends.choose import ops_for, suitable_ops
 from llama3_raw.backends.offload import mixed_ops
 from llama3_raw.bench import __main__ as bench
 from llama3_raw.checkpoint.checkpoint import Checkpoint
-from llama3_raw.checkpoint.loading import build_weights, to_state_dict
+from llama3_raw.checkpoint.loading import build_weights, from_state_dict, to_state_dict
 from llama3_raw.compare import __main__ as compare
 from llama3_raw.decoding.loop import generate
 from llama3_raw.quantization.matrix import Matrix
 from llama3_raw.tracing import __main__ as tracing
 from llama3_raw.weights import tensor_specs
-from tests.backends.pretend_gpu import GPU, OnGpu, PretendGpu
+from tests.backends.pretend_gpu import GPU, OnGpu, PretendGpu, generators_on, plain_staging
 from tests.paths import TINY
-from tests.references import random_weights
+from tests.references import flat, random_weights
 
 SMALL = {"dim": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 96, "norm_eps": 1e-5, "multiple_of": 32}
 PARAMS = Params.from_meta(SMALL)
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
-@contextmanager
-def plain_staging(device: torch.device, largest: int) -> Iterator[Callable[[Tensor, torch.dtype | None], Tensor]]:
-    """Like `staging.staging`, without the pinned memory that only a real GPU has."""
-    yield lambda tensor, dtype: tensor.to(device, dtype=dtype)
-
-
 @pytest.fixture
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A fake GPU of 100 GB, with the CPU's random numbers and the exact operations."""
     monkeypatch.setattr("llama3_raw.backends.cuda.cuda_ops", lambda: REFERENCE)
-    generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
+    monkeypatch.setattr(torch, "Generator", generators_on(GPU))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
     monkeypatch.setattr("llama3_raw.checkpoint.loading.staging", plain_staging)
@@ -55,6 +47,19 @@ def checkpoint(tied: bool = False) -> Checkpoint:
     tensors = to_state_dict(PARAMS, random_weights(PARAMS, torch.bfloat16, seed=0, tied=tied))
     shards = {spec: [tensors[spec.meta_name]] for spec in tensor_specs(PARAMS, tied)}
     return Checkpoint("a model", PARAMS, shards, hf=False)
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_a_state_dict_stays_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is; and the system gets no advice about addresses of the GPU's memory."""
+    tensors = to_state_dict(PARAMS, random_weights(PARAMS, torch.bfloat16, seed=0))
+    advised: list[Tensor] = []
+    monkeypatch.setattr("llama3_raw.checkpoint.loading.read_single_pages", advised.append)
+    on_gpu = from_state_dict(PARAMS, {name: tensor.to(GPU) for name, tensor in tensors.items()})
+    assert {tensor.device for tensor in flat(on_gpu)} == {GPU}
+    assert advised == []
+    from_state_dict(PARAMS, tensors)
+    assert len(advised) == 1
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

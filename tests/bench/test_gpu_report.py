@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llama3_raw.backends.cuda import cuda_ops
+from llama3_raw.backends.cuda_graphs import CudaGraphs
 from llama3_raw.bench.gpu_report import __main__ as gpu_report
 from llama3_raw.bench.gpu_report.__main__ import Report, main
 from llama3_raw.bench.gpu_report.phases import PHASES
@@ -48,6 +49,47 @@ def test_a_phase(name: str, tmp_path: Path) -> None:
     assert rows
     assert all(math.isfinite(value) and value >= 0 for value in rows.values() if not isinstance(value, str))
     assert (tmp_path / PROFILE).exists() == (name == "profile")
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_the_tests_of_the_gpu(tmp_path: Path) -> None:
+    """They pass on a fake GPU, whose tensors cannot be mixed with those of the CPU."""
+    rows: dict[str, Any] = {}
+
+    def emit(name: str, value: float | str, unit: str = "", is_detail: bool = False) -> None:
+        rows[name] = value
+
+    with rehearsal_stage(tmp_path) as stage:
+        PHASES["correctness"].run(stage, emit)
+    assert rows["tests failed"] == 0, rows
+    assert rows["tests passed"] >= 14
+
+
+@pytest.mark.slow
+def test_without_a_graph_there_is_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would run under the name of a graph is not reported; what needs none is."""
+    rows: dict[str, Any] = {}
+
+    def emit(name: str, value: float | str, unit: str = "", is_detail: bool = False) -> None:
+        rows[name] = value
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with rehearsal_stage(tmp_path) as stage:
+        possible = CudaGraphs.where_possible
+
+        def where_possible(*arguments: Any) -> CudaGraphs | None:
+            graphs = possible(*arguments)
+            if graphs is not None:
+                graphs._capture = fail
+            return graphs
+
+        monkeypatch.setattr(CudaGraphs, "where_possible", where_possible)
+        with pytest.raises(RuntimeError, match="no graph is captured"):
+            PHASES["decode"].run(stage, emit)
+    assert {name.split(",")[0] for name in rows} == {"fast operations", "exact operations"}
 
 
 @pytest.mark.slow
@@ -173,7 +215,10 @@ def test_table() -> None:
     assert table.endswith("decode, graph, context 17: 2.00 x transformers-compiled, ≥ 3.0: NOT MET\n")
 
 
-@pytest.mark.parametrize(("value", "text"), [(4300.4, "4,300"), (251.26, "251.3"), (3.14159, "3.142"), (12, "12")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(4300.4, "4,300"), (251.26, "251.3"), (3.14159, "3.142"), (12, "12"), (math.nan, "nan"), (math.inf, "inf")],
+)
 def test_numbers(value: float, text: str) -> None:
     assert shown(value) == text
 

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -113,7 +114,17 @@ def _run_phase(name: str, seconds: float, report: Report, log: TextIO, options: 
     start = time.monotonic()
     command = [sys.executable, "-m", "llama3_raw.bench.gpu_report", "--run", name, *options]
     cut = threading.Event()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True) as process:
+    with (
+        tempfile.TemporaryDirectory() as scratch,  # a phase that is cut leaves its files, of up to 16 GB
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+            env={"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor", **os.environ, "TMPDIR": scratch},
+        ) as process,
+    ):
 
         def kill() -> None:  # with all that it has started
             cut.set()
@@ -127,9 +138,10 @@ def _run_phase(name: str, seconds: float, report: Report, log: TextIO, options: 
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                if line.startswith("{"):
-                    report.add({"phase": name, **json.loads(line)})
-                else:
+                try:
+                    row = json.loads(line)
+                    report.add({"phase": name, "name": row["name"], **row})
+                except (ValueError, TypeError, KeyError):  # another library's line
                     log.write(line)
         except BaseException:  # such as Ctrl-C
             kill()

@@ -25,7 +25,7 @@ from ..synthetic import synthetic_checkpoint
 from .stage import Emit, Stage
 
 _SMALL = 100  # launches of a small kernel in a row
-_BYTES = 1 << 28  # of different matrices in a row, several times a GPU's cache
+_BYTES = 1 << 30  # of different matrices in a row: many times a GPU's cache, and longer than starting a graph takes
 CANDIDATES = [
     Division(16, 256, splits, stages, warps) for splits in (1, 2, 4) for stages, warps in ((4, 4), (6, 2), (4, 8))
 ] + [Division(32, 128, 1, 4, 4), Division(32, 256, 1, 3, 8), Division(16, 128, 1, 6, 4), Division(16, 512, 1, 3, 4)]
@@ -91,7 +91,7 @@ def launches(stage: Stage, emit: Emit) -> None:
     heads = x.view(1, params.n_heads, -1)
     cos, sin = rope_rotation(token_positions(17, 1, stage.device), params)
     threes = [(wq[i], wk[2 * i % len(wk)], wk[(2 * i + 1) % len(wk)]) for i in range(len(wq))]
-    pairs = [(w1[i], w1[i - 1]) for i in range(len(w1))]
+    pairs = list(zip(w1[::2], w1[1::2], strict=False))
 
     def single(matrix: Tensor) -> Tensor:
         y: Tensor = linear_few(x, matrix, None, None)

@@ -62,6 +62,7 @@ def versions(stage: Stage, emit: Emit) -> None:
         return
     card = torch.cuda.get_device_properties(stage.device)
     emit("device", card.name)
+    emit("kernels", "compiled by Triton" if cuda_ops().can_capture else "NONE: Triton fails, see the log")
     emit("compute capability", f"{card.major}.{card.minor}")
     emit("multiprocessors", card.multi_processor_count)
     emit("memory", card.total_memory / 1e9, "GB")
@@ -125,14 +126,16 @@ def correctness(stage: Stage, emit: Emit) -> None:
 def decode(stage: Stage, emit: Emit) -> None:
     """Decode one text without compiling: by a graph, by the fast operations step by step, by the exact ones."""
     model = stage.model()
-    graph = stage.engine(model, cuda_ops())
-    for context in stage.contexts:
-        rate = stage.decode_rate(graph, context)
-        emit(f"graph, context {context}", rate, "tokens/s")
-        emit(f"graph, context {context}, weights read", rate * bytes_per_token(model.weights) / 1e9, "GB/s")
-    del graph
-    for name, ops in (("fast operations", eager(cuda_ops())), ("exact operations", REFERENCE)):
-        _decode_at(stage, emit, name, stage.engine(model, ops))
+    try:
+        graph = stage.engine(model, cuda_ops())
+        for context in stage.contexts:
+            rate = stage.decode_rate(graph, context)
+            emit(f"graph, context {context}", rate, "tokens/s")
+            emit(f"graph, context {context}, weights read", rate * bytes_per_token(model.weights) / 1e9, "GB/s")
+        del graph
+    finally:  # the others are worth knowing also if no graph can be captured
+        for name, ops in (("fast operations", eager(cuda_ops())), ("exact operations", REFERENCE)):
+            _decode_at(stage, emit, name, stage.engine(model, ops))
 
 
 def _decode_at(stage: Stage, emit: Emit, name: str, engine: Engine) -> None:
@@ -258,7 +261,7 @@ def memory(stage: Stage, emit: Emit) -> None:
 PHASES: dict[str, Phase] = {
     "versions": Phase(versions, 30, "what runs on what"),
     "roofline": Phase(roofline, 40, "what the card can do at most"),
-    "correctness": Phase(correctness, 150, "tests/backends/test_gpu.py"),
+    "correctness": Phase(correctness, 240, "tests/backends/test_gpu.py"),
     "decode": Phase(decode, 90, "8B, one text, not compiled"),
     "prefill": Phase(prefill, 60, "8B, a prompt to its next token"),
     "profile": Phase(profile, 60, "8B, the kernels of a token and of a prompt"),

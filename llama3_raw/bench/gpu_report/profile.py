@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from ...backends.cuda import cuda_ops
-from ...model import forward
+from ...model import KVCache, forward
 from ...weights import Model
 from ..engines import random_ids
 from ..roofline import copy_speed
@@ -23,6 +23,7 @@ from .stage import Emit, Stage
 PROFILE = "profile.txt"
 _ITEMSIZES = {"c10::BFloat16": 2, "c10::Half": 2, "float": 4, "double": 8, "signed char": 1, "unsigned char": 1}
 _ITEMSIZES |= {"long int": 8, "int": 4, "bool": 1, "c10::complex<float>": 8}
+_FEW_ROWS = ("aten::embedding", "aten::index", "aten::index_select")  # they read little of their inputs
 _SHOWN = 60  # characters of a kernel's name
 
 
@@ -31,7 +32,7 @@ class Launch(NamedTuple):
 
     kernel: str
     operator: str
-    n_bytes: int  # of the operator's inputs: what a product reads, less its result
+    n_bytes: int  # of the operator's inputs: what a product reads, less its result; 0 of one that reads few rows
 
 
 def profile(stage: Stage, emit: Emit) -> None:
@@ -43,7 +44,9 @@ def profile(stage: Stage, emit: Emit) -> None:
     passes = [(1, context, f"one token after {context}") for context in stage.contexts]
     passes.append((min(stage.prompts[-1], cuda_ops().prefill_chunk), 0, "a chunk of a prompt"))
     for length, start, title in passes:
-        events = _events(stage, model, engine.cache, length, start)
+        # as long as what is read of it, so that its size says how much that is
+        cache = KVCache(*(tuple(tensor[: start + length] for tensor in tensors) for tensors in engine.cache))
+        events = _events(stage, model, cache, length, start)
         times = launches_in(events, is_gpu=stage.device.type == "cuda")
         n_launches = sum(map(len, times.values()))
         total = sum(map(sum, times.values()))
@@ -53,7 +56,7 @@ def profile(stage: Stage, emit: Emit) -> None:
         (stage.folder / PROFILE).write_text("\n\n".join(text) + "\n")
 
 
-def _events(stage: Stage, model: Model, cache: Any, length: int, start: int) -> list[dict[str, Any]]:
+def _events(stage: Stage, model: Model, cache: KVCache, length: int, start: int) -> list[dict[str, Any]]:
     """Return the events of one pass, step by step, as operators and kernels of a trace."""
     tokens = torch.tensor(random_ids(model, length), device=stage.device)
     at: int | torch.Tensor = torch.tensor(start, device=stage.device) if length == 1 else start
@@ -90,7 +93,9 @@ def launches_in(events: Sequence[Mapping[str, Any]], is_gpu: bool) -> dict[Launc
     times: dict[Launch, list[float]] = defaultdict(list)
     for kernel in kernels:
         operator = operators.get(kernel["args"].get("External id"), {})
-        launch = Launch(kernel["name"], operator.get("name", "?"), _input_bytes(operator.get("args", {})))
+        name = operator.get("name", "?")
+        n_bytes = 0 if name in _FEW_ROWS else _input_bytes(operator.get("args", {}))
+        launch = Launch(kernel["name"], name, n_bytes)
         times[launch].append(float(kernel["dur"]))
     return dict(times)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..engines import Engine, ThisEngine
 from ..roofline import seconds_of
 from ..synthetic import random_weights, synthetic_checkpoint
 
+_ROUND = 0.01  # seconds
 _TINY = {
     **{"dim": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 64},
     **{"multiple_of": 32, "ffn_dim_multiplier": 0.3, "norm_eps": 1e-05, "rope_theta": 500000.0},
@@ -71,16 +73,31 @@ class Stage(NamedTuple):
         return ThisEngine(model, self.longest, ops, compiled=compiled)
 
     def decode_rate(self, engine: Engine, context: int, new_tokens: int | None = None) -> float:
-        """Return tokens/s, the median of the rounds after one to warm up, which compiles and captures."""
+        """Return tokens/s, the median of the rounds after one to warm up, which compiles and captures.
+
+        Raises RuntimeError if that fails: without a graph this engine would decode slowly under a wrong name.
+        """
         count = new_tokens or self.new_tokens
         engine.decode(context, count)
+        if isinstance(engine, ThisEngine) and engine.failures:
+            raise RuntimeError("; ".join(engine.failures))
         return count / statistics.median(engine.decode(context, count) for _ in range(self.rounds))
 
     def microseconds(self, function: Callable[[], Tensor], repeats: int = 1) -> float:
-        """Return the time of a captured function, the median of the rounds, divided by its repeats."""
+        """Return the time of a captured function, the median of the rounds, divided by its repeats.
+
+        A round replays it for _ROUND: starting and waiting take as long as some kernels, and the clock has to rise.
+        """
         replay = self.capture(function)
         replay()
-        return 1e6 * statistics.median(seconds_of(replay, self.device) for _ in range(self.rounds)) / repeats
+        count = 1 if self.is_rehearsal else math.ceil(_ROUND / seconds_of(replay, self.device))
+
+        def replays() -> None:
+            for _ in range(count):
+                replay()
+
+        replays()
+        return 1e6 * statistics.median(seconds_of(replays, self.device) for _ in range(self.rounds)) / count / repeats
 
 
 def gpu_stage(folder: Path) -> Stage:
