@@ -14,7 +14,7 @@ from ..errors import UserError, in_short
 from ..model import REFERENCE, forward
 from ..ops import Ops, Tap
 from ..params import Params
-from ..tracing.names import FIRST, LAST, NamedTensor, named_tensors
+from ..tracing.names import FIRST, LAST, NamedTensor, named_tensors, token_dimension
 from ..tracing.padding import read_prompts
 from ..tracing.partial import names_of_pass
 from ..tracing.record import Trace, check_trace, count_layers, tokens_of_one_prompt
@@ -29,6 +29,11 @@ from .rounding import Limits, Precision, Simulation, Swap, eps_of, judged, swaps
 _COMPARABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _SINGLE = 10.0  # as much more of what rounding explains is in one value than in its row, if no other one is wrong
+
+_AS_IN_BFLOAT16 = eps_of(torch.bfloat16) / eps_of(torch.float32) / 2.5  # times what rounding in fp32 explains
+
+_SAMPLES = 16  # positions that show what rounding does
+_SAMPLED = 256  # tokens of them in a pass, at most, if the prompt is no longer
 
 Padding = Literal["left", "right"]
 
@@ -169,6 +174,11 @@ class Comparison(NamedTuple):
                 text += f"\nThe first step that differs alone is {self._first_place(other)}"
         elif self.diverged:
             text = f"They diverge first at {self._first_place(other)}"
+            if self._may_be_bfloat16:
+                text += (
+                    "\nEvery product differs, by no more than rounding in bfloat16 explains: if the port multiplies in "
+                    "it (autocast, TF32, JAX's default), give rounding=torch.bfloat16 (--rounding bfloat16)."
+                )
         elif self.agree:
             text = (
                 f"They agree: no step alone differs by more than {rounding}.\nEnd to end, the runs differ by at most "
@@ -189,6 +199,19 @@ class Comparison(NamedTuple):
             text += f"with a relative difference of {beyond.whole.relative:.2g}."
         return text
 
+    @property
+    def _may_be_bfloat16(self) -> bool:
+        """Whether tensors that are judged in fp32 differ as if only the products, all of them, were in bf16."""
+        products = [step for step in self.steps if self.made[step.name].made_by.startswith("linear")]
+        stream = [step for step in self.steps if self.made[step.name].made_by == "layer: the sum"]
+        affected = products if len(products) > 1 else [*products, *stream]
+        return (
+            self.dtype == torch.float32
+            and len(affected) > 0
+            and all(step.diverges for step in affected)
+            and all(step.excess <= _AS_IN_BFLOAT16 for step in self.steps)
+        )
+
     def _swapped(self) -> list[str]:
         """Return a line on the positions at which the most likely tokens differ."""
         unexplained = self.unexplained_swaps
@@ -199,10 +222,10 @@ class Comparison(NamedTuple):
         if len(unexplained or self.swaps) > 1:
             where += f"; {len(unexplained or self.swaps)} positions in all"
         if unexplained:
-            return [
-                f"The most likely token differs at {where}. Their logits moved by {swap.moved:.2g}, where rounding "
-                f"explains {swap.explained:.2g}."
-            ]
+            moved = f"moved by {swap.moved:.2g}, where rounding explains {swap.explained:.2g}"
+            if not math.isfinite(swap.moved):
+                moved = "are infinite or NaN"
+            return [f"The most likely token differs at {where}. Their logits {moved}."]
         return [f"The most likely token differs at {where}; the two are so close that rounding decides."]
 
     def _first_place(self, other: str) -> str:
@@ -213,8 +236,10 @@ class Comparison(NamedTuple):
             differs = f"cannot be compared: in {other}, {first.own.unlike}"
             if first.shape != first.their_shape:
                 check = "its layout, which should be that of model.py"
-                if first.name == FIRST and first.shape[1:] == first.their_shape[-1:]:
-                    check = "the tokens, of which one run has more (BOS?)"
+                if len(first.their_shape) == len(first.shape) + 1:
+                    check = f"its batch: compare one prompt, and not {first.their_shape[0]} rows"
+                elif first.name == FIRST and first.shape[1:] == first.their_shape[-1:]:
+                    check = "the tokens, of which one run has more (BOS? padding=, --padding)"
         else:
             differs = self._how(first, other)
         text = f"{first.name} (in model.py, {made.made_by}).\nFrom the same input, it {differs}.\nLook at: {check}."
@@ -243,7 +268,8 @@ class Comparison(NamedTuple):
                 f"at most); {explains}"
             )
         rows = " over all rows" if step.kind == "rows" else ""
-        return f"differs by {figure:.2g}{rows} (relative; {largest} absolute); {explains}"
+        at = ", ".join(map(str, step.own_measured.at))
+        return f"differs by {figure:.2g}{rows} (relative; {largest} absolute; most at [{at}]); {explains}"
 
     def _unseen_before(self, name: str) -> list[str]:
         """Return the tensors between this one and those before it that the other run has, in the order of the pass.
@@ -283,7 +309,7 @@ class Comparison(NamedTuple):
             "value": first and _finite(first.own_measured.value),
             "value_rounding": first and _finite(first.own_limits.value),
             "at": first and list(first.own_measured.at),
-            "swaps": [swap._asdict() | {"is_explained": swap.is_explained} for swap in self.swaps[:20]],
+            "swaps": [swap.to_json() for swap in self.swaps[:20]],
             "understood": list(self.notes),
         }
 
@@ -307,8 +333,8 @@ def compare(  # noqa: PLR0913  # what a caller may set
     """Compare another run over the prompt with the model's own, and find where it diverges.
 
     The model runs twice over the prompt: with the other run's tensor put in at each name, so that an error does not
-    reach the next step, and alone. It runs twice more, over two rows each, with every tensor of one row perturbed as
-    rounding does, to measure what rounding explains.
+    reach the next step, and alone. It runs twice more, over two rows each, or over more of a short prompt, with every
+    tensor of all rows but one perturbed as rounding does, to measure what rounding explains.
 
     Args:
         model: the weights to run; a mapping cannot tell whether it is of the same ones. If the tensors are of a finer
@@ -339,7 +365,7 @@ def compare(  # noqa: PLR0913  # what a caller may set
     named = shared_tensors(other, params, ops)
     precision = Precision.of(dtype or weights_dtype, named.tensors, rounding)
     # two rows take as much memory as somewhat more tokens, since scores grow with the square
-    check_trace(params, precision.run, math.ceil(1.5 * len(ids)), LAST, ops=ops)
+    check_trace(params, precision.run, max(_SAMPLED, math.ceil(1.5 * len(ids))), LAST, ops=ops)
     reader = Reader(named, params, len(ids), padding)
     passes = _Passes(model, ids, ops if precision.run == weights_dtype else _in_fp32(ops), reader, precision, progress)
     own, (whole, shapes, logits) = passes.fed(), passes.alone()
@@ -417,15 +443,22 @@ class _Passes:
         def put(name: str, exact: Tensor) -> Tensor | None:
             return self._replaced(name, exact) if name in self._reader.others else None
 
-        simulation = Simulation(self._precision.without(self._as_ours), self._part, put if is_fed else None)
-        self._run(simulation, rows=2)
+        precision, params = self._precision.without(self._as_ours), self._model.params
+        simulation = Simulation(precision, params, self._part, put if is_fed else None)
+        self._run(simulation, simulation.ops(self._ops), rows=1 + self._samples())
         return simulation
 
-    def _run(self, tap: Tap, rows: int | None = None) -> None:
+    def _samples(self) -> int:
+        """Return how many rows to perturb: of few positions, one sample of rounding says little about the worst."""
+        others = {name: tensor for name, tensor in self._reader.others.items() if name not in self._reader.unlike}
+        positions = min((tensor.shape[token_dimension(name)] for name, tensor in others.items()), default=1)
+        return max(1, min(math.ceil(_SAMPLES / max(1, positions)), _SAMPLED // len(self._ids)))
+
+    def _run(self, tap: Tap, ops: Ops | None = None, rows: int | None = None) -> None:
         weights, params, ids = self._model.weights, self._model.params, self._ids
         tokens = torch.tensor(ids if rows is None else [ids] * rows, device=weights.norm.device)
         with count_layers(params, self._progress) as count, torch.no_grad():
-            forward(weights, params, tokens, ops=self._ops, tap=chain(tap, count))
+            forward(weights, params, tokens, ops=ops or self._ops, tap=chain(tap, count))
 
     def _part(self, name: str, tensor: Tensor) -> Tensor:
         theirs = self._reader.others.get(name)

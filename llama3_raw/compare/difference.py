@@ -15,6 +15,9 @@ TOP_K = 10  # the most likely tokens whose overlap is reported
 _MASKED = -1e4
 
 
+_RESIDUE = 1e-6  # times the longest row: less may be what rounding leaves of a gradient that is 0
+
+
 class Difference(NamedTuple):
     """The difference between two tensors. Both figures are infinite if they cannot be compared value by value."""
 
@@ -43,8 +46,8 @@ def difference(a: Tensor, b: Tensor) -> Difference:
     """Return the difference between a and b, both [..., n], over the rows of the last dimension.
 
     Each row is measured alone, because trained models let the values of the first token grow a thousandfold, which
-    would hide all others. A row shorter than the median is measured against the median length: a few scores that
-    happen to be near zero say nothing about rounding. Computed on the CPU, which has fp64 for the norms.
+    would hide all others. A row shorter than the median of those that are not zero is measured against the median: a
+    few scores that happen to be near zero say nothing about rounding. On the CPU, which has fp64 for the norms.
     """
     return measure(a, b).difference
 
@@ -62,14 +65,19 @@ def measure(a: Tensor, b: Tensor) -> Measured:
     masked = ((a == -torch.inf) & (b <= _MASKED)) | ((a <= _MASKED) & (b == -torch.inf))
     same = masked | (a == b) | (a.isnan() & b.isnan())
     finite = a.isfinite() & b.isfinite() & ~masked
-    unlike = int((~same & ~finite).sum())
-    if unlike:
-        return incomparable(f"{unlike:,} of its {a.numel():,} values are infinite or NaN on one side only")
+    unlike = ~same & ~finite
+    if unlike.any():
+        at = tuple(unlike.nonzero()[0].tolist())
+        first = f"first {list(at)}, {float(b[at]):.4g} there and {float(a[at]):.4g} here"
+        return incomparable(
+            f"{int(unlike.sum()):,} of its {a.numel():,} values are infinite or NaN on one side only: {first}"
+        )
     apart, a, b = (torch.where(finite, x, 0.0) for x in (a - b, a, b))
     # in fp64 the square of the most negative fp32 number, which some use as a mask, is finite
     lengths = vector_norm(apart, dim=-1, dtype=torch.float64)  # [...]
     sizes = vector_norm(b, dim=-1, dtype=torch.float64)
-    sizes = sizes.clamp(min=sizes.median())
+    if sizes.any():  # rows of zeros are the gradients of positions that no loss comes from
+        sizes = sizes.clamp(min=torch.maximum(sizes[sizes > 0].median(), _RESIDUE * sizes.max()))
     relative = torch.where(lengths == 0, 0.0, lengths / sizes)
     typical = sizes / finite.sum(-1).clamp(min=1).sqrt()  # the RMS of the row
     apart = apart.abs()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..model import rms_norm, rope, rope_rotation
 from ..params import Params
-from ..tracing.names import named_tensors, token_dimension, within_layer
+from ..tracing.names import LAST, named_tensors, token_dimension, within_layer
 from .difference import measure
 from .names import Renamed
 from .rounding import eps_of
@@ -152,6 +152,10 @@ class Reader:
         sizes |= {"H": n_heads, "HD": n_heads * params.head_dim}
         if kind == "T N":
             sizes["N"] = getattr(params, made[1])
+        understood: tuple[str, ...] = ()
+        if name == LAST and theirs.dim() and theirs.shape[-1] > params.vocab_size:
+            understood = (f"the first {params.vocab_size} of {theirs.shape[-1]} logits, a padded vocabulary",)
+            theirs = theirs[..., : params.vocab_size]
         without_batch = [theirs]
         while without_batch[-1].dim() > 1 and without_batch[-1].shape[0] == 1:
             without_batch.append(without_batch[-1][0])
@@ -159,7 +163,7 @@ class Reader:
         for tensor in reversed(without_batch):
             for layout in _LAYOUTS[kind]:
                 note = _LAYOUT_NOTES.get(layout)
-                notes = (note,) if note else ()
+                notes = (*understood, note) if note else understood
                 found = _arranged(tensor, layout, kind, sizes)
                 if found is not None and not (per_kv_head and "G" in layout):
                     yield _Form(found, notes)
@@ -226,7 +230,7 @@ class Reader:
         if self._of_gradients:  # a probability that is 0 has a gradient all the same
             takes_part = name.endswith("scores") and bool(rest.any())
         elif name.endswith("probs"):
-            takes_part = bool((rest > _NOTHING).any())
+            takes_part = not bool((rest <= _NOTHING).all())  # also if it is NaN
         else:
             largest = kept.masked_fill(_future(kept), -torch.inf).amax(-1, keepdim=True)
             takes_part = bool((rest > largest - _HIDDEN).any()) and not self._is_masked_later(name)
@@ -239,7 +243,7 @@ class Reader:
     def _masked(self, name: str, form: _Form, ours: Tensor) -> _Form:
         """Return scores with -inf wherever they are masked, or will be."""
         theirs, future = form.tensor, _future(form.tensor)
-        if theirs.shape != part_of(name, ours, theirs).shape or not future.any():
+        if theirs.shape != part_of(name, ours, theirs).shape or not future.any() or theirs.isnan().any():
             return form
         largest = theirs.masked_fill(future, -torch.inf).amax(-1, keepdim=True)
         hidden = (theirs <= largest - _HIDDEN)[future.expand_as(theirs)]
@@ -263,7 +267,7 @@ class Reader:
                 probs = probs.narrow(-2, begin, self._length)
             is_last = probs.shape[-2] < self._length
             ahead = probs[..., begin + self._length :] if is_last else probs.triu(1 + begin)
-            if not (ahead > _NOTHING).any():
+            if (ahead <= _NOTHING).all():  # and not NaN
                 return True
         return False
 

@@ -22,7 +22,7 @@ from .difference import Measured, incomparable, measure
 from .files import as_tensor
 from .forms import Reader
 from .names import Renamed
-from .rounding import Limits, Precision, eps_of
+from .rounding import Limits, Noise, Precision, eps_of, other_arithmetic
 
 _PASS_FIRST = "and whether the pass itself agrees"
 _LOSS = f"the loss: the mean cross-entropy of the next token, over all positions but the last; {_PASS_FIRST}"
@@ -47,7 +47,8 @@ def compare_gradients(
     """Compare the gradients of another run with the model's own, and find where they diverge on the way back.
 
     The loss is the mean cross-entropy of the next token over the prompt. Four passes forwards and back: alone; with the
-    other run's gradient put in at each name; and each again with every tensor and gradient perturbed as rounding does.
+    other run's gradient put in at each name; and each again with every tensor and gradient perturbed as rounding
+    does.
 
     Args:
         model: the weights; where `other` has the gradient of a weight, that is no quantized matrix.
@@ -130,7 +131,8 @@ def _by_kind(other: Mapping[str, Any], params: Params, tied: bool) -> tuple[dict
                     gradient = (
                         gradient.view(-1, 2, params.head_dim // 2, params.dim).transpose(1, 2).reshape(spec.shape)
                     )
-                if not torch.equal(of_weights.get(spec.meta_name, gradient), gradient):
+                same = of_weights.get(spec.meta_name, gradient)
+                if same.shape != gradient.shape or not torch.allclose(same, gradient, rtol=0, atol=0, equal_nan=True):
                     raise UserError(f"{spec.meta_name} and {spec.hf_name} are the same weight, with other gradients")
                 of_weights[spec.meta_name] = gradient
     if tied and "output.weight" in of_weights:
@@ -175,14 +177,10 @@ class _Passes:
         params, weights = self._model.params, self._model.weights
         tokens = torch.tensor(self._ids, device=weights.norm.device)
         gradients: dict[str, Tensor] = {}
-        generator = torch.Generator(tokens.device).manual_seed(0)
-        eps = eps_of(self._precision.rounding)
+        noise, eps = Noise(), eps_of(self._precision.rounding)
 
         def shaken(tensor: Tensor) -> Tensor:
-            if not noisy:
-                return tensor
-            noise = torch.rand(tensor.shape, generator=generator, device=tensor.device).mul_(2 * eps).add_(1 - eps)
-            return (tensor * noise).to(tensor.dtype)
+            return (tensor * noise(eps, tensor)).to(tensor.dtype) if noisy else tensor
 
         def keep(name: str, gradient: Tensor) -> Tensor:
             gradients[name] = gradient.detach().cpu().clone()
@@ -199,6 +197,8 @@ class _Passes:
         ops = self._ops
         if self._precision.run != weights.norm.dtype:
             ops = ops._replace(embed=lambda ids, table: self._ops.embed(ids, table).float())
+        if noisy:
+            ops = other_arithmetic(ops, params, eps, noise, lambda x, change: change(x))
         with torch.enable_grad():
             loss = next_token_loss(forward(weights, params, tokens, ops=ops, tap=tap), tokens)
             loss.backward()

@@ -44,7 +44,10 @@ _LAYER = {  # under "layers.N.", in the order of the pass
         "n_heads T T", "attend: softmax", ("attention.scores",), "the softmax in fp32, over the keys"
     ),
     "attention.heads": NamedTensor(
-        "T n_heads head_dim", "attend: probs v", ("attention.probs", "attention.v"), _GROUPS
+        "T n_heads head_dim",
+        "attend: probs v",
+        ("attention.probs", "attention.v"),
+        _GROUPS + ", v (without RoPE), its cache, dropout",
     ),
     "attention.out": NamedTensor(
         "T dim", "linear, wo", ("attention.heads",), "wo, its transpose, the order of the heads"
@@ -79,7 +82,7 @@ def named_tensors(params: Params) -> dict[str, NamedTensor]:
             tensors[prefix + name] = tensor._replace(inputs=inputs)
         before = f"{prefix}residual"
     tensors["norm"] = NamedTensor("T dim", "rms_norm", (before,), _NORM + "norm.weight")
-    output = "output (tok_embeddings if they are tied), its transpose"
+    output = "output (tok_embeddings if they are tied), its transpose, the position; nothing comes after it"
     tensors[LAST] = NamedTensor("T vocab_size", "linear, output", ("norm",), output)
     return tensors
 

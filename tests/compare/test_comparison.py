@@ -351,7 +351,9 @@ def test_a_dtype_may_be_a_name(tiny: Model, ids: list[int]) -> None:
 
 def test_other_tokens_and_layouts_are_named(tiny: Model, ids: list[int]) -> None:
     whole = trace(tiny, ids)
-    assert "Look at: the tokens, of which one run has more (BOS?)." in compare(tiny, ids[1:], whole).verdict()
+    assert "the tokens, of which one run has more (BOS? padding=, --" in compare(tiny, ids[1:], whole).verdict()
+    two_rows = {name: torch.stack((tensor, tensor)) for name, tensor in whole.items()}
+    assert "Look at: its batch: compare one prompt, and not 2 rows." in compare(tiny, ids, two_rows).verdict()
     without = {**whole, "norm": torch.zeros_like(whole["norm"])}
     assert "it has rows that are all zeros in the other run" in compare(tiny, ids, without).verdict()
 
@@ -418,7 +420,9 @@ def test_a_difference_is_relative_to_the_norm_of_its_row() -> None:
     for other in (math.nan, math.inf, 1.0):
         hidden, seen = torch.tensor([[-math.inf, 1.0]]), torch.tensor([[other, 1.0]])
         assert difference(hidden, seen).relative == math.inf
-        assert difference(seen, hidden).unlike == "1 of its 2 values are infinite or NaN on one side only"
+        unlike = difference(seen, hidden).unlike
+        assert unlike is not None
+        assert unlike.startswith("1 of its 2 values are infinite or NaN on one side only: first [")
 
 
 def test_how_similar_the_next_tokens_are() -> None:

@@ -24,10 +24,11 @@ from llama3_raw.compare.generation import compare_texts, first_difference, greed
 from llama3_raw.compare.gradients import next_token_loss
 from llama3_raw.compare.references import _HF, _gradients, gradients_hf, gradients_meta, hf_model, trace_hf
 from llama3_raw.compare.rounding import shown_dtype
+from llama3_raw.ops import Tap
 from llama3_raw.params import RopeScaling
 from tests.compare.conftest import PROMPT
 from tests.compare.ports import TorchPort, numpy_port
-from tests.paths import TINY
+from tests.paths import CACHE, TINY
 from tests.references import cast, dense, random_weights
 
 OWN_WEIGHTS = ["--weights", str(TINY)]
@@ -82,6 +83,60 @@ def test_ports_without_a_bug_agree(length: int, tiny: Model, ids: list[int]) -> 
     assert (
         "in Hugging Face's order, pairs half a head apart (layers.*.attention.q, layers.*.attention" in found.verdict()
     )
+
+
+@pytest.mark.slow
+def test_a_port_without_a_bug_agrees_on_a_long_prompt(fp32: Model) -> None:
+    """It has the angles of RoPE in fp64: the error of those in fp32 grows with the position. A bug in them is found."""
+    ids = [1, *range(20, 219)]
+    found = compare(fp32, ids, in_numpy(fp32, ids))
+    assert found.agree, found.verdict()
+    other = fp32._replace(params=replace(fp32.params, rope_theta=fp32.params.rope_theta * 1.0001))
+    assert first_of(compare(fp32, ids, in_numpy(other, ids))) == "layers.0.attention.q_rope"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ids", [[1], [504], [1, 504]], ids=str)
+def test_a_port_of_a_trained_model_agrees_on_short_prompts(ids: list[int], smollm2: Model) -> None:
+    """Its sums are in another order, and its first token has values that are a thousand times the others."""
+    model = smollm2._replace(weights=cast(smollm2.weights, torch.float32))
+    found = compare(model, ids, in_numpy(model, ids))
+    assert found.agree, found.verdict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probabilities_beside_fused_attention(dtype: torch.dtype, fp32: Model, tiny: Model, ids: list[int]) -> None:
+    """The heads are not computed from the probabilities that are saved, but from others, rounded otherwise."""
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor, start: int | Tensor, tap: Tap) -> Tensor:
+        REFERENCE.attend(q, keys, values, start, tap)
+        times = q.shape[-2] // keys.shape[-2]
+        heads, k, v = (x.transpose(-3, -2).float() for x in (q, keys, values))
+        k, v = k.repeat_interleave(times, -3), v.repeat_interleave(times, -3)
+        fused = F.scaled_dot_product_attention(heads, k, v, is_causal=True)
+        return fused.transpose(-3, -2).to(q.dtype)
+
+    model = fp32 if dtype == torch.float32 else tiny
+    for first in range(4):
+        prompt = ids[first:]
+        found = compare(model, prompt, trace(model, prompt, ops=REFERENCE._replace(attend=attend)))
+        assert found.agree, found.verdict()
+
+
+def test_products_in_bf16_are_pointed_out(fp32: Model, ids: list[int]) -> None:
+    """As autocast, TF32 and JAX compute them. The verdict says which option judges by that; a bug gets no such line."""
+
+    def linear(x: Tensor, weight: Any) -> Tensor:
+        return REFERENCE.linear(x.bfloat16(), weight.bfloat16()).float()
+
+    seen = trace(fp32, ids, ops=REFERENCE._replace(linear=linear))
+    for names in ("*", "*.residual", "logits"):
+        some = {name: seen[name] + 1e-9 for name in seen if names == "*" or name.endswith(names.strip("*"))}
+        found = compare(fp32, ids, some)
+        assert not found.agree
+        assert "(--rounding bfloat16)" in found.verdict()
+        assert compare(fp32, ids, some, rounding="bfloat16").agree
+    assert "--rounding" not in compare(fp32, ids, in_numpy(fp32, ids, ["eps 1e-6"])).verdict()
 
 
 def test_a_port_in_fp64_or_bf16_agrees(tiny: Model, ids: list[int]) -> None:
@@ -278,6 +333,10 @@ FORMS: dict[str, tuple[Change, str]] = {
     "last logits [V]": (of("logits", change=lambda x: x[-1]), "the last position alone (logits)"),
     "last logits [1, V]": (of("logits", change=lambda x: x[-1:]), "the last position alone (logits)"),
     "last logits [1, 1, V]": (of("logits", change=lambda x: x[None, -1:]), "the last position alone (logits)"),
+    "a padded vocabulary": (
+        of("logits", change=lambda x: F.pad(x, (0, 128), value=-1e30)),
+        "logits, a padded vocabulary (logits)",
+    ),
     "positions before heads": (of("scores", "probs", change=lambda x: x.transpose(0, 1)), "positions before heads"),
 }
 
@@ -293,6 +352,30 @@ def test_a_harmless_form_is_understood(form: str, exact: dict[str, Tensor], fp32
     # a form hides no bug
     wrong = {**tensors, "layers.2.feed_forward.up": tensors["layers.2.feed_forward.up"] * 1.001}
     assert first_of(compare(fp32, ids, wrong)) == "layers.2.feed_forward.up"
+
+
+def test_nan_is_no_form(exact: dict[str, Tensor], fp32: Model, ids: list[int]) -> None:
+    """It does not count as masked; the verdict says where the first is; JSON has no NaN."""
+    nan = {name: torch.full_like(x, torch.nan) for name, x in exact.items() if name[-6:] in ("scores", ".probs")}
+    found = compare(fp32, ids, {**exact, **nan})
+    assert first_of(found) == "layers.0.attention.scores"
+    assert "infinite or NaN on one side only: first [0, 0, 0], nan there and " in found.verdict()
+    assert found.notes == ()
+    logits = exact["logits"].clone()
+    logits[3, 5] = torch.nan
+    found = compare(fp32, ids, {**exact, "logits": logits})
+    assert "The most likely token differs at position 3: " in found.verdict()
+    assert "Their logits are infinite or NaN." in found.verdict()
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_bf16_saved_in_fp16(tiny: Model, ids: list[int]) -> None:
+    """Its values have the bits of bf16 only, so that is the rounding to expect."""
+    port = {name: torch.from_numpy(array).bfloat16() for name, array in in_numpy(tiny, ids).items()}
+    assert compare(tiny, ids, port).agree
+    found = compare(tiny, ids, {name: tensor.clamp(-6e4, 6e4).half() for name, tensor in port.items()})
+    assert found.dtype == torch.bfloat16
+    assert found.agree, found.verdict()
 
 
 BAD_FORMS: dict[str, tuple[Change, str, str]] = {  # and what the verdict says
@@ -535,6 +618,16 @@ def test_greedy_texts_are_equal(other: str, capsys: pytest.CaptureFixture[str]) 
     assert len(figures["ours"]) == 5
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("smollm2")  # makes the file
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_greedy_texts_of_a_trained_model(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the last position is compared; before it, keys and values differ by what rounding adds up to."""
+    options = ["--with", "hf", "--dtype", dtype, "--generate", "12", "The capital of France is"]
+    assert main(["--weights", str(CACHE / "SmolLM2-135M-Instruct.Q4_1.gguf"), *options]) == 0
+    assert "The texts are equal: 12 new tokens." in capsys.readouterr().out
+
+
 def test_a_stale_cache_is_found_where_the_texts_part(tiny: Model, fp32: Model, ids: list[int]) -> None:
     """The port's own cache: the tensors of the pass are of one position."""
     port = TorchPort(state(fp32), fp32.params, ["stale cache"])
@@ -603,8 +696,17 @@ def test_a_gradient_that_is_wrong_alone_is_named(fp32: Model, ids: list[int]) ->
     name = "layers.2.feed_forward.up"
     found = compare_gradients(fp32, ids, {**healthy, name: healthy[name] * 1.01})
     assert [step.name for step in found.diverged] == [name, "layers.2.ffn_norm"]
+    weight = {"layers.2.feed_forward.w1.weight.grad": torch.full((512, 192), torch.nan)}
+    assert first_of(compare_gradients(fp32, ids, weight)) == "layers.2.feed_forward.w1.weight"
     with pytest.raises(UserError, match="give a prompt of at least two tokens"):
         compare_gradients(fp32, ids[:1], healthy)
+
+
+def test_gradients_of_a_short_prompt(fp32: Model) -> None:
+    """Of two tokens the last has no loss, so that its gradients are 0."""
+    for ids in ([1, 300], [1, 300, 400]):
+        found = compare_gradients(fp32, ids, gradients_hf(fp32, ids))
+        assert found.agree, found.verdict()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
