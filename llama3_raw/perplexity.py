@@ -27,7 +27,7 @@ from .cli.options import check_context, parse_ids, read_text
 from .decoding.sampling import check_sound, is_sound
 from .errors import UserError
 from .model import KVCache, forward
-from .ops import Ops, Rows, Tap, announce, no_tap
+from .ops import Ops, Rows, Tap, accumulate_dtype, announce, no_tap
 from .params import Params
 from .weights import Model
 
@@ -182,7 +182,8 @@ def perplexity(  # noqa: PLR0913  # what a caller may set
     device, bos = model.weights.norm.device, model.tokenizer.bos_id if model.tokenizer else None
     cache = KVCache.allocate(model.params, max_seq_len=min(cut.context, len(ids)), like=model.weights)
     count, nats = 0, 0.0
-    logprobs = torch.full((len(ids),), torch.nan) if per_token else None
+    dtype = accumulate_dtype(model.weights.norm.dtype)
+    logprobs = torch.full((len(ids),), torch.nan, dtype=dtype) if per_token else None
     placed = list(cut.over(len(ids)))
     total = sum(window.end - window.first for window in placed)
     with tqdm(total=total, desc="scoring", unit="token", leave=False, disable=not progress) as bar:

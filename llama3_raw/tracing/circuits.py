@@ -210,13 +210,16 @@ def attention_at(kept: Mapping[str, Tensor], distance: int, *, start: int | None
         start: the first query position of the mean. None: the first that has such a key, `distance`.
 
     Raises:
-        UserError: the trace lacks probs or is of one position, or a prompt is too short.
+        UserError: the trace lacks probs or is not of whole prompts (as of one position, of a pass with a cache, or a
+            collection), or a prompt is too short.
     """
     names = [name for name in kept if name.endswith(".attention.probs")]
     if not names:
         raise UserError("the trace has no attention.probs; trace '*.probs'")
-    if getattr(kept, "at", None) is not None:
-        raise UserError("the trace is of one position; trace '*.probs' of all")
+    n_queries, n_keys = kept[names[0]].shape[-2:]
+    if getattr(kept, "at", None) is not None or n_queries != n_keys:
+        got = f"{n_queries} queries and {n_keys} keys"
+        raise UserError(f"the trace has probs of {got}; trace '*.probs' of a whole prompt, in one pass")
     lengths = getattr(kept, "lengths", None)  # of the prompts of a padded batch
     ends = [kept[names[0]].shape[-1]] if lengths is None else lengths.tolist()
     start = distance if start is None else start

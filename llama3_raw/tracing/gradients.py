@@ -93,7 +93,8 @@ def estimate_sweep(
         The estimates, in the shape of what `sweep` returns.
 
     Raises:
-        UserError: as `sweep` does; or steps are no number from 1 on.
+        UserError: as `sweep` does; steps are no number from 1 on; or a value changes to or from infinity, as where a
+            score is masked in one of both only.
     """
     if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise UserError(f"{steps}: should be a number from 1 on, or None", argument="steps")
@@ -104,12 +105,7 @@ def estimate_sweep(
     watched: dict[str, Tensor] = {}
     with _differentiating(model):
         base = Base(model, ids, trace(model, ids, *STREAM, *names, ops=REFERENCE), REFERENCE)
-        # the masked scores, -inf in both, do not differ
-        changes = {
-            name: (source[name].to(x.device) - x).to(wide).nan_to_num(0.0)
-            for name, x in base.kept.items()
-            if name in names
-        }
+        changes = {name: _change(name, source[name], x).to(wide) for name, x in base.kept.items() if name in names}
         value = checked_values(metric(base.run(0, 1, _watching(watched, *names))), 1)
         gradients = {name: gradient[0].to(wide) for name, gradient in _gradients(value, watched, "metric").items()}
         if steps is not None:
@@ -117,6 +113,15 @@ def estimate_sweep(
     products = {name: changes[name] * gradients[name] for name in names}
     effects = [[sum(float(products[name][where].sum()) for name, where, _ in cell) for cell in row] for row in cells]
     return value.detach() + value.new_tensor(effects).view(len(effects), *sizes)
+
+
+def _change(name: str, to: Tensor, x: Tensor) -> Tensor:
+    """Return the difference to x, 0 where both are masked scores. Raises UserError if it is not finite."""
+    to = to.to(x.device)
+    change = torch.where(to == x, 0.0, to - x)
+    if not change.isfinite().all():
+        raise UserError(f"{name} changes to or from infinity, so there is no estimate; use sweep, or patch its probs")
+    return change
 
 
 @contextlib.contextmanager

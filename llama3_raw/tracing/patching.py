@@ -190,19 +190,22 @@ def ablation(
 
     Args:
         kept: the tensors by tap name, such as a trace: of one prompt [T, …], or of a batch of prompts [B, T, …].
-        how: "zero"; "mean", over all prompts and positions without padding; or "resample", all tensors of one prompt
-            of the batch, chosen at random. (The trace of one other prompt is a source as it is.)
+        how: "zero", with scores still masked; "mean", over all prompts and positions without padding; or "resample",
+            all tensors of one prompt of the batch, chosen at random. (The trace of one other prompt is a source as it
+            is.)
         length: the number of positions of the zeros or means, and of the keys of zero scores and probs. None: T.
         generator: chooses the prompt. None: torch's own.
 
     Raises:
-        UserError: another `how`, a length below 1, the mean of scores or probs (whose keys are others at each
-            position), or resampling of the trace of one prompt, or of prompts of unequal length.
+        UserError: another `how`, a length below 1, a trace of one position, the mean of scores or probs (whose keys are
+            others at each position), or resampling of the trace of one prompt, or of prompts of unequal length.
     """
     if how not in ("zero", "mean", "resample"):
         raise UserError(f"should be 'zero', 'mean' or 'resample', is {how!r}", argument="how")
     if length is not None and length < 1:
         raise UserError(f"{length}: should be 1 or more", argument="length")
+    if getattr(kept, "at", None) is not None:
+        raise UserError("the trace is of one position; trace all positions")
     lengths = getattr(kept, "lengths", None)  # [B], of a padded batch
     replaced, row = {}, None
     for name, tensor in kept.items():
@@ -211,7 +214,7 @@ def ablation(
         size = prompts.shape[2 if square else 1] if length is None else length
         shape = (prompts.shape[1], size, size) if square else (size, *prompts.shape[2:])
         if how == "zero":
-            replaced[name] = prompts.new_zeros(()).expand(shape)
+            replaced[name] = _zeros(name, prompts, shape)
         elif how == "mean":
             if square:
                 raise UserError(f"{name} has no mean over positions, whose keys differ; ablate attention.heads or v")
@@ -226,6 +229,14 @@ def ablation(
             row = int(torch.randint(len(prompts), (), generator=generator)) if row is None else row
             replaced[name] = prompts[row]
     return replaced
+
+
+def _zeros(name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return zeros of this shape; scores stay masked."""
+    zeros = like.new_zeros(()).expand(shape)
+    if name.endswith(".scores"):
+        return zeros.masked_fill(zeros.new_ones(shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    return zeros
 
 
 def _beginning(tensor: Tensor, length: int) -> Tensor:
@@ -347,6 +358,8 @@ def _slice_of(end: End, params: Params, role: str, allowed: Sequence[str]) -> tu
 
 def _check_source(params: Params, length: int, source: Mapping[str, Tensor], names: Sequence[str]) -> None:
     """Raise UserError unless the source has these tensors, in the shapes of a prompt of this length."""
+    if getattr(source, "at", None) is not None:
+        raise UserError("the source is of one position; trace all positions")
     for name in names:
         if name not in source:
             raise UserError(f"the source lacks {name!r}; trace that name too, or trace without patterns")

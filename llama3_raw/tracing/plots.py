@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from ..errors import UserError, needed_package
 from ..model import REFERENCE, rms_norm, rope_frequencies
-from ..ops import Ops
+from ..ops import UNFUSED, Ops
 from ..params import Params
 from ..tokenizer import Tokenizer
 from ..weights import Model
+from .names import within_layer
 from .record import Trace
 
 needed_package("matplotlib", "llama3_raw.plots", "explain")
@@ -431,6 +432,7 @@ def _tensor(trace: Trace, name: str, dimensions: int) -> Tensor:
     if name not in trace:
         raise UserError(f"the trace lacks {name!r}; trace that name too, or trace without patterns")
     tensor = trace[name].cpu()
-    if tensor.dim() != dimensions:
+    is_partial = trace.at is not None or (within_layer(name) in UNFUSED and tensor.shape[-1] != tensor.shape[-2])
+    if tensor.dim() != dimensions or is_partial:
         raise UserError(f"{name} is {list(tensor.shape)}; use a trace of one prompt, with all its positions")
     return tensor

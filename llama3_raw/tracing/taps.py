@@ -173,7 +173,8 @@ class Patch(PatternTap):
         for pattern in self._patterns.matching(name):
             given = self._replacements[pattern]
             if self._positions is None:
-                tensor = _checked(name, tensor, given if isinstance(given, Tensor) else given(tensor, name))
+                # a copy, as a function that changes it in place may come next
+                tensor = _checked(name, tensor, given.clone() if isinstance(given, Tensor) else given(tensor, name))
             else:
                 tensor = self._at_positions(given, name, tensor, self._positions)
         return tensor
@@ -192,7 +193,7 @@ class Patch(PatternTap):
             with contextlib.suppress(RuntimeError):  # the shape is reported below
                 result = result.expand_as(tensor)
         else:
-            result = given(tensor, name)
+            result = given(tensor.clone(), name)  # which it may change in place, at other positions too
         return torch.where(spread(is_wanted, tensor, dimension), _checked(name, tensor, result), tensor)
 
 

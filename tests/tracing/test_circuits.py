@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from llama3_raw import (
+    KVCache,
     Model,
+    Trace,
     UserError,
     attention_at,
     by_head,
@@ -164,7 +166,12 @@ def test_attention_at_a_distance(model: Model) -> None:
         with pytest.raises(UserError, match=r"distance -?\d is too far for a prompt of 6 tokens"):
             attention_at(kept, **wrong)
     refused: Any
-    for refused in ({}, trace(model, IDS, "*.probs", last_position=True)):
+    of_later_tokens = Trace("*.probs")
+    cache = KVCache.allocate(model.params, max_seq_len=len(IDS), like=model.weights)
+    with torch.no_grad():
+        forward(model.weights, model.params, torch.tensor(IDS[:2]), cache=cache)
+        forward(model.weights, model.params, torch.tensor(IDS[2:]), cache=cache, start=2, tap=of_later_tokens)
+    for refused in ({}, trace(model, IDS, "*.probs", last_position=True), of_later_tokens):
         with pytest.raises(UserError, match=r"trace '\*\.probs'"):
             attention_at(refused, 1)
 

@@ -231,6 +231,16 @@ def test_an_estimate_in_float64_is_exact_where_the_rest_is_linear(model: Model) 
         torch.testing.assert_close(found, sweep(wide, IDS, source, "norm", metric), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("steps", [None, 4])
+def test_no_estimate_of_an_infinite_change(model: Model, clean: Trace, steps: int | None) -> None:
+    """As where attention is knocked out; scores that are masked in both do not change."""
+    name = "layers.1.attention.scores"
+    knocked_out = {name: torch.full_like(clean[name], -torch.inf)}
+    with pytest.raises(UserError, match=rf"{name} changes to or from infinity, so there is no estimate; use sweep"):
+        estimate_sweep(model, IDS, knocked_out, name, metric, by="head", steps=steps)
+    assert estimate_sweep(model, IDS, clean, name, metric, by="head", steps=steps).isfinite().all()
+
+
 def test_a_wrong_metric_of_an_estimate_is_refused(model: Model, clean: Trace) -> None:
     """One value for all rows would be the sum, or the mean, over the steps."""
     wrong: list[Any] = [lambda x: x[:, -1], lambda x: metric(x).mean(), lambda x: metric(x).sum(), lambda x: 1.0]

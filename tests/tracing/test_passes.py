@@ -260,6 +260,9 @@ def test_log_probabilities_of_each_token(fp32: Model, ids: list[int]) -> None:
     assert torch.allclose(scored.logprobs[1:], expected, atol=1e-5)
     assert float(-scored.logprobs.nansum()) == pytest.approx(scored.nats)
     assert perplexity(fp32, ids, ops=REFERENCE).logprobs is None
+    wide = perplexity(fp32._replace(weights=cast(fp32.weights, torch.float64)), ids, per_token=True).logprobs
+    assert wide is not None
+    assert wide.dtype == torch.float64
     windows = perplexity(fp32, ids, context=5, stride=5, per_token=True).logprobs
     assert windows is not None
     assert [place for place in range(len(ids)) if windows[place].isnan()] == [0, 5]  # the first of each window

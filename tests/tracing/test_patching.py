@@ -264,7 +264,12 @@ def test_ablations(model: Model, clean: Trace) -> None:
     heads, probs = "layers.1.attention.heads", "layers.1.attention.probs"
     zero, mean = ablation(clean, "zero"), ablation(trace(model, CLEAN, heads, "*.residual"), "mean")
     assert list(zero) == list(clean)
-    assert all(zero[name].shape == clean[name].shape and not zero[name].any() for name in clean)
+    assert all(zero[name].shape == clean[name].shape for name in clean)
+    assert not any(zero[name].any() for name in clean if not name.endswith("scores"))
+    scores = "layers.1.attention.scores"
+    with_zeros = trace(model, CLEAN, probs, tap=patch({scores: zero[scores]}))[probs]  # all keys alike, of the past
+    past = torch.ones(LENGTH, LENGTH).tril()
+    close(with_zeros, (past / past.sum(-1, keepdim=True)).expand_as(with_zeros))
     close(mean[heads], clean[heads].mean(0, keepdim=True).expand(LENGTH, -1, -1))
     several = Trace(heads, probs, "norm")
     with torch.no_grad():
@@ -294,9 +299,17 @@ def test_ablations(model: Model, clean: Trace) -> None:
         (clean, "mean", r"layers\.0\.attention\.scores has no mean over positions"),
         (clean, "resample", "the trace is of one prompt"),
         (trace(model, [CLEAN[:2], IDS]), "resample", "the prompts of the trace have unequal lengths"),
+        (trace(model, [CLEAN, IDS], last_position=True), "mean", "the trace is of one position"),
     ):
         with pytest.raises(UserError, match=message):
             ablation(kept, how)  # type: ignore[arg-type]
+
+
+def test_a_source_of_one_position_is_refused(model: Model) -> None:
+    """Of as many prompts as the prompt has tokens, it has the right shape."""
+    source = trace(model, [CLEAN] * LENGTH, "norm", last_position=True)
+    with pytest.raises(UserError, match="the source is of one position"):
+        sweep(model, IDS, source, "norm", metric)
 
 
 def test_the_length_of_an_ablation(clean: Trace) -> None:

@@ -104,6 +104,10 @@ def test_traces_of_other_shapes_are_refused(tiny: Model, kept: Trace) -> None:
         for draw in (plots.residual_norms, lambda x: plots.attention(x, 0, 0), lambda x: plots.logit_lens(x, tiny)):
             with pytest.raises(UserError, match="use a trace of one prompt"):
                 draw(odd)
+    ends = trace(tiny, [kept.origin.ids] * 2, last_position=True)  # looks like two positions, or two heads
+    for draw in (plots.residual_norms, lambda x: plots.attention(x, 0, 0), lambda x: plots.logit_lens(x, tiny)):
+        with pytest.raises(UserError, match="use a trace of one prompt"):
+            draw(ends)
     only = Trace("layers.0.attention.*")  # does not know its tokens
     forward(tiny.weights, tiny.params, torch.tensor(kept.origin.ids[:3]), tap=only)
     labels = plots.attention(only, 0, 0, tokenizer=tiny.tokenizer).axes[0].get_yticklabels()

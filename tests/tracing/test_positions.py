@@ -89,6 +89,21 @@ def test_a_tensor_has_rows_for_the_positions_or_for_the_text_or_one(fp32: Model,
         assert torch.equal(patched, expected)
 
 
+def test_a_function_may_change_the_tensor_in_place(fp32: Model, ids: list[int], change: Tensor) -> None:
+    """As other libraries' hooks do: other positions keep their values, and so does the tensor of a patch before."""
+
+    def add(x: Tensor) -> Tensor:
+        x += change
+        return x
+
+    expected = trace(fp32, ids, "logits", tap=patch({NAME: lambda x: x + change}, positions=[3]), ops=REFERENCE)
+    assert trace(fp32, ids, "logits", tap=patch({NAME: add}, positions=[3]), ops=REFERENCE) == expected
+    source = trace(fp32, ids, NAME, ops=REFERENCE)[NAME]
+    before = source.clone()
+    trace(fp32, ids, "logits", tap=chain(patch({NAME: source}), patch({NAME: add})))
+    assert torch.equal(source, before)
+
+
 def test_in_a_batch_of_unequal_prompts(fp32: Model, ids: list[int], change: Tensor) -> None:
     prompts = [ids, ids[:4], ids[:7]]
     tap = patch({NAME: lambda x: x + change}, positions=range(3, 6))
