@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import secrets
 import sys
@@ -293,8 +292,6 @@ def _print_text(pieces: Iterator[str], options: argparse.Namespace) -> str | Non
     Return how the user stopped it ("Ctrl-C"), or None.
     """
     hold = bool(options.top or options.break_at) and sys.stdout.isatty()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a "?"
     held: list[str] = []
     stopped_by = None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 
@@ -28,9 +29,11 @@ def needed_package(name: str, needed_by: str, extra: str = "bench") -> ModuleTyp
     try:
         return importlib.import_module(name)
     except ImportError as error:
+        is_checkout = (Path(__file__).parents[1] / "pyproject.toml").exists()
+        everything = f"pip install -e '.[{extra}]'" if is_checkout else f"pip install 'llama3_raw[{extra}]'"
         raise UserError(
             f"{needed_by} needs the package {name} ({in_short(error)}); pip install {name}, or everything that {extra} "
-            f"can use: pip install -e '.[{extra}]'"
+            f"can use: {everything}"
         ) from error
 
 

@@ -102,6 +102,15 @@ def test_consoles_that_are_not_utf_8(encoding: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert b"Traceback" not in done.stderr
+    for other in (["-m", "llama3_raw.evaluate", "--help"], ["examples/01_tokens.py"]):
+        done = subprocess.run(
+            [sys.executable, *other],
+            cwd=ROOT,
+            capture_output=True,
+            timeout=500,
+            env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)},
+        )
+        assert done.returncode == 0, done.stderr
     done = subprocess.run(
         [*command[:3], "--weights", "nowhere 日本", "x"],
         capture_output=True,

@@ -7,6 +7,7 @@ torch.utils.cpp_extension would compile for half a minute, and torch.compile ane
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -64,6 +65,8 @@ INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "baseline": (),  # SSE2 on x86, NEON on ARM
 }
 
+_LONGEST = 300  # seconds of a compiler; on a slow machine it takes 20
+
 
 class CannotBuild(Exception):
     """The kernels cannot be compiled or loaded; the message is the reason."""
@@ -110,11 +113,17 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 }
 
 
+_REQUIRED = ("has_tiles", "width", *sorted(_SIGNATURES.keys() - {"linear_tiles"}))  # that is there only with tiles
+
+
 def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
     """Load the kernels from the user's cache folder, and compile them first if necessary. Raises CannotBuild."""
     if sys.platform == "win32":
         raise CannotBuild("the kernels are not built on Windows")
-    compiler = shlex.split(os.environ.get("CC", "")) or list(filter(shutil.which, COMPILERS))[:1]
+    try:
+        compiler = shlex.split(os.environ.get("CC", "")) or list(filter(shutil.which, COMPILERS))[:1]
+    except ValueError as error:
+        raise CannotBuild(f"$CC is no command ({error})") from error
     if not compiler:
         raise CannotBuild(f"there is no C compiler ({', '.join(COMPILERS)})")
     flags = [*_FLAGS, *INSTRUCTION_SETS[instruction_set]]
@@ -124,9 +133,14 @@ def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
     key = _digest(b"\0".join((*sources, " ".join(flags).encode(), defined)))
     folder = _cache_folder()
     has_own_openmp = sys.platform == "linux" and b"__clang__" in defined
-    library = next(filter(_is_complete, folder.glob(f"cpu_kernels-{key}-*.so")), None) or _build(
-        compiler, flags, folder, f"cpu_kernels-{key}", ("-fopenmp",) if has_own_openmp else ()
-    )
+    library = next(filter(_is_complete, folder.glob(f"cpu_kernels-{key}-*.so")), None)
+    if library is not None:
+        return _loaded(library, has_own_openmp)
+    return _build(compiler, flags, folder, f"cpu_kernels-{key}", has_own_openmp)
+
+
+def _loaded(library: Path, has_own_openmp: bool) -> ctypes.CDLL:
+    """Load a library of the kernels. Raises CannotBuild, and deletes one that is not what it should be."""
     try:
         for library_of_torch in (Path(torch.__file__).parent / "lib").iterdir():
             if re.match(r"lib(g|i)?omp", library_of_torch.name):
@@ -134,19 +148,24 @@ def build_kernels(instruction_set: str = "native") -> ctypes.CDLL:
         kernels = ctypes.CDLL(str(library))
     except OSError as error:
         raise CannotBuild(f"{library} cannot be loaded ({error})") from error
+    lacking = [name for name in _REQUIRED if not hasattr(kernels, name)]
+    if lacking:
+        with contextlib.suppress(OSError):
+            library.unlink()
+        raise CannotBuild(f"the compiler left {lacking[0]} out")
     if has_own_openmp:
         kernels.omp_set_num_threads(torch.get_num_threads())
     for name, arguments in _SIGNATURES.items():
-        if hasattr(kernels, name):  # linear_tiles is there only with tiles
+        if hasattr(kernels, name):
             getattr(kernels, name).argtypes = arguments
     return kernels
 
 
-def _build(compiler: Sequence[str], flags: Sequence[str], folder: Path, name: str, openmp: Sequence[str]) -> Path:
-    """Compile the kernels. Return the library in `folder`; its name ends with the digest of its content.
+def _build(compiler: Sequence[str], flags: Sequence[str], folder: Path, name: str, has_own_openmp: bool) -> ctypes.CDLL:
+    """Compile the kernels, keep the library in `folder`, and load it; its name ends with the digest of its content.
 
-    openmp: what links them with the compiler's own OpenMP. Without it they use torch's: two pools of threads would
-    compete for the processors.
+    has_own_openmp: link the compiler's own OpenMP. Without it they use torch's: two pools of threads would compete for
+    the processors.
     """
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -160,17 +179,20 @@ def _build(compiler: Sequence[str], flags: Sequence[str], folder: Path, name: st
             with ThreadPoolExecutor() as pool:
                 objects = list(pool.map(compiled, (file for file in _SOURCES if file.suffix == ".c")))
             undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+            openmp = ["-fopenmp"] if has_own_openmp else []
             _run([*compiler, "-shared", *openmp, *undefined, *objects, "-o", str(built), "-lm"])
             content = built.read_bytes()
+            library = folder / f"{name}-{_digest(content)}.so"
+            try:
+                with atomic_write(library) as part:
+                    part.write_bytes(content)
+            except UserError as error:
+                kernels = _loaded(built, has_own_openmp)
+                print(f"llama3_raw: every run compiles the kernels: {error} ($XDG_CACHE_HOME)", file=sys.stderr)
+                return kernels
     except OSError as error:  # of the temporary folder
         raise CannotBuild(f"the kernels cannot be compiled ({error})") from error
-    library = folder / f"{name}-{_digest(content)}.so"
-    try:
-        with atomic_write(library) as part:
-            part.write_bytes(content)
-    except UserError as error:
-        raise CannotBuild(str(error)) from error
-    return library
+    return _loaded(library, has_own_openmp)
 
 
 def _is_complete(library: Path) -> bool:
@@ -199,9 +221,11 @@ def _cache_folder() -> Path:
 
 def _run(command: Sequence[str]) -> bytes:
     try:
-        return subprocess.run(command, capture_output=True, check=True).stdout
+        return subprocess.run(command, capture_output=True, check=True, timeout=_LONGEST).stdout
     except OSError as error:
         raise CannotBuild(f"{command[0]}: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise CannotBuild(f"{command[0]} takes more than {_LONGEST} seconds") from error
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines() or [f"status {error.returncode}"]
         reason = next((line for line in lines if "error" in line), lines[-1]).strip()

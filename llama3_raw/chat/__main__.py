@@ -192,8 +192,6 @@ def main(arguments: Sequence[str]) -> int:
     _note(which)
     note_format(dialog_format)
     warn_of_base_model(model)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a "?"
     if not sys.stdin.isatty():
         return _converse(conversation, screen=None)
     if isinstance(sys.stdin, io.TextIOWrapper):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -19,10 +20,18 @@ def local_models() -> dict[str, Path]:
     """Return {name: folder} of the models in weights/ of the current folder, then of the source tree."""
     found: dict[str, Path] = {}
     for root in (Path("weights"), PACKAGE.parent / "weights"):
-        for folder in sorted(root.iterdir()) if root.is_dir() else ():
-            if any((folder / file).exists() for file in _PARAMS_FILES) or any(folder.glob("*.gguf")):
-                found.setdefault(folder.name, folder)
+        with contextlib.suppress(OSError):  # there is none, or it is another user's
+            for folder in sorted(root.iterdir()):
+                if _holds_model(folder):
+                    found.setdefault(folder.name, folder)
     return found
+
+
+def _holds_model(folder: Path) -> bool:
+    try:
+        return any((folder / file).exists() for file in _PARAMS_FILES) or any(folder.glob("*.gguf"))
+    except PermissionError:
+        return False
 
 
 def built_in_folder() -> Path:
@@ -38,11 +47,15 @@ def find_named(name: str, named_by: str = "") -> Path:
     option that the name came from, for the message. Raises UserError listing what is available.
     """
     path = Path(os.path.expanduser(name))  # of a variable no shell has expanded ~
-    if path.is_dir() or is_gguf(path):
-        return path
     what = f"{named_by} {name}".lstrip()
-    if path.exists():
-        raise UserError(f"{what}: is a file, but no GGUF; give the folder it is in")
+    try:
+        if path.is_dir() or is_gguf(path):
+            return path
+        if path.exists():
+            raise UserError(f"{what}: is a file, but no GGUF; give the folder it is in")
+    except PermissionError:
+        if path.name != name:  # a path; otherwise it may be the name of a model, in a folder of another user
+            raise
     there = local_models()
     if name in there:
         return there[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import shutil
 import sys
@@ -61,9 +62,16 @@ def answer_help(
     names = {argument.partition("=")[0] for argument in arguments}
     if module != "__main__" or "WORLD_SIZE" in os.environ or names & _WITH_OTHER_PARSERS:
         return  # of several processes, only the first answers
+    _replace_unknown_characters()
     if names & {"-h", "--help", "--version"}:
         with contextlib.suppress(UserError):  # main() reports it
             build_parser().parse_args(arguments)
+
+
+def _replace_unknown_characters() -> None:
+    """Let a console or pipe that cannot show a character get a "?"."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 class EntryPoint(Protocol):
@@ -84,6 +92,7 @@ def command_line_tool(main: Callable[[Sequence[str]], int]) -> EntryPoint:
         # a stream that was closed before the start is None, and print would take stdout for it
         sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
         sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+        _replace_unknown_characters()
         number = 0  # of this process
         try:
             number = rank()

@@ -658,6 +658,7 @@ def new_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache folder without kernels, and sources that are compiled in a second."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu, "_SOURCES", [file for file in cpu._SOURCES if file.stem in ("pointwise", "shared")])
+    monkeypatch.setattr(cpu, "_REQUIRED", ("swiglu",))
 
 
 @pytest.mark.usefixtures("new_cache")
@@ -684,12 +685,39 @@ def test_truncated_kernels_are_built_anew(tmp_path: Path, left: int) -> None:
 
 
 @pytest.mark.usefixtures("new_cache")
-def test_a_cache_folder_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_folder_that_is_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The kernels are used, and a line says that they are not kept."""
+
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(cpu.CannotBuild, match=r"\.so: cannot be written \(No space left on device\)"):
+    assert cpu.build_kernels().swiglu
+    assert "every run compiles the kernels: " in (line := capsys.readouterr().err)
+    assert ".so: cannot be written (No space left on device); choose another place ($XDG_CACHE_HOME)\n" in line
+
+
+@pytest.mark.usefixtures("new_cache")
+def test_a_compiler_that_leaves_something_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is not kept, or each later run would fail too."""
+    monkeypatch.setattr(cpu, "_REQUIRED", ("swiglu", "no_such_kernel"))
+    with pytest.raises(cpu.CannotBuild, match="the compiler left no_such_kernel out"):
+        cpu.build_kernels()
+    assert list((tmp_path / "llama3_raw").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"), [("gcc 'x", r"\$CC is no command"), ("sleep", "sleep takes more than 0.2 seconds")]
+)
+def test_what_is_no_compiler(compiler: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiler == "sleep":
+        script = tmp_path / compiler
+        script.write_text("#!/bin/sh\nexec sleep 20\n")
+        script.chmod(0o755)
+        compiler = str(script)
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(cpu, "_LONGEST", 0.2)
+    with pytest.raises(cpu.CannotBuild, match=message):
         cpu.build_kernels()
 
 

@@ -18,6 +18,7 @@ import llama3_raw
 from llama3_raw import Params, UserError, forward
 from llama3_raw.checkpoint import mapping
 from llama3_raw.checkpoint.loading import to_state_dict
+from llama3_raw.checkpoint.locate import find_named, local_models
 from llama3_raw.params import RopeScaling
 from llama3_raw.weights import tensor_specs
 from tests.checkpoint.files import SMALL, assert_same, file_of, write_meta
@@ -155,6 +156,31 @@ def test_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         llama3_raw.load("weights/mine")
     with pytest.raises(UserError, match=r"^some/model: neither a folder here nor in the Hugging Face cache; fetch it"):
         llama3_raw.load("some/model")
+
+
+def test_a_folder_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In weights/, or weights/ itself: other models are found, the built-in one too; its own path says why."""
+    exists = Path.exists
+
+    def hidden(path: Path, **settings: Any) -> bool:
+        if "secret" in path.parts[:-1]:
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path, **settings)
+
+    (tmp_path / "weights" / "secret").mkdir(parents=True)
+    shutil.copytree(TINY, tmp_path / "weights" / "mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "exists", hidden)
+    assert set(local_models()) >= {"mine", "tiny"}
+    assert find_named("mine") == Path("weights/mine")
+
+    def is_dir(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    assert find_named("mine") == Path("weights/mine")
+    with pytest.raises(PermissionError):
+        find_named("weights/mine")
 
 
 def test_a_repository_in_the_hugging_face_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
