@@ -8,6 +8,7 @@ takes about as long as one token with a cache, which would be state.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import math
 import sys
@@ -42,6 +43,7 @@ _HEADERS = {
     "Cache-Control": "no-cache",
 }
 _PROGRESS_EVERY = 0.1  # seconds
+_MODEL_HEADER = "Model-Id"
 _LARGE = 500_000_000  # multiplications for a token, the logit lens included; from here on the lens begins closed
 
 
@@ -65,26 +67,37 @@ async def _file(file: Path, media_type: str, _: Request) -> Response:
     return Response(file.read_bytes(), media_type=media_type, headers=_HEADERS)
 
 
-async def _model(engine: Engine, _: Request) -> Response:
+def _facts(engine: Engine) -> dict[str, Any]:
+    """Return what the page says of the model, with an id by which its requests name it."""
     params, weights = engine.model.params, engine.model.weights
     is_tied = weights.output is weights.tok_embeddings
     n_weights = sum(math.prod(spec.shape) for spec in tensor_specs(params, is_tied))
-    return JSONResponse(
-        {
-            "name": engine.name,
-            "load": engine.load_python,
-            "n_weights": n_weights,
-            "is_large": n_weights + (params.n_layers + 1) * params.vocab_size * params.dim >= _LARGE,
-            "max_tokens": min(MAX_TOKENS, params.max_seq_len),
-            "dtype": dtype_name(weights.norm.dtype),
-            **{name: getattr(params, name) for name in ("n_layers", "n_heads", "vocab_size")},
-        }
-    )
+    facts = {
+        "name": engine.name,
+        "load": engine.load_python,
+        "n_weights": n_weights,
+        "is_large": n_weights + (params.n_layers + 1) * params.vocab_size * params.dim >= _LARGE,
+        "max_tokens": min(MAX_TOKENS, params.max_seq_len),
+        "dtype": dtype_name(weights.norm.dtype),
+        **{name: getattr(params, name) for name in ("n_layers", "n_heads", "vocab_size")},
+    }
+    return {**facts, "id": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}
+
+
+async def _model(engine: Engine, _: Request) -> Response:
+    return JSONResponse(_facts(engine))
+
+
+def _check_model(engine: Engine, request: Request) -> None:
+    """Raise UserError if a page asks that has loaded the facts of another model, before the server was restarted."""
+    if request.headers.get(_MODEL_HEADER, (model := _facts(engine))["id"]) != model["id"]:
+        raise UserError("the server has another model now; reload the page")
 
 
 async def _tokens(engine: Engine, request: Request) -> Response:
     tokenizer = engine.model.tokenizer
     assert tokenizer is not None  # build_app refuses a model without one
+    _check_model(engine, request)
 
     def read(body: Any) -> list[dict[str, Any]]:
         if not isinstance(body, dict) or not isinstance(body.get("text"), str):
@@ -100,6 +113,7 @@ async def _tokens(engine: Engine, request: Request) -> Response:
 
 
 async def _pass(engine: Engine, timeout: float, request: Request) -> Response:
+    _check_model(engine, request)
     wanted = await _read(request, partial(read_request, params=engine.model.params))
     engine.check_open()  # while the answer can still have a status, upon which the page asks again
     return TimedStream(_lines(engine, wanted, timeout), "application/x-ndjson", timeout, _HEADERS)

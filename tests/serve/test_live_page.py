@@ -512,6 +512,50 @@ def test_errors_are_one_line(browser: Any, tiny: Model) -> None:
     live_page.context.close()
 
 
+def test_what_fails_changes_nothing(browser: Any, url: str) -> None:
+    """Neither the tokens, the switches and sliders, nor the Python: they stay those of the bars."""
+    live_page = Live(browser, url)
+    page = live_page.page
+    live_page.type(TEXT)
+    live_page.click("#take")
+    live_page.click("#take")
+
+    def shown() -> tuple[Any, ...]:
+        sliders = page.locator("#switches input").evaluate_all("inputs => inputs.map((input) => input.value)")
+        off, python = page.locator("#switches td.off").count(), page.text_content("#next-python")
+        return live_page.ids(), live_page.bars(), sliders, off, python
+
+    before = shown()
+    page.route("**/live/**", lambda route: route.abort())
+    live_page.click("#take")
+    live_page.click("#switches td.switch", 3)
+    page.locator("#switches input").first.fill("0.5")
+    live_page.settle()
+    page.locator("#temperature").fill("0.5")  # draws the bars and the Python anew, without the server
+    page.locator("#temperature").fill("1")
+    assert page.locator("#error").inner_text() == "The server does not answer. Is it still running?"
+    assert shown() == before
+    page.unroute("**/live/**")
+    live_page.click("#take")
+    assert live_page.ids()[:-1] == before[0]
+    assert page.locator("#error").inner_text() == ""
+    live_page.context.close()
+
+
+def test_a_server_that_comes_later_or_with_another_model(browser: Any, url: str) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    page.route("**/live/model", lambda route: route.abort(), times=1)
+    page.goto(url)
+    page.wait_for_selector(FIRST_BAR)
+    assert page.locator("#error").inner_text() == ""
+    page.route("**/live/pass", lambda route: route.continue_(headers={**route.request.headers, "model-id": "other"}))
+    page.fill("#prompt", "Tom")
+    page.wait_for_selector("#error:not(:empty)")
+    assert page.locator("#error").inner_text() == "the server has another model now; reload the page"
+    context.close()
+
+
 def test_two_pages_do_not_disturb_each_other(browser: Any, url: str, tiny: Model) -> None:
     first, second = Live(browser, url), Live(browser, url)
     first.click("#switches td.switch", 3)

@@ -12,6 +12,7 @@ import { askModel, askTokens } from "./server.js";
 import { buildSwitches, countText, drawSwitches } from "./switches.js";
 
 const TYPING = 120; // milliseconds without a key before a text is sent
+const RETRY = 2000; // milliseconds after which the page looks for the server again, if it has not begun
 
 let model = null;
 let lens = null;
@@ -44,9 +45,9 @@ async function readText(prompt, signal) {
   drawTokens(); // at once: the pass may take a while
 }
 
-// Runs what the views need, and draws them when all of it is there. Returns whether it failed.
-function update(delay = 0) {
-  return work(async (signal) => {
+// Runs what the views need, and draws them when all of it is there. If it fails, all stays as it was drawn.
+async function update(delay = 0) {
+  const failed = await work(async (signal) => {
     await new Promise((resolve) => setTimeout(resolve, delay));
     signal.throwIfAborted();
     for (const prompt of [first, other]) await readText(prompt, signal);
@@ -58,6 +59,24 @@ function update(delay = 0) {
     const second = comparing ? await resultOf(requestOf(other, false, { lens: true }), signal) : null;
     return () => drawAll(now, before, second);
   });
+  if (failed) restore();
+}
+
+// What the results that are drawn were computed from. The state may be ahead of them while a pass runs.
+let drawn = null; // {now, before, prompt, other, changes, layer, head}
+
+const copyOf = ({ text, tokens, chosen }) => ({ text, tokens, chosen: [...chosen] });
+
+// Takes back what has led to no result. A text stays in its box, to be read with the next request.
+function restore() {
+  if (!drawn) return;
+  Object.assign(first, copyOf(drawn.prompt));
+  Object.assign(other, copyOf(drawn.other));
+  Object.assign(changes, structuredClone(drawn.changes));
+  byId("layer").value = drawn.layer;
+  byId("head").value = drawn.head;
+  drawTokens();
+  drawSwitches(model, changes);
 }
 
 // drawing
@@ -74,27 +93,26 @@ function drawAll(now, before, second) {
     const b = second && { tokens: tokensOf(other), result: second };
     drawCompare({ tokens, result: now }, b, before?.logits ?? null, changes, texts);
   }
-  drawn = { now, before };
+  const from = { prompt: copyOf(first), other: copyOf(other), changes: structuredClone(changes), layer, head };
+  drawn = { now, before, ...from };
   drawNext();
 }
-
-let drawn = null; // the results that the bars show
 
 function drawNext() {
   if (!drawn) return;
   const { now, before } = drawn;
   probs = drawBars(now.logits, before?.logits ?? null, sampling, texts);
   const top = texts.get(order(now.logits)[0]);
-  byId("status").textContent = `${idsOf(first).length} tokens, then ${visible(top.text)} ${percent(probs[top.id])}`;
+  byId("status").textContent = `${idsOf(drawn.prompt).length} tokens, then ${visible(top.text)} ${percent(probs[top.id])}`;
   drawPython();
 }
 
 function drawPython() {
-  const state = { load: model.load, prompt: first, other, changes, sampling };
+  const state = { load: model.load, sampling, ...drawn };
   byId("next-python").textContent = python.nextPython(state);
   byId("lens-python").textContent = python.lensPython(state);
-  byId("attention-python").textContent = python.attentionPython(state, byId("layer").value, byId("head").value);
-  byId("compare-python").textContent = other.tokens.length ? python.comparePython(state) : "";
+  byId("attention-python").textContent = python.attentionPython(state, drawn.layer, drawn.head);
+  byId("compare-python").textContent = drawn.other.tokens.length ? python.comparePython(state) : "";
 }
 
 function drawTokens() {
@@ -113,14 +131,14 @@ function drawTokens() {
 
 // what the reader does
 
-async function choose(id) {
+function choose(id) {
   if (id === undefined) return;
   if (idsOf(first).length >= model.max_tokens) {
     complain(`The page takes ${model.max_tokens} tokens at most. Take some back, or shorten the prompt.`);
     return;
   }
   first.chosen.push(id);
-  if (await update()) first.chosen.pop();
+  update();
 }
 
 function goBack(length) {
@@ -206,6 +224,7 @@ function listen() {
   first.box.addEventListener("keydown", onPromptKey);
   other.box.addEventListener("input", () => onTyping(other.box));
   document.addEventListener("keydown", onKey);
+  addEventListener("online", () => update());
   for (const [id, action] of Object.entries(ACTIONS)) byId(id).addEventListener("click", () => whenReady(action));
   byId("sampling").addEventListener("input", onSampling);
   byId("undo-changes").addEventListener("click", () => reset("heads", "feed_forward", "scales", "patches"));
@@ -237,7 +256,7 @@ function showModel() {
 }
 
 async function begin() {
-  await work(async () => {
+  const failed = await work(async () => {
     model = await askModel();
     return () => {
       showModel();
@@ -253,6 +272,7 @@ async function begin() {
       update();
     };
   });
+  if (failed) setTimeout(begin, RETRY);
 }
 
 begin();

@@ -15,12 +15,15 @@ takeKey();
 // another fragment in the same tab loads nothing anew
 addEventListener("hashchange", () => takeKey() && location.reload());
 
+let modelId = null; // of the model that the page shows; the server refuses requests for another one
+
 // A message for the reader, on one line.
 export class ServerError extends Error {}
 
 async function ask(path, body, signal) {
   const key = sessionStorage.getItem(KEY);
   const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+  if (modelId) headers["Model-Id"] = modelId;
   const options = body === undefined ? { headers } : { method: "POST", headers, body: JSON.stringify(body) };
   let response;
   try {
@@ -55,7 +58,9 @@ function pause(seconds, signal) {
 }
 
 export async function askModel() {
-  return (await ask("/live/model")).json();
+  const model = await (await ask("/live/model")).json();
+  modelId = model.id;
+  return model;
 }
 
 export async function askTokens(text, signal) {
