@@ -115,25 +115,24 @@ def attend_to_prompt(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     the A100) attention is computed in blocks: torch's only other implementation in which heads share keys needs memory
     for all scores.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.attention.bias import causal_lower_right  # imports torch.compile, which takes two seconds
-
     n_tokens, n_keys = q.shape[-3], keys.shape[-3]
     four = (1,) * (4 - q.dim())  # torch uses flash attention only with four dimensions
     q4, keys4, values4 = (x.transpose(-3, -2) for x in (q, keys, values))
     q4, keys4, values4 = (x.reshape(*four, *x.shape) for x in (q4, keys4, values4))
-    if not can_use_flash_attention(SDPAParams(q4, keys4, values4, None, 0.0, False, True)):  # same as in the bias below
+    params = SDPAParams(q4, keys4, values4, None, 0.0, False, True)
+    if q.shape[-1] % 8 or not can_use_flash_attention(params):
         return attend_by_torch(q, keys, values, n_keys - n_tokens)
-    whole = n_tokens == n_keys
-    # left to choose, torch takes cuDNN on an H100, which makes a plan for each length of a prompt
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        attended = F.scaled_dot_product_attention(
-            *(q4, keys4, values4),
-            attn_mask=None if whole else causal_lower_right(n_tokens, n_keys),
-            is_causal=whole,
-            enable_gqa=True,
-        )
-    return attended.view(q.transpose(-3, -2).shape).transpose(-3, -2)
+    return _flash_attention(q4, keys4, values4).view(q.transpose(-3, -2).shape).transpose(-3, -2)
+
+
+def _flash_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """q [B, n_heads, T, head_dim] of the last T of S tokens, keys and values [B, n_kv_heads, S, head_dim] -> like q.
+
+    As torch.nn.attention.bias.CausalBias calls it. Left to choose, torch takes cuDNN's attention on an H100, which
+    makes a plan for each length of a prompt.
+    """
+    attended: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, keys, values, 0.0, True)[0]
+    return attended
 
 
 def fast_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

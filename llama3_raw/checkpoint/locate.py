@@ -30,7 +30,7 @@ def local_models() -> dict[str, Path]:
 def _holds_model(folder: Path) -> bool:
     try:
         return any((folder / file).exists() for file in _PARAMS_FILES) or any(folder.glob("*.gguf"))
-    except PermissionError:
+    except OSError:
         return False
 
 
@@ -53,8 +53,8 @@ def find_named(name: str, named_by: str = "") -> Path:
             return path
         if path.exists():
             raise UserError(f"{what}: is a file, but no GGUF; give the folder it is in")
-    except PermissionError:
-        if path.name != name:  # a path; otherwise it may be the name of a model, in a folder of another user
+    except PermissionError:  # of the current folder: it may still be the name of a model
+        if name not in {*local_models(), BUILT_IN_MODEL}:
             raise
     there = local_models()
     if name in there:

@@ -203,12 +203,10 @@ class Comparison(NamedTuple):
     def _may_be_bfloat16(self) -> bool:
         """Whether tensors that are judged in fp32 differ as if only the products, all of them, were in bf16."""
         products = [step for step in self.steps if self.made[step.name].made_by.startswith("linear")]
-        stream = [step for step in self.steps if self.made[step.name].made_by == "layer: the sum"]
-        affected = products if len(products) > 1 else [*products, *stream]
         return (
             self.dtype == torch.float32
-            and len(affected) > 0
-            and all(step.diverges for step in affected)
+            and len(products) > 1  # of one product, a small bug looks the same
+            and all(step.diverges for step in products)
             and all(step.excess <= _AS_IN_BFLOAT16 for step in self.steps)
         )
 
@@ -236,7 +234,7 @@ class Comparison(NamedTuple):
             differs = f"cannot be compared: in {other}, {first.own.unlike}"
             if first.shape != first.their_shape:
                 check = "its layout, which should be that of model.py"
-                if len(first.their_shape) == len(first.shape) + 1:
+                if len(first.their_shape) == len(first.shape) + 1 and first.their_shape[0] > 1:
                     check = f"its batch: compare one prompt, and not {first.their_shape[0]} rows"
                 elif first.name == FIRST and first.shape[1:] == first.their_shape[-1:]:
                     check = "the tokens, of which one run has more (BOS? padding=, --padding)"
@@ -364,8 +362,8 @@ def compare(  # noqa: PLR0913  # what a caller may set
         raise UserError(f"the model runs in the dtype of its weights or in torch.float32, not in {dtype}")
     named = shared_tensors(other, params, ops)
     precision = Precision.of(dtype or weights_dtype, named.tensors, rounding)
-    # two rows take as much memory as somewhat more tokens, since scores grow with the square
-    check_trace(params, precision.run, max(_SAMPLED, math.ceil(1.5 * len(ids))), LAST, ops=ops)
+    # the rows that are perturbed, and the exact one, each with scores of its own
+    check_trace(params, precision.run, len(ids) + max(_SAMPLED, len(ids)), LAST, ops=ops)
     reader = Reader(named, params, len(ids), padding)
     passes = _Passes(model, ids, ops if precision.run == weights_dtype else _in_fp32(ops), reader, precision, progress)
     own, (whole, shapes, logits) = passes.fed(), passes.alone()
@@ -450,9 +448,12 @@ class _Passes:
 
     def _samples(self) -> int:
         """Return how many rows to perturb: of few positions, one sample of rounding says little about the worst."""
-        others = {name: tensor for name, tensor in self._reader.others.items() if name not in self._reader.unlike}
-        positions = min((tensor.shape[token_dimension(name)] for name, tensor in others.items()), default=1)
-        return max(1, min(math.ceil(_SAMPLES / max(1, positions)), _SAMPLED // len(self._ids)))
+        positions = [
+            tensor.shape[token_dimension(name)]
+            for name, tensor in self._reader.others.items()
+            if tensor.dim() >= -token_dimension(name)  # or it has none of the forms
+        ]
+        return max(1, min(math.ceil(_SAMPLES / max(1, min(positions, default=1))), _SAMPLED // len(self._ids)))
 
     def _run(self, tap: Tap, ops: Ops | None = None, rows: int | None = None) -> None:
         weights, params, ids = self._model.weights, self._model.params, self._ids

@@ -215,10 +215,11 @@ class Simulation:
         self.levels[name] = Limits(*map(max, zip(*found, strict=True)))
         if name == LAST:
             self.of_logits = (perturbed - exact).square().mean(-1).sqrt().amax(0).cpu()
-        theirs = self._put(name, exact) if self._put else None
-        if self._put and theirs is not None:
+        replaced = [self._put(name, row) for row in rows] if self._put else [None]
+        theirs = replaced[0]
+        if theirs is not None:
             # where they have the last position alone, what is before it was computed end to end in both runs
-            put = torch.stack([theirs if (its := self._put(name, row)) is None else its for row in perturbed])
+            put = torch.stack([row for row in replaced[1:] if row is not None])
             if name.endswith("attention.probs"):  # often saved beside fused attention, which rounds its own scores
                 put = (put + (perturbed - exact)).clamp(min=0)
             exact, perturbed = theirs, put

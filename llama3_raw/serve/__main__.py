@@ -13,7 +13,7 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -98,13 +98,17 @@ def _in_a_thread_that_ends(load: Callable[[], T]) -> T:
 
     def run() -> None:
         try:
-            loaded.set_result(load())
+            result = load()
         except BaseException as error:  # raised where the result is asked for
             loaded.set_exception(error)
+        else:
+            loaded.set_result(result)
 
     thread = threading.Thread(target=run)
-    thread.start()
     try:
+        thread.start()
+        while not loaded.done():
+            wait([loaded], timeout=0.5)  # on Windows, Ctrl-C does not end a longer one
         return loaded.result()
     except (KeyboardInterrupt, SystemExit):
         ident = ctypes.c_ulong(thread.ident or 0)
@@ -175,7 +179,9 @@ def _shape(chosen: ChosenModel, context: int, rows: int | None) -> RunShape:
         return shape
 
     if rows is None:
-        return halved(with_mapped=True) or halved(with_mapped=False) or most._replace(rows=1)
+        one = most._replace(rows=1)
+        fits_alone = needed(_plan(chosen, one)).mapped <= available(_plan(chosen, one))
+        return halved(with_mapped=True) or (None if fits_alone else halved(with_mapped=False)) or one
     fitting = halved(with_mapped=False)
     if fitting and fitting.rows < rows:
         raise UserError(
@@ -185,11 +191,15 @@ def _shape(chosen: ChosenModel, context: int, rows: int | None) -> RunShape:
     return most
 
 
-def _fits(chosen: ChosenModel, shape: RunShape, with_mapped: bool) -> bool:
+def _plan(chosen: ChosenModel, shape: RunShape) -> MemoryPlan:
     _, checkpoint, _, device, dtype, max_ram, quantize, gpu_layers, *_ = chosen
-    plan = MemoryPlan(checkpoint, device, dtype, shape, max_ram, quantize, gpu_layers)
+    return MemoryPlan(checkpoint, device, dtype, shape, max_ram, quantize, gpu_layers)
+
+
+def _fits(chosen: ChosenModel, shape: RunShape, with_mapped: bool) -> bool:
+    plan = _plan(chosen, shape)
     need = needed(plan)
-    total = need.allocated + (need.mapped if with_mapped and device.type == "cpu" else 0)
+    total = need.allocated + (need.mapped if with_mapped and chosen.device.type == "cpu" else 0)
     return total <= 0.9 * available(plan)  # which other programs may change
 
 

@@ -54,12 +54,13 @@ def routes(engine: Engine, timeout: float) -> list[Route]:
     """
     files = {f"/page/{file.name}": file for file in sorted(_PAGE.iterdir()) if file.suffix in _TYPES}
     files["/page/base.css"] = _SHARED / "base.css"
+    facts = _facts(engine)
     return [
         Route("/", partial(_file, _PAGE / "index.html", "text/html"), methods=["GET"]),
         *(Route(path, partial(_file, file, _TYPES[file.suffix]), methods=["GET"]) for path, file in files.items()),
-        Route("/live/model", partial(_model, engine), methods=["GET"]),
-        Route("/live/tokens", partial(_tokens, engine), methods=["POST"]),
-        Route("/live/pass", partial(_pass, engine, timeout), methods=["POST"]),
+        Route("/live/model", partial(_model, facts), methods=["GET"]),
+        Route("/live/tokens", partial(_tokens, engine, facts["id"]), methods=["POST"]),
+        Route("/live/pass", partial(_pass, engine, facts["id"], timeout), methods=["POST"]),
     ]
 
 
@@ -84,20 +85,20 @@ def _facts(engine: Engine) -> dict[str, Any]:
     return {**facts, "id": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}
 
 
-async def _model(engine: Engine, _: Request) -> Response:
-    return JSONResponse(_facts(engine))
+async def _model(facts: dict[str, Any], _: Request) -> Response:
+    return JSONResponse(facts)
 
 
-def _check_model(engine: Engine, request: Request) -> None:
+def _check_model(model_id: str, request: Request) -> None:
     """Raise UserError if a page asks that has loaded the facts of another model, before the server was restarted."""
-    if request.headers.get(_MODEL_HEADER, (model := _facts(engine))["id"]) != model["id"]:
+    if request.headers.get(_MODEL_HEADER, model_id) != model_id:
         raise UserError("the server has another model now; reload the page")
 
 
-async def _tokens(engine: Engine, request: Request) -> Response:
+async def _tokens(engine: Engine, model_id: str, request: Request) -> Response:
     tokenizer = engine.model.tokenizer
     assert tokenizer is not None  # build_app refuses a model without one
-    _check_model(engine, request)
+    _check_model(model_id, request)
 
     def read(body: Any) -> list[dict[str, Any]]:
         if not isinstance(body, dict) or not isinstance(body.get("text"), str):
@@ -112,8 +113,8 @@ async def _tokens(engine: Engine, request: Request) -> Response:
     return JSONResponse({"tokens": await _read(request, read)})
 
 
-async def _pass(engine: Engine, timeout: float, request: Request) -> Response:
-    _check_model(engine, request)
+async def _pass(engine: Engine, model_id: str, timeout: float, request: Request) -> Response:
+    _check_model(model_id, request)
     wanted = await _read(request, partial(read_request, params=engine.model.params))
     engine.check_open()  # while the answer can still have a status, upon which the page asks again
     return TimedStream(_lines(engine, wanted, timeout), "application/x-ndjson", timeout, _HEADERS)

@@ -216,8 +216,10 @@ def attention_at(kept: Mapping[str, Tensor], distance: int, *, start: int | None
     names = [name for name in kept if name.endswith(".attention.probs")]
     if not names:
         raise UserError("the trace has no attention.probs; trace '*.probs'")
+    if getattr(kept, "at", None) is not None:
+        raise UserError("the trace is of one position; trace '*.probs' of all")
     n_queries, n_keys = kept[names[0]].shape[-2:]
-    if getattr(kept, "at", None) is not None or n_queries != n_keys:
+    if n_queries != n_keys:
         got = f"{n_queries} queries and {n_keys} keys"
         raise UserError(f"the trace has probs of {got}; trace '*.probs' of a whole prompt, in one pass")
     lengths = getattr(kept, "lengths", None)  # of the prompts of a padded batch

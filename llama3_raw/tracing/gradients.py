@@ -93,8 +93,8 @@ def estimate_sweep(
         The estimates, in the shape of what `sweep` returns.
 
     Raises:
-        UserError: as `sweep` does; steps are no number from 1 on; or a value changes to or from infinity, as where a
-            score is masked in one of both only.
+        UserError: as `sweep` does; steps are no number from 1 on; or a value is or becomes infinite or NaN, as a
+            score that is masked in one of both only.
     """
     if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise UserError(f"{steps}: should be a number from 1 on, or None", argument="steps")
@@ -120,7 +120,7 @@ def _change(name: str, to: Tensor, x: Tensor) -> Tensor:
     to = to.to(x.device)
     change = torch.where(to == x, 0.0, to - x)
     if not change.isfinite().all():
-        raise UserError(f"{name} changes to or from infinity, so there is no estimate; use sweep, or patch its probs")
+        raise UserError(f"{name} is or becomes infinite or NaN, so there is no estimate; use sweep, or patch its probs")
     return change
 
 

@@ -352,6 +352,14 @@ def test_a_dtype_may_be_a_name(tiny: Model, ids: list[int]) -> None:
 def test_other_tokens_and_layouts_are_named(tiny: Model, ids: list[int]) -> None:
     whole = trace(tiny, ids)
     assert "the tokens, of which one run has more (BOS? padding=, --" in compare(tiny, ids[1:], whole).verdict()
+    with_batch = {name: tensor.unsqueeze(0) for name, tensor in whole.items()}
+    assert "of which one run has more (BOS?" in compare(tiny, ids[1:], with_batch).verdict()
+    for name, odd in (
+        ("norm", torch.zeros(7)),
+        ("layers.0.attention.q", torch.zeros(5)),
+        ("logits", torch.tensor(0.0)),
+    ):
+        assert "its layout, which should be that of model.py" in compare(tiny, ids, {**whole, name: odd}).verdict()
     two_rows = {name: torch.stack((tensor, tensor)) for name, tensor in whole.items()}
     assert "Look at: its batch: compare one prompt, and not 2 rows." in compare(tiny, ids, two_rows).verdict()
     without = {**whole, "norm": torch.zeros_like(whole["norm"])}

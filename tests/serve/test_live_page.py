@@ -481,14 +481,15 @@ def test_a_slow_pass_shows_how_far_it_is(browser: Any, url: str, tiny: Model, mo
 
 
 def test_the_lens_of_a_large_model_is_computed_only_where_it_is_opened(
-    browser: Any, url: str, tiny: Model, monkeypatch: pytest.MonkeyPatch
+    browser: Any, tiny: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live, "_LARGE", 0)
-    live_page = Live(browser, url)
-    assert live_page.page.locator("#lens td").count() == 0
-    live_page.page.click("#lens-view > summary")
-    live_page.page.wait_for_selector("#lens td")
-    live_page.context.close()
+    with serving(tiny) as url:
+        live_page = Live(browser, url)
+        assert live_page.page.locator("#lens td").count() == 0
+        live_page.page.click("#lens-view > summary")
+        live_page.page.wait_for_selector("#lens td")
+        live_page.context.close()
 
 
 def test_errors_are_one_line(browser: Any, tiny: Model) -> None:

@@ -236,7 +236,7 @@ def test_no_estimate_of_an_infinite_change(model: Model, clean: Trace, steps: in
     """As where attention is knocked out; scores that are masked in both do not change."""
     name = "layers.1.attention.scores"
     knocked_out = {name: torch.full_like(clean[name], -torch.inf)}
-    with pytest.raises(UserError, match=rf"{name} changes to or from infinity, so there is no estimate; use sweep"):
+    with pytest.raises(UserError, match=rf"{name} is or becomes infinite or NaN, so there is no estimate; use sweep"):
         estimate_sweep(model, IDS, knocked_out, name, metric, by="head", steps=steps)
     assert estimate_sweep(model, IDS, clean, name, metric, by="head", steps=steps).isfinite().all()
 

@@ -8,6 +8,7 @@ installed or fetched besides torch, Triton, transformers and pytest.
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import os
 import signal
@@ -113,16 +114,20 @@ def _run_phase(name: str, seconds: float, report: Report, log: TextIO, options: 
     log.flush()
     start = time.monotonic()
     command = [sys.executable, "-m", "llama3_raw.bench.gpu_report", "--run", name, *options]
-    cut = threading.Event()
+    cut, kept = threading.Event(), f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
     with (
-        tempfile.TemporaryDirectory() as scratch,  # a phase that is cut leaves its files, of up to 16 GB
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,  # a phase that is cut leaves 16 GB
         subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
             start_new_session=True,
-            env={"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor", **os.environ, "TMPDIR": scratch},
+            env={
+                "TORCHINDUCTOR_CACHE_DIR": kept,
+                **os.environ,
+                "TMPDIR": scratch,
+            },
         ) as process,
     ):
 
@@ -140,8 +145,11 @@ def _run_phase(name: str, seconds: float, report: Report, log: TextIO, options: 
             for line in process.stdout:
                 try:
                     row = json.loads(line)
-                    report.add({"phase": name, "name": row["name"], **row})
-                except (ValueError, TypeError, KeyError):  # another library's line
+                except ValueError:
+                    row = None
+                if isinstance(row, dict):
+                    report.add({"phase": name, **row})
+                else:  # another library's line
                     log.write(line)
         except BaseException:  # such as Ctrl-C
             kill()

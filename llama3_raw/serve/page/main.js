@@ -63,7 +63,7 @@ async function update(delay = 0) {
 }
 
 // What the results that are drawn were computed from. The state may be ahead of them while a pass runs.
-let drawn = null; // {now, before, prompt, other, changes, layer, head}
+let drawn = null; // {now, before, prompt, other, changes, align, layer, head}
 
 const copyOf = ({ text, tokens, chosen }) => ({ text, tokens, chosen: [...chosen] });
 
@@ -73,6 +73,7 @@ function restore() {
   Object.assign(first, copyOf(drawn.prompt));
   Object.assign(other, copyOf(drawn.other));
   Object.assign(changes, structuredClone(drawn.changes));
+  byId("align").value = drawn.align;
   byId("layer").value = drawn.layer;
   byId("head").value = drawn.head;
   drawTokens();
@@ -93,7 +94,8 @@ function drawAll(now, before, second) {
     const b = second && { tokens: tokensOf(other), result: second };
     drawCompare({ tokens, result: now }, b, before?.logits ?? null, changes, texts);
   }
-  const from = { prompt: copyOf(first), other: copyOf(other), changes: structuredClone(changes), layer, head };
+  const [align, prompt] = [byId("align").value, copyOf(first)];
+  const from = { prompt, other: copyOf(other), changes: structuredClone(changes), align, layer, head };
   drawn = { now, before, ...from };
   drawNext();
 }
@@ -272,7 +274,7 @@ async function begin() {
       update();
     };
   });
-  if (failed) setTimeout(begin, RETRY);
+  if (failed && !model) setTimeout(begin, RETRY);
 }
 
 begin();
