@@ -24,7 +24,7 @@ from .difference import Difference, Logits, Measured, incomparable, measure
 from .files import as_tensor
 from .forms import Reader, of_any_layer, part_of
 from .names import Renamed, renamed
-from .rounding import Limits, Precision, Simulation, Swap, eps_of, judged, swaps
+from .rounding import Limits, Precision, Simulation, Swap, eps_of, finite, judged, swaps
 
 _COMPARABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -284,36 +284,32 @@ class Comparison(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures to print as JSON; infinite ones are None."""
-        logits = self.logits and {key: _finite(value) for key, value in self.logits._asdict().items()}
+        logits = self.logits and {key: finite(value) for key, value in self.logits._asdict().items()}
         first, beyond, worst = next(iter(self.diverged), None), self.first_beyond_tolerance, self.worst
         return {
             "agree": self.agree,
             "first": first and first.name,
             "first_beyond_tolerance": beyond and beyond.name,
             "made_by": first and self.made[first.name].made_by,
-            "relative": first and _finite(first.own.relative),
-            "absolute": first and _finite(first.own.absolute),
-            "rounding": first and _finite(first.rounding),
+            "relative": first and finite(first.own.relative),
+            "absolute": first and finite(first.own.absolute),
+            "rounding": first and finite(first.rounding),
             "parted": [step.name for step in self.diverged],
             "worst": worst.name,
-            "worst_relative": _finite(worst.whole.relative),
-            "worst_rounding": _finite(worst.rounding_end_to_end),
+            "worst_relative": finite(worst.whole.relative),
+            "worst_rounding": finite(worst.rounding_end_to_end),
             "tolerance": self.tolerance,
             "dtype": dtype_name(self.dtype),
             "tensors": len(self.steps),
             "missing": len(self.missing),
             "unknown": len(self.unknown),
             "logits": logits,
-            "value": first and _finite(first.own_measured.value),
-            "value_rounding": first and _finite(first.own_limits.value),
+            "value": first and finite(first.own_measured.value),
+            "value_rounding": first and finite(first.own_limits.value),
             "at": first and list(first.own_measured.at),
             "swaps": [swap.to_json() for swap in self.swaps[:20]],
             "understood": list(self.notes),
         }
-
-
-def _finite(figure: float) -> float | None:
-    return figure if math.isfinite(figure) else None
 
 
 def compare(  # noqa: PLR0913  # what a caller may set

@@ -46,9 +46,8 @@ def compare_gradients(
 ) -> Comparison:
     """Compare the gradients of another run with the model's own, and find where they diverge on the way back.
 
-    The loss is the mean cross-entropy of the next token over the prompt. Four passes forwards and back: alone; with the
-    other run's gradient put in at each name; and each again with every tensor and gradient perturbed as rounding
-    does.
+    The loss is the mean cross-entropy of the next token over the prompt. Four passes forwards and back: alone, and with
+    the other run's gradient put in at each name; and each again, with tensors and gradients perturbed as rounding does.
 
     Args:
         model: the weights; where `other` has the gradient of a weight, that is no quantized matrix.

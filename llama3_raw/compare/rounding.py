@@ -163,7 +163,6 @@ def other_arithmetic(
         noise: its factors.
         perturb: perturb(x, change) returns x [..., T, …], with the change made to the rows of another implementation.
     """
-
     of_frequencies = _OF_FREQUENCIES * min(eps, eps_of(torch.float32))
     off = of_frequencies * (2 * torch.rand(params.head_dim // 2, generator=torch.Generator().manual_seed(0)) - 1)
 
@@ -235,6 +234,11 @@ class Simulation:
         return other_arithmetic(ops, self._params, eps_of(self._precision.rounding), self._noise, perturb)
 
 
+def finite(figure: float) -> float | None:
+    """Return a figure for JSON, which has no infinite numbers and no NaN; these are None."""
+    return figure if math.isfinite(figure) else None
+
+
 class Swap(NamedTuple):
     """A position at which the most likely tokens differ."""
 
@@ -249,9 +253,8 @@ class Swap(NamedTuple):
         return self.moved <= self.explained
 
     def to_json(self) -> dict[str, Any]:
-        """Return what to print as JSON, which has no infinite numbers and NaN; these are None."""
-        figures = {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
-        return {**figures, "is_explained": self.is_explained}
+        """Return what to print as JSON."""
+        return {**{name: finite(value) for name, value in self._asdict().items()}, "is_explained": self.is_explained}
 
 
 def swaps(ours: Tensor, theirs: Tensor, noise: Tensor, eps: float) -> tuple[Swap, ...]:

@@ -179,8 +179,8 @@ def _shape(chosen: ChosenModel, context: int, rows: int | None) -> RunShape:
         return shape
 
     if rows is None:
-        one = most._replace(rows=1)
-        fits_alone = needed(_plan(chosen, one)).mapped <= available(_plan(chosen, one))
+        plan = _plan(chosen, one := most._replace(rows=1))
+        fits_alone = needed(plan).mapped <= available(plan)
         return halved(with_mapped=True) or (None if fits_alone else halved(with_mapped=False)) or one
     fitting = halved(with_mapped=False)
     if fitting and fitting.rows < rows:

@@ -123,11 +123,7 @@ def _run_phase(name: str, seconds: float, report: Report, log: TextIO, options: 
             stderr=log,
             text=True,
             start_new_session=True,
-            env={
-                "TORCHINDUCTOR_CACHE_DIR": kept,
-                **os.environ,
-                "TMPDIR": scratch,
-            },
+            env={"TORCHINDUCTOR_CACHE_DIR": kept, **os.environ, "TMPDIR": scratch},
         ) as process,
     ):
 
